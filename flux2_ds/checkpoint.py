@@ -1,0 +1,156 @@
+"""Checkpoints: named tensors in safetensors, position in JSON, all of it or none.
+
+    checkpoints/step_00000500/
+        weights.safetensors       trainable weights (fp32 masters) by parameter name
+        exp_avg.safetensors       Adam's first moment by parameter name
+        exp_avg_sq.safetensors    Adam's second moment
+        state.json                step, optimizer updates, versions, sha256 of the files
+
+A checkpoint is written into a hidden directory, synced, and renamed, so a directory called step_N is
+complete. There is no `latest` file: the newest is the highest N. The frozen base is not in it, and
+nothing in it is a pickle. Full tensors by name do not depend on ZeRO stage or number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux2_ds.errors import UserError
+
+STATE_NAME = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        """The contents of state.json."""
+        value: dict[str, Any] = json.loads((self.path / STATE_NAME).read_text())
+        return value
+
+    def tensors(self, kind: str) -> dict[str, torch.Tensor]:
+        """Full fp32 tensors by parameter name."""
+        return load_file(self.path / f"{kind}.safetensors")
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return root / f"step_{step:08d}"
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Iterable[tuple[str, str, torch.Tensor]],
+    state: dict[str, Any],
+    *,
+    write: bool,
+) -> Path:
+    """Write the checkpoint of `step` from (kind, name, tensor) triples.
+
+    Every process iterates `tensors`, which is collective; the one with `write` set writes.
+    """
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    for kind, name, tensor in tensors:
+        if write:
+            kinds.setdefault(kind, {})[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+    path = checkpoint_path(root, step)
+    if not write:
+        return path
+    partial = root / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = {}
+    for kind, named in kinds.items():
+        file = partial / f"{kind}.safetensors"
+        save_file(named, file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    (partial / STATE_NAME).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    _sync(root)
+    return path
+
+
+def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint, and a complaint for each damaged one that was passed over.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact.
+    """
+    complaints: list[str] = []
+    for checkpoint in reversed(_all(root)):
+        damage = verify(checkpoint)
+        if damage is None:
+            return checkpoint, complaints
+        complaints.append(f"checkpoint {checkpoint.path} is damaged: {damage}")
+    if complaints:
+        raise UserError(
+            f"{'; '.join(complaints)}. No intact checkpoint is left: restore one, or remove the "
+            "damaged directories to start from the beginning."
+        )
+    return None, []
+
+
+def verify(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        files = checkpoint.state()["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{STATE_NAME} cannot be read ({error})"
+    for name, facts in files.items():
+        file = checkpoint.path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if _sha256(file) != facts["sha256"]:
+            return f"{name} does not have its sha256"
+    return None
+
+
+def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove all but the last `keep_last` checkpoints and the multiples of `keep_every`."""
+    for checkpoint in _all(root)[:-keep_last]:
+        if keep_every is None or checkpoint.step % keep_every:
+            # Renamed first: a removal that is cut short leaves no directory that looks complete.
+            doomed = root / f".{checkpoint.path.name}.removed"
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _all(root: Path) -> list[Checkpoint]:
+    """Checkpoints by ascending step."""
+    found = [Checkpoint(path, int(path.name.split("_")[1])) for path in root.glob("step_*")]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

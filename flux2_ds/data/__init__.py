@@ -1,0 +1,1 @@
+"""Photographs, buckets, shards, order, loader."""

@@ -1,0 +1,101 @@
+"""index.json: what is in a folder of shards, and what made it. Pure, no torch.
+
+The index is small whatever the size of the data: one entry a shard. The offsets of the samples are
+in the tar headers, which are read when a shard is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.errors import UserError
+
+FORMAT = 1
+INDEX_NAME = "index.json"
+CONDITIONING_NAME = "conditioning.safetensors"
+"""Latent statistics (`latent_mean`, `latent_std`: [128] fp32) and the encoded empty caption
+(`empty_text`: [512, text width])."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: its bucket, number of samples, size in bytes and sha256."""
+
+    name: str
+    bucket: Bucket
+    samples: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """All shards of a data set.
+
+    `fingerprint` maps each part that shaped the samples (VAE, text encoder, tokenizer, pipeline) to
+    a digest; see `model/files.py`.
+    """
+
+    variant: str
+    text_width: int
+    fingerprint: dict[str, str]
+    shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def bucket_counts(self) -> dict[Bucket, int]:
+        """Samples in each bucket, sorted by bucket."""
+        counts: Counter[Bucket] = Counter()
+        for shard in self.shards:
+            counts[shard.bucket] += shard.samples
+        return dict(sorted(counts.items()))
+
+
+def write_index(directory: Path, index: Index) -> Path:
+    """Write `index` to `directory`/index.json; it appears whole or not at all."""
+    path = directory / INDEX_NAME
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read_index(directory: Path) -> Index:
+    """Read `directory`/index.json and check that every shard is there with its size.
+
+    Raises:
+        UserError: no index, another format, no samples, or a shard that is missing or truncated.
+    """
+    path = directory / INDEX_NAME
+    if not path.is_file():
+        raise UserError(
+            f"data.shards {directory} has no {INDEX_NAME}. Run `flux2-ds prepare` with this recipe "
+            "first."
+        )
+    value: dict[str, Any] = json.loads(path.read_text())
+    if value.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {value.get('format')}, this version reads {FORMAT}. Prepare the "
+            "shards again."
+        )
+    shards = [Shard(**{**item, "bucket": Bucket(**item["bucket"])}) for item in value["shards"]]
+    index = Index(value["variant"], value["text_width"], value["fingerprint"], shards)
+    if not index.samples:
+        raise UserError(f"{path} lists no samples. Prepare the shards again.")
+    for shard in shards:
+        file = directory / shard.name
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard.size:
+            raise UserError(
+                f"shard {file} has {size} bytes, {INDEX_NAME} says {shard.size}: "
+                "the copy is incomplete. Copy it again or prepare the shards again."
+            )
+    return index

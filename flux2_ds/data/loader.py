@@ -1,0 +1,180 @@
+"""From positions to tensors: reads a process's part of every global batch, ahead of the step.
+
+The loader has no state but the step: iterating from step n gives what an uninterrupted run would
+have got, whatever the number of processes or restarts. Noise, the normal deviate behind t, and the
+caption drop of a sample are functions of (seed, position).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.index import Index
+from flux2_ds.data.order import Order, Sample
+from flux2_ds.data.shards import ShardReader
+
+OPEN_SHARDS = 64
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one process sees.
+
+    `latents` [B, 32, H/8, W/8] fp32, raw; `text` [B, 512, D]; `noise` [B, tokens, 128] fp32;
+    `deviates` [B] fp32, standard normal, made into timesteps by `flow.timesteps`.
+    """
+
+    bucket: Bucket
+    samples: list[Sample]
+    latents: torch.Tensor
+    text: torch.Tensor
+    noise: torch.Tensor
+    deviates: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which places of a global batch this process serves, in micro-batches.
+
+    Process `rank` of `world` owns a contiguous run of lanes.
+    """
+
+    rank: int
+    world: int
+    global_batch: int
+    micro_batch: int
+
+    def micro_batches(self) -> list[slice]:
+        """The places of each micro-batch, in order."""
+        own = self.global_batch // self.world
+        first = self.rank * own
+        return [
+            slice(at, at + self.micro_batch) for at in range(first, first + own, self.micro_batch)
+        ]
+
+
+class Loader:
+    """Reads samples of prepared shards in the order of `order`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        index: Index,
+        order: Order,
+        share: Share,
+        *,
+        seed: int,
+        caption_dropout: float,
+        empty_text: torch.Tensor,
+    ) -> None:
+        self._directory = directory
+        self._index = index
+        self._order = order
+        self._share = share
+        self._seed = seed
+        self._caption_dropout = caption_dropout
+        self._empty_text = empty_text
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
+        """This process's micro-batches of every step in [first, last), read ahead by a thread.
+
+        An error while reading is raised here, at the step that it belongs to.
+        """
+        ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=STEPS_AHEAD)
+        stopped = threading.Event()
+
+        def put(item: list[MicroBatch] | BaseException) -> None:
+            while not stopped.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+                break
+
+        def read_ahead() -> None:
+            try:
+                for step in range(first, last):
+                    if stopped.is_set():
+                        return
+                    put(self.read(step))
+            except BaseException as error:
+                put(error)
+
+        threading.Thread(target=read_ahead, name="loader", daemon=True).start()
+        try:
+            for _ in range(first, last):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+
+    def read(self, step: int) -> list[MicroBatch]:
+        """This process's micro-batches of one step."""
+        bucket, samples = self._order.batch(step)
+        return [
+            self._micro_batch(bucket, samples[places]) for places in self._share.micro_batches()
+        ]
+
+    def describe(self, sample: Sample) -> str:
+        """Source file and caption of a sample, for messages."""
+        meta = self._reader(sample.shard).meta(sample.row)
+        return f"{meta['source']} ({meta['caption']!r})"
+
+    def _micro_batch(self, bucket: Bucket, samples: list[Sample]) -> MicroBatch:
+        draws = [draw(self._seed, sample.position, bucket.tokens) for sample in samples]
+        return MicroBatch(
+            bucket=bucket,
+            samples=samples,
+            latents=torch.stack([self._reader(s.shard).latent(s.row) for s in samples]),
+            text=torch.stack([self._text(s, d.drop) for s, d in zip(samples, draws, strict=True)]),
+            noise=torch.stack([d.noise for d in draws]),
+            deviates=torch.tensor([d.deviate for d in draws]),
+        )
+
+    def _text(self, sample: Sample, drop: float) -> torch.Tensor:
+        if drop < self._caption_dropout:
+            return self._empty_text
+        return self._reader(sample.shard).text(sample.row)
+
+    def _reader(self, number: int) -> ShardReader:
+        reader = self._readers.pop(number, None)
+        if reader is None:
+            reader = ShardReader(self._directory / self._index.shards[number].name)
+        self._readers[number] = reader
+        if len(self._readers) > OPEN_SHARDS:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one sample; `drop` is uniform in [0, 1)."""
+
+    noise: torch.Tensor
+    deviate: float
+    drop: float
+
+
+def draw(seed: int, position: int, tokens: int) -> Draw:
+    """Noise [tokens, 128], the deviate behind t and the caption drop of the sample at `position`.
+
+    Drawn on the CPU from a generator of its own, so they depend on nothing but the arguments.
+    """
+    words = np.random.SeedSequence((seed, position)).generate_state(2, np.uint32)
+    generator = torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+    deviate = torch.randn((), generator=generator).item()
+    drop = torch.rand((), generator=generator).item()
+    return Draw(torch.randn(tokens, 128, generator=generator), deviate, drop)

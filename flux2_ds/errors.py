@@ -1,0 +1,25 @@
+"""The one error that is addressed to the user, and how a command ends on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Something in the recipe, the data or the model directory is wrong.
+
+    The message names the setting or file, its value, and what to do. It is printed without a
+    traceback; every other exception keeps its traceback, because it is a defect of ours.
+    """
+
+
+def run_root(main: Callable[[], None]) -> None:
+    """Run a command's `main`; a `UserError` becomes one clear message and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)

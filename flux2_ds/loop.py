@@ -1,0 +1,183 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from flux2_ds import checkpoint
+from flux2_ds.data.loader import Loader
+from flux2_ds.engine import Engine, Process, any_process, average, barrier
+from flux2_ds.errors import UserError
+from flux2_ds.metrics import Metrics
+from flux2_ds.objective import FlowObjective
+
+log = logging.getLogger("flux2_ds")
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps of the run and how often what happens."""
+
+    steps: int
+    log_every: int
+    save_every: int
+    keep_last: int
+    keep_every: int | None
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1; acted on at the end of the step."""
+
+    signal_name: str | None = None
+
+    def listen(self) -> None:
+        """Install the handlers; must be called in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+
+@dataclass
+class Meter:
+    """Sums between two log lines; the loss stays on the device until then."""
+
+    loss: torch.Tensor
+    steps: int = 0
+    samples: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: torch.Tensor, samples: int) -> None:
+        """Count one step with its mean loss in this process."""
+        self.loss += loss
+        self.steps += 1
+        self.samples += samples
+
+
+def train(
+    engine: Engine,
+    loader: Loader,
+    objective: FlowObjective,
+    metrics: Metrics | None,
+    process: Process,
+    cadence: Cadence,
+    *,
+    first_step: int,
+    learning_rate: Callable[[int], float],
+    global_batch: int,
+    steps_per_epoch: int,
+    checkpoints: Path,
+    run_state: dict[str, object],
+) -> bool:
+    """Run steps [first_step, cadence.steps). Returns False if a signal ended it early.
+
+    `metrics` is None in all processes but the first.
+    """
+    stop = StopRequest()
+    stop.listen()
+    meter = Meter(torch.zeros((), device=process.device))
+
+    for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
+        losses = torch.zeros((), device=process.device)
+        for micro_batch in micro_batches:
+            loss = objective.loss(engine.forward, micro_batch)
+            engine.backward(loss)
+            engine.step(learning_rate(step))
+            losses += loss.detach()
+        meter.add(losses / len(micro_batches), global_batch)
+
+        done = step + 1
+        last = done == cadence.steps
+        stopping = any_process(stop.signal_name is not None, process.device)
+        if last or stopping or every(cadence.log_every, done):
+            values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
+            values["bucket"] = str(micro_batches[0].bucket)
+            report(values, metrics, done, cadence.steps)
+            meter = Meter(torch.zeros((), device=process.device))
+        if last or stopping or every(cadence.save_every, done):
+            save(engine, checkpoints, done, run_state, process, cadence)
+        if stopping and not last:
+            log.info("stopped by %s after step %d", stop.signal_name or "another process", done)
+            return False
+    return True
+
+
+def every(period: int, step: int) -> bool:
+    """Whether something with this period is due after `step` steps."""
+    return step % period == 0
+
+
+def summarise(
+    meter: Meter, engine: Engine, step: int, learning_rate: float, steps_per_epoch: int
+) -> dict[str, float | str | None]:
+    """The numbers of a log line, averaged over all processes.
+
+    Raises:
+        UserError: the loss is not finite. Raised before a checkpoint is written.
+    """
+    loss = float(average(meter.loss / meter.steps))
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}. The last checkpoint is untouched. Lower "
+            "optimizer.learning_rate, or use precision: bf16 instead of fp16."
+        )
+    seconds = time.perf_counter() - meter.since
+    return {
+        "loss": loss,
+        "gradient_norm": engine.gradient_norm(),
+        "learning_rate": learning_rate,
+        "seconds_per_step": seconds / meter.steps,
+        "samples_per_second": meter.samples / seconds,
+        "epoch": step / steps_per_epoch,
+    }
+
+
+def report(
+    values: dict[str, float | str | None], metrics: Metrics | None, step: int, steps: int
+) -> None:
+    """One line on the console, one record in the metrics."""
+    if metrics is None:
+        return
+    metrics.write(step, values)
+    norm = values["gradient_norm"]
+    log.info(
+        "step %*d/%d | loss %.4f | %slr %.2e | %.3f s/step | %.2f samples/s | %s | epoch %.2f",
+        len(str(steps)),
+        step,
+        steps,
+        values["loss"],
+        "" if norm is None else f"grad {norm:.3f} | ",
+        values["learning_rate"],
+        values["seconds_per_step"],
+        values["samples_per_second"],
+        values["bucket"],
+        values["epoch"],
+    )
+
+
+def save(
+    engine: Engine,
+    checkpoints: Path,
+    step: int,
+    run_state: dict[str, object],
+    process: Process,
+    cadence: Cadence,
+) -> None:
+    """Write a checkpoint; all processes go on together once it is complete."""
+    state = {**run_state, "updates": engine.updates()}
+    path = checkpoint.save(checkpoints, step, engine.state(), state, write=process.first)
+    if process.first:
+        checkpoint.remove_old(checkpoints, cadence.keep_last, cadence.keep_every)
+        log.info("saved %s", path)
+    barrier()

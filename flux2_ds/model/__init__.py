@@ -1,0 +1,1 @@
+"""The FLUX.2 model: files, transformer, text, latents, tiny models."""

@@ -1,0 +1,127 @@
+"""The transformer: loading, exact timesteps, adapters, and what of it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from peft import LoraConfig
+from torch import nn
+
+from flux2_ds.recipe import Lora
+from flux2_ds.spec import Spec
+
+ADAPTER = "default"
+
+_DOUBLE_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+_DOUBLE_FEED_FORWARD = (
+    "ff.linear_in",
+    "ff.linear_out",
+    "ff_context.linear_in",
+    "ff_context.linear_out",
+)
+_SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")
+TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "all": (_DOUBLE_ATTENTION + _DOUBLE_FEED_FORWARD, _SINGLE),
+    "attention": (_DOUBLE_ATTENTION, _SINGLE),
+    "diffusers": (_DOUBLE_ATTENTION[:4], _SINGLE),
+}
+"""Target set -> linears of a double block, linears of a single block. `diffusers` is what its
+FLUX.2 training example adapts."""
+
+
+def load_transformer(directory: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    """`directory`/transformer in `dtype`, with exact timesteps (see `keep_timestep_exact`)."""
+    model = Flux2Transformer2DModel.from_pretrained(
+        directory, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
+    )
+    keep_timestep_exact(model)
+    return model
+
+
+def keep_timestep_exact(model: Flux2Transformer2DModel) -> None:
+    """Let fp32 inputs reach the timestep embedding, in a model of lower precision.
+
+    diffusers casts t to the dtype of `hidden_states` before it multiplies by 1000; in bf16 t = 0.9
+    becomes 0.8984. Given `hidden_states` and t in fp32, t stays exact up to its sinusoids, and these
+    hooks cast what enters the first linears to the dtype of their weights.
+    """
+
+    def cast_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        weight = next(module.parameters())
+        return (args[0].to(weight.dtype), *args[1:])
+
+    embed = model.time_guidance_embed
+    for module in (
+        model.x_embedder,
+        model.context_embedder,
+        embed.timestep_embedder,
+        embed.guidance_embedder,
+    ):
+        if module is not None:
+            module.register_forward_pre_hook(cast_input)
+
+
+def target_modules(spec: Spec, targets: str) -> list[str]:
+    """Full names of the linears that a target set adapts."""
+    double, single = TARGETS[targets]
+    return [f"transformer_blocks.{i}.{n}" for i in range(spec.double_blocks) for n in double] + [
+        f"single_transformer_blocks.{i}.{n}" for i in range(spec.single_blocks) for n in single
+    ]
+
+
+def lora_config(spec: Spec, settings: Lora, *, dora: bool) -> LoraConfig:
+    """PEFT's description of the adapter; A is drawn from N(0, 1/r²), B is zero."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target_modules(spec, settings.targets),
+        init_lora_weights="gaussian",
+        use_dora=dora,
+    )
+
+
+def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> None:
+    """Freeze the base and add an adapter in fp32, initialised from `seed` alone.
+
+    Raises:
+        ValueError: a target name did not match a module, so that fewer linears were adapted.
+    """
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
+    adapted = sum(1 for name in trainable(model) if name.endswith(f"lora_A.{ADAPTER}.weight"))
+    if adapted != len(config.target_modules):
+        raise ValueError(f"{adapted} linears adapted, {len(config.target_modules)} targeted")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def compute_dtype(precision: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:
+    """The dtype that a recipe's `precision` names."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def exported_name(name: str) -> str:
+    """A parameter's name in an adapter file: PEFT's, without the adapter's own name."""
+    if name.endswith(f".lora_magnitude_vector.{ADAPTER}.weight"):
+        return name.removesuffix(f".{ADAPTER}.weight")
+    return name.replace(f".{ADAPTER}.weight", ".weight")

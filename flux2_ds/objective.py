@@ -1,0 +1,62 @@
+"""One training sample's way through the model: latents to tokens, noise, prediction, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flux2_ds import flow
+from flux2_ds.data.loader import MicroBatch
+from flux2_ds.model import latents
+from flux2_ds.recipe import Objective
+
+Forward = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FlowObjective:
+    """Flow matching on FLUX.2.
+
+    `mean`, `std`: [128] fp32 latent statistics. `text_dtype`: what the transformer computes in.
+    `guidance`: whether the variant has a guidance input.
+    """
+
+    settings: Objective
+    mean: torch.Tensor
+    std: torch.Tensor
+    text_dtype: torch.dtype
+    guidance: bool
+    device: torch.device
+
+    def loss(self, forward: Forward, batch: MicroBatch) -> torch.Tensor:
+        """Mean flow-matching loss of a micro-batch, a scalar in fp32.
+
+        Tokens and t enter the model in fp32 (see `keep_timestep_exact`); no text token is trimmed or
+        masked, because the model is used that way.
+        """
+        size, settings = batch.latents.shape[0], self.settings
+        x0 = latents.to_tokens(self._here(batch.latents), self.mean, self.std)
+        noise = self._here(batch.noise)
+        t = flow.timesteps(
+            self._here(batch.deviates),
+            settings.timesteps,
+            image_tokens=batch.bucket.tokens,
+            mean=settings.mean,
+            std=settings.std,
+            shift=settings.shift,
+            max_shift_tokens=settings.max_shift_tokens,
+        )
+        prediction = forward(
+            hidden_states=flow.interpolate(x0, noise, t),
+            encoder_hidden_states=self._here(batch.text).to(self.text_dtype),
+            timestep=t,
+            img_ids=latents.image_ids(batch.bucket.height, batch.bucket.width, self.device),
+            txt_ids=latents.text_ids(batch.text.shape[1], self.device),
+            guidance=t.new_full((size,), settings.guidance) if self.guidance else None,
+        )
+        return flow.flow_loss(prediction, flow.velocity(x0, noise))
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,257 @@
+"""From a recipe and a number of processes to everything that is derived. Pure, no torch.
+
+All checks across settings are here, so that an impossible combination is refused before anything is
+loaded, by `plan`, by the launcher and by every process alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux2_ds.data.buckets import bucket_table
+from flux2_ds.errors import UserError
+from flux2_ds.recipe import Recipe
+from flux2_ds.shipped import shipped_directory
+from flux2_ds.spec import PIXELS_PER_TOKEN
+
+_DEEPSPEED_KEYS = frozenset(
+    {
+        "zero_optimization",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "aio",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "steps_per_print",
+    }
+)
+_OWNED_ELSEWHERE = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "activations",
+    "wandb": "log.wandb",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, with every number that the recipe leaves open."""
+
+    recipe: Recipe
+    processes: int
+    accumulation: int
+    zero_stage: int
+    offload_optimizer: bool
+    deepspeed: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """The arithmetic, for people."""
+        recipe, batch, adam = self.recipe, self.recipe.batch, self.recipe.optimizer
+        method = "full fine-tune"
+        if recipe.method != "full":
+            alpha = recipe.lora.rank if recipe.lora.alpha is None else recipe.lora.alpha
+            method = (
+                f"{recipe.method} rank {recipe.lora.rank}, alpha {alpha:g}, "
+                f"targets {recipe.lora.targets}"
+            )
+        return [
+            f"model      {recipe.model.path}, {method}, {recipe.precision}",
+            f"batch      {batch.global_size} global = {batch.micro_size} micro × "
+            f"{self.accumulation} accumulation × {self.processes} processes",
+            f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples",
+            f"optimizer  AdamW, lr {adam.learning_rate:g} {adam.schedule}, "
+            f"warm-up {adam.warmup_steps}, clipping {adam.max_grad_norm:g}",
+            f"engine     ZeRO stage {self.zero_stage}"
+            + (", optimizer offloaded to the CPU" if self.offload_optimizer else "")
+            + f", activations: {recipe.activations}",
+        ]
+
+
+def make_plan(recipe: Recipe, processes: int) -> Plan:
+    """Check the recipe for `processes` processes and derive the rest.
+
+    Raises:
+        UserError: an impossible combination, naming the setting, its value and a value that works.
+    """
+    check_ranges(recipe)
+    accumulation = _accumulation(recipe, processes)
+    config = _read_deepspeed(recipe.deepspeed)
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    offload = zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
+    _check_precision(recipe)
+    config |= {
+        "train_batch_size": recipe.batch.global_size,
+        "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
+        # Our own log line replaces DeepSpeed's.
+        "steps_per_print": config.get("steps_per_print", 10**9),
+        **_precision_sections(recipe),
+    }
+    return Plan(recipe, processes, accumulation, stage, offload, config)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0), a pure function of the step.
+
+    Linear warm-up over `warmup_steps`, then constant, or cosine or linear decay to 0 at `steps`.
+    """
+    adam = recipe.optimizer
+    if step < adam.warmup_steps:
+        return adam.learning_rate * (step + 1) / adam.warmup_steps
+    done = (step - adam.warmup_steps) / max(1, recipe.steps - adam.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+    }[adam.schedule]
+    return adam.learning_rate * factor
+
+
+def check_ranges(recipe: Recipe) -> None:
+    """Refuse settings that are wrong whatever the hardware.
+
+    Raises:
+        UserError: naming the setting, its value and the rule.
+    """
+    data, preview = recipe.data, recipe.preview
+    at_least_one: dict[str, int | None] = {
+        "steps": recipe.steps,
+        "batch.global_size": recipe.batch.global_size,
+        "batch.micro_size": recipe.batch.micro_size,
+        "lora.rank": recipe.lora.rank,
+        "data.samples_per_shard": data.samples_per_shard,
+        "data.text_batch": data.text_batch,
+        "data.image_batch": data.image_batch,
+        "data.shuffle_window": data.shuffle_window,
+        "checkpoint.every": recipe.checkpoint.every,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "checkpoint.keep_every": recipe.checkpoint.keep_every,
+        "log.every": recipe.log.every,
+        "launch.processes": recipe.launch.processes,
+        "preview.steps": preview.steps,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+
+    def require(name: str, value: Any, ok: Callable[[Any], bool], rule: str) -> None:
+        if not ok(value):
+            raise UserError(f"{name} is {value}; it must be {rule}.")
+
+    token = PIXELS_PER_TOKEN
+    adam = recipe.optimizer
+    require("data.bucket_step", data.bucket_step, lambda v: v > 0 and v % token == 0,
+            f"a multiple of {token}")  # fmt: skip
+    require("preview.height", preview.height, lambda v: v > 0 and v % token == 0,
+            f"a multiple of {token}")  # fmt: skip
+    require("preview.width", preview.width, lambda v: v > 0 and v % token == 0,
+            f"a multiple of {token}")  # fmt: skip
+    require("data.max_aspect", data.max_aspect, lambda v: v >= 1, "at least 1")
+    require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
+    require("objective.caption_dropout", recipe.objective.caption_dropout,
+            lambda v: 0 <= v <= 1, "between 0 and 1")  # fmt: skip
+    require("lora.dropout", recipe.lora.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
+    require("optimizer.learning_rate", adam.learning_rate, lambda v: v > 0, "positive")
+    require("optimizer.warmup_steps", adam.warmup_steps, lambda v: v >= 0, "0 or more")
+    require("optimizer.max_grad_norm", adam.max_grad_norm, lambda v: v >= 0, "0 or more")
+    require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
+    require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
+    if not bucket_table(data.resolution, data.bucket_step, data.max_aspect):
+        raise UserError(
+            f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
+            "bucket. The step must not be larger than the resolution."
+        )
+    if data.missing_caption == "fixed" and not data.fixed_caption:
+        raise UserError(
+            "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
+        )
+
+
+def _accumulation(recipe: Recipe, processes: int) -> int:
+    batch = recipe.batch
+    at_once = batch.micro_size * processes
+    if batch.global_size % at_once:
+        nearest = max(1, round(batch.global_size / at_once)) * at_once
+        raise UserError(
+            f"batch.global_size {batch.global_size} is not a multiple of batch.micro_size "
+            f"{batch.micro_size} × {processes} processes = {at_once}. "
+            f"Set batch.global_size to {nearest}, or change micro_size or the number of processes."
+        )
+    return batch.global_size // at_once
+
+
+def _check_precision(recipe: Recipe) -> None:
+    if recipe.precision == "fp16" and recipe.launch.accelerator == "cpu":
+        raise UserError(
+            "precision is fp16, which DeepSpeed does not offer on the CPU. Set precision to bf16 "
+            "or fp32, or launch.accelerator to cuda."
+        )
+
+
+def _precision_sections(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's precision sections.
+
+    Adapters in bf16 need none: the frozen base is loaded in bf16, the adapter stays in fp32, and the
+    engine leaves dtypes alone. A full fine-tune in bf16, and fp16 always, need the engine's fp32
+    masters (fp16 also its loss scaler).
+    """
+    if recipe.precision == "fp16":
+        return {"fp16": {"enabled": True}}
+    if recipe.precision == "bf16" and recipe.method == "full":
+        return {"bf16": {"enabled": True}}
+    return {}
+
+
+def _read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed config by shipped name, path or value, checked against what it may hold."""
+    if isinstance(choice, str):
+        shipped = shipped_directory("ds_configs")
+        path = shipped / f"{choice}.json"
+        source = choice if choice.endswith(".json") else str(path)
+        if not Path(source).is_file():
+            names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
+            raise UserError(
+                f"deepspeed is {choice!r}: neither a shipped config ({names}) nor an existing "
+                ".json file."
+            )
+        try:
+            config = json.loads(Path(source).read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"deepspeed config {source} is not valid JSON: {error}.") from error
+    else:
+        source, config = "(in the recipe)", copy.deepcopy(choice)
+    for key in config:
+        if key in _OWNED_ELSEWHERE:
+            raise UserError(
+                f"deepspeed config {source} sets {key!r}, which belongs to the recipe: set "
+                f"{_OWNED_ELSEWHERE[key]} there and remove it from the config."
+            )
+        if key not in _DEEPSPEED_KEYS:
+            # DeepSpeed would ignore it in silence.
+            raise UserError(
+                f"deepspeed config {source} has the unknown key {key!r}. Known: "
+                f"{', '.join(sorted(_DEEPSPEED_KEYS))}."
+            )
+    if '"auto"' in json.dumps(config):
+        raise UserError(f'deepspeed config {source} uses "auto"; write the value.')
+    return dict(config)

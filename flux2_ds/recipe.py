@@ -1,0 +1,270 @@
+"""Every setting a user may give, read from YAML and the command line by jsonargparse.
+
+A recipe holds only what differs from the defaults below. Each number has one owner: batch sizes,
+learning rate, clipping and precision belong here; sharding, offload and communication belong to the
+DeepSpeed file that `deepspeed` names. Checks across fields are in `plan.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import SUPPRESS
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The FLUX.2 model to start from."""
+
+    path: str
+    """Model directory in diffusers' layout, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Branch, tag or commit, for a hub id."""
+    allow_distilled: bool = False
+    """Train a step-distilled klein model all the same. Such weights collapse when trained; use the
+    base model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Photographs and the shards made of them."""
+
+    images: str
+    """Folder of pictures, searched recursively, each with its caption in a .txt file of the same
+    name. Read by `prepare` only."""
+    shards: str
+    """Folder of WebDataset shards and index.json: written by `prepare`, read by `train`."""
+    resolution: int = 1024
+    """Pictures are resized to about resolution² pixels, keeping their aspect ratio; in px."""
+    bucket_step: int = 64
+    """Width and height of every bucket are multiples of this; a multiple of 16, in px."""
+    max_aspect: float = 2.0
+    """Longest side over shortest side of the most elongated bucket."""
+    max_upscale: float = 1.0
+    """Pictures that must be enlarged by more than this factor to fill their bucket are skipped and
+    reported."""
+    missing_caption: Literal["error", "skip", "fixed"] = "error"
+    """What to do with a picture without a caption: stop, skip and report it, or use
+    `fixed_caption`."""
+    fixed_caption: str = ""
+    """Caption of pictures that have none, with `missing_caption: fixed`."""
+    samples_per_shard: int = 256
+    """Largest number of samples in a shard."""
+    text_batch: int = 8
+    """Captions encoded at once by `prepare`."""
+    image_batch: int = 4
+    """Pictures encoded at once by `prepare`."""
+    shuffle_window: int = 8
+    """Shards among which samples are shuffled; more is closer to a full shuffle and keeps more
+    shards open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter, with `method: lora` or `dora`."""
+
+    rank: int = 32
+    """Rank r of the update."""
+    alpha: float | None = None
+    """Scale of the update is alpha / rank. Default: alpha = rank."""
+    targets: Literal["all", "attention", "diffusers"] = "all"
+    """`all`: every linear of both block kinds. `attention`: without the separate feed-forward
+    layers of the double blocks. `diffusers`: the default of diffusers' training script."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input; 0..1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Batch arithmetic. Gradient accumulation is derived: global / (micro × processes)."""
+
+    global_size: int = 8
+    """Samples per optimizer step, over all processes."""
+    micro_size: int = 1
+    """Samples per forward pass of one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Flow matching."""
+
+    timesteps: Literal["flux", "uniform", "logit_normal", "shift"] = "flux"
+    """Distribution of t. `flux`: logit-normal, shifted by the number of image tokens. `shift`: the
+    same with the fixed `shift`. `logit_normal`: sigmoid(N(mean, std²)). `uniform`: U(0, 1)."""
+    mean: float = 0.0
+    """Mean of the normal under the sigmoid."""
+    std: float = 1.0
+    """Standard deviation of the normal under the sigmoid."""
+    shift: float = 3.0
+    """s in t' = s·t / (1 + (s-1)·t), with `timesteps: shift`."""
+    max_shift_tokens: int = 4096
+    """Number of image tokens at which the `flux` shift stops growing."""
+    guidance: float = 1.0
+    """Guidance value given to FLUX.2-dev while training. klein has no such input."""
+    caption_dropout: float = 0.0
+    """Share of the samples trained with the empty caption; 0..1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. Trainable weights have fp32 masters in every precision."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Checkpoints: trainable weights, optimizer and position, as safetensors and JSON."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Console, metrics.jsonl and Weights & Biases."""
+
+    every: int = 10
+    """Steps between log lines."""
+    wandb: Literal["online", "offline", "disabled"] = "offline"
+    """Weights & Biases mode. Without an API key `online` becomes `offline`, said in the log."""
+    project: str = "flux2-ds"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What `flux2-ds sample` renders."""
+
+    prompts: list[str] = field(default_factory=lambda: ["a photograph"])
+    """Prompts; one row of the grid each."""
+    height: int = 1024
+    """In px, a multiple of 16."""
+    width: int = 1024
+    """In px, a multiple of 16."""
+    steps: int = 28
+    """Denoising steps."""
+    guidance: float = 4.0
+    """Guidance scale."""
+    seed: int = 0
+    """Seed of the starting noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where the recipe runs."""
+
+    accelerator: Literal["cuda", "cpu"] = "cuda"
+    """CUDA GPUs with NCCL, or CPU processes with gloo."""
+    processes: int | None = None
+    """Processes on each machine. Default: one for each visible GPU."""
+    hostfile: str | None = None
+    """DeepSpeed hostfile (`host slots=8` a line) to run on several machines over ssh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    run_dir: str
+    """Where the run is kept: resolved recipe, metrics, checkpoints, exports. Starting again
+    continues."""
+    seed: int = 0
+    """Seed of data order, noise, timesteps and adapter initialisation."""
+    steps: int = 1000
+    """Optimizer steps."""
+    method: Literal["lora", "dora", "full"] = "lora"
+    """Train a LoRA or DoRA adapter, or all weights."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute precision: model, activations and engine follow it."""
+    activations: Literal["recompute", "keep"] = "recompute"
+    """Recompute each block's activations in the backward pass (less memory) or keep them
+    (faster)."""
+    deepspeed: str | dict[str, Any] = "zero2"
+    """DeepSpeed config: the name of a shipped file (zero1, zero2, zero2_offload, zero3,
+    zero3_offload), a path, or the config itself."""
+    accept_changes: bool = False
+    """Continue a run although the recipe differs from the one it was started with."""
+    model: Model
+    """The FLUX.2 model to start from."""
+    data: Data
+    """Photographs and the shards made of them."""
+    lora: Lora = field(default_factory=Lora)
+    """The adapter, with `method: lora` or `dora`."""
+    batch: Batch = field(default_factory=Batch)
+    """Batch arithmetic."""
+    objective: Objective = field(default_factory=Objective)
+    """Flow matching."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """AdamW."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """Checkpoints."""
+    log: Log = field(default_factory=Log)
+    """Console, metrics.jsonl and Weights & Biases."""
+    preview: Preview = field(default_factory=Preview)
+    """What `flux2-ds sample` renders."""
+    launch: Launch = field(default_factory=Launch)
+    """Where the recipe runs."""
+
+
+def recipe_parser(prog: str, description: str) -> ArgumentParser:
+    """A parser for `--config FILE` and a dotted option for every setting of `Recipe`.
+
+    Commands add their own options to it. Unknown keys and wrong types are errors that name the
+    setting and the value.
+    """
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="Recipe in YAML.")
+    # DeepSpeed's launcher passes the local rank as an option; the environment has it too.
+    parser.add_argument("--local_rank", type=int | None, default=None, help=SUPPRESS)
+    parser.add_class_arguments(Recipe, None)
+    return parser
+
+
+def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple[Recipe, Any]:
+    """Parse `argv` (default: the command line) into a `Recipe` and the command's own options.
+
+    Relative paths in a recipe are relative to the current directory, like those on the command
+    line. Errors end the process with code 2 and a message that names the setting.
+    """
+    options = parser.parse_args(argv if argv is not None else sys.argv[1:])
+    names = [item.name for item in dataclasses.fields(Recipe)]
+    values = parser.instantiate(options)
+    return Recipe(**{name: values[name] for name in names}), options
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read one recipe file, with dotted overrides such as `["--steps=10"]`."""
+    parser = recipe_parser("recipe", "")
+    return parse_recipe(parser, ["--config", str(path), *(overrides or [])])[0]
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain YAML and JSON values, every default written out."""
+    values = dataclasses.asdict(recipe)
+    values["optimizer"]["betas"] = list(recipe.optimizer.betas)
+    return values

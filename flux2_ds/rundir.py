@@ -1,0 +1,110 @@
+"""The run directory is an interface: what is in it, and when a run may continue in it.
+
+recipe.yaml      the resolved recipe      deepspeed.json   the DeepSpeed config it led to
+versions.json    of the packages          metrics.jsonl    one record a log line
+checkpoints/     step_N                   export/          adapters for diffusers
+wandb/           the W&B run              loss.png         drawn at every stop
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flux2_ds.errors import UserError
+from flux2_ds.plan import Plan
+from flux2_ds.recipe import Recipe, recipe_values
+
+RECIPE_NAME = "recipe.yaml"
+_PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
+_FREE = ("run_dir", "accept_changes", "activations", "deepspeed", "checkpoint", "log", "preview",
+         "launch")  # fmt: skip
+"""Settings that may change between two starts of a run: they do not change what is computed."""
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Refuse a directory that holds another run or something else.
+
+    Raises:
+        UserError: naming the settings that differ, old and new.
+    """
+    run_dir = Path(recipe.run_dir)
+    stored = run_dir / RECIPE_NAME
+    if not run_dir.exists():
+        return
+    if not stored.is_file():
+        if run_dir.is_dir() and not any(run_dir.iterdir()):
+            return
+        raise UserError(
+            f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
+            "Give a new directory."
+        )
+    before = yaml.safe_load(stored.read_text())
+    changes = _differences(_identity(before), _identity(recipe_values(recipe)))
+    if changes and not recipe.accept_changes:
+        raise UserError(
+            f"run_dir {run_dir} holds a different run: {'; '.join(changes)}. Give a new run_dir, "
+            "restore the settings, or set accept_changes: true to go on with the new ones."
+        )
+
+
+def write_run_dir(plan: Plan) -> None:
+    """Write recipe, DeepSpeed config and versions."""
+    run_dir = Path(plan.recipe.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / "deepspeed.json", json.dumps(plan.deepspeed, indent=1) + "\n")
+    _write(run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
+    # Last: a directory without a recipe.yaml holds no run.
+    _write(run_dir / RECIPE_NAME, yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False))
+
+
+def export_path(recipe: Recipe, step: int) -> Path:
+    """Where the export of a checkpoint is: a file for an adapter, a directory for all weights."""
+    run_dir = Path(recipe.run_dir)
+    if recipe.method == "full":
+        return run_dir / "export" / f"step_{step:08d}" / "transformer"
+    return run_dir / "export" / f"{run_dir.resolve().name}-step_{step:08d}.safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is computed, flat."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in _FREE:
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    if flat["optimizer.schedule"] == "constant":
+        flat.pop("steps")
+    # Where the pictures were and how many are encoded at once does not reach the trainer; how the
+    # global batch is cut does not change it.
+    for name in ("data.images", "data.text_batch", "data.image_batch", "batch.micro_size"):
+        flat.pop(name)
+    return flat
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,117 @@
+"""What a FLUX.2 model directory is, read from its JSON files alone, before any weight is loaded.
+
+Everything is derived from the configs; the variant is recognised, never typed in by the user.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flux2_ds.errors import UserError
+
+TEXT_TOKENS = 512
+"""Length to which both pipelines pad and truncate the prompt; nothing is trimmed or masked."""
+PIXELS_PER_TOKEN = 16
+"""Side of the square of pixels that one image token covers: 8 (VAE) × 2 (patch)."""
+
+_PIPELINES: dict[str, tuple[Literal["dev", "klein"], str]] = {
+    "Flux2Pipeline": ("dev", "Mistral3ForConditionalGeneration"),
+    "Flux2KleinPipeline": ("klein", "Qwen3ForCausalLM"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Dimensions of one FLUX.2 transformer and the pipeline that it belongs to."""
+
+    variant: Literal["dev", "klein"]
+    pipeline: str
+    double_blocks: int
+    single_blocks: int
+    heads: int
+    head_dim: int
+    text_width: int
+    guidance: bool
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.heads * self.head_dim
+
+    def __str__(self) -> str:
+        return (
+            f"FLUX.2-{self.variant}, {self.double_blocks} double + {self.single_blocks} single "
+            f"blocks, width {self.width}, text width {self.text_width}"
+        )
+
+
+def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
+    """Recognise the model in `directory` (diffusers' layout).
+
+    Raises:
+        UserError: not a FLUX.2 directory, parts of different families, or step-distilled weights.
+    """
+    index = _read_json(directory / "model_index.json")
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in _PIPELINES:
+        raise UserError(
+            f"model.path {directory} holds a {pipeline}, not FLUX.2 (Flux2Pipeline or "
+            "Flux2KleinPipeline). Give the directory or hub id of a FLUX.2 model."
+        )
+    variant, encoder_class = _PIPELINES[pipeline]
+    config = _read_json(directory / "transformer" / "config.json")
+    expected = {
+        "transformer": ("Flux2Transformer2DModel", config.get("_class_name")),
+        "vae": ("AutoencoderKLFlux2", _component_class(index, "vae")),
+        "text_encoder": (encoder_class, _component_class(index, "text_encoder")),
+    }
+    for part, (wanted, found) in expected.items():
+        if found != wanted:
+            raise UserError(
+                f"{directory}/{part} is a {found}; {pipeline} needs a {wanted}. Download the model "
+                "again or correct model_index.json."
+            )
+    if index.get("is_distilled") and not allow_distilled:
+        raise UserError(
+            f"model.path {directory} is step-distilled (is_distilled in model_index.json) and "
+            "collapses when trained. Use the base model, or set model.allow_distilled: true."
+        )
+    spec = Spec(
+        variant=variant,
+        pipeline=pipeline,
+        double_blocks=config["num_layers"],
+        single_blocks=config["num_single_layers"],
+        heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        text_width=config["joint_attention_dim"],
+        guidance=config["guidance_embeds"],
+    )
+    if spec.guidance != (variant == "dev"):
+        raise UserError(
+            f"{directory}/transformer/config.json: guidance_embeds is {spec.guidance}, which does "
+            f"not belong to {pipeline}. Transformer and pipeline are of different variants."
+        )
+    return spec
+
+
+def _component_class(index: dict[str, Any], part: str) -> str | None:
+    entry = index.get(part)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: model.path must be a model directory in diffusers' layout "
+            "(model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Download the model again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object. Download the model again.")
+    return value

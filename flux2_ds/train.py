@@ -1,0 +1,232 @@
+"""Train: read the recipe, build the parts in order, run the loop.
+
+    deepspeed --num_gpus 8 --module flux2_ds.train --config recipes/h100x8.yaml
+
+Starting again continues from the newest checkpoint. Exit codes: 0 done, 2 something to correct in
+the recipe or the data, 75 stopped by a signal with a checkpoint saved (start again to continue).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from flux2_ds import checkpoint, loop
+from flux2_ds.data.index import CONDITIONING_NAME, Index, read_index
+from flux2_ds.data.loader import Loader, Share
+from flux2_ds.data.order import Order
+from flux2_ds.engine import Engine, Process, barrier, start_process, stop_process
+from flux2_ds.errors import UserError, run_root
+from flux2_ds.metrics import Metrics, draw_loss
+from flux2_ds.model import transformer
+from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.objective import FlowObjective
+from flux2_ds.plan import Plan, learning_rate, make_plan
+from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
+from flux2_ds.rundir import check_run_dir, versions, write_run_dir
+from flux2_ds.spec import Spec, read_spec
+
+log = logging.getLogger("flux2_ds")
+
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL: a signal ended the run, a checkpoint was saved, the same command continues it."""
+
+
+def main() -> None:
+    """Entry point of `flux2_ds.train`, one call in each process."""
+    recipe, _ = parse_recipe(recipe_parser("flux2_ds.train", "Train FLUX.2 on prepared shards."))
+    process = start_process(recipe.launch.accelerator)
+    set_up_log(process)
+    plan = make_plan(recipe, process.world)
+    check_run_dir(recipe)
+
+    directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
+    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
+    index = read_index(Path(recipe.data.shards))
+    check_shards(index, spec, directory, recipe)
+    order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
+
+    barrier()  # every process has passed the checks before the first file is written
+    if process.first:
+        write_run_dir(plan)
+        say_plan(plan, spec, index, order)
+
+    model = build_model(directory, spec, recipe)
+    if process.world == 1 or process.device.type == "cuda":
+        model.to(process.device)
+    engine = build_engine(model, plan)
+    first_step = resume(engine, Path(recipe.run_dir) / "checkpoints")
+    finished = run(plan, spec, index, order, engine, process, first_step)
+    stop_process()
+    if not finished:
+        sys.exit(EXIT_STOPPED)
+
+
+def set_up_log(process: Process) -> None:
+    """Log lines of the first process; warnings of all."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    log.setLevel(logging.INFO if process.first else logging.WARNING)
+
+
+def check_shards(index: Index, spec: Spec, directory: Path, recipe: Recipe) -> None:
+    """Refuse shards that another model made.
+
+    Raises:
+        UserError: another variant, text width, or other weights of VAE or text encoder.
+    """
+    shards = Path(recipe.data.shards)
+    if (index.variant, index.text_width) != (spec.variant, spec.text_width):
+        raise UserError(
+            f"data.shards {shards} were prepared for FLUX.2-{index.variant} with text width "
+            f"{index.text_width}; model.path {recipe.model.path} is FLUX.2-{spec.variant} with "
+            f"{spec.text_width}. Prepare the shards with this model."
+        )
+    unchecked = check_fingerprint(index.fingerprint, directory, shards)
+    if unchecked:
+        log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
+
+
+def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
+    """Log the arithmetic of the run."""
+    for line in [f"variant    {spec}", *plan.lines()]:
+        log.info(line)
+    log.info(
+        "data       %d samples in %d shards, %d steps an epoch",
+        index.samples,
+        len(index.shards),
+        order.steps_per_epoch,
+    )
+    for bucket, count in index.bucket_counts().items():
+        repeated = order.repeated(bucket)
+        log.info(
+            "  %-10s %d samples, %d batches an epoch%s",
+            bucket,
+            count,
+            order.batches[bucket],
+            f", {repeated} seen twice to fill the last" if repeated else "",
+        )
+
+
+def build_model(directory: Path, spec: Spec, recipe: Recipe) -> torch.nn.Module:
+    """The transformer with what the recipe trains of it."""
+    model = transformer.load_transformer(directory, transformer.compute_dtype(recipe.precision))
+    if recipe.activations == "recompute":
+        model.enable_gradient_checkpointing()
+    if recipe.method == "full":
+        model.requires_grad_(True)
+    else:
+        config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+        transformer.add_lora(model, config, recipe.seed)
+    model.train()
+    named = transformer.trainable(model)
+    log.info(
+        "parameters %s trained of %s",
+        f"{sum(p.numel() for p in named.values()):,}",
+        f"{sum(p.numel() for p in model.parameters()):,}",
+    )
+    return model
+
+
+def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
+    """The model under DeepSpeed."""
+    adam = plan.recipe.optimizer
+    return Engine(
+        model,
+        plan.deepspeed,
+        offload_optimizer=plan.offload_optimizer,
+        betas=adam.betas,
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+    )
+
+
+def resume(engine: Engine, checkpoints: Path) -> int:
+    """Load the newest intact checkpoint, if there is one; returns the step to start from."""
+    found, complaints = checkpoint.newest(checkpoints)
+    for complaint in complaints:
+        log.warning("%s; going on from the one before", complaint)
+    if found is None:
+        return 0
+    engine.load_weights(found.tensors("weights"))
+    moments = {kind: found.tensors(kind) for kind in ("exp_avg", "exp_avg_sq")}
+    engine.load_moments(moments, found.state()["updates"])
+    log.info("continuing after step %d from %s", found.step, found.path)
+    return found.step
+
+
+def run(
+    plan: Plan,
+    spec: Spec,
+    index: Index,
+    order: Order,
+    engine: Engine,
+    process: Process,
+    first_step: int,
+) -> bool:
+    """Run the loop with its data, objective and metrics; False if a signal ended it."""
+    recipe = plan.recipe
+    shards, run_dir = Path(recipe.data.shards), Path(recipe.run_dir)
+    conditioning = load_file(shards / CONDITIONING_NAME)
+    loader = Loader(
+        shards,
+        index,
+        order,
+        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
+        seed=recipe.seed,
+        caption_dropout=recipe.objective.caption_dropout,
+        empty_text=conditioning["empty_text"],
+    )
+    objective = FlowObjective(
+        settings=recipe.objective,
+        mean=conditioning["latent_mean"].to(process.device),
+        std=conditioning["latent_std"].to(process.device),
+        text_dtype=transformer.compute_dtype(recipe.precision),
+        guidance=spec.guidance,
+        device=process.device,
+    )
+    metrics = None
+    if process.first:
+        metrics = Metrics(
+            run_dir,
+            mode=recipe.log.wandb,
+            project=recipe.log.project,
+            config=recipe_values(recipe),
+            resumed_at=first_step,
+        )
+    finished = loop.train(
+        engine,
+        loader,
+        objective,
+        metrics,
+        process,
+        loop.Cadence(
+            recipe.steps,
+            recipe.log.every,
+            recipe.checkpoint.every,
+            recipe.checkpoint.keep_last,
+            recipe.checkpoint.keep_every,
+        ),
+        first_step=first_step,
+        learning_rate=lambda step: learning_rate(recipe, step),
+        global_batch=recipe.batch.global_size,
+        steps_per_epoch=order.steps_per_epoch,
+        checkpoints=run_dir / "checkpoints",
+        run_state={
+            "recipe": recipe_values(recipe),
+            "versions": versions(),
+            "data": index.fingerprint,
+            "processes": process.world,
+        },
+    )
+    if metrics is not None:
+        metrics.close()
+        log.info("loss curve in %s", draw_loss(run_dir))
+    return finished
+
+
+if __name__ == "__main__":
+    run_root(main)

@@ -1,0 +1,161 @@
+"""`flux2-ds COMMAND`: reads the recipe, says what it will run, runs it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flux2_ds.data.index import INDEX_NAME, read_index
+from flux2_ds.data.order import Order
+from flux2_ds.errors import UserError, run_root
+from flux2_ds.plan import make_plan
+from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from launcher.commands import train_command
+from launcher.hosts import Hosts, find_hosts, free_port
+from launcher.local import run
+from launcher.slurm import SlurmJob, slurm_script
+
+USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
+
+commands
+  prepare   encode photographs and captions into shards
+  plan      print what a run will do, without starting it
+  train     train on this machine's GPUs, on CPU processes or over a hostfile
+  slurm     print (or --submit) an sbatch script that trains
+  export    write a checkpoint in the form diffusers loads
+  sample    render prompts without and with the trained weights
+  tiny      make a tiny FLUX.2 model directory, for tests
+
+`flux2-ds COMMAND --help` lists the command's options and every setting."""
+
+
+def main() -> None:
+    """Entry point of `flux2-ds` and `python -m launcher`."""
+    arguments = sys.argv[1:]
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "plan": plan,
+        "train": train,
+        "slurm": slurm,
+        "prepare": lambda argv: run_module("flux2_ds.prepare", argv),
+        "export": lambda argv: run_module("flux2_ds.export", argv),
+        "sample": lambda argv: run_module("flux2_ds.sample", argv),
+        "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv),
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in commands:
+        print(f"error: no command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+    run_root(lambda: commands[arguments[0]](arguments[1:]))
+
+
+def plan(argv: list[str]) -> None:
+    """Print the arithmetic of a run."""
+    recipe, options, _ = read(argv, "plan", "Print what a run will do.", add_gpus)
+    hosts = hosts_of(recipe, options.gpus)
+    print("\n".join(make_plan(recipe, hosts.processes).lines()))
+    if not (Path(recipe.data.shards) / INDEX_NAME).is_file():
+        print(f"data       {recipe.data.shards} is not prepared yet")
+        return
+    index = read_index(Path(recipe.data.shards))
+    order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
+    print(f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch")
+
+
+def train(argv: list[str]) -> None:
+    """Check the recipe, print the exact command, run it and pass its exit code on."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        add_gpus(parser)
+        parser.add_argument(
+            "--dry-run", action="store_true", help="Print plan and command, start nothing."
+        )
+
+    recipe, options, arguments = read(argv, "train", "Start training.", add_options)
+    hosts = hosts_of(recipe, options.gpus)
+    the_plan = make_plan(recipe, hosts.processes)
+    command = train_command(
+        recipe.launch,
+        hosts,
+        arguments,
+        cores=os.cpu_count() or 1,
+        port=free_port(),
+        environment=dict(os.environ),
+    )
+    if options.dry_run:
+        print("\n".join(the_plan.lines()))
+    print(command, flush=True)
+    if not options.dry_run:
+        sys.exit(run(command))
+
+
+def slurm(argv: list[str]) -> None:
+    """Print the sbatch script, or submit it."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--nodes", type=int, default=1, help="Number of nodes.")
+        add("--gpus-per-node", type=int, default=8, help="GPUs of each node.")
+        add("--time", type=str, default="24:00:00", help="Time limit.")
+        add("--partition", type=str, default=None, help="Slurm partition.")
+        add("--account", type=str, default=None, help="Slurm account.")
+        add("--submit", action="store_true", help="Hand the script to sbatch.")
+
+    recipe, options, arguments = read(argv, "slurm", "Write an sbatch script.", add_options)
+    make_plan(recipe, options.nodes * options.gpus_per_node)
+    job = SlurmJob(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        time_limit=options.time,
+        name=Path(recipe.run_dir).name,
+        partition=options.partition,
+        account=options.account,
+    )
+    script = slurm_script(job, arguments, python=sys.executable)
+    if not options.submit:
+        print(script, end="")
+        return
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on this machine. Run this on a Slurm login node.")
+    sys.exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)
+
+
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """The option that overrides `launch.processes`."""
+    parser.add_argument(
+        "--gpus", type=int, default=None, help="Processes on this machine (launch.processes)."
+    )
+
+
+def hosts_of(recipe: Recipe, gpus: int | None) -> Hosts:
+    """Where the recipe runs; `gpus` is the command line's word."""
+    launch = recipe.launch
+    return find_hosts(launch if gpus is None else dataclasses.replace(launch, processes=gpus))
+
+
+def read(
+    argv: list[str],
+    command: str,
+    description: str,
+    add_options: Callable[[argparse.ArgumentParser], None],
+) -> tuple[Recipe, Any, list[str]]:
+    """The recipe, the command's own options, and the arguments without them, for the trainer."""
+    parser = recipe_parser(f"flux2-ds {command}", description)
+    add_options(parser)
+    recipe, options = parse_recipe(parser, argv)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_options(own)
+    return recipe, options, own.parse_known_args(argv)[1]
+
+
+def run_module(module: str, argv: list[str]) -> None:
+    """Run another command in its own process, because this one does not import torch."""
+    sys.exit(subprocess.run([sys.executable, "-m", module, *argv], check=False).returncode)
