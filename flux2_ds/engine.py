@@ -62,6 +62,9 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
     if "RANK" not in os.environ:
         os.environ.update(alone)
     device = torch.device("cpu")
+    # DeepSpeed would compile a shared-memory collective on its first CPU run: minutes, and a failure
+    # without a C++ compiler. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

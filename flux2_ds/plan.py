@@ -93,7 +93,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     """
     check_ranges(recipe)
     accumulation = _accumulation(recipe, processes)
-    config = _read_deepspeed(recipe.deepspeed)
+    config = read_deepspeed(recipe.deepspeed)
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     offload = zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
@@ -222,7 +222,7 @@ def _precision_sections(recipe: Recipe) -> dict[str, Any]:
     return {}
 
 
-def _read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
+def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config by shipped name, path or value, checked against what it may hold."""
     if isinstance(choice, str):
         shipped = shipped_directory("ds_configs")

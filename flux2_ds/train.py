@@ -56,8 +56,6 @@ def main() -> None:
         say_plan(plan, spec, index, order)
 
     model = build_model(directory, spec, recipe)
-    if process.world == 1 or process.device.type == "cuda":
-        model.to(process.device)
     engine = build_engine(model, plan)
     first_step = resume(engine, Path(recipe.run_dir) / "checkpoints")
     finished = run(plan, spec, index, order, engine, process, first_step)

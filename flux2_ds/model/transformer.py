@@ -53,8 +53,8 @@ def load_transformer(directory: Path, dtype: torch.dtype) -> Flux2Transformer2DM
 def keep_timestep_exact(model: Flux2Transformer2DModel) -> None:
     """Let fp32 inputs reach the timestep embedding, in a model of lower precision.
 
-    diffusers casts t to the dtype of `hidden_states` before it multiplies by 1000; in bf16 t = 0.9
-    becomes 0.8984. Given `hidden_states` and t in fp32, t stays exact up to its sinusoids, and these
+    diffusers casts t to the dtype of `hidden_states` before it multiplies by 1000; in bf16 a t of
+    0.7771 reaches the sinusoids as 776. Given `hidden_states` and t in fp32, t stays exact up to its sinusoids, and these
     hooks cast what enters the first linears to the dtype of their weights.
     """
 
@@ -100,14 +100,15 @@ def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> N
         ValueError: a target name did not match a module, so that fewer linears were adapted.
     """
     model.requires_grad_(False)
+    targeted = len(config.target_modules)  # PEFT shortens the list when it injects
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     adapted = sum(1 for name in trainable(model) if name.endswith(f"lora_A.{ADAPTER}.weight"))
-    if adapted != len(config.target_modules):
-        raise ValueError(f"{adapted} linears adapted, {len(config.target_modules)} targeted")
+    if adapted != targeted:
+        raise ValueError(f"{adapted} linears adapted, {targeted} targeted")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

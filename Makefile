@@ -1,0 +1,44 @@
+# `make help` lists what there is. Every target sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Tests and the smoke test never reach for a network or a GPU they were not asked to use.
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+.PHONY: help setup check test test-gpu smoke-test clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## create .venv with the pinned dependencies and this package
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) --version) is too old; flux2-ds needs Python 3.11 or newer. Try: make PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: $(INSTALLED) ## formatting, lint, types and layering
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit/test_layering.py
+
+test: $(INSTALLED) ## all tests that need no GPU
+	$(OFFLINE) $(BIN)/pytest -m 'not gpu'
+
+test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
+	$(OFFLINE) $(BIN)/pytest -m gpu
+
+smoke-test: $(INSTALLED) ## photographs in, a LoRA and a picture out: the whole path on two CPU processes
+	$(OFFLINE) $(BIN)/python tests/smoke.py
+
+clean: ## remove the environment and everything the targets made
+	rm -rf $(VENV) smoke build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

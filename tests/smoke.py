@@ -1,0 +1,127 @@
+"""The smoke test: the main job from photographs to a picture, by the commands a user would type.
+
+Makes a tiny klein, prepares the example photographs, trains a LoRA on two CPU processes, stops it by
+a signal, resumes it, exports the adapter, and renders without and with it. Ends with the files made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "recipes/smoke-cpu.yaml"
+SMOKE = ROOT / "smoke"
+RUN = SMOKE / "run"
+STOP_AT = 45
+STEPS = 120
+EXIT_STOPPED = 75
+
+
+def main() -> None:
+    started = time.monotonic()
+    shutil.rmtree(SMOKE, ignore_errors=True)
+    say("make a tiny klein (its VAE is fitted to the photographs, so that pictures show something)")
+    flux2_ds("tiny", "--variant", "klein", "--out", "smoke/model", "--photos", "examples/photos")
+    say("prepare: 16 photographs to latents and text embeddings in WebDataset shards")
+    flux2_ds("prepare", "--config", RECIPE)
+    say("plan")
+    flux2_ds("plan", "--config", RECIPE)
+    say(f"train on two processes; SIGTERM after step {STOP_AT}")
+    train_and_stop()
+    say("resume: the same command again")
+    flux2_ds("train", "--config", RECIPE)
+    say("export the adapter for diffusers")
+    flux2_ds("export", "--config", RECIPE)
+    say("render with diffusers, without and with the adapter")
+    flux2_ds("sample", "--config", RECIPE)
+    check_results()
+    say(f"done in {time.monotonic() - started:.0f} s; made:")
+    for path in files_made():
+        print(f"  {path.relative_to(ROOT)}{'/' if path.is_dir() else ''}")
+
+
+def flux2_ds(*arguments: str) -> None:
+    """Run a command as a user would; a failure ends the smoke test."""
+    print(f"$ flux2-ds {' '.join(arguments)}", flush=True)
+    code = subprocess.run([command(), *arguments], cwd=ROOT, check=False).returncode
+    if code != 0:
+        sys.exit(f"smoke test failed: flux2-ds {arguments[0]} exited with {code}")
+
+
+def train_and_stop() -> None:
+    """Start training, send SIGTERM in the middle, and expect a saved checkpoint and code 75."""
+    print(f"$ flux2-ds train --config {RECIPE}", flush=True)
+    process = subprocess.Popen([command(), "train", "--config", RECIPE], cwd=ROOT)
+    while process.poll() is None and last_step() < STOP_AT:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    if code != EXIT_STOPPED:
+        sys.exit(f"smoke test failed: training stopped by SIGTERM exited with {code}, not 75")
+
+
+def last_step() -> int:
+    path = RUN / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def check_results() -> None:
+    """What the commands cannot know: that the two halves make one run, and that it learned."""
+    records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    losses = [record["loss"] for record in records]
+    expect(steps == sorted(set(steps)) and steps[-1] == STEPS, f"steps are not one run: {steps}")
+    expect(all(math.isfinite(loss) for loss in losses), f"losses are not finite: {losses}")
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    expect(last < first, f"the loss did not fall: {first:.4f} to {last:.4f}")
+    print(f"loss {first:.4f} (first records) to {last:.4f} (last records)")
+    expect(bool(list(RUN.glob("wandb/offline-run-*"))), "no offline W&B run")
+    with Image.open(RUN / "samples" / f"step_{STEPS:08d}.png") as sheet:
+        half = sheet.width // 2
+        left = sheet.crop((0, 26, half, sheet.height)).convert("L")
+        right = sheet.crop((half, 26, 2 * half, sheet.height)).convert("L")
+        expect(ImageChops.difference(left, right).getbbox() is not None, "the adapter does nothing")
+
+
+def files_made() -> list[Path]:
+    fixed = [
+        SMOKE / "model",
+        SMOKE / "shards" / "index.json",
+        SMOKE / "shards" / "contact_sheet.jpg",
+        SMOKE / "shards" / "report.json",
+        RUN / "recipe.yaml",
+        RUN / "metrics.jsonl",
+        RUN / "loss.png",
+    ]
+    patterns = ("checkpoints/step_*", "export/*.safetensors", "samples/*.png", "wandb/offline-run-*")
+    found = [*fixed, *(path for pattern in patterns for path in sorted(RUN.glob(pattern)))]
+    for path in found:
+        expect(path.exists(), f"{path} was not made")
+    return found
+
+
+def command() -> str:
+    return str(Path(sys.executable).with_name("flux2-ds"))
+
+
+def expect(holds: bool, complaint: str) -> None:
+    if not holds:
+        sys.exit(f"smoke test failed: {complaint}")
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

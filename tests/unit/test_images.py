@@ -1,0 +1,203 @@
+"""Pictures and captions from disk: odd files become RGB, broken ones an error with a reason."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.images import (
+    UnreadableImageError,
+    contact_sheet,
+    find_photos,
+    image_size,
+    load_cropped,
+)
+from flux2_ds.errors import UserError
+
+ORIENTATION = 0x0112
+HOW_A_CAMERA_STORES_IT = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def noise_picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A sound JPEG of 64 x 48."""
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(noise_picture(48, 64)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("orientation", HOW_A_CAMERA_STORES_IT)
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    upright = noise_picture(32, 48)
+    stored = np.ascontiguousarray(HOW_A_CAMERA_STORES_IT[orientation](upright))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / "turned.png"
+    Image.fromarray(stored).save(path, exif=exif)
+
+    assert image_size(path) == (48, 32)
+    np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
+
+
+def palette(transparent: bool) -> tuple[Image.Image, dict]:
+    image = Image.new("P", (32, 32), 1)
+    image.putpalette([0, 0, 0, 200, 30, 60])
+    return image, {"transparency": 1} if transparent else {}
+
+
+def sixteen_bit(level: int) -> Image.Image:
+    return Image.fromarray(np.full((32, 32), level, dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "colour"),
+    [
+        ("gray.png", Image.new("L", (32, 32), 100), {}, (100, 100, 100)),
+        ("bilevel.png", Image.new("1", (32, 32), 1), {}, (255, 255, 255)),
+        ("rgba.png", Image.new("RGBA", (32, 32), (10, 20, 30, 255)), {}, (10, 20, 30)),
+        ("half.png", Image.new("RGBA", (32, 32), (0, 0, 0, 51)), {}, (204, 204, 204)),
+        ("invisible.png", Image.new("RGBA", (32, 32), (0, 0, 0, 0)), {}, (255, 255, 255)),
+        ("gray_alpha.png", Image.new("LA", (32, 32), (0, 0)), {}, (255, 255, 255)),
+        ("palette.png", *palette(transparent=False), (200, 30, 60)),
+        ("clear_palette.png", *palette(transparent=True), (255, 255, 255)),
+        ("cmyk.tif", Image.new("CMYK", (32, 32), (0, 255, 255, 0)), {}, (255, 0, 0)),
+        ("black16.png", sixteen_bit(0), {}, (0, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, name, image, options, colour):
+    image.save(tmp_path / name, **options)
+    pixels = load_cropped(tmp_path / name, Bucket(32, 32))
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (32, 32, 3)
+    assert {tuple(map(int, pixel)) for pixel in pixels.reshape(-1, 3)} == {colour}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path, suffix):
+    path = tmp_path / f"gray16.{suffix}"
+    sixteen_bit(0x8000).save(path)
+    pixels = load_cropped(path, Bucket(32, 32))
+    assert pixels.shape == (32, 32, 3)
+    assert abs(int(pixels[0, 0, 0]) - 128) <= 1
+
+
+def test_cmyk_jpeg_is_read(tmp_path):
+    Image.new("CMYK", (32, 32), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg", quality=95)
+    red, green, blue = load_cropped(tmp_path / "cyan.jpg", Bucket(32, 32))[16, 16]
+    assert red < 10 < 245 < min(green, blue)
+
+
+def test_truncated_file_is_unreadable(photo):
+    photo.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    with pytest.raises(UnreadableImageError, match="truncated"):
+        load_cropped(photo, Bucket(32, 32))
+
+
+@pytest.mark.parametrize("content", [b"", b"just text", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("read", [image_size, lambda path: load_cropped(path, Bucket(32, 32))])
+def test_what_is_no_picture_is_unreadable(photo, content, read):
+    photo.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"photo\.jpg") as caught:
+        read(photo)
+    assert str(photo.parent) not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [2000, 1000])  # a warning above it, an error above twice of it
+def test_a_decompression_bomb_is_unreadable(photo, limit, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UnreadableImageError, match="3072 pixels"):
+        image_size(photo)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [
+        (64, 160, slice(0, 64), slice(48, 112)),
+        (160, 64, slice(48, 112), slice(0, 64)),
+        (64, 64, slice(0, 64), slice(0, 64)),
+    ],
+)
+def test_crop_keeps_the_centre(tmp_path, height, width, rows, columns):
+    picture = noise_picture(height, width)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    cropped = load_cropped(tmp_path / "wide.png", Bucket(64, 64))
+    np.testing.assert_array_equal(cropped, picture[rows, columns])
+
+
+@pytest.mark.parametrize(("width", "height"), [(37, 211), (211, 37), (16, 16), (500, 333)])
+def test_picture_covers_its_bucket(tmp_path, width, height):
+    Image.new("RGB", (width, height), (9, 90, 200)).save(tmp_path / "plain.png")
+    pixels = load_cropped(tmp_path / "plain.png", Bucket(48, 80))
+    assert pixels.shape == (48, 80, 3)
+    assert (pixels == (9, 90, 200)).all()  # no border in another colour
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match=r"data\.images .*nowhere"):
+        find_photos(tmp_path / "nowhere")
+
+
+def test_folder_without_pictures(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(UserError, match=r"data\.images .* holds no pictures"):
+        find_photos(tmp_path)
+
+
+def test_pictures_are_found_below_in_order_with_captions(tmp_path):
+    (tmp_path / "b").mkdir()
+    names = ["b/été 猫.JPG", "a.png", "c.webp", "ignored.gif", "d.jpeg"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "b/été 猫.txt").write_text("  une chatte, 猫\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("two\nlines\n")
+    (tmp_path / "c.txt").write_text(" \n")
+
+    found = [(str(p.path.relative_to(tmp_path)), p.caption) for p in find_photos(tmp_path)]
+    assert found == [
+        ("a.png", "two\nlines"),
+        ("b/été 猫.JPG", "une chatte, 猫"),
+        ("c.webp", None),
+        ("d.jpeg", None),
+    ]
+
+
+def test_picture_with_a_unicode_name_is_read(tmp_path):
+    path = tmp_path / "été 猫.png"
+    Image.fromarray(noise_picture(32, 32)).save(path)
+    assert image_size(path) == (32, 32)
+    assert load_cropped(path, Bucket(32, 32)).shape == (32, 32, 3)
+
+
+def test_caption_that_is_not_utf8(photo):
+    photo.with_suffix(".txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"photo\.txt is not UTF-8"):
+        find_photos(photo.parent)
+
+
+def test_byte_order_mark_is_no_part_of_the_caption(photo):
+    photo.with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa cat")
+    assert [found.caption for found in find_photos(photo.parent)] == ["a cat"]
+
+
+def test_contact_sheet_holds_every_picture():
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    sizes = [(8, 16), (16, 8), (16, 16)]
+    pictures = [np.full((*s, 3), c, dtype=np.uint8) for s, c in zip(sizes, colours, strict=True)]
+    sheet = np.asarray(contact_sheet(pictures)).reshape(-1, 3)
+    for (height, width), colour in zip(sizes, colours, strict=True):
+        assert (sheet == colour).all(axis=1).sum() == height * width

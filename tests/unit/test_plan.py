@@ -1,0 +1,368 @@
+"""Everything derived from a recipe, every refusal, and the files that are shipped."""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux2_ds.data.buckets import bucket_table
+from flux2_ds.errors import UserError
+from flux2_ds.plan import learning_rate, make_plan
+from flux2_ds.recipe import Batch, Data, Model, Recipe, load_recipe, parse_recipe, recipe_parser
+from flux2_ds.shipped import shipped_directory
+from launcher import cli
+
+DS_CONFIGS = sorted(shipped_directory("ds_configs").glob("*.json"))
+RECIPES = sorted(shipped_directory("recipes").glob("*.yaml"))
+ROOT = shipped_directory("recipes").parent
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    """A small recipe with dotted settings changed: make_recipe(**{"batch.micro_size": 2})."""
+    recipe = Recipe(
+        run_dir="runs/a", model=Model(path="m"), data=Data(images="photos", shards="shards")
+    )
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        if section:
+            part = dataclasses.replace(getattr(recipe, section), **{field: value})
+            recipe = dataclasses.replace(recipe, **{section: part})
+        else:
+            recipe = dataclasses.replace(recipe, **{field: value})
+    return recipe
+
+
+def test_directories_of_shipped_files_hold_some():
+    assert len(DS_CONFIGS) >= 5
+    assert RECIPES
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "processes", "accumulation"),
+    [(8, 1, 8, 1), (8, 1, 1, 8), (8, 2, 2, 2), (1, 1, 1, 1), (96, 3, 16, 2)],
+)
+def test_batch_arithmetic(global_size, micro_size, processes, accumulation):
+    recipe = make_recipe(batch=Batch(global_size=global_size, micro_size=micro_size))
+    plan = make_plan(recipe, processes)
+    assert plan.accumulation == accumulation
+    assert plan.deepspeed["train_batch_size"] == global_size
+    assert plan.deepspeed["train_micro_batch_size_per_gpu"] == micro_size
+    assert plan.deepspeed["gradient_accumulation_steps"] == accumulation
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "processes"),
+    [(7, 1, 2), (1, 1, 8), (10, 4, 2), (11, 4, 2), (13, 4, 2), (5, 8, 1), (100, 3, 7)],
+)
+def test_impossible_batch_is_refused_with_a_value_that_works(global_size, micro_size, processes):
+    recipe = make_recipe(batch=Batch(global_size=global_size, micro_size=micro_size))
+    with pytest.raises(UserError) as caught:
+        make_plan(recipe, processes)
+    message = str(caught.value)
+    assert f"batch.global_size {global_size} " in message
+    assert f"{micro_size} × {processes} processes" in message
+    suggested = int(re.search(r"Set batch\.global_size to (\d+)", message)[1])
+    assert abs(suggested - global_size) <= micro_size * processes
+    make_plan(make_recipe(batch=Batch(global_size=suggested, micro_size=micro_size)), processes)
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_no_processes_are_refused(processes):
+    with pytest.raises(UserError, match="processes"):
+        make_plan(make_recipe(), processes)
+
+
+AT_LEAST_ONE = [
+    "steps",
+    "batch.global_size",
+    "batch.micro_size",
+    "lora.rank",
+    "data.samples_per_shard",
+    "data.text_batch",
+    "data.image_batch",
+    "data.shuffle_window",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "log.every",
+    "launch.processes",
+    "preview.steps",
+]
+OUT_OF_RANGE = [
+    *((name, value) for name in AT_LEAST_ONE for value in (0, -3)),
+    *(("data.bucket_step", value) for value in (0, -16, 8, 40)),
+    *((f"preview.{side}", value) for side in ("height", "width") for value in (0, -16, 1000)),
+    ("data.max_aspect", 0.5),
+    ("data.max_upscale", 0.0),
+    ("data.resolution", 48),
+    ("data.resolution", 0),
+    ("data.resolution", -1024),
+    ("objective.caption_dropout", -0.1),
+    ("objective.caption_dropout", 1.1),
+    ("objective.shift", 0.0),
+    ("objective.std", 0.0),
+    ("lora.dropout", -0.1),
+    ("lora.dropout", 1.0),
+    ("optimizer.learning_rate", 0.0),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.warmup_steps", -1),
+    ("optimizer.max_grad_norm", -1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_value_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(**{name: value}), 1)
+    assert str(caught.value).startswith(f"{name} ")
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("lora.alpha", 0.0),
+        ("optimizer.betas", (0.9, 1.0)),
+        ("optimizer.eps", -1e-8),
+        ("optimizer.weight_decay", -0.01),
+        ("data.max_aspect", float("inf")),
+        ("objective.max_shift_tokens", 0),
+    ],
+)
+def test_value_that_fails_later_is_refused_at_once(name, value):
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(**{name: value}), 1)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data.max_aspect", 1.0),
+        ("objective.caption_dropout", 0.0),
+        ("objective.caption_dropout", 1.0),
+        ("optimizer.warmup_steps", 0),
+        ("optimizer.max_grad_norm", 0.0),
+        ("data.resolution", 64),
+    ],
+)
+def test_value_at_the_edge_is_accepted(name, value):
+    make_plan(make_recipe(**{name: value}), 1)
+
+
+def test_fixed_caption_must_be_given():
+    with pytest.raises(UserError, match=r"data\.fixed_caption is empty"):
+        make_plan(make_recipe(**{"data.missing_caption": "fixed"}), 1)
+    make_plan(make_recipe(**{"data.missing_caption": "fixed", "data.fixed_caption": "a"}), 1)
+
+
+def test_fp16_on_the_cpu_is_refused():
+    changes = {"precision": "fp16", "launch.accelerator": "cpu"}
+    with pytest.raises(UserError, match="precision is fp16"):
+        make_plan(make_recipe(**changes), 1)
+    make_plan(make_recipe(**{**changes, "precision": "bf16"}), 1)
+    make_plan(make_recipe(**{**changes, "launch.accelerator": "cuda"}), 1)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precision_sections(method, precision):
+    config = make_plan(make_recipe(method=method, precision=precision), 1).deepspeed
+    sections = {name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")}
+    # Adapters in bf16 keep fp32 masters themselves: the engine must leave their dtype alone.
+    expected = {"fp16"} if precision == "fp16" else set()
+    if (method, precision) == ("full", "bf16"):
+        expected = {"bf16"}
+    assert sections == expected
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_deepspeed_config(path):
+    recipe = make_recipe(
+        deepspeed=path.stem,
+        batch=Batch(global_size=24, micro_size=2),
+        **{"optimizer.max_grad_norm": 0.5},
+    )
+    plan = make_plan(recipe, 4)
+    config = plan.deepspeed
+    assert config["train_batch_size"] == 24
+    assert 24 == (
+        config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 4
+    )
+    assert config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
+    assert plan.zero_stage == int(re.match(r"zero(\d)", path.stem)[1])
+    assert plan.offload_optimizer == ("offload" in path.stem)
+    assert f"ZeRO stage {plan.zero_stage}" in "\n".join(plan.lines())
+
+
+def test_deepspeed_config_by_path_and_by_value(tmp_path):
+    value = {"zero_optimization": {"stage": 1}, "steps_per_print": 5}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(value))
+    by_path = make_plan(make_recipe(deepspeed=str(path)), 1)
+    by_value = make_plan(make_recipe(deepspeed=value), 1)
+    assert by_path.deepspeed == by_value.deepspeed
+    assert by_path.zero_stage == 1
+    assert by_path.deepspeed["steps_per_print"] == 5
+    assert value == {"zero_optimization": {"stage": 1}, "steps_per_print": 5}  # not written into
+
+
+OWNED = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "activations",
+    "wandb": "log.wandb",
+}
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_key_that_the_recipe_owns_is_refused(key):
+    with pytest.raises(UserError, match=rf"'{key}'.* set {re.escape(OWNED[key])}"):
+        make_plan(make_recipe(deepspeed={key: 1}), 1)
+
+
+def test_unknown_key_is_refused():
+    with pytest.raises(UserError, match=r"unknown key 'zero_optimisation'.*zero_optimization"):
+        make_plan(make_recipe(deepspeed={"zero_optimisation": {"stage": 2}}), 1)
+
+
+def test_auto_is_refused():
+    with pytest.raises(UserError, match='"auto"'):
+        config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+        make_plan(make_recipe(deepspeed=config), 1)
+
+
+def test_broken_json_is_refused(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"zero_optimization": ')
+    with pytest.raises(UserError, match=r"broken\.json is not valid JSON"):
+        make_plan(make_recipe(deepspeed=str(path)), 1)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"zero2"', '{"zero_optimization": null}'])
+def test_json_of_another_shape_is_refused(tmp_path, content):
+    path = tmp_path / "shape.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"shape\.json"):
+        make_plan(make_recipe(deepspeed=str(path)), 1)
+
+
+@pytest.mark.parametrize("choice", ["zero9", "absent.json", "ds_configs"])
+def test_unknown_deepspeed_config_is_refused_with_the_names(choice):
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(deepspeed=choice), 1)
+    assert repr(choice) in str(caught.value)
+    assert all(path.stem in str(caught.value) for path in DS_CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "values"),
+    [
+        # step:       0       1       2       4          6       9
+        ("constant", 2, [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]),
+        ("cosine", 2, [0.5e-3, 1e-3, 1e-3, 0.8535534e-3, 0.5e-3, 0.0380602e-3]),
+        ("linear", 2, [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.125e-3]),
+        ("constant", 0, [1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]),
+        ("cosine", 0, [1e-3, 0.9755283e-3, 0.9045085e-3, 0.6545085e-3, 0.3454915e-3, 0.0244717e-3]),
+        ("linear", 0, [1e-3, 0.9e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.1e-3]),
+    ],
+)
+def test_learning_rate(schedule, warmup, values):
+    recipe = make_recipe(
+        steps=10,
+        **{
+            "optimizer.learning_rate": 1e-3,
+            "optimizer.schedule": schedule,
+            "optimizer.warmup_steps": warmup,
+        },
+    )
+    found = [learning_rate(recipe, step) for step in (0, 1, 2, 4, 6, 9)]
+    assert found == pytest.approx(values, rel=1e-5)
+
+
+def test_a_warm_up_that_outlasts_the_run_still_rises():
+    recipe = make_recipe(steps=5, **{"optimizer.warmup_steps": 50, "optimizer.schedule": "cosine"})
+    rates = [learning_rate(recipe, step) for step in range(5)]
+    assert rates == pytest.approx([1e-4 * (step + 1) / 50 for step in range(5)])
+
+
+def test_plan_says_the_arithmetic():
+    changes = {"batch.global_size": 24, "batch.micro_size": 2, "steps": 10, "lora.rank": 16}
+    text = "\n".join(make_plan(make_recipe(**changes), 4).lines())
+    assert "24 global = 2 micro × 3 accumulation × 4 processes" in text
+    assert "10 = 240 samples" in text
+    assert "lora rank 16, alpha 16" in text
+
+
+def processes_of(path: Path, recipe: Recipe) -> int:
+    """Processes on all machines that a shipped recipe is for, by its settings or its name."""
+    if recipe.launch.processes is not None:
+        return recipe.launch.processes
+    for pattern, processes in ((r"x1\b|rtx", 1), ("multinode|x16", 16), ("x8", 8)):
+        if re.search(pattern, path.stem):
+            return processes
+    raise AssertionError(f"{path.name} does not say in its name how many processes it is for")
+
+
+def header_of(path: Path) -> str:
+    """The comment above the settings, with continued lines joined."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines).replace("\\\n", " ")
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def shipped_recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(ROOT)
+    return request.param
+
+
+def test_shipped_recipe_resolves(shipped_recipe):
+    recipe = load_recipe(shipped_recipe)
+    plan = make_plan(recipe, processes_of(shipped_recipe, recipe))
+    assert plan.accumulation >= 1
+    assert bucket_table(recipe.data.resolution, recipe.data.bucket_step, recipe.data.max_aspect)
+
+
+def test_shipped_recipe_is_short(shipped_recipe):
+    assert len(shipped_recipe.read_text().splitlines()) <= 40
+
+
+def test_commands_in_the_header_of_a_shipped_recipe_parse(shipped_recipe):
+    here = f"recipes/{shipped_recipe.name}"
+    trains = 0
+    for line in header_of(shipped_recipe).splitlines():
+        match = re.search(
+            r"(?:flux2-ds (?P<command>\w+)|-m(?:odule)? flux2_ds\.train) (?P<rest>.*)", line
+        )
+        if match is None:
+            continue
+        arguments = shlex.split(match["rest"])
+        parser = recipe_parser(str(match["command"]), "")
+        cli.add_gpus(parser)
+        if match["command"] == "slurm":
+            for option in ("--nodes", "--gpus-per-node", "--time", "--partition", "--account"):
+                parser.add_argument(option)
+            parser.add_argument("--submit", action="store_true")
+        recipe, options = parse_recipe(parser, arguments)
+        assert recipe == load_recipe(Path(here), arguments_of_the_recipe(arguments))
+        assert here in arguments
+        trains += match["command"] in ("train", "slurm", None)
+    assert trains, "the header names no command that trains"

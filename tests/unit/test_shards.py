@@ -1,0 +1,227 @@
+"""Shards and their index: written, read back, and refused when damaged."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+from safetensors.torch import load
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.index import INDEX_NAME, Index, Shard, read_index, write_index
+from flux2_ds.data.shards import Record, ShardReader, write_shard
+from flux2_ds.errors import UserError
+
+BUCKET = Bucket(height=32, width=48)
+CAPTIONS = ["a cat", "été, 猫", "a cat", ""]
+
+
+def text_of(caption: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(caption))
+    return torch.randn(512, 8, generator=generator).bfloat16()
+
+
+def make_records() -> list[Record]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Record(f"photo {n}.jpg", caption, torch.randn(32, 4, 6, generator=generator))
+        for n, caption in enumerate(CAPTIONS)
+    ]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "48x32-00000.tar"
+    write_shard(path, BUCKET, make_records(), text_of)
+    return path
+
+
+def read_everything(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    reader = ShardReader(path)
+    return [(reader.latent(row), reader.text(row)) for row in range(len(CAPTIONS))]
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Write the tar again with `change` applied to every member; None leaves it out."""
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in members:
+            changed = change(member.name, data)
+            if changed is not None:
+                member.size = len(changed)
+                tar.addfile(member, io.BytesIO(changed))
+
+
+def test_what_is_written_is_read_back_bit_for_bit(shard):
+    reader = ShardReader(shard)
+    assert len(reader.keys) == len(CAPTIONS)
+    # In another order than on disk: access is random.
+    for row, record in reversed(list(enumerate(make_records()))):
+        assert torch.equal(reader.latent(row), record.latent)
+        assert reader.latent(row).dtype == torch.float32
+        assert torch.equal(reader.text(row), text_of(record.caption))
+        assert reader.text(row).dtype == torch.bfloat16
+        meta = reader.meta(row)
+        assert (meta["caption"], meta["source"]) == (record.caption, record.source)
+        assert (meta["height"], meta["width"]) == (32, 48)
+
+
+def test_facts_of_a_shard_are_those_of_its_file(tmp_path):
+    path = tmp_path / "x.tar"
+    facts = write_shard(path, BUCKET, make_records(), text_of)
+    assert (facts.name, facts.bucket, facts.samples) == ("x.tar", BUCKET, len(CAPTIONS))
+    assert facts.size == path.stat().st_size
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert facts.sha256 == digest
+    assert [file.name for file in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_same_input_makes_the_same_file(tmp_path):
+    for name in ("first.tar", "second.tar"):
+        write_shard(tmp_path / name, BUCKET, make_records(), text_of)
+    assert (tmp_path / "first.tar").read_bytes() == (tmp_path / "second.tar").read_bytes()
+    with tarfile.open(tmp_path / "first.tar") as tar:
+        assert {member.mtime for member in tar} == {0}
+
+
+def test_recurring_caption_is_stored_and_encoded_once(tmp_path):
+    encoded = []
+
+    def counted(caption: str) -> torch.Tensor:
+        encoded.append(caption)
+        return text_of(caption)
+
+    write_shard(tmp_path / "x.tar", BUCKET, make_records(), counted)
+    assert encoded == ["a cat", "été, 猫", ""]
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        texts = [name for name in tar.getnames() if name.endswith(".text.safetensors")]
+    assert len(texts) == 3
+    reader = ShardReader(tmp_path / "x.tar")
+    assert reader.meta(2)["text_key"] == reader.keys[0]
+    assert torch.equal(reader.text(2), reader.text(0))
+
+
+def test_failure_while_writing_leaves_no_shard(tmp_path):
+    def fail(caption: str) -> torch.Tensor:
+        raise RuntimeError("encoder gone")
+
+    with pytest.raises(RuntimeError, match="encoder gone"):
+        write_shard(tmp_path / "x.tar", BUCKET, make_records(), fail)
+    assert not (tmp_path / "x.tar").exists()
+
+
+def test_plain_webdataset_reads_it(shard):
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert len(samples) == len(CAPTIONS)
+    for sample, record in zip(samples, make_records(), strict=True):
+        assert json.loads(sample["json"])["caption"] == record.caption
+        assert torch.equal(load(sample["latent.safetensors"])["latent"], record.latent)
+    assert ["text.safetensors" in sample for sample in samples] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.6, 0.9])
+def test_truncated_shard_is_refused(shard, share):
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=r"48x32-00000\.tar"):
+        read_everything(shard)
+
+
+def test_shard_cut_between_two_samples_is_refused(shard):
+    with tarfile.open(shard) as tar:
+        cut = tar.getmember("00000002.json").offset
+    with shard.open("r+b") as stream:
+        stream.truncate(cut)
+    with pytest.raises(UserError, match=r"48x32-00000\.tar"):
+        read_everything(shard)
+
+
+def test_shard_cut_while_it_is_open_is_refused(shard):
+    reader = ShardReader(shard)
+    with shard.open("r+b") as stream:
+        stream.truncate(5000)
+    with pytest.raises(UserError, match="ends after"):
+        reader.text(3)
+
+
+@pytest.mark.parametrize("content", [b"this is no tar" * 100, b"\x00" * 600])
+def test_what_is_no_tar_is_refused(shard, content):
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"48x32-00000\.tar"):
+        read_everything(shard)
+
+
+@pytest.mark.parametrize("member", ["00000000.text.safetensors", "00000003.latent.safetensors"])
+def test_missing_member_is_named(shard, member):
+    rewrite(shard, lambda name, data: None if name == member else data)
+    with pytest.raises(UserError, match=f"no member {member}"):
+        read_everything(shard)
+
+
+def test_missing_shard_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.tar"):
+        ShardReader(tmp_path / "gone.tar")
+
+
+@pytest.fixture
+def index(shard: Path) -> Index:
+    """The index of one shard, written beside it."""
+    facts = Shard(shard.name, BUCKET, len(CAPTIONS), shard.stat().st_size, "0" * 64)
+    index = Index("klein", 8, {"pipeline": "Flux2KleinPipeline", "vae": "ab12"}, [facts])
+    write_index(shard.parent, index)
+    return index
+
+
+def test_index_round_trip(shard, index):
+    assert read_index(shard.parent) == index
+    assert index.samples == len(CAPTIONS)
+    assert index.bucket_counts() == {BUCKET: len(CAPTIONS)}
+
+
+def test_bucket_counts_add_up_over_shards():
+    other = Bucket(16, 16)
+    shards = [Shard(str(n), b, n, 1, "") for n, b in ((5, BUCKET), (7, other), (2, BUCKET))]
+    index = Index("klein", 8, {}, shards)
+    assert list(index.bucket_counts().items()) == [(other, 7), (BUCKET, 7)]
+    assert index.samples == 14
+
+
+def test_folder_without_index_says_to_prepare(tmp_path):
+    with pytest.raises(UserError, match="flux2-ds prepare"):
+        read_index(tmp_path)
+
+
+def test_shard_that_is_listed_but_missing(shard, index):
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} has None bytes"):
+        read_index(shard.parent)
+
+
+def test_shard_of_another_size(shard, index):
+    with shard.open("ab") as stream:
+        stream.write(b"\x00")
+    with pytest.raises(UserError, match=f"{shard.name} has {shard.stat().st_size} bytes"):
+        read_index(shard.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"format": 99}, "format 99"), ({"shards": []}, "lists no samples")]
+)
+def test_index_that_this_version_does_not_read(shard, index, change, message):
+    path = shard.parent / INDEX_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        read_index(shard.parent)
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 1, "sha', "[]"])
+def test_index_that_is_not_json_of_ours(shard, index, content):
+    (shard.parent / INDEX_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"index\.json"):
+        read_index(shard.parent)
