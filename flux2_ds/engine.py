@@ -185,14 +185,17 @@ class Engine:
         Torch optimizers create their state in the first step, and ZeRO links its named fragments to
         what exists then.
         """
-        parameters = [p for group in self._adam.param_groups for p in group["params"]]
-        for group in self._adam.param_groups:
-            group["lr"] = 0.0
-        kept = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+        (group,) = self._adam.param_groups
+        # Stage 3 hands Adam its flat partitions one at a time, during the step only.
+        held = group["params"]
+        flat = self._engine.optimizer.fp32_partitioned_groups_flat if self._stage == 3 else held
+        gradients = [parameter.grad for parameter in flat]
+        for parameter in flat:
             parameter.grad = torch.zeros_like(parameter)
+        group["params"], group["lr"] = flat, 0.0
         self._adam.step()
-        for parameter, gradient in zip(parameters, kept, strict=True):
+        group["params"] = held
+        for parameter, gradient in zip(flat, gradients, strict=True):
             parameter.grad = gradient
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:

@@ -106,7 +106,7 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
     texts = shards / ".texts"
     encode_texts(recipe, directory, spec, sorted({"", *(p.caption for p in photos)}), texts, device)
     vae = AutoencoderKLFlux2.from_pretrained(
-        directory, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+        directory, subfolder="vae", dtype=torch.float32, use_safetensors=True
     ).to(device)
     mean, std = latents.statistics(vae)
     save_file(

@@ -54,7 +54,7 @@ def main() -> None:
     before = render(pipeline, recipe.preview)
     if recipe.method == "full":
         pipeline.transformer = Flux2Transformer2DModel.from_pretrained(
-            trained, torch_dtype=compute_dtype(recipe.precision)
+            trained, dtype=compute_dtype(recipe.precision)
         ).to(pipeline.device)
     else:
         pipeline.load_lora_weights(str(trained.parent), weight_name=trained.name)
@@ -96,7 +96,7 @@ def load_pipeline(directory: Path, spec: Spec, recipe: Recipe) -> Any:
     """The whole diffusers pipeline; on a GPU only the part that is at work is on the card."""
     pipeline_class = getattr(diffusers, spec.pipeline)
     pipeline = pipeline_class.from_pretrained(
-        directory, torch_dtype=compute_dtype(recipe.precision), use_safetensors=True
+        directory, dtype=compute_dtype(recipe.precision), use_safetensors=True
     )
     if recipe.launch.accelerator == "cuda":
         pipeline.enable_model_cpu_offload()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def set_up_log(process: Process) -> None:
     """Log lines of the first process; warnings of all."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     log.setLevel(logging.INFO if process.first else logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def check_shards(index: Index, spec: Spec, directory: Path, recipe: Recipe) -> None:

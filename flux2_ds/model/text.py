@@ -22,7 +22,7 @@ class TextEncoder:
     ) -> None:
         pipeline_class = getattr(diffusers, spec.pipeline)
         self._pipeline = pipeline_class.from_pretrained(
-            directory, transformer=None, vae=None, torch_dtype=dtype, use_safetensors=True
+            directory, transformer=None, vae=None, dtype=dtype, use_safetensors=True
         ).to(device)
         self._device = device
 

@@ -44,7 +44,7 @@ FLUX.2 training example adapts."""
 def load_transformer(directory: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
     """`directory`/transformer in `dtype`, with exact timesteps (see `keep_timestep_exact`)."""
     model = Flux2Transformer2DModel.from_pretrained(
-        directory, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
+        directory, subfolder="transformer", dtype=dtype, use_safetensors=True
     )
     keep_timestep_exact(model)
     return model

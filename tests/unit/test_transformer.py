@@ -50,7 +50,9 @@ def test_target_sets_match_the_model(variant: str, targets: str, double: int, si
     spec = SPECS[variant]
     model = build(spec)
     names = transformer.target_modules(spec, targets)
-    assert len(names) == len(set(names)) == double * spec.double_blocks + single * spec.single_blocks
+    assert (
+        len(names) == len(set(names)) == double * spec.double_blocks + single * spec.single_blocks
+    )
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in names)
     if targets == "all":
         linears = {

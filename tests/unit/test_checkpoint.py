@@ -1,0 +1,209 @@
+"""Checkpoints: all of it or none, damage is noticed, old ones go."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux2_ds import checkpoint
+from flux2_ds.errors import UserError
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+
+
+def tensors(step: int) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for number, kind in enumerate(KINDS):
+        for name in ("a", "b.c"):
+            yield kind, name, torch.full((3, 5), float(10 * step + number))
+
+
+def save(root: Path, *steps: int) -> list[Path]:
+    return [
+        checkpoint.save(root, step, tensors(step), {"updates": step}, write=True) for step in steps
+    ]
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def steps_left(root: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    (path,) = save(tmp_path / "checkpoints", 12)
+    found, complaints = checkpoint.newest(tmp_path / "checkpoints")
+    assert (found.path, found.step, complaints) == (path, 12, [])
+    assert checkpoint.verify(found) is None
+    assert found.state()["updates"] == 12
+    assert found.state()["step"] == 12
+    for kind, name, tensor in tensors(12):
+        assert torch.equal(found.tensors(kind)[name], tensor)
+    assert path.name == "step_00000012"
+    assert sorted(file.name for file in path.iterdir()) == sorted(
+        [*(f"{kind}.safetensors" for kind in KINDS), "state.json"]
+    )
+
+
+def test_tensors_are_stored_in_fp32_whatever_they_come_in(tmp_path):
+    exact = torch.tensor([1.0, 2.5, -0.125])
+    rows = [("weights", "half", exact.bfloat16()), ("weights", "double", exact.double())]
+    # A view of a larger tensor, as ZeRO's flat buffers give.
+    rows.append(("weights", "view", torch.cat([exact, exact])[3:]))
+    checkpoint.save(tmp_path, 1, rows, {}, write=True)
+    found = checkpoint.newest(tmp_path)[0].tensors("weights")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(tensor, exact) for tensor in found.values())
+
+
+def test_a_buffer_that_is_used_again_is_copied_in_time(tmp_path):
+    def one_buffer() -> Iterator[tuple[str, str, torch.Tensor]]:
+        buffer = torch.zeros(2)
+        for value in (1.0, 2.0):
+            buffer.fill_(value)
+            yield "weights", str(value), buffer
+
+    checkpoint.save(tmp_path, 1, one_buffer(), {}, write=True)
+    found = checkpoint.newest(tmp_path)[0].tensors("weights")
+    assert found["1.0"].tolist() == [1, 1]
+    assert found["2.0"].tolist() == [2, 2]
+
+
+def test_newest_is_the_highest_step(tmp_path):
+    save(tmp_path, 9, 100, 20)
+    assert checkpoint.newest(tmp_path)[0].step == 100
+
+
+def test_no_checkpoints(tmp_path):
+    assert checkpoint.newest(tmp_path) == (None, [])
+    assert checkpoint.newest(tmp_path / "absent") == (None, [])
+
+
+def test_saving_again_replaces(tmp_path):
+    save(tmp_path, 5)
+    checkpoint.save(tmp_path, 5, [("weights", "new", torch.ones(1))], {"updates": 6}, write=True)
+    found, _ = checkpoint.newest(tmp_path)
+    assert found.state()["updates"] == 6
+    assert list(found.tensors("weights")) == ["new"]
+    assert checkpoint.verify(found) is None
+
+
+def test_process_that_does_not_write_takes_part_all_the_same(tmp_path):
+    left = tensors(3)
+    path = checkpoint.save(tmp_path, 3, left, {}, write=False)
+    assert next(left, None) is None  # iterating is collective: all processes go to the end
+    assert path == checkpoint.checkpoint_path(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_while_writing_leaves_the_one_before(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert checkpoint.newest(tmp_path)[0].step == 1
+    assert steps_left(tmp_path) == [1]
+
+
+def test_leftover_of_an_interrupted_save_is_ignored_and_replaced(tmp_path):
+    save(tmp_path, 1)
+    partial = tmp_path / ".step_00000002.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
+    (partial / "stale").touch()
+    found, complaints = checkpoint.newest(tmp_path)
+    assert (found.step, complaints) == (1, [])
+
+    (path,) = save(tmp_path, 2)
+    assert not partial.exists()
+    assert not (path / "stale").exists()
+    assert checkpoint.newest(tmp_path)[0].step == 2
+
+
+DAMAGES = [
+    *((f"{kind}.safetensors", cut, "bytes instead of") for kind in KINDS),
+    *((f"{kind}.safetensors", flip_a_byte, "sha256") for kind in KINDS),
+    ("weights.safetensors", Path.unlink, "is missing"),
+    ("state.json", Path.unlink, "cannot be read"),
+    ("state.json", cut, "cannot be read"),
+    ("state.json", lambda path: path.write_text("{}"), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
+def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reason):
+    *_, last = save(tmp_path, 10, 20, 30)
+    damage(last / name)
+    found, complaints = checkpoint.newest(tmp_path)
+    assert found.step == 20
+    (complaint,) = complaints
+    assert str(last) in complaint
+    assert name in complaint
+    assert reason in complaint
+
+
+def test_nothing_is_used_when_all_are_damaged(tmp_path):
+    for path in save(tmp_path, 10, 20):
+        flip_a_byte(path / "exp_avg.safetensors")
+    with pytest.raises(UserError, match=r"step_00000020.*step_00000010.*No intact checkpoint"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [
+        (1, None, [60]),
+        (2, None, [50, 60]),
+        (9, None, [10, 20, 30, 40, 50, 60]),
+        (1, 20, [20, 40, 60]),
+        (2, 30, [30, 50, 60]),
+        (1, 7, [60]),
+    ],
+)
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left):
+    save(tmp_path, 10, 20, 30, 40, 50, 60)
+    checkpoint.remove_old(tmp_path, keep_last, keep_every)
+    assert steps_left(tmp_path) == left
+    assert len(list(tmp_path.iterdir())) == len(left)  # no hidden leftovers either
+    assert checkpoint.newest(tmp_path)[0].step == 60
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="any name after step_ is taken for one")
+def test_directories_of_the_users_own_are_left_alone(tmp_path):
+    save(tmp_path, 10, 20)
+    for name in ("step_00000010.bak", "step_best"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path)[0].step == 20
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert (tmp_path / "step_best").is_dir()
+
+
+@pytest.mark.xfail(strict=True, raises=OSError, reason="the leftover's name is taken")
+def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path):
+    leftover = tmp_path / ".step_00000010.removed"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").touch()
+    save(tmp_path, 10, 20)
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert steps_left(tmp_path) == [20]
+
+
+def test_state_is_plain_json(tmp_path):
+    (path,) = save(tmp_path, 4)
+    state = json.loads((path / "state.json").read_text())
+    assert set(state["files"]) == {f"{kind}.safetensors" for kind in KINDS}
+    for name, facts in state["files"].items():
+        assert facts["bytes"] == (path / name).stat().st_size

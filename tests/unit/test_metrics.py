@@ -1,0 +1,118 @@
+"""Metrics on disk, the picture of the loss, and Weights & Biases without a network."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux2_ds.metrics import METRICS_NAME, Metrics, draw_loss, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, an empty home, and a server address that nothing answers on."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "cats"
+    path.mkdir()
+    return path
+
+
+def start(run_dir: Path, mode: str = "disabled", resumed_at: int = 0) -> Metrics:
+    return Metrics(run_dir, mode=mode, project="tests", config={"seed": 0}, resumed_at=resumed_at)
+
+
+def record(metrics: Metrics, *steps: int, loss: float = 1.0) -> None:
+    for step in steps:
+        metrics.write(step, {"loss": loss, "gradient_norm": None, "bucket": "64x64"})
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [values["step"] for values in read_metrics(run_dir / METRICS_NAME)]
+
+
+def test_a_record_is_on_disk_at_once(run_dir):
+    metrics = start(run_dir)
+    record(metrics, 10, loss=0.5)
+    assert read_metrics(run_dir / METRICS_NAME) == [
+        {"step": 10, "loss": 0.5, "gradient_norm": None, "bucket": "64x64"}
+    ]
+    metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "left"), [(0, []), (20, [10, 20]), (25, [10, 20]), (90, [10, 20, 30])]
+)
+def test_records_after_the_step_of_the_checkpoint_are_cut(run_dir, resumed_at, left):
+    metrics = start(run_dir)
+    record(metrics, 10, 20, 30)
+    metrics.close()
+    resumed = start(run_dir, resumed_at=resumed_at)
+    assert steps_in(run_dir) == left
+    record(resumed, 100)
+    resumed.close()
+    assert steps_in(run_dir) == [*left, 100]
+
+
+@pytest.mark.xfail(strict=True, raises=json.JSONDecodeError, reason="the run cannot continue")
+def test_line_that_a_crash_cut_short_does_not_stop_the_run(run_dir):
+    path = run_dir / METRICS_NAME
+    path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
+    start(run_dir, resumed_at=10).close()
+    assert steps_in(run_dir) == [10]
+
+
+def draw(run_dir: Path, losses: list[float]) -> np.ndarray:
+    (run_dir / METRICS_NAME).write_text(
+        "".join(json.dumps({"step": n, "loss": x}) + "\n" for n, x in enumerate(losses))
+    )
+    with Image.open(draw_loss(run_dir)) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_loss_is_drawn(run_dir):
+    falling = draw(run_dir, [1 / n for n in range(1, 40)])
+    assert falling.shape[1] > 400
+    rising = draw(run_dir, [1 - 1 / n for n in range(1, 40)])
+    difference = (falling != rising).any(axis=2)
+    assert difference.mean() > 0.005  # another curve in the same frame
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_loss_of_a_run_without_steps_is_drawn(run_dir, count):
+    assert draw(run_dir, [1.0] * count).shape[1] > 400
+
+
+def test_online_without_a_key_stays_offline_and_says_so(run_dir, caplog):
+    with caplog.at_level(logging.WARNING, logger="flux2_ds"):
+        metrics = start(run_dir, mode="online")
+    assert "stays offline" in caplog.text
+    record(metrics, 10)
+    metrics.close()
+    assert list((run_dir / "wandb").glob("offline-run-*"))
+    assert steps_in(run_dir) == [10]
+
+
+def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path):
+    def identity() -> str:
+        start(run_dir).close()
+        return (run_dir / "wandb_id").read_text()
+
+    first = identity()
+    assert first
+    assert identity() == first
+    other = tmp_path / "dogs"
+    other.mkdir()
+    start(other).close()
+    assert (other / "wandb_id").read_text() != first

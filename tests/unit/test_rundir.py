@@ -1,0 +1,145 @@
+"""When a run may continue in its directory, and what is written there."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flux2_ds.errors import UserError
+from flux2_ds.plan import make_plan
+from flux2_ds.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe, load_recipe
+from flux2_ds.rundir import check_run_dir, export_path, write_run_dir
+
+
+def make_recipe(run_dir: Path, **changes: Any) -> Recipe:
+    recipe = Recipe(
+        run_dir=str(run_dir), model=Model(path="m"), data=Data(images="photos", shards="shards")
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """The directory of a run that was started."""
+    write_run_dir(make_plan(make_recipe(tmp_path / "run"), 1))
+    return tmp_path / "run"
+
+
+def test_new_and_empty_directories_are_accepted(tmp_path):
+    check_run_dir(make_recipe(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()  # checking writes nothing
+    (tmp_path / "empty").mkdir()
+    check_run_dir(make_recipe(tmp_path / "empty"))
+
+
+def test_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not a run of flux2-ds"):
+        check_run_dir(make_recipe(tmp_path))
+    with pytest.raises(UserError, match="is not a run of flux2-ds"):
+        check_run_dir(make_recipe(tmp_path / "thesis.tex"))
+
+
+def test_the_same_recipe_continues(started):
+    check_run_dir(make_recipe(started))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, "seed was 0, is 5"),
+        ({"method": "dora"}, "method was 'lora', is 'dora'"),
+        ({"precision": "fp32"}, "precision was 'bf16', is 'fp32'"),
+        ({"lora": Lora(rank=4)}, "lora.rank was 32, is 4"),
+        ({"model": Model(path="n")}, "model.path was 'm', is 'n'"),
+        (
+            {"optimizer": Optimizer(betas=(0.9, 0.95))},
+            r"optimizer.betas was \[0.9, 0.999\], is \[0.9, 0.95\]",
+        ),
+        (
+            {"data": Data(images="photos", shards="shards", shuffle_window=2)},
+            "data.shuffle_window was 8, is 2",
+        ),
+    ],
+)
+def test_changed_recipe_is_refused_with_old_and_new(started, changes, message):
+    with pytest.raises(UserError, match=message):
+        check_run_dir(make_recipe(started, **changes))
+    check_run_dir(make_recipe(started, **changes, accept_changes=True))
+
+
+def test_every_change_is_named_and_nothing_else(started):
+    with pytest.raises(UserError) as caught:
+        check_run_dir(make_recipe(started, seed=5, lora=Lora(rank=4, alpha=8.0)))
+    message = str(caught.value)
+    assert all(name in message for name in ("seed was", "lora.rank was", "lora.alpha was None"))
+    assert message.count(" was ") == 3
+
+
+def test_settings_that_do_not_change_the_numbers_are_free(started):
+    before = make_recipe(started)
+    check_run_dir(
+        make_recipe(
+            started,
+            activations="keep",
+            deepspeed="zero3",
+            checkpoint=Checkpoint(every=7, keep_last=1),
+            log=dataclasses.replace(before.log, every=3, wandb="disabled"),
+            preview=dataclasses.replace(before.preview, prompts=["other"]),
+            launch=dataclasses.replace(before.launch, processes=4),
+            batch=dataclasses.replace(before.batch, micro_size=4),
+            data=dataclasses.replace(before.data, images="elsewhere", text_batch=1, image_batch=1),
+        )
+    )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_a_run_may_be_lengthened_only_if_that_changes_no_step_done(tmp_path, schedule):
+    recipe = make_recipe(tmp_path / "run", optimizer=Optimizer(schedule=schedule))
+    write_run_dir(make_plan(recipe, 1))
+    longer = dataclasses.replace(recipe, steps=2 * recipe.steps)
+    if schedule == "constant":
+        check_run_dir(longer)
+    else:
+        with pytest.raises(UserError, match="steps was 1000, is 2000"):
+            check_run_dir(longer)
+
+
+def test_run_directory_says_what_ran(tmp_path):
+    recipe = make_recipe(tmp_path / "deep" / "run", seed=3, lora=Lora(rank=4))
+    plan = make_plan(recipe, 2)
+    write_run_dir(plan)
+    run_dir = tmp_path / "deep" / "run"
+    assert load_recipe(run_dir / "recipe.yaml") == recipe
+    assert json.loads((run_dir / "deepspeed.json").read_text()) == plan.deepspeed
+    assert {"python", "torch", "deepspeed"} <= set(
+        json.loads((run_dir / "versions.json").read_text())
+    )
+    assert not list(run_dir.glob(".*"))
+
+
+def test_stored_recipe_with_names_of_any_script(tmp_path):
+    recipe = make_recipe(tmp_path / "été 猫")
+    write_run_dir(make_plan(recipe, 1))
+    check_run_dir(recipe)
+    assert yaml.safe_load((tmp_path / "été 猫" / "recipe.yaml").read_text())["run_dir"].endswith(
+        "猫"
+    )
+
+
+@pytest.mark.xfail(strict=True, reason="ends in a traceback")
+@pytest.mark.parametrize("content", ["", "seed: 0\n", "a: [", "text"])
+def test_damaged_stored_recipe_is_refused(started, content):
+    (started / "recipe.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        check_run_dir(make_recipe(started))
+
+
+def test_exports_are_named_after_the_run(tmp_path):
+    recipe = make_recipe(tmp_path / "cats")
+    assert export_path(recipe, 40) == tmp_path / "cats/export/cats-step_00000040.safetensors"
+    full = dataclasses.replace(recipe, method="full")
+    assert export_path(full, 40) == tmp_path / "cats/export/step_00000040/transformer"
