@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flux2_ds.errors import UserError
+from flux2_ds.tensors import write_tensors
 
 STATE_NAME = "state.json"
 
@@ -71,13 +73,14 @@ def save(
     path = checkpoint_path(root, step)
     if not write:
         return path
+    for leftover in root.glob(".step_*.partial"):
+        shutil.rmtree(leftover)
     partial = root / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     files = {}
     for kind, named in kinds.items():
         file = partial / f"{kind}.safetensors"
-        save_file(named, file)
+        write_tensors(file, named)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     (partial / STATE_NAME).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
     for file in partial.iterdir():
@@ -133,13 +136,15 @@ def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:
         if keep_every is None or checkpoint.step % keep_every:
             # Renamed first: a removal that is cut short leaves no directory that looks complete.
             doomed = root / f".{checkpoint.path.name}.removed"
+            shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.path.rename(doomed)
             shutil.rmtree(doomed)
 
 
 def _all(root: Path) -> list[Checkpoint]:
-    """Checkpoints by ascending step."""
-    found = [Checkpoint(path, int(path.name.split("_")[1])) for path in root.glob("step_*")]
+    """Checkpoints by ascending step; directories of other names are not ours."""
+    names = [(path, re.fullmatch(r"step_(\d{8,})", path.name)) for path in root.glob("step_*")]
+    found = [Checkpoint(path, int(name[1])) for path, name in names if name]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 

@@ -21,5 +21,7 @@ def run_root(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # One write, so that the lines of several processes do not run into each other.
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
         sys.exit(EXIT_USER_ERROR)

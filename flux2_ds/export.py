@@ -25,6 +25,7 @@ from flux2_ds.model.transformer import compute_dtype, exported_name, lora_config
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import export_path
 from flux2_ds.spec import read_spec
+from flux2_ds.tensors import use_default_permissions
 
 log = logging.getLogger("flux2_ds")
 
@@ -78,6 +79,8 @@ def export(recipe: Recipe, chosen: checkpoint.Checkpoint, dtype: torch.dtype) ->
             filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
             max_shard_size="10GB",
         )
+        for file in path.glob("*.safetensors"):
+            use_default_permissions(file)
         shutil.copy(directory / "transformer" / "config.json", path)
         return path
     config = lora_config(spec, recipe.lora, dora=recipe.method == "dora").to_dict()
@@ -88,6 +91,7 @@ def export(recipe: Recipe, chosen: checkpoint.Checkpoint, dtype: torch.dtype) ->
         weight_name=path.name,
         transformer_lora_adapter_metadata=config,
     )
+    use_default_permissions(path)
     return path
 
 

@@ -43,16 +43,24 @@ class Metrics:
             log.warning("log.wandb is online but no W&B API key is set; the W&B run stays offline")
             mode = "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
-        self._run = wandb.init(
-            project=project,
-            name=run_dir.name,
-            id=_wandb_id(run_dir),
-            resume="allow",
-            dir=run_dir,
-            config=config,
-            mode=mode,
-            settings=wandb.Settings(console="off", init_timeout=60),
-        )
+
+        def start(mode: Literal["online", "offline", "disabled"]) -> Any:
+            return wandb.init(
+                project=project,
+                name=run_dir.name,
+                id=_wandb_id(run_dir),
+                resume="allow",
+                dir=run_dir,
+                config=config,
+                mode=mode,
+                settings=wandb.Settings(console="off", init_timeout=60),
+            )
+
+        try:
+            self._run = start(mode)
+        except wandb.errors.CommError as error:
+            log.warning("W&B cannot be reached (%s); the W&B run stays offline", error)
+            self._run = start("offline")
 
     def write(self, step: int, values: dict[str, float | str | None]) -> None:
         """Record values for `step`, on disk at once."""
@@ -69,8 +77,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """All whole records of a metrics.jsonl; a line that a kill cut short is none."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_loss(run_dir: Path) -> Path:
@@ -99,7 +108,9 @@ def _cut_after(path: Path, step: int) -> None:
     """Drop records after `step`: those steps are done again."""
     if path.is_file():
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
 
 
 def _wandb_id(run_dir: Path) -> str:

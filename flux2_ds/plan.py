@@ -92,11 +92,13 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
         UserError: an impossible combination, naming the setting, its value and a value that works.
     """
     check_ranges(recipe)
+    if processes < 1:
+        raise UserError(f"the number of processes is {processes}; it must be at least 1.")
     accumulation = _accumulation(recipe, processes)
     config = read_deepspeed(recipe.deepspeed)
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    offload = zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     _check_precision(recipe)
     config |= {
         "train_batch_size": recipe.batch.global_size,
@@ -166,7 +168,7 @@ def check_ranges(recipe: Recipe) -> None:
             f"a multiple of {token}")  # fmt: skip
     require("preview.width", preview.width, lambda v: v > 0 and v % token == 0,
             f"a multiple of {token}")  # fmt: skip
-    require("data.max_aspect", data.max_aspect, lambda v: v >= 1, "at least 1")
+    require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
     require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
     require("objective.caption_dropout", recipe.objective.caption_dropout,
             lambda v: 0 <= v <= 1, "between 0 and 1")  # fmt: skip
@@ -174,6 +176,12 @@ def check_ranges(recipe: Recipe) -> None:
     require("optimizer.learning_rate", adam.learning_rate, lambda v: v > 0, "positive")
     require("optimizer.warmup_steps", adam.warmup_steps, lambda v: v >= 0, "0 or more")
     require("optimizer.max_grad_norm", adam.max_grad_norm, lambda v: v >= 0, "0 or more")
+    require("seed", recipe.seed, lambda v: v >= 0, "0 or more")
+    require("preview.seed", preview.seed, lambda v: v >= 0, "0 or more")
+    require("optimizer.betas", adam.betas, lambda v: all(0 <= b < 1 for b in v), "in [0, 1)")
+    require("optimizer.eps", adam.eps, lambda v: v >= 0, "0 or more")
+    require("optimizer.weight_decay", adam.weight_decay, lambda v: v >= 0, "0 or more")
+    require("lora.alpha", recipe.lora.alpha, lambda v: v is None or v > 0, "positive")
     require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
     require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
     if not bucket_table(data.resolution, data.bucket_step, data.max_aspect):
@@ -240,6 +248,11 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"deepspeed config {source} is not valid JSON: {error}.") from error
     else:
         source, config = "(in the recipe)", copy.deepcopy(choice)
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"deepspeed config {source} must be a JSON object, and so must its zero_optimization."
+        )
     for key in config:
         if key in _OWNED_ELSEWHERE:
             raise UserError(

@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from flux2_ds.data.buckets import Bucket, bucket_table, choose_bucket, upscale_factor
@@ -45,6 +45,7 @@ from flux2_ds.model.text import TextEncoder
 from flux2_ds.plan import check_ranges
 from flux2_ds.recipe import Data, Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TEXT_TOKENS, Spec, read_spec
+from flux2_ds.tensors import write_tensors
 
 log = logging.getLogger("flux2_ds")
 
@@ -109,9 +110,9 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
         directory, subfolder="vae", dtype=torch.float32, use_safetensors=True
     ).to(device)
     mean, std = latents.statistics(vae)
-    save_file(
-        {"latent_mean": mean, "latent_std": std, "empty_text": read_text(texts, "")},
+    write_tensors(
         shards / CONDITIONING_NAME,
+        {"latent_mean": mean, "latent_std": std, "empty_text": read_text(texts, "")},
     )
     written = []
     with tqdm(total=len(photos), desc="pictures", unit="img") as progress:
@@ -264,7 +265,7 @@ def encode_texts(
             for caption, embedding in zip(chunk, embeddings, strict=True):
                 path = text_path(texts, caption)
                 partial = path.with_suffix(".partial")
-                save_file({"text": embedding.contiguous()}, partial)
+                write_tensors(partial, {"text": embedding})
                 partial.replace(path)
             progress.update(len(chunk))
     del encoder

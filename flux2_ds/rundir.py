@@ -44,8 +44,13 @@ def check_run_dir(recipe: Recipe) -> None:
             f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
             "Give a new directory."
         )
-    before = yaml.safe_load(stored.read_text())
-    changes = _differences(_identity(before), _identity(recipe_values(recipe)))
+    try:
+        before = _identity(yaml.safe_load(stored.read_text()))
+    except (yaml.YAMLError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
+        ) from error
+    changes = _differences(before, _identity(recipe_values(recipe)))
     if changes and not recipe.accept_changes:
         raise UserError(
             f"run_dir {run_dir} holds a different run: {'; '.join(changes)}. Give a new run_dir, "
@@ -92,7 +97,7 @@ def _identity(values: dict[str, Any]) -> dict[str, Any]:
     # Where the pictures were and how many are encoded at once does not reach the trainer; how the
     # global batch is cut does not change it.
     for name in ("data.images", "data.text_batch", "data.image_batch", "batch.micro_size"):
-        flat.pop(name)
+        flat.pop(name, None)
     return flat
 
 

@@ -79,16 +79,21 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
             f"model.path {directory} is step-distilled (is_distilled in model_index.json) and "
             "collapses when trained. Use the base model, or set model.allow_distilled: true."
         )
-    spec = Spec(
-        variant=variant,
-        pipeline=pipeline,
-        double_blocks=config["num_layers"],
-        single_blocks=config["num_single_layers"],
-        heads=config["num_attention_heads"],
-        head_dim=config["attention_head_dim"],
-        text_width=config["joint_attention_dim"],
-        guidance=config["guidance_embeds"],
-    )
+    try:
+        spec = Spec(
+            variant=variant,
+            pipeline=pipeline,
+            double_blocks=config["num_layers"],
+            single_blocks=config["num_single_layers"],
+            heads=config["num_attention_heads"],
+            head_dim=config["attention_head_dim"],
+            text_width=config["joint_attention_dim"],
+            guidance=config["guidance_embeds"],
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{directory}/transformer/config.json has no {error}. Download the model again."
+        ) from error
     if spec.guidance != (variant == "dev"):
         raise UserError(
             f"{directory}/transformer/config.json: guidance_embeds is {spec.guidance}, which does "

@@ -59,6 +59,10 @@ def main() -> None:
     model = build_model(directory, spec, recipe)
     engine = build_engine(model, plan)
     first_step = resume(engine, Path(recipe.run_dir) / "checkpoints")
+    if first_step >= recipe.steps:
+        log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
+        stop_process()
+        return
     finished = run(plan, spec, index, order, engine, process, first_step)
     stop_process()
     if not finished:
@@ -108,7 +112,7 @@ def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
             bucket,
             count,
             order.batches[bucket],
-            f", {repeated} seen twice to fill the last" if repeated else "",
+            f", {repeated} places repeat a sample" if repeated else "",
         )
 
 

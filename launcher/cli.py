@@ -17,6 +17,8 @@ from flux2_ds.data.order import Order
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.rundir import check_run_dir
+from flux2_ds.spec import read_spec
 from launcher.commands import train_command
 from launcher.hosts import Hosts, find_hosts, free_port
 from launcher.local import run
@@ -91,10 +93,11 @@ def train(argv: list[str]) -> None:
         environment=dict(os.environ),
     )
     if options.dry_run:
-        print("\n".join(the_plan.lines()))
+        print("\n".join([*the_plan.lines(), str(command)]))
+        return
+    check_inputs(recipe)
     print(command, flush=True)
-    if not options.dry_run:
-        sys.exit(run(command))
+    sys.exit(run(command))
 
 
 def slurm(argv: list[str]) -> None:
@@ -110,6 +113,11 @@ def slurm(argv: list[str]) -> None:
         add("--submit", action="store_true", help="Hand the script to sbatch.")
 
     recipe, options, arguments = read(argv, "slurm", "Write an sbatch script.", add_options)
+    if recipe.launch.accelerator != "cuda":
+        raise UserError(
+            f"launch.accelerator is {recipe.launch.accelerator}; the script asks for GPUs. Set it to "
+            "cuda."
+        )
     make_plan(recipe, options.nodes * options.gpus_per_node)
     job = SlurmJob(
         nodes=options.nodes,
@@ -126,6 +134,17 @@ def slurm(argv: list[str]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine. Run this on a Slurm login node.")
     sys.exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """What the training processes will refuse, said once and before they start.
+
+    A model that is not in a local directory yet is recognised when it has been fetched.
+    """
+    check_run_dir(recipe)
+    read_index(Path(recipe.data.shards))
+    if Path(recipe.model.path).is_dir():
+        read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:

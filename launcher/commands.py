@@ -37,12 +37,14 @@ def train_command(
     `cores` of this machine are shared out to the processes (DeepSpeed's CPU Adam and gloo use
     threads) unless `environment` already sets OMP_NUM_THREADS.
     """
-    where = ["--num_gpus", str(hosts.processes)]
-    local = hosts.processes
+    variables: dict[str, str] = {}
     if hosts.hostfile is not None:
-        where, local = ["--hostfile", str(hosts.hostfile)], 8
-    variables: dict[str, str] = {"DS_ACCELERATOR": launch.accelerator}
-    if "OMP_NUM_THREADS" not in environment:
-        variables["OMP_NUM_THREADS"] = str(max(1, cores // local))
+        # DeepSpeed passes neither of the variables below on to other hosts; each finds its own.
+        where = ["--hostfile", str(hosts.hostfile)]
+    else:
+        where = ["--num_gpus", str(hosts.processes)]
+        variables["DS_ACCELERATOR"] = launch.accelerator
+        if "OMP_NUM_THREADS" not in environment:
+            variables["OMP_NUM_THREADS"] = str(max(1, cores // hosts.processes))
     argv = ["deepspeed", *where, "--master_port", str(port), "--no_local_rank", "--module"]
     return Command([*argv, TRAIN_MODULE, *arguments], variables)

@@ -31,6 +31,11 @@ def find_hosts(launch: Launch) -> Hosts:
         UserError: no GPU, or a hostfile that is missing or malformed.
     """
     if launch.hostfile is not None:
+        if launch.processes is not None:
+            raise UserError(
+                f"launch.processes is {launch.processes}, but launch.hostfile {launch.hostfile} says "
+                "how many processes each host runs. Remove launch.processes (and --gpus)."
+            )
         slots = read_hostfile(Path(launch.hostfile))
         return Hosts(sum(slots.values()), Path(launch.hostfile))
     if launch.processes is not None:

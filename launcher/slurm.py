@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ def slurm_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
     job requeues itself to continue.
     """
     options = {
-        "job-name": job.name,
+        "job-name": re.sub(r"[^\w.-]+", "-", job.name) or "flux2-ds",
         "nodes": job.nodes,
         "ntasks-per-node": job.gpus_per_node,
         "gpus-per-node": job.gpus_per_node,
@@ -56,7 +57,8 @@ def slurm_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
             "# A port that two jobs on one node are unlikely to share.",
             "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
             "export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR=cuda",
-            f"export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE / {job.gpus_per_node}))",
+            f"threads=$((SLURM_CPUS_ON_NODE / {job.gpus_per_node}))",
+            "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
             "",
             f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(task)}",
             "code=$?",

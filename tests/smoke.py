@@ -103,7 +103,12 @@ def files_made() -> list[Path]:
         RUN / "metrics.jsonl",
         RUN / "loss.png",
     ]
-    patterns = ("checkpoints/step_*", "export/*.safetensors", "samples/*.png", "wandb/offline-run-*")
+    patterns = (
+        "checkpoints/step_*",
+        "export/*.safetensors",
+        "samples/*.png",
+        "wandb/offline-run-*",
+    )
     found = [*fixed, *(path for pattern in patterns for path in sorted(RUN.glob(pattern)))]
     for path in found:
         expect(path.exists(), f"{path} was not made")

@@ -48,7 +48,7 @@ def find_photos(folder: Path) -> list[Photo]:
 
 def _caption(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        return path.read_text(encoding="utf-8-sig").strip() or None
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -82,7 +82,11 @@ def load_cropped(path: Path, bucket: Bucket) -> NDArray[np.uint8]:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white, as a picture viewer shows them."""
+    """8-bit RGB; transparent parts become white, as a picture viewer shows them."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, which makes scans white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UnreadableImageError(f"pixel format {image.mode} (32 bits a channel) has no scale")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

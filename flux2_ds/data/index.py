@@ -80,14 +80,17 @@ def read_index(directory: Path) -> Index:
             f"data.shards {directory} has no {INDEX_NAME}. Run `flux2-ds prepare` with this recipe "
             "first."
         )
-    value: dict[str, Any] = json.loads(path.read_text())
-    if value.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {value.get('format')}, this version reads {FORMAT}. Prepare the "
-            "shards again."
-        )
-    shards = [Shard(**{**item, "bucket": Bucket(**item["bucket"])}) for item in value["shards"]]
-    index = Index(value["variant"], value["text_width"], value["fingerprint"], shards)
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+        found = value.get("format")
+        if found != FORMAT:
+            raise UserError(
+                f"{path} has format {found}, this version reads {FORMAT}. Prepare the shards again."
+            )
+        shards = [Shard(**{**item, "bucket": Bucket(**item["bucket"])}) for item in value["shards"]]
+        index = Index(value["variant"], value["text_width"], value["fingerprint"], shards)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:
         raise UserError(f"{path} lists no samples. Prepare the shards again.")
     for shard in shards:

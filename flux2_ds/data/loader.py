@@ -128,11 +128,6 @@ class Loader:
             self._micro_batch(bucket, samples[places]) for places in self._share.micro_batches()
         ]
 
-    def describe(self, sample: Sample) -> str:
-        """Source file and caption of a sample, for messages."""
-        meta = self._reader(sample.shard).meta(sample.row)
-        return f"{meta['source']} ({meta['caption']!r})"
-
     def _micro_batch(self, bucket: Bucket, samples: list[Sample]) -> MicroBatch:
         draws = [draw(self._seed, sample.position, bucket.tokens) for sample in samples]
         return MicroBatch(
@@ -171,10 +166,10 @@ class Draw:
 def draw(seed: int, position: int, tokens: int) -> Draw:
     """Noise [tokens, 128], the deviate behind t and the caption drop of the sample at `position`.
 
-    Drawn on the CPU from a generator of its own, so they depend on nothing but the arguments.
+    Drawn on the CPU by a counter-based generator of its own (Philox, 256 bits of key and counter), so
+    they depend on nothing but the arguments.
     """
-    words = np.random.SeedSequence((seed, position)).generate_state(2, np.uint32)
-    generator = torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
-    deviate = torch.randn((), generator=generator).item()
-    drop = torch.rand((), generator=generator).item()
-    return Draw(torch.randn(tokens, 128, generator=generator), deviate, drop)
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, position))))
+    deviate, drop = generator.standard_normal(), generator.random()
+    noise = generator.standard_normal((tokens, 128), dtype=np.float32)
+    return Draw(torch.from_numpy(noise), deviate, drop)

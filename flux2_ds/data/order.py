@@ -3,12 +3,12 @@
 An epoch, for each bucket: shuffle the shards; shuffle the samples within windows of shards; cut the
 sequence into as many *lanes* as a global batch has samples. Batch b takes the b-th sample of every
 lane, so a process, which owns some of the lanes, reads its shards nearly sequentially, and the
-batches do not depend on the number of processes. Then the batches of all buckets are shuffled:
-every process is in the same bucket at the same step.
+batches do not depend on the number of processes. The buckets take turns in a shuffled order, each
+serving its batches in sequence: every process is in the same bucket at the same step.
 
-Remainder: no sample is left out of an epoch. If a bucket does not divide into global batches, its
-sequence is continued from its own beginning until it does, so fewer than one global batch of samples
-a bucket and epoch are seen twice (with fresh noise and timestep).
+Remainder: no sample is left out of an epoch. A bucket that does not divide into global batches
+continues with its own beginning until it does: fewer than one global batch of places a bucket and
+epoch are repetitions, with fresh noise and timestep.
 
 The shuffles sort Philox words instead of calling a numpy shuffle: NumPy keeps the stream of a bit
 generator stable across releases, but not that of the methods built on it.
@@ -58,7 +58,7 @@ class Order:
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
 
     def repeated(self, bucket: Bucket) -> int:
-        """Samples of `bucket` that an epoch serves a second time to fill its last batch."""
+        """Places of `bucket` in an epoch that repeat a sample to fill the last batch."""
         return self.batches[bucket] * self._global_batch - self._buckets[bucket]
 
     def batch(self, step: int) -> tuple[Bucket, list[Sample]]:
@@ -71,16 +71,14 @@ class Order:
         ]
 
     def _build_epoch(self, epoch: int) -> list[tuple[Bucket, Indices]]:
-        batches = []
-        for number, (bucket, count) in enumerate(self._batches_of_buckets()):
+        queues = {}
+        for number, (bucket, count) in enumerate(self.batches.items()):
             sequence = self._sequence(bucket, epoch, number)
-            filled = np.resize(sequence, (count * self._global_batch, 2))
-            lanes = filled.reshape(self._global_batch, count, 2)
-            batches += [(bucket, lanes[:, place]) for place in range(count)]
-        return [batches[i] for i in _shuffled(len(batches), self._seed, epoch, len(self._buckets))]
-
-    def _batches_of_buckets(self) -> list[tuple[Bucket, int]]:
-        return list(self.batches.items())
+            lanes = np.resize(sequence, (self._global_batch, count, 2))
+            queues[bucket] = iter(lanes.swapaxes(0, 1))
+        turns = [bucket for bucket, count in self.batches.items() for _ in range(count)]
+        shuffled = _shuffled(len(turns), self._seed, epoch, len(self.batches))
+        return [(turns[i], next(queues[turns[i]])) for i in shuffled]
 
     def _sequence(self, bucket: Bucket, epoch: int, number: int) -> Indices:
         """(shard, row) of all samples of a bucket, [n, 2], shuffled for this epoch."""

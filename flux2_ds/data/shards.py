@@ -99,16 +99,16 @@ class ShardReader:
             raise UserError(
                 f"shard {path} cannot be read ({error}). Copy it again or prepare the shards again."
             ) from error
-        self.keys = [name.split(".", 1)[0] for name in self._members if name.endswith(f".{META}")]
+        self._keys = [name.split(".", 1)[0] for name in self._members if name.endswith(f".{META}")]
 
     def meta(self, row: int) -> dict[str, Any]:
         """Caption, source and the rest of the sample's JSON."""
-        value: dict[str, Any] = json.loads(self._read(f"{self.keys[row]}.{META}"))
+        value: dict[str, Any] = json.loads(self._read(f"{self._key(row)}.{META}"))
         return value
 
     def latent(self, row: int) -> torch.Tensor:
         """[32, H/8, W/8] fp32."""
-        return load_tensors(self._read(f"{self.keys[row]}.{LATENT}"))["latent"]
+        return load_tensors(self._read(f"{self._key(row)}.{LATENT}"))["latent"]
 
     def text(self, row: int) -> torch.Tensor:
         """[512, text width]."""
@@ -117,6 +117,14 @@ class ShardReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _key(self, row: int) -> str:
+        if row >= len(self._keys):
+            raise UserError(
+                f"shard {self._path} has {len(self._keys)} samples, index.json counts more. Copy it "
+                "again or prepare the shards again."
+            )
+        return self._keys[row]
 
     def _read(self, name: str) -> bytes:
         if name not in self._members:
