@@ -13,18 +13,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import Flux2Transformer2DModel
 from PIL import Image, ImageDraw, ImageFont
 
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.files import model_directory
+from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.transformer import compute_dtype
 from flux2_ds.plan import check_ranges
 from flux2_ds.recipe import Preview, Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import export_path
-from flux2_ds.spec import Spec, read_spec
+from flux2_ds.spec import read_spec
 
 log = logging.getLogger("flux2_ds")
 
@@ -49,7 +49,9 @@ def main() -> None:
     output = Path(options.output or Path(recipe.run_dir) / "samples" / f"step_{step:08d}.png")
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    pipeline = load_pipeline(directory, spec, recipe)
+    pipeline = load_pipeline(directory, spec, compute_dtype(recipe.precision))
+    if recipe.launch.accelerator == "cuda":
+        pipeline.enable_model_cpu_offload()  # only the part that is at work is on the card
 
     before = render(pipeline, recipe.preview)
     if recipe.method == "full":
@@ -90,17 +92,6 @@ def choose_export(recipe: Recipe, step: int | None) -> Path:
 def step_of(trained: Path) -> int:
     """The step in an export's name."""
     return int(re.findall(r"step_(\d{8})", str(trained))[-1])
-
-
-def load_pipeline(directory: Path, spec: Spec, recipe: Recipe) -> Any:
-    """The whole diffusers pipeline; on a GPU only the part that is at work is on the card."""
-    pipeline_class = getattr(diffusers, spec.pipeline)
-    pipeline = pipeline_class.from_pretrained(
-        directory, dtype=compute_dtype(recipe.precision), use_safetensors=True
-    )
-    if recipe.launch.accelerator == "cuda":
-        pipeline.enable_model_cpu_offload()
-    return pipeline
 
 
 def render(pipeline: Any, preview: Preview) -> list[Image.Image]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import diffusers
 import torch
 
+from flux2_ds.model.pipeline import load_text_pipeline
 from flux2_ds.spec import Spec
 
 
@@ -20,10 +20,7 @@ class TextEncoder:
     def __init__(
         self, directory: Path, spec: Spec, dtype: torch.dtype, device: torch.device
     ) -> None:
-        pipeline_class = getattr(diffusers, spec.pipeline)
-        self._pipeline = pipeline_class.from_pretrained(
-            directory, transformer=None, vae=None, dtype=dtype, use_safetensors=True
-        ).to(device)
+        self._pipeline = load_text_pipeline(directory, spec, dtype).to(device)
         self._device = device
 
     @torch.no_grad()

@@ -32,24 +32,8 @@ def test_table_holds_every_largest_bucket_and_nothing_else(settings):
         and ((height + step) * width > area or height * (width + step) > area)
         and max(height / width, width / height) <= max_aspect
     }
+    assert Bucket(resolution, resolution) in expected
     assert bucket_table(resolution, step, max_aspect) == sorted(expected)
-
-
-def test_sides_are_multiples_within_area_and_aspect(settings):
-    resolution, step, max_aspect = settings
-    for bucket in bucket_table(resolution, step, max_aspect):
-        assert bucket.height % step == bucket.width % step == 0
-        assert bucket.height * bucket.width <= resolution**2
-        assert 1 / max_aspect <= bucket.aspect <= max_aspect
-
-
-def test_table_is_symmetric_and_holds_the_square(settings):
-    resolution, step, max_aspect = settings
-    table = bucket_table(resolution, step, max_aspect)
-    assert {Bucket(b.width, b.height) for b in table} == set(table)
-    assert (
-        Bucket(resolution, resolution) in table
-    )  # every resolution above is a multiple of its step
 
 
 def test_no_bucket_when_the_step_is_larger_than_the_resolution():
@@ -60,22 +44,14 @@ def test_tokens_are_the_16_pixel_squares():
     assert Bucket(height=512, width=768).tokens == 32 * 48
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_choice_crops_least(settings, seed):
+def test_choice_crops_least_and_nothing_of_a_buckets_own_shape(settings):
     table = bucket_table(*settings)
-    chance = random.Random(seed)
-    for _ in range(50):
-        width, height = chance.randint(50, 4000), chance.randint(50, 4000)
+    chance = random.Random(0)
+    sizes = [(chance.randint(50, 4000), chance.randint(50, 4000)) for _ in range(200)]
+    for width, height in [*sizes, *((3 * bucket.width, 3 * bucket.height) for bucket in table)]:
         best = max(kept_share(width, height, bucket) for bucket in table)
         chosen = choose_bucket(width, height, table)
         assert kept_share(width, height, chosen) == pytest.approx(best, abs=2e-6)
-
-
-def test_a_picture_with_a_buckets_shape_is_not_cropped(settings):
-    table = bucket_table(*settings)
-    for bucket in table:
-        chosen = choose_bucket(3 * bucket.width, 3 * bucket.height, table)
-        assert kept_share(3 * bucket.width, 3 * bucket.height, chosen) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -39,8 +39,8 @@ def steps_left(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
 
 
-def test_what_is_saved_is_loaded(tmp_path):
-    (path,) = save(tmp_path / "checkpoints", 12)
+def test_what_is_saved_is_loaded_from_the_highest_step(tmp_path):
+    _, path, _ = save(tmp_path / "checkpoints", 2, 12, 9)
     found, complaints = checkpoint.newest(tmp_path / "checkpoints")
     assert (found.path, found.step, complaints) == (path, 12, [])
     assert checkpoint.verify(found) is None
@@ -49,9 +49,10 @@ def test_what_is_saved_is_loaded(tmp_path):
     for kind, name, tensor in tensors(12):
         assert torch.equal(found.tensors(kind)[name], tensor)
     assert path.name == "step_00000012"
-    assert sorted(file.name for file in path.iterdir()) == sorted(
-        [*(f"{kind}.safetensors" for kind in KINDS), "state.json"]
-    )
+    files = json.loads((path / "state.json").read_text())["files"]
+    assert set(files) == {f"{kind}.safetensors" for kind in KINDS}
+    assert {file.name for file in path.iterdir()} == {*files, "state.json"}
+    assert all(facts["bytes"] == (path / name).stat().st_size for name, facts in files.items())
 
 
 def test_tensors_are_stored_in_fp32_whatever_they_come_in(tmp_path):
@@ -78,14 +79,9 @@ def test_a_buffer_that_is_used_again_is_copied_in_time(tmp_path):
     assert found["2.0"].tolist() == [2, 2]
 
 
-def test_newest_is_the_highest_step(tmp_path):
-    save(tmp_path, 9, 100, 20)
-    assert checkpoint.newest(tmp_path)[0].step == 100
-
-
-def test_no_checkpoints(tmp_path):
-    assert checkpoint.newest(tmp_path) == (None, [])
-    assert checkpoint.newest(tmp_path / "absent") == (None, [])
+@pytest.mark.parametrize("folder", [".", "absent"])
+def test_no_checkpoints(tmp_path, folder):
+    assert checkpoint.newest(tmp_path / folder) == (None, [])
 
 
 def test_saving_again_replaces(tmp_path):
@@ -121,7 +117,6 @@ def test_leftover_of_an_interrupted_save_is_ignored_and_replaced(tmp_path):
     (partial / "stale").touch()
     found, complaints = checkpoint.newest(tmp_path)
     assert (found.step, complaints) == (1, [])
-
     (path,) = save(tmp_path, 2)
     assert not partial.exists()
     assert not (path / "stale").exists()
@@ -129,7 +124,7 @@ def test_leftover_of_an_interrupted_save_is_ignored_and_replaced(tmp_path):
 
 
 DAMAGES = [
-    *((f"{kind}.safetensors", cut, "bytes instead of") for kind in KINDS),
+    ("weights.safetensors", cut, "bytes instead of"),
     *((f"{kind}.safetensors", flip_a_byte, "sha256") for kind in KINDS),
     ("weights.safetensors", Path.unlink, "is missing"),
     ("state.json", Path.unlink, "cannot be read"),
@@ -142,12 +137,9 @@ DAMAGES = [
 def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reason):
     *_, last = save(tmp_path, 10, 20, 30)
     damage(last / name)
-    found, complaints = checkpoint.newest(tmp_path)
+    found, (complaint,) = checkpoint.newest(tmp_path)
     assert found.step == 20
-    (complaint,) = complaints
-    assert str(last) in complaint
-    assert name in complaint
-    assert reason in complaint
+    assert all(words in complaint for words in (str(last), name, reason))
 
 
 def test_nothing_is_used_when_all_are_damaged(tmp_path):
@@ -159,46 +151,30 @@ def test_nothing_is_used_when_all_are_damaged(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "left"),
-    [
-        (1, None, [60]),
-        (2, None, [50, 60]),
-        (9, None, [10, 20, 30, 40, 50, 60]),
-        (1, 20, [20, 40, 60]),
-        (2, 30, [30, 50, 60]),
-        (1, 7, [60]),
-    ],
+    [(1, None, [40]), (2, None, [30, 40]), (9, None, [10, 20, 30, 40]), (1, 20, [20, 40])],
 )
 def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left):
-    save(tmp_path, 10, 20, 30, 40, 50, 60)
+    save(tmp_path, 10, 20, 30, 40)
     checkpoint.remove_old(tmp_path, keep_last, keep_every)
     assert steps_left(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left)  # no hidden leftovers either
-    assert checkpoint.newest(tmp_path)[0].step == 60
+    assert checkpoint.newest(tmp_path)[0].step == 40
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="any name after step_ is taken for one")
 def test_directories_of_the_users_own_are_left_alone(tmp_path):
     save(tmp_path, 10, 20)
-    for name in ("step_00000010.bak", "step_best"):
+    for name in ("step_00000010.bak", "step_best", "step_7"):
         (tmp_path / name).mkdir()
     assert checkpoint.newest(tmp_path)[0].step == 20
     checkpoint.remove_old(tmp_path, 1, None)
-    assert (tmp_path / "step_best").is_dir()
+    left = {"step_00000010.bak", "step_00000020", "step_7", "step_best"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the leftover's name is taken")
 def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path):
     leftover = tmp_path / ".step_00000010.removed"
     leftover.mkdir()
     (leftover / "weights.safetensors").touch()
     save(tmp_path, 10, 20)
     checkpoint.remove_old(tmp_path, 1, None)
-    assert steps_left(tmp_path) == [20]
-
-
-def test_state_is_plain_json(tmp_path):
-    (path,) = save(tmp_path, 4)
-    state = json.loads((path / "state.json").read_text())
-    assert set(state["files"]) == {f"{kind}.safetensors" for kind in KINDS}
-    for name, facts in state["files"].items():
-        assert facts["bytes"] == (path / name).stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
 from flux2_ds.metrics import METRICS_NAME, Metrics, draw_loss, read_metrics
@@ -64,12 +65,14 @@ def test_records_after_the_step_of_the_checkpoint_are_cut(run_dir, resumed_at, l
     assert steps_in(run_dir) == [*left, 100]
 
 
-@pytest.mark.xfail(strict=True, raises=json.JSONDecodeError, reason="the run cannot continue")
 def test_line_that_a_crash_cut_short_does_not_stop_the_run(run_dir):
     path = run_dir / METRICS_NAME
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
-    start(run_dir, resumed_at=10).close()
-    assert steps_in(run_dir) == [10]
+    assert steps_in(run_dir) == [10]  # also to who only reads
+    resumed = start(run_dir, resumed_at=10)
+    record(resumed, 20)
+    resumed.close()
+    assert steps_in(run_dir) == [10, 20]
 
 
 def draw(run_dir: Path, losses: list[float]) -> np.ndarray:
@@ -101,6 +104,27 @@ def test_online_without_a_key_stays_offline_and_says_so(run_dir, caplog):
     record(metrics, 10)
     metrics.close()
     assert list((run_dir / "wandb").glob("offline-run-*"))
+    assert steps_in(run_dir) == [10]
+
+
+def test_server_that_does_not_answer_leaves_the_run_offline(run_dir, caplog, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    modes = []
+    init = wandb.init
+
+    def refused_online(**arguments: object) -> object:
+        modes.append(arguments["mode"])
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("no route to host")
+        return init(**{**arguments, "mode": "disabled"})
+
+    monkeypatch.setattr(wandb, "init", refused_online)
+    with caplog.at_level(logging.WARNING, logger="flux2_ds"):
+        metrics = start(run_dir, mode="online")
+    record(metrics, 10)
+    metrics.close()
+    assert modes == ["online", "offline"]
+    assert "no route to host" in caplog.text
     assert steps_in(run_dir) == [10]
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flux2_ds.errors import UserError
 from flux2_ds.plan import make_plan
@@ -37,14 +36,9 @@ def test_new_and_empty_directories_are_accepted(tmp_path):
 
 def test_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="is not a run of flux2-ds"):
-        check_run_dir(make_recipe(tmp_path))
-    with pytest.raises(UserError, match="is not a run of flux2-ds"):
-        check_run_dir(make_recipe(tmp_path / "thesis.tex"))
-
-
-def test_the_same_recipe_continues(started):
-    check_run_dir(make_recipe(started))
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(UserError, match="is not a run of flux2-ds"):
+            check_run_dir(make_recipe(path))
 
 
 @pytest.mark.parametrize(
@@ -55,14 +49,8 @@ def test_the_same_recipe_continues(started):
         ({"precision": "fp32"}, "precision was 'bf16', is 'fp32'"),
         ({"lora": Lora(rank=4)}, "lora.rank was 32, is 4"),
         ({"model": Model(path="n")}, "model.path was 'm', is 'n'"),
-        (
-            {"optimizer": Optimizer(betas=(0.9, 0.95))},
-            r"optimizer.betas was \[0.9, 0.999\], is \[0.9, 0.95\]",
-        ),
-        (
-            {"data": Data(images="photos", shards="shards", shuffle_window=2)},
-            "data.shuffle_window was 8, is 2",
-        ),
+        ({"optimizer": Optimizer(betas=(0.9, 0.95))}, r"optimizer.betas was \[.*\], is \[.*\]"),
+        ({"data": Data(images="photos", shards="shards", shuffle_window=2)}, "window was 8, is 2"),
     ],
 )
 def test_changed_recipe_is_refused_with_old_and_new(started, changes, message):
@@ -72,11 +60,9 @@ def test_changed_recipe_is_refused_with_old_and_new(started, changes, message):
 
 
 def test_every_change_is_named_and_nothing_else(started):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"lora.alpha was None.*lora.rank was.*seed was") as caught:
         check_run_dir(make_recipe(started, seed=5, lora=Lora(rank=4, alpha=8.0)))
-    message = str(caught.value)
-    assert all(name in message for name in ("seed was", "lora.rank was", "lora.alpha was None"))
-    assert message.count(" was ") == 3
+    assert str(caught.value).count(" was ") == 3
 
 
 def test_settings_that_do_not_change_the_numbers_are_free(started):
@@ -109,32 +95,22 @@ def test_a_run_may_be_lengthened_only_if_that_changes_no_step_done(tmp_path, sch
 
 
 def test_run_directory_says_what_ran(tmp_path):
-    recipe = make_recipe(tmp_path / "deep" / "run", seed=3, lora=Lora(rank=4))
+    run_dir = tmp_path / "deep" / "été 猫"
+    recipe = make_recipe(run_dir, seed=3, lora=Lora(rank=4))
     plan = make_plan(recipe, 2)
     write_run_dir(plan)
-    run_dir = tmp_path / "deep" / "run"
+    check_run_dir(recipe)
     assert load_recipe(run_dir / "recipe.yaml") == recipe
     assert json.loads((run_dir / "deepspeed.json").read_text()) == plan.deepspeed
-    assert {"python", "torch", "deepspeed"} <= set(
-        json.loads((run_dir / "versions.json").read_text())
-    )
+    versions = json.loads((run_dir / "versions.json").read_text())
+    assert versions.keys() >= {"python", "torch", "deepspeed"}
     assert not list(run_dir.glob(".*"))
 
 
-def test_stored_recipe_with_names_of_any_script(tmp_path):
-    recipe = make_recipe(tmp_path / "été 猫")
-    write_run_dir(make_plan(recipe, 1))
-    check_run_dir(recipe)
-    assert yaml.safe_load((tmp_path / "été 猫" / "recipe.yaml").read_text())["run_dir"].endswith(
-        "猫"
-    )
-
-
-@pytest.mark.xfail(strict=True, reason="ends in a traceback")
 @pytest.mark.parametrize("content", ["", "seed: 0\n", "a: [", "text"])
 def test_damaged_stored_recipe_is_refused(started, content):
     (started / "recipe.yaml").write_text(content)
-    with pytest.raises(UserError, match=r"recipe\.yaml"):
+    with pytest.raises(UserError, match=r"recipe\.yaml is damaged"):
         check_run_dir(make_recipe(started))
 
 

@@ -60,16 +60,17 @@ def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
 
 def test_what_is_written_is_read_back_bit_for_bit(shard):
     reader = ShardReader(shard)
-    assert len(reader.keys) == len(CAPTIONS)
     # In another order than on disk: access is random.
     for row, record in reversed(list(enumerate(make_records()))):
-        assert torch.equal(reader.latent(row), record.latent)
-        assert reader.latent(row).dtype == torch.float32
-        assert torch.equal(reader.text(row), text_of(record.caption))
-        assert reader.text(row).dtype == torch.bfloat16
-        meta = reader.meta(row)
-        assert (meta["caption"], meta["source"]) == (record.caption, record.source)
-        assert (meta["height"], meta["width"]) == (32, 48)
+        latent, text = reader.latent(row), reader.text(row)
+        assert (latent.dtype, text.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(latent, record.latent)
+        assert torch.equal(text, text_of(record.caption))
+        first = CAPTIONS.index(record.caption)  # a caption that recurs is stored once
+        assert reader.meta(row) == {
+            **{"caption": record.caption, "source": record.source, "height": 32, "width": 48},
+            "text_key": f"{first:08d}",
+        }
 
 
 def test_facts_of_a_shard_are_those_of_its_file(tmp_path):
@@ -90,7 +91,7 @@ def test_same_input_makes_the_same_file(tmp_path):
         assert {member.mtime for member in tar} == {0}
 
 
-def test_recurring_caption_is_stored_and_encoded_once(tmp_path):
+def test_recurring_caption_is_encoded_once(tmp_path):
     encoded = []
 
     def counted(caption: str) -> torch.Tensor:
@@ -99,12 +100,6 @@ def test_recurring_caption_is_stored_and_encoded_once(tmp_path):
 
     write_shard(tmp_path / "x.tar", BUCKET, make_records(), counted)
     assert encoded == ["a cat", "été, 猫", ""]
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        texts = [name for name in tar.getnames() if name.endswith(".text.safetensors")]
-    assert len(texts) == 3
-    reader = ShardReader(tmp_path / "x.tar")
-    assert reader.meta(2)["text_key"] == reader.keys[0]
-    assert torch.equal(reader.text(2), reader.text(0))
 
 
 def test_failure_while_writing_leaves_no_shard(tmp_path):
@@ -125,21 +120,27 @@ def test_plain_webdataset_reads_it(shard):
     assert ["text.safetensors" in sample for sample in samples] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.6, 0.9])
-def test_truncated_shard_is_refused(shard, share):
-    content = shard.read_bytes()
-    shard.write_bytes(content[: int(len(content) * share)])
+def share(part: float) -> Callable[[bytes], bytes]:
+    return lambda content: content[: int(len(content) * part)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(share(part) for part in (0.0, 0.05, 0.3, 0.6, 0.9)),
+        lambda content: b"this is no tar" * 100,
+        lambda content: bytes(20480),  # a tar of nothing
+    ],
+)
+def test_damaged_shard_is_refused(shard, damage):
+    shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(UserError, match=r"48x32-00000\.tar"):
         read_everything(shard)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="ends in an IndexError")
 def test_shard_cut_between_two_samples_is_refused(shard):
-    with tarfile.open(shard) as tar:
-        cut = tar.getmember("00000002.json").offset
-    with shard.open("r+b") as stream:
-        stream.truncate(cut)
-    with pytest.raises(UserError, match=r"48x32-00000\.tar"):
+    rewrite(shard, lambda name, data: data if name < "00000002" else None)
+    with pytest.raises(UserError, match=r"48x32-00000\.tar has 2 samples"):
         read_everything(shard)
 
 
@@ -149,22 +150,6 @@ def test_shard_cut_while_it_is_open_is_refused(shard):
         stream.truncate(5000)
     with pytest.raises(UserError, match="ends after"):
         reader.text(3)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"this is no tar" * 100,
-        pytest.param(
-            b"\x00" * 20480,
-            marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="an empty tar is taken"),
-        ),
-    ],
-)
-def test_what_is_no_tar_is_refused(shard, content):
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"48x32-00000\.tar"):
-        read_everything(shard)
 
 
 @pytest.mark.parametrize("member", ["00000000.text.safetensors", "00000003.latent.safetensors"])
@@ -190,16 +175,11 @@ def index(shard: Path) -> Index:
 
 def test_index_round_trip(shard, index):
     assert read_index(shard.parent) == index
-    assert index.samples == len(CAPTIONS)
-    assert index.bucket_counts() == {BUCKET: len(CAPTIONS)}
-
-
-def test_bucket_counts_add_up_over_shards():
     other = Bucket(16, 16)
-    shards = [Shard(str(n), b, n, 1, "") for n, b in ((5, BUCKET), (7, other), (2, BUCKET))]
-    index = Index("klein", 8, {}, shards)
-    assert list(index.bucket_counts().items()) == [(other, 7), (BUCKET, 7)]
-    assert index.samples == 14
+    more = [Shard("a", other, 7, 1, ""), *index.shards, Shard("b", BUCKET, 2, 1, "")]
+    counted = Index("klein", 8, {}, more)
+    assert list(counted.bucket_counts().items()) == [(other, 7), (BUCKET, len(CAPTIONS) + 2)]
+    assert counted.samples == len(CAPTIONS) + 9
 
 
 def test_folder_without_index_says_to_prepare(tmp_path):
@@ -207,21 +187,22 @@ def test_folder_without_index_says_to_prepare(tmp_path):
         read_index(tmp_path)
 
 
-def test_shard_that_is_listed_but_missing(shard, index):
+@pytest.mark.parametrize("size", [None, 512])
+def test_shard_that_is_missing_or_of_another_size(shard, index, size):
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} has None bytes"):
-        read_index(shard.parent)
-
-
-def test_shard_of_another_size(shard, index):
-    with shard.open("ab") as stream:
-        stream.write(b"\x00")
-    with pytest.raises(UserError, match=f"{shard.name} has {shard.stat().st_size} bytes"):
+    if size is not None:
+        shard.write_bytes(bytes(size))
+    with pytest.raises(UserError, match=f"{shard.name} has {size} bytes"):
         read_index(shard.parent)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"format": 99}, "format 99"), ({"shards": []}, "lists no samples")]
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"shards": []}, "lists no samples"),
+        ({"shards": [{"name": "x.tar"}]}, "damaged"),
+    ],
 )
 def test_index_that_this_version_does_not_read(shard, index, change, message):
     path = shard.parent / INDEX_NAME
@@ -230,9 +211,8 @@ def test_index_that_this_version_does_not_read(shard, index, change, message):
         read_index(shard.parent)
 
 
-@pytest.mark.xfail(strict=True, reason="a damaged index.json ends in a traceback")
-@pytest.mark.parametrize("content", ["", '{"format": 1, "sha', "[]"])
-def test_index_that_is_not_json_of_ours(shard, index, content):
-    (shard.parent / INDEX_NAME).write_text(content)
-    with pytest.raises(UserError, match=r"index\.json"):
-        read_index(shard.parent)
+@pytest.mark.parametrize("content", ["", '{"format": 1, "sha', "[]", '{"format": 1}'])
+def test_index_that_is_not_json_of_ours(tmp_path, content):
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        read_index(tmp_path)

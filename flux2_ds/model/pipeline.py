@@ -1,0 +1,58 @@
+"""The diffusers pipeline of a model directory: whole, or its text half alone.
+
+The parts are loaded one by one and given to the pipeline's constructor. `from_pretrained` of the whole
+would insist on `PixtralProcessor` for dev, which transformers offers only beside torchvision; without
+pictures in the prompt that processor does nothing but call the tokenizer, which is loaded from the
+same directory with the same chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+)
+
+from flux2_ds.spec import Spec
+
+_TEXT_ENCODERS = {"dev": "Mistral3ForConditionalGeneration", "klein": "Qwen3ForCausalLM"}
+
+
+def load_text_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
+    """The pipeline with text encoder and tokenizer only: good for `encode_prompt`."""
+    return _build(directory, spec, dtype, transformer=None, vae=None, scheduler=None)
+
+
+def load_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
+    """The pipeline that renders."""
+    common = {"dtype": dtype, "use_safetensors": True}
+    return _build(
+        directory,
+        spec,
+        dtype,
+        transformer=Flux2Transformer2DModel.from_pretrained(
+            directory, subfolder="transformer", **common
+        ),
+        vae=AutoencoderKLFlux2.from_pretrained(directory, subfolder="vae", **common),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler"),
+    )
+
+
+def _build(directory: Path, spec: Spec, dtype: torch.dtype, **parts: Any) -> Any:
+    encoder_class = getattr(transformers, _TEXT_ENCODERS[spec.variant])
+    parts["text_encoder"] = encoder_class.from_pretrained(
+        directory / "text_encoder", dtype=dtype, use_safetensors=True
+    )
+    parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(directory / "tokenizer")
+    if spec.variant == "klein":
+        index = json.loads((directory / "model_index.json").read_text())
+        parts["is_distilled"] = index.get("is_distilled", False)
+    return getattr(diffusers, spec.pipeline)(**parts)

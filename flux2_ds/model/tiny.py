@@ -1,0 +1,320 @@
+"""Tiny FLUX.2 model directories, made offline: what tests and the smoke test train.
+
+    flux2-ds tiny --variant klein --out DIR [--seed 0] [--photos FOLDER]
+
+A directory has diffusers' layout and the real classes with small configs, so that the code that loads
+32 B parameters loads it without a test branch. The tokenizer is a byte-level BPE trained on a few
+sentences here, with the real special tokens and a chat template of the same structure. With
+`--photos` the VAE is fitted to them for some seconds, so that decoded pictures show something; the
+rest of the weights is random. Everything follows from the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+TEXT_WIDTH = 32
+VOCABULARY = 512
+SENTENCES = [
+    "A close-up photograph of a cat with green eyes looking past the camera.",
+    "A mountain meadow in autumn under a wide blue sky, with yellow grass and distant peaks.",
+    "Render the text OPEN in red letters on a white wall, with soft light from the left.",
+    "You are an assistant that describes objects, their relationships and attributes.",
+]
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set open, close = ('[SYSTEM_PROMPT]', '[/SYSTEM_PROMPT]') if message['role'] == 'system' "
+    "else ('[INST]', '[/INST]') %}{{ open }}{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '[IMG]' }}{% endfor %}{{ close }}{% endfor %}"
+)
+
+
+def make_tiny(
+    directory: Path, variant: Literal["klein", "dev"], seed: int = 0, photos: Path | None = None
+) -> None:
+    """Write a complete model directory.
+
+    The text encoders are as deep as their pipelines' default hidden states need (30 layers for dev,
+    28 for klein) and 32 wide; the transformer has 2 double and 3 single blocks of width 128.
+
+    Raises:
+        FileExistsError: `directory` is not empty.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; give a new directory")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = _klein() if variant == "klein" else _dev()
+        vae = pipeline.vae
+        if photos is None:
+            vae.bn.running_mean.normal_(0, 0.5)
+            vae.bn.running_var.uniform_(0.5, 2)
+        else:
+            fit_vae(vae, _load_photos(photos))
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    if variant == "dev":
+        _name_pixtral_processor(directory)
+
+
+def _klein() -> Flux2KleinPipeline:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer = Qwen2TokenizerFast(
+        tokenizer_object=_byte_level_bpe(special),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        padding_side="right",
+        chat_template=QWEN_TEMPLATE,
+    )
+    config = Qwen3Config(
+        **_language_config(layers=28), pad_token_id=0, eos_token_id=2, bos_token_id=None
+    )
+    return Flux2KleinPipeline(
+        **_shared_parts(guidance=False),
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tokenizer,
+        is_distilled=False,
+    )
+
+
+def _dev() -> Flux2Pipeline:
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+               "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<pad>"]  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(special),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="left",
+        chat_template=MISTRAL_TEMPLATE,
+    )
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **_language_config(layers=31), "pad_token_id": 10},
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        image_token_index=special.index("[IMG]"),
+    )
+    return Flux2Pipeline(
+        **_shared_parts(guidance=True),
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+    )
+
+
+def _name_pixtral_processor(directory: Path) -> None:
+    """Make the tokenizer directory that of a PixtralProcessor, as in the real model.
+
+    Its files are written here because transformers makes the class itself only beside torchvision.
+    """
+    image_processor = {
+        "image_processor_type": "PixtralImageProcessor",
+        "patch_size": {"height": 14, "width": 14},
+        "size": {"longest_edge": 56},
+    }
+    processor = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
+    for name, content in (
+        ("tokenizer/processor_config.json", {**processor, "image_processor": image_processor}),
+        ("tokenizer/preprocessor_config.json", image_processor),
+    ):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    index = directory / "model_index.json"
+    parts = json.loads(index.read_text())
+    parts["tokenizer"] = ["transformers", "PixtralProcessor"]
+    index.write_text(json.dumps(parts, indent=2) + "\n")
+
+
+def _language_config(layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+    }
+
+
+def _shared_parts(*, guidance: bool) -> dict[str, Any]:
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        ),
+        "vae": AutoencoderKLFlux2(
+            block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=4
+        ).eval(),
+        "transformer": Flux2Transformer2DModel(
+            num_layers=2,
+            num_single_layers=3,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            joint_attention_dim=3 * TEXT_WIDTH,
+            axes_dims_rope=(8, 8, 8, 8),
+            guidance_embeds=guidance,
+        ),
+    }
+
+
+def _byte_level_bpe(special: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def fit_vae(vae: AutoencoderKLFlux2, photos: list[torch.Tensor], steps: int = 200) -> None:
+    """Fit a small VAE to photographs ([3, H, W] in [-1, 1]) and measure its latent statistics.
+
+    Plain reconstruction of random 64 px crops, with a little noise on the latents so that their scale
+    matters; the posterior's variance is fixed, so its mean carries the picture.
+    """
+    _start_near_a_linear_autoencoder(vae, _crops(photos, 16, 128))
+    noise = 0.05
+    with torch.no_grad():
+        vae.quant_conv.weight[32:].zero_()
+        vae.quant_conv.bias[32:].fill_(2 * np.log(noise))
+    adam = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        pictures = _crops(photos, 2, 64)
+        mean = vae.encode(pictures).latent_dist.mode()
+        decoded = vae.decode(mean + noise * torch.randn_like(mean)).sample
+        loss = (decoded - pictures).abs().mean() + (decoded - pictures).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        adam.step()
+        schedule.step()
+    with torch.no_grad():
+        latents = vae.encode(_crops(photos, 32, 128)).latent_dist.mode()
+        patches = Flux2Pipeline._patchify_latents(latents)
+        vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
+        vae.bn.running_var.copy_(patches.var((0, 2, 3)))
+
+
+@torch.no_grad()
+def _start_near_a_linear_autoencoder(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> None:
+    """Let the residual branches begin at zero and the downsampling convolutions keep the 2×2 blocks'
+    principal components, so that 200 small steps suffice for recognisable pictures."""
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            if module.conv_shortcut is not None:
+                nn.init.dirac_(module.conv_shortcut.weight)
+    encoder, features = vae.encoder, pictures
+    nn.init.dirac_(encoder.conv_in.weight)
+    for block in encoder.down_blocks[:3]:
+        conv = block.downsamplers[0].conv
+        blocks = F.pixel_unshuffle(features, 2).transpose(0, 1).flatten(1)
+        vectors = torch.linalg.eigh(blocks @ blocks.T)[1].flip(1)[:, : conv.out_channels].T / 2
+        kernel = vectors.reshape(len(vectors), -1, 2, 2)
+        conv.weight.zero_()
+        conv.weight[: len(kernel), : kernel.shape[1], :2, :2] = kernel
+        features = F.conv2d(features, kernel, stride=2)
+    conv.weight /= features.std((0, 2, 3)).view(-1, 1, 1, 1)
+    for conv in (encoder.conv_out, vae.quant_conv, vae.post_quant_conv, vae.decoder.conv_in):
+        nn.init.dirac_(conv.weight)
+
+
+def _load_photos(folder: Path) -> list[torch.Tensor]:
+    """Photographs at two sizes, [3, H, W] in [-1, 1]."""
+    photos = []
+    for path in sorted(folder.glob("*.[jp][pn]g")):
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        for short in (128, 256):
+            scale = short / min(image.size)
+            size = (round(image.width * scale), round(image.height * scale))
+            pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
+            photos.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+    if not photos:
+        raise FileNotFoundError(f"{folder} holds no .jpg or .png pictures")
+    return photos
+
+
+def _crops(photos: list[torch.Tensor], count: int, side: int) -> torch.Tensor:
+    """Random square crops, [count, 3, side, side]."""
+    crops = []
+    for number in torch.randint(len(photos), (count,)):
+        photo = photos[int(number)]
+        top = int(torch.randint(photo.shape[1] - side + 1, ()))
+        left = int(torch.randint(photo.shape[2] - side + 1, ()))
+        crops.append(photo[:, top : top + side, left : left + side])
+    return torch.stack(crops)
+
+
+def main() -> None:
+    """Entry point of `flux2-ds tiny`."""
+    parser = argparse.ArgumentParser(prog="flux2-ds tiny", description="Make a tiny FLUX.2 model.")
+    parser.add_argument("--variant", choices=["klein", "dev"], default="klein")
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--photos", type=Path, help="folder of pictures to fit the VAE to")
+    options = parser.parse_args()
+    try:
+        make_tiny(options.out, options.variant, options.seed, options.photos)
+    except (FileExistsError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
+    print(f"tiny FLUX.2-{options.variant}: {options.out}, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
