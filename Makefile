@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Tests and the smoke test never reach for a network or a GPU they were not asked to use.
-OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
+# PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
 .PHONY: help setup check test test-gpu smoke-test clean
 

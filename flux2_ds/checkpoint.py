@@ -116,16 +116,19 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 def verify(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        files = checkpoint.state()["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{STATE_NAME} cannot be read ({error})"
-    for name, facts in files.items():
+        files = {
+            name: (int(facts["bytes"]), str(facts["sha256"]))
+            for name, facts in checkpoint.state()["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE_NAME} cannot be read ({error!r})"
+    for name, (size, sha256) in files.items():
         file = checkpoint.path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        if _sha256(file) != facts["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != sha256:
             return f"{name} does not have its sha256"
     return None
 

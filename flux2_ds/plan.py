@@ -244,14 +244,20 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
             )
         try:
             config = json.loads(Path(source).read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"deepspeed config {source} is not valid JSON: {error}.") from error
     else:
         source, config = "(in the recipe)", copy.deepcopy(choice)
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
-    if not isinstance(zero, dict):
+    offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
+    if (
+        not isinstance(zero, dict)
+        or not isinstance(offload, dict)
+        or zero.get("stage", 0) not in (0, 1, 2, 3)
+    ):
         raise UserError(
-            f"deepspeed config {source} must be a JSON object, and so must its zero_optimization."
+            f"deepspeed config {source} must be a JSON object; its zero_optimization, too, with a "
+            "stage of 0, 1, 2 or 3; and its offload_optimizer, if any."
         )
     for key in config:
         if key in _OWNED_ELSEWHERE:

@@ -46,7 +46,7 @@ def check_run_dir(recipe: Recipe) -> None:
         )
     try:
         before = _identity(yaml.safe_load(stored.read_text()))
-    except (yaml.YAMLError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error

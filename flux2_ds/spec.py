@@ -115,7 +115,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist: model.path must be a model directory in diffusers' layout "
             "(model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}). Download the model again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object. Download the model again.")

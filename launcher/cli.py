@@ -118,6 +118,9 @@ def slurm(argv: list[str]) -> None:
             f"launch.accelerator is {recipe.launch.accelerator}; the script asks for GPUs. Set it to "
             "cuda."
         )
+    for name in ("nodes", "gpus_per_node"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     make_plan(recipe, options.nodes * options.gpus_per_node)
     job = SlurmJob(
         nodes=options.nodes,

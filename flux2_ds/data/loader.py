@@ -22,8 +22,11 @@ from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order, Sample
 from flux2_ds.data.shards import ShardReader
 
-OPEN_SHARDS = 64
+OPEN_SHARDS = 256
+"""Shards kept open. Reading is sequential while own lanes × buckets × shuffle_window fit in it; beyond,
+shards are opened again, which costs reading their tar headers."""
 STEPS_AHEAD = 2
+_STREAM = 2  # keeps these random streams apart from those of data/order.py
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ def draw(seed: int, position: int, tokens: int) -> Draw:
     Drawn on the CPU by a counter-based generator of its own (Philox, 256 bits of key and counter), so
     they depend on nothing but the arguments.
     """
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, position))))
+    generator = np.random.Generator(
+        np.random.Philox(np.random.SeedSequence((_STREAM, seed, position)))
+    )
     deviate, drop = generator.standard_normal(), generator.random()
     noise = generator.standard_normal((tokens, 128), dtype=np.float32)
     return Draw(torch.from_numpy(noise), deviate, drop)

@@ -26,6 +26,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index
 
 Indices = NDArray[np.int64]
+_STREAM = 1  # keeps these random streams apart from those of data/loader.py
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,5 @@ class Order:
 
 def _shuffled(count: int, *key: int) -> Indices:
     """A permutation of range(count) that depends on nothing but `key`."""
-    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    words = np.random.Philox(np.random.SeedSequence((_STREAM, *key))).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64)

@@ -364,7 +364,7 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
         ("slurm", SLURM, "launch.accelerator is cpu"),
-        ("slurm", [*CUDA, "--nodes=0"], "number of processes is 0"),
+        ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
         ("slurm", [*SLURM, *CUDA, "--submit"], "sbatch is not on this machine"),
     ],
 )
