@@ -100,9 +100,7 @@ def _klein() -> Flux2KleinPipeline:
         padding_side="right",
         chat_template=QWEN_TEMPLATE,
     )
-    config = Qwen3Config(
-        **_language_config(layers=28), pad_token_id=0, eos_token_id=2, bos_token_id=None
-    )
+    config = Qwen3Config(**_language_config(layers=28), eos_token_id=2, bos_token_id=None)
     return Flux2KleinPipeline(
         **_shared_parts(guidance=False),
         text_encoder=Qwen3ForCausalLM(config),
@@ -124,7 +122,7 @@ def _dev() -> Flux2Pipeline:
         chat_template=MISTRAL_TEMPLATE,
     )
     config = Mistral3Config(
-        text_config={"model_type": "mistral", **_language_config(layers=31), "pad_token_id": 10},
+        text_config={"model_type": "mistral", **_language_config(layers=31)},
         vision_config={
             "model_type": "pixtral",
             "hidden_size": 32,
