@@ -23,6 +23,9 @@ from diffusers import (
 
 from flux2_ds.spec import Spec
 
+# What the tokenizer configs of the released models say; said here because transformers releases differ
+# in what they assume when the file does not. Padding is attended to, so the side matters.
+_PADDING_SIDES = {"dev": "left", "klein": "right"}
 _TEXT_ENCODERS = {"dev": "Mistral3ForConditionalGeneration", "klein": "Qwen3ForCausalLM"}
 
 
@@ -51,7 +54,9 @@ def _build(directory: Path, spec: Spec, dtype: torch.dtype, **parts: Any) -> Any
     parts["text_encoder"] = encoder_class.from_pretrained(
         directory / "text_encoder", dtype=dtype, use_safetensors=True
     )
-    parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(directory / "tokenizer")
+    parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
+        directory / "tokenizer", padding_side=_PADDING_SIDES[spec.variant]
+    )
     if spec.variant == "klein":
         index = json.loads((directory / "model_index.json").read_text())
         parts["is_distilled"] = index.get("is_distilled", False)
