@@ -61,7 +61,9 @@ def image_size(path: Path) -> tuple[int, int]:
     """(width, height) as shown, that is, after the EXIF orientation; reads the header only."""
     with _open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Pillow decodes a whole PNG to look for EXIF behind the pixels, where nobody writes it.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        turned = has_exif and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 

@@ -23,8 +23,8 @@ from diffusers import (
 
 from flux2_ds.spec import Spec
 
-# What the tokenizer configs of the released models say; said here because transformers releases differ
-# in what they assume when the file does not. Padding is attended to, so the side matters.
+# dev's tokenizer config names a Llama class and no side. Llama tokenizers pad left, but newer releases of
+# transformers load it as a generic tokenizer, which pads right. Padding is attended to, so it matters.
 _PADDING_SIDES = {"dev": "left", "klein": "right"}
 _TEXT_ENCODERS = {"dev": "Mistral3ForConditionalGeneration", "klein": "Qwen3ForCausalLM"}
 
