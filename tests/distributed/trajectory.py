@@ -1,0 +1,155 @@
+"""A worker of test_engine.py: trains a tiny transformer by `Engine` for each case it is given.
+
+    RANK=0 WORLD_SIZE=2 ... python trajectory.py CASES.json RESULTS.json
+
+One process group serves all cases, because starting Python takes longer than the training. The model,
+the data and the reference in plain PyTorch are here too, so that both sides share nothing but them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+
+from flux2_ds import checkpoint
+from flux2_ds.model import transformer
+from flux2_ds.recipe import Lora
+from flux2_ds.spec import Spec
+
+SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
+GLOBAL_BATCH = 4
+LEARNING_RATE = 5e-3
+ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+CLIP = 0.05  # below the gradient norms here, so that clipping takes part
+
+
+def build(method: str, *, recompute: bool = False) -> torch.nn.Module:
+    """The same small model every time; a LoRA's B is not zero, so that A has gradients at once."""
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(
+        num_layers=SPEC.double_blocks,
+        num_single_layers=SPEC.single_blocks,
+        num_attention_heads=SPEC.heads,
+        attention_head_dim=SPEC.head_dim,
+        joint_attention_dim=SPEC.text_width,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 2:  # well above the default, so that every block matters to the loss
+            parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+    transformer.keep_timestep_exact(model)
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        config = transformer.lora_config(SPEC, Lora(rank=3), dora=method == "dora")
+        transformer.add_lora(model, config, seed=1)
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in transformer.trainable(model).items():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.2, generator=generator)
+    if recompute:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def global_batch(step: int) -> dict[str, torch.Tensor]:
+    """Inputs and target of one step, for all GLOBAL_BATCH places."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {
+        "hidden_states": torch.randn(GLOBAL_BATCH, 6, 128, generator=generator),
+        "encoder_hidden_states": torch.randn(GLOBAL_BATCH, 5, 48, generator=generator),
+        "timestep": torch.rand(GLOBAL_BATCH, generator=generator),
+        "target": torch.randn(GLOBAL_BATCH, 6, 128, generator=generator),
+    }
+
+
+def loss_of(forward: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    grid = [(0, y, x, 0) for y in range(2) for x in range(3)]
+    inputs = {name: value for name, value in batch.items() if name != "target"}
+    prediction = forward(
+        **inputs,
+        img_ids=torch.tensor(grid, dtype=torch.float32),
+        txt_ids=torch.tensor([(0, 0, 0, i) for i in range(5)], dtype=torch.float32),
+    )
+    return (prediction - batch["target"]).square().mean()
+
+
+def reference(method: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of plain PyTorch with torch's own AdamW and clipping."""
+    model = build(method)
+    named = transformer.trainable(model)
+    adam = torch.optim.AdamW(named.values(), lr=LEARNING_RATE, **ADAM)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(lambda **inputs: model(**inputs, return_dict=False)[0], global_batch(step))
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
+        adam.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in named.items()}
+
+
+def run_case(case: dict[str, Any], process: Any) -> list[float]:
+    """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run."""
+    from flux2_ds import engine as engines
+
+    micro = case["micro"]
+    config = {
+        **case["deepspeed"],
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": GLOBAL_BATCH // (micro * process.world),
+        "gradient_clipping": CLIP,
+    }
+    offload = "offload_optimizer" in config.get("zero_optimization", {})
+    model = build(case["method"], recompute=case.get("recompute", False))
+    engine = engines.Engine(model, config, offload_optimizer=offload, **ADAM)
+    first = 0
+    if "load" in case:
+        found, _ = checkpoint.newest(Path(case["load"]))
+        assert found is not None
+        engine.load_weights(found.tensors("weights"))
+        engine.load_moments(
+            {kind: found.tensors(kind) for kind in engines.MOMENTS}, found.state()["updates"]
+        )
+        first = found.step
+    own = GLOBAL_BATCH // process.world
+    losses = []
+    for step in range(first, case["steps"]):
+        total = torch.zeros(())
+        for at in range(process.rank * own, (process.rank + 1) * own, micro):
+            batch = {name: value[at : at + micro] for name, value in global_batch(step).items()}
+            loss = loss_of(engine.forward, batch)
+            engine.backward(loss)
+            engine.step(LEARNING_RATE)
+            total += loss.detach() * micro / own
+        losses.append(float(engines.average(total)))
+    if "save" in case:
+        state = {"updates": engine.updates()}
+        checkpoint.save(
+            Path(case["save"]), case["steps"], engine.state(), state, write=process.first
+        )
+        engines.barrier()
+    return losses
+
+
+def main() -> None:
+    from flux2_ds import engine as engines
+
+    torch.set_num_threads(1)
+    process = engines.start_process("cpu")
+    results = [run_case(case, process) for case in json.loads(Path(sys.argv[1]).read_text())]
+    if process.first:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    engines.stop_process()
+
+
+if __name__ == "__main__":
+    main()
