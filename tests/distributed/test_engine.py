@@ -145,10 +145,12 @@ def test_a_checkpoint_continues_on_any_stage_and_world_size(
 
 def test_resuming_on_the_same_configuration_is_exact(tmp_path: Path) -> None:
     """N + N steps are 2N steps, to the last bit: losses, weights and Adam's moments."""
-    names = ("zero0", "zero2", "zero3")
+    names = ("zero0", "zero2", "zero3", "zero1 bf16", "zero2 bf16", "zero3 bf16")
     cases = []
     for name in names:
-        common = {"method": "lora", "deepspeed": configs()[name], "micro": 2}
+        config, _, low = name.partition(" ")
+        settings = configs()[config] | ({"bf16": {"enabled": True}} if low else {})
+        common = {"method": "full" if low else "lora", "deepspeed": settings, "micro": 2}
         whole, half, resumed = (str(tmp_path / f"{part}-{name}") for part in "whr")
         cases += [
             {**common, "steps": STEPS, "save": whole},

@@ -77,7 +77,7 @@ def loss_of(forward: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         img_ids=torch.tensor(grid, dtype=torch.float32),
         txt_ids=torch.tensor([(0, 0, 0, i) for i in range(5)], dtype=torch.float32),
     )
-    return (prediction - batch["target"]).square().mean()
+    return (prediction.float() - batch["target"]).square().mean()
 
 
 def reference(method: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -110,6 +110,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     }
     offload = "offload_optimizer" in config.get("zero_optimization", {})
     model = build(case["method"], recompute=case.get("recompute", False))
+    if "bf16" in config:
+        model.bfloat16()
     engine = engines.Engine(model, config, offload_optimizer=offload, **ADAM)
     first = 0
     if "load" in case:
