@@ -73,7 +73,7 @@ def save(
     path = checkpoint_path(root, step)
     if not write:
         return path
-    for leftover in root.glob(".step_*.partial"):
+    for leftover in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
         shutil.rmtree(leftover)
     partial = root / f".{path.name}.partial"
     partial.mkdir(parents=True)
@@ -93,24 +93,32 @@ def save(
     return path
 
 
-def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint, and a complaint for each damaged one that was passed over.
+def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest intact checkpoint, and what is wrong with each newer one that was passed over.
 
     Raises:
         UserError: there are checkpoints, but none is intact.
     """
-    complaints: list[str] = []
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(_all(root)):
         damage = verify(checkpoint)
         if damage is None:
-            return checkpoint, complaints
-        complaints.append(f"checkpoint {checkpoint.path} is damaged: {damage}")
-    if complaints:
+            return checkpoint, damaged
+        damaged[checkpoint.path] = damage
+    if damaged:
+        list_of = "; ".join(f"{path}: {damage}" for path, damage in damaged.items())
         raise UserError(
-            f"{'; '.join(complaints)}. No intact checkpoint is left: restore one, or remove the "
-            "damaged directories to start from the beginning."
+            f"no intact checkpoint is left ({list_of}). Restore one, or remove the damaged "
+            "directories to start from the beginning."
         )
-    return None, []
+    return None, {}
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is not counted among those that are kept."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def verify(checkpoint: Checkpoint) -> str | None:

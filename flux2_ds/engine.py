@@ -26,6 +26,8 @@ from deepspeed.utils import (
 )
 from torch import distributed, nn
 
+from flux2_ds.errors import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state of one parameter, in fp32."""
 
@@ -48,7 +50,7 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
     """Join the process group that the launcher's environment describes; alone without one."""
     found = get_accelerator().device_name()
     if found != accelerator:
-        raise RuntimeError(
+        raise UserError(
             f"DeepSpeed chose the {found} accelerator, the recipe's launch.accelerator is "
             f"{accelerator}. Start with `flux2-ds train`, or set DS_ACCELERATOR={accelerator}."
         )
@@ -95,7 +97,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
         self._adam = adam
         self._stage = self._engine.zero_optimization_stage()
-        self._accumulation = config["gradient_accumulation_steps"]
+        self.skips_overflows = "fp16" in config
+        """Whether a step with infinite gradients is skipped by the loss scaler."""
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The transformer's prediction."""
@@ -133,7 +136,22 @@ class Engine:
         return max(counts, default=0)
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Set the trainable weights and their fp32 masters."""
+        """Set the trainable weights and their fp32 masters.
+
+        Raises:
+            UserError: the checkpoint's parameters are not those that are trained now.
+        """
+        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self._named.items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if shapes != found:
+            differing = sorted(n for n in {*shapes, *found} if shapes.get(n) != found.get(n))
+            first = differing[0]
+            raise UserError(
+                f"the checkpoint does not fit what is trained now: {len(differing)} parameters "
+                f"differ, the first is {first} ({found.get(first, 'absent')} in the checkpoint, "
+                f"{shapes.get(first, 'not trained')} now). method, lora.rank and lora.targets "
+                "cannot change within a run; give a new run_dir."
+            )
         for name, parameter in self._named.items():
             value = weights[name]
             if self._stage == 3:
@@ -223,6 +241,13 @@ def any_process(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
     return bool(value)
+
+
+def from_first(value: int, device: torch.device) -> int:
+    """The first process's value, in all of them. Collective."""
+    tensor = torch.tensor(value, device=device)
+    distributed.broadcast(tensor, src=0)
+    return int(tensor)
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""The one error that is addressed to the user, and how a command ends on it."""
+"""The one error that is addressed to the user, and the exit codes of commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL: training was stopped, a checkpoint was saved, the same command continues it."""
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.transformer import compute_dtype, exported_name, lora_config
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import export_path
+from flux2_ds.rundir import export_path, trained_recipe
 from flux2_ds.spec import read_spec
 from flux2_ds.tensors import use_default_permissions
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--dtype", type=Literal["bf16", "fp16", "fp32"] | None, default=None,
                         help="Precision of the file. Default: the recipe's.")  # fmt: skip
     recipe, options = parse_recipe(parser)
+    recipe = trained_recipe(recipe)
     chosen = choose(Path(recipe.run_dir) / "checkpoints", options.step)
     path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision))
     log.info("exported %s to %s", chosen.path, path)
@@ -52,9 +53,9 @@ def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
         UserError: there is none, or it is damaged.
     """
     if step is None:
-        found, complaints = checkpoint.newest(root)
-        for complaint in complaints:
-            log.warning("%s; exporting the one before", complaint)
+        found, damaged = checkpoint.newest(root)
+        for path, reason in damaged.items():
+            log.warning("%s is damaged (%s); exporting the one before", path, reason)
         if found is None:
             raise UserError(f"{root} holds no checkpoint. Train first, or correct run_dir.")
         return found

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 
 from flux2_ds import checkpoint
@@ -21,6 +22,8 @@ from flux2_ds.metrics import Metrics
 from flux2_ds.objective import FlowObjective
 
 log = logging.getLogger("flux2_ds")
+
+_STREAM = 3  # keeps this random stream apart from those of data/order.py and data/loader.py
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,28 @@ class Cadence:
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1; acted on at the end of the step."""
+    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of the step.
 
-    signal_name: str | None = None
+    The file is how `flux2-ds train` reaches the processes on every host; the first process looks for it.
+    """
+
+    file: Path
+    reason: str | None = None
 
     def listen(self) -> None:
         """Install the handlers; must be called in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
+    def seen(self, process: Process) -> bool:
+        """Whether this process has been asked to stop."""
+        if process.first and self.file.exists():
+            self.reason = self.file.read_text().strip() or self.file.name
+            self.file.unlink()
+        return self.reason is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        self.reason = signal.Signals(number).name
 
 
 @dataclass
@@ -72,8 +86,10 @@ def train(
     metrics: Metrics | None,
     process: Process,
     cadence: Cadence,
+    stop: StopRequest,
     *,
     first_step: int,
+    seed: int,
     learning_rate: Callable[[int], float],
     global_batch: int,
     steps_per_epoch: int,
@@ -84,11 +100,10 @@ def train(
 
     `metrics` is None in all processes but the first.
     """
-    stop = StopRequest()
-    stop.listen()
     meter = Meter(torch.zeros((), device=process.device))
 
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
+        seed_dropout(seed, step, process.rank)
         losses = torch.zeros((), device=process.device)
         for micro_batch in micro_batches:
             loss = objective.loss(engine.forward, micro_batch)
@@ -98,19 +113,32 @@ def train(
         meter.add(losses / len(micro_batches), global_batch)
 
         done = step + 1
-        last = done == cadence.steps
-        stopping = any_process(stop.signal_name is not None, process.device)
-        if last or stopping or every(cadence.log_every, done):
+        stopping = any_process(stop.seen(process), process.device)
+        ending = stopping or done == cadence.steps
+        logging_due = ending or every(cadence.log_every, done)
+        saving_due = ending or every(cadence.save_every, done)
+        if logging_due or saving_due:
             values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
+        if logging_due:
             report(values, metrics, done, cadence.steps)
-            meter = Meter(torch.zeros((), device=process.device))
-        if last or stopping or every(cadence.save_every, done):
+        if saving_due:
             save(engine, checkpoints, done, run_state, process, cadence)
-        if stopping and not last:
-            log.info("stopped by %s after step %d", stop.signal_name or "another process", done)
+        if logging_due:
+            meter = Meter(torch.zeros((), device=process.device))
+        if stopping and done < cadence.steps:
+            log.info("stopped by %s after step %d", stop.reason or "another process", done)
             return False
     return True
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make torch's global generator a function of (seed, step, rank).
+
+    Only the adapter's dropout draws from it; a resumed run then drops what it would have dropped.
+    """
+    words = np.random.SeedSequence((_STREAM, seed, step, rank)).generate_state(1)
+    torch.manual_seed(int(words[0]))
 
 
 def every(period: int, step: int) -> bool:
@@ -124,7 +152,7 @@ def summarise(
     """The numbers of a log line, averaged over all processes.
 
     Raises:
-        UserError: the loss is not finite. Raised before a checkpoint is written.
+        UserError: loss or gradients are not finite. Raised before a checkpoint is written.
     """
     loss = float(average(meter.loss / meter.steps))
     if not math.isfinite(loss):
@@ -132,10 +160,16 @@ def summarise(
             f"the loss is {loss} at step {step}. The last checkpoint is untouched. Lower "
             "optimizer.learning_rate, or use precision: bf16 instead of fp16."
         )
+    norm = engine.gradient_norm()
+    if norm is not None and not math.isfinite(norm) and not engine.skips_overflows:
+        raise UserError(
+            f"the gradient norm is {norm} at step {step}. The last checkpoint is untouched. Lower "
+            "optimizer.learning_rate, or look for a broken sample in the batch."
+        )
     seconds = time.perf_counter() - meter.since
     return {
         "loss": loss,
-        "gradient_norm": engine.gradient_norm(),
+        "gradient_norm": norm,
         "learning_rate": learning_rate,
         "seconds_per_step": seconds / meter.steps,
         "samples_per_second": meter.samples / seconds,

@@ -58,17 +58,18 @@ class Metrics:
 
         try:
             self._run = start(mode)
-        except wandb.errors.CommError as error:
-            log.warning("W&B cannot be reached (%s); the W&B run stays offline", error)
+        except wandb.errors.Error as error:
+            log.warning("W&B does not start (%s); the W&B run stays offline", error)
             self._run = start("offline")
+        # Our own step axis: W&B's would drop what a run repeats after a kill.
+        self._run.define_metric("*", step_metric="optimizer_step")
 
     def write(self, step: int, values: dict[str, float | str | None]) -> None:
         """Record values for `step`, on disk at once."""
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
-        self._run.log(
-            {name: value for name, value in values.items() if value is not None}, step=step
-        )
+        known = {name: value for name, value in values.items() if value is not None}
+        self._run.log({"optimizer_step": step, **known})
 
     def close(self) -> None:
         """Finish the W&B run and close the file."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from flux2_ds.data.buckets import bucket_table
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Recipe
+from flux2_ds.recipe import Lora, Objective, Recipe
 from flux2_ds.shipped import shipped_directory
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
@@ -82,7 +82,28 @@ class Plan:
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offload_optimizer else "")
             + f", activations: {recipe.activations}",
+            *(f"ignored    {setting}" for setting in ignored_settings(recipe)),
         ]
+
+
+def ignored_settings(recipe: Recipe) -> list[str]:
+    """Settings that were given and have no effect with the others."""
+    found = []
+    if recipe.method == "full" and recipe.lora != Lora():
+        found.append("lora (method is full)")
+    objective, default = recipe.objective, Objective()
+    for name, used_by in (
+        ("shift", ("shift",)),
+        ("max_shift_tokens", ("flux",)),
+        ("mean", ("flux", "shift", "logit_normal")),
+        ("std", ("flux", "shift", "logit_normal")),
+    ):
+        given = getattr(objective, name) != getattr(default, name)
+        if given and objective.timesteps not in used_by:
+            found.append(f"objective.{name} (timesteps is {objective.timesteps})")
+    if recipe.data.fixed_caption and recipe.data.missing_caption != "fixed":
+        found.append(f"data.fixed_caption (missing_caption is {recipe.data.missing_caption})")
+    return found
 
 
 def make_plan(recipe: Recipe, processes: int) -> Plan:
@@ -226,7 +247,8 @@ def _precision_sections(recipe: Recipe) -> dict[str, Any]:
     if recipe.precision == "fp16":
         return {"fp16": {"enabled": True}}
     if recipe.precision == "bf16" and recipe.method == "full":
-        return {"bf16": {"enabled": True}}
+        # bf16 gradients would lose bits when micro-batches are accumulated.
+        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return {}
 
 

@@ -50,6 +50,8 @@ from flux2_ds.tensors import write_tensors
 log = logging.getLogger("flux2_ds")
 
 CONTENT_NAME, REPORT_NAME, SHEET_NAME = "content.json", "report.json", "contact_sheet.jpg"
+CROP_SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale")
+"""The data settings that decide which part of a picture is trained on, and how large."""
 _SHEET_PICTURES = 64
 
 Item = TypeVar("Item")
@@ -84,6 +86,7 @@ def main() -> None:
         recipe_parser("flux2-ds prepare", "Encode photographs and captions into shards.")
     )
     check_ranges(recipe)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 encoding means fp32 on a GPU too
     directory = model_directory(
         recipe.model.path, recipe.model.revision, ["vae", "text_encoder", "tokenizer", "scheduler"]
     )
@@ -96,8 +99,9 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
     skipped = Skipped()
     photos = read_photos(data, skipped)
     prints = fingerprint(directory)
-    claim(shards, photos, data, prints)
+    claim(shards, photos, recipe, prints)
     if (shards / INDEX_NAME).is_file():
+        remove_scratch(shards)
         log.info("%s is already prepared from these pictures with this model", shards)
         return read_index(shards)
     groups = group_by_shard(photos, data.samples_per_shard)
@@ -117,16 +121,18 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
     written = []
     with tqdm(total=len(photos), desc="pictures", unit="img") as progress:
         for name, bucket, group in groups:
-            shard = finished_shard(shards, name)
+            shard = finished_shard(shards, name, skipped)
             if shard is None:
                 records = encode_pictures(vae, group, bucket, data.image_batch, skipped)
                 shard = write_shard(
                     shards / name, bucket, records, lambda caption: read_text(texts, caption)
                 )
-                note_finished(shards, shard)
+                note_finished(shards, shard, skipped, group)
             progress.update(len(group))
             written.append(shard)
-    index = Index(spec.variant, spec.text_width, prints, [s for s in written if s.samples])
+    settings = {name: getattr(data, name) for name in CROP_SETTINGS}
+    kept = [shard for shard in written if shard.samples]
+    index = Index(spec.variant, spec.text_width, prints, settings, kept)
     if not index.samples:
         raise UserError(
             f"none of the pictures in data.images {data.images} can be used; see above."
@@ -187,12 +193,13 @@ def bucket_of(
     return bucket
 
 
-def claim(shards: Path, photos: list[Captioned], data: Data, prints: dict[str, str]) -> None:
+def claim(shards: Path, photos: list[Captioned], recipe: Recipe, prints: dict[str, str]) -> None:
     """Make the output folder, or check that it is from the same pictures, settings and model.
 
     Raises:
         UserError: the folder holds something else; nothing in it is touched.
     """
+    data = recipe.data
     listing = [
         f"{p.path.relative_to(data.images)}|{p.path.stat().st_size}|{p.path.stat().st_mtime_ns}|"
         f"{p.caption}|{p.bucket}"
@@ -200,7 +207,8 @@ def claim(shards: Path, photos: list[Captioned], data: Data, prints: dict[str, s
     ]
     content = {
         "pictures": hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16],
-        "samples_per_shard": data.samples_per_shard,
+        "settings": {name: getattr(data, name) for name in (*CROP_SETTINGS, "samples_per_shard")},
+        "text precision": str(text_dtype(recipe)),
         "model": prints,
     }
     path = shards / CONTENT_NAME
@@ -218,7 +226,7 @@ def claim(shards: Path, photos: list[Captioned], data: Data, prints: dict[str, s
             f"data.shards {shards} is not empty and was not made by prepare. Give a new folder."
         )
     shards.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def group_by_shard(
@@ -243,16 +251,12 @@ def encode_texts(
     texts: Path,
     device: torch.device,
 ) -> None:
-    """Encode every caption that has no file in `texts` yet, then free the encoder.
-
-    The encoder runs in bf16, its training precision, unless the recipe asks for fp32.
-    """
+    """Encode every caption that has no file in `texts` yet, then free the encoder."""
     texts.mkdir(exist_ok=True)
     missing = [caption for caption in captions if not text_path(texts, caption).is_file()]
     if not missing:
         return
-    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
-    encoder = TextEncoder(directory, spec, dtype, device)
+    encoder = TextEncoder(directory, spec, text_dtype(recipe), device)
     with tqdm(total=len(missing), desc="captions", unit="txt") as progress:
         for chunk in in_chunks(missing, recipe.data.text_batch):
             embeddings = encoder.encode(list(chunk))
@@ -304,10 +308,9 @@ def finish(shards: Path, index: Index, photos: list[Captioned], skipped: Skipped
         "skipped": skipped.reasons,
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    (shards / REPORT_NAME).write_text(text, encoding="utf-8")
+    write_whole(shards / REPORT_NAME, text)
     path = write_index(shards, index)
-    for scratch in (".texts", ".finished"):
-        shutil.rmtree(shards / scratch)
+    remove_scratch(shards)
     log.info(
         "%d samples in %d shards, %d pictures skipped: %s, %s, %s",
         index.samples,
@@ -321,12 +324,12 @@ def finish(shards: Path, index: Index, photos: list[Captioned], skipped: Skipped
 
 def write_contact_sheet(path: Path, photos: list[Captioned], skipped: Skipped) -> Path:
     """The first pictures as they were cropped, at most 192 px a side."""
+    usable = [photo for photo in photos if str(photo.path) not in skipped.reasons]
     pictures = []
-    for photo in photos[:_SHEET_PICTURES]:
-        if str(photo.path) not in skipped.reasons:
-            small = Image.fromarray(load_cropped(photo.path, photo.bucket))
-            small.thumbnail((192, 192))
-            pictures.append(np.asarray(small))
+    for photo in usable[:_SHEET_PICTURES]:
+        small = Image.fromarray(load_cropped(photo.path, photo.bucket))
+        small.thumbnail((192, 192))
+        pictures.append(np.asarray(small))
     contact_sheet(pictures).save(path, quality=88)
     return path
 
@@ -339,22 +342,41 @@ def say_buckets(photos: list[Captioned]) -> None:
         log.info("  %-10s %6d  (%d tokens)", bucket, count, bucket.tokens)
 
 
-def finished_shard(shards: Path, name: str) -> Shard | None:
-    """The facts of a shard that an earlier, unfinished run completed."""
+def finished_shard(shards: Path, name: str, skipped: Skipped) -> Shard | None:
+    """The facts of a shard that an earlier, unfinished run completed; restores what it skipped."""
     note = shards / ".finished" / f"{name}.json"
     if not note.is_file():
         return None
     facts = json.loads(note.read_text())
-    return Shard(**{**facts, "bucket": Bucket(**facts["bucket"])})
+    skipped.reasons |= facts["skipped"]
+    return Shard(**{**facts["shard"], "bucket": Bucket(**facts["shard"]["bucket"])})
 
 
-def note_finished(shards: Path, shard: Shard) -> None:
-    """Remember that a shard is complete."""
+def note_finished(shards: Path, shard: Shard, skipped: Skipped, group: list[Captioned]) -> None:
+    """Remember that a shard is complete, and which of its pictures were left out."""
     note = shards / ".finished" / f"{shard.name}.json"
     note.parent.mkdir(exist_ok=True)
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(shard)))
-    partial.replace(note)
+    names = {str(photo.path) for photo in group}
+    left_out = {name: reason for name, reason in skipped.reasons.items() if name in names}
+    write_whole(note, json.dumps({"shard": asdict(shard), "skipped": left_out}))
+
+
+def remove_scratch(shards: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for scratch in (".texts", ".finished"):
+        shutil.rmtree(shards / scratch, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def text_dtype(recipe: Recipe) -> torch.dtype:
+    """The text encoder's precision: bf16, in which it was trained, unless the recipe is fp32."""
+    return torch.float32 if recipe.precision == "fp32" else torch.bfloat16
 
 
 def text_path(texts: Path, caption: str) -> Path:

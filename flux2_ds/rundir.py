@@ -8,17 +8,19 @@ wandb/           the W&B run              loss.png         drawn at every stop
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from flux2_ds.errors import UserError
 from flux2_ds.plan import Plan
-from flux2_ds.recipe import Recipe, recipe_values
+from flux2_ds.recipe import Lora, Recipe, recipe_values
 
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
@@ -38,7 +40,7 @@ def check_run_dir(recipe: Recipe) -> None:
     if not run_dir.exists():
         return
     if not stored.is_file():
-        if run_dir.is_dir() and not any(run_dir.iterdir()):
+        if run_dir.is_dir() and not {path.name for path in run_dir.iterdir()} - {".lock", "stop"}:
             return
         raise UserError(
             f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
@@ -74,6 +76,43 @@ def export_path(recipe: Recipe, step: int) -> Path:
     if recipe.method == "full":
         return run_dir / "export" / f"step_{step:08d}" / "transformer"
     return run_dir / "export" / f"{run_dir.resolve().name}-step_{step:08d}.safetensors"
+
+
+def stop_file(recipe: Recipe) -> Path:
+    """The file that asks a running training to save and stop."""
+    return Path(recipe.run_dir) / "stop"
+
+
+def lock_run_dir(recipe: Recipe) -> IO[str]:
+    """Keep other trainings out of the run directory for as long as the returned file is open.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    path = Path(recipe.run_dir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is training in run_dir {recipe.run_dir}. Wait for it, stop it, or give "
+            "another run_dir."
+        ) from None
+    return file
+
+
+def trained_recipe(recipe: Recipe) -> Recipe:
+    """`recipe` with the method and adapter settings that its run was trained with.
+
+    Raises:
+        UserError: run_dir holds no run.
+    """
+    stored = Path(recipe.run_dir) / RECIPE_NAME
+    if not stored.is_file():
+        raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
+    values = yaml.safe_load(stored.read_text())
+    return replace(recipe, method=values["method"], lora=Lora(**values["lora"]))
 
 
 def versions() -> dict[str, str]:

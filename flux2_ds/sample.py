@@ -22,8 +22,8 @@ from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.transformer import compute_dtype
 from flux2_ds.plan import check_ranges
-from flux2_ds.recipe import Preview, Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import export_path
+from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.rundir import export_path, trained_recipe
 from flux2_ds.spec import read_spec
 
 log = logging.getLogger("flux2_ds")
@@ -44,23 +44,21 @@ def main() -> None:
                         help="Picture to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     check_ranges(recipe)
+    recipe = trained_recipe(recipe)
     trained = choose_export(recipe, options.step)
     step = step_of(trained)
     output = Path(options.output or Path(recipe.run_dir) / "samples" / f"step_{step:08d}.png")
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    pipeline = load_pipeline(directory, spec, compute_dtype(recipe.precision))
-    if recipe.launch.accelerator == "cuda":
-        pipeline.enable_model_cpu_offload()  # only the part that is at work is on the card
-
-    before = render(pipeline, recipe.preview)
+    dtype = compute_dtype(recipe.precision)
+    pipeline = load_pipeline(directory, spec, dtype)
+    before = render(pipeline, recipe)
     if recipe.method == "full":
-        pipeline.transformer = Flux2Transformer2DModel.from_pretrained(
-            trained, dtype=compute_dtype(recipe.precision)
-        ).to(pipeline.device)
+        pipeline.transformer = None  # two of them need not fit into memory
+        pipeline.transformer = Flux2Transformer2DModel.from_pretrained(trained, dtype=dtype)
     else:
         pipeline.load_lora_weights(str(trained.parent), weight_name=trained.name)
-    after = render(pipeline, recipe.preview)
+    after = render(pipeline, recipe)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     titles = ("base model", f"{recipe.method}, step {step}")
@@ -94,8 +92,11 @@ def step_of(trained: Path) -> int:
     return int(re.findall(r"step_(\d{8})", str(trained))[-1])
 
 
-def render(pipeline: Any, preview: Preview) -> list[Image.Image]:
+def render(pipeline: Any, recipe: Recipe) -> list[Image.Image]:
     """One picture a prompt, all from the same starting noise."""
+    preview = recipe.preview
+    if recipe.launch.accelerator == "cuda":
+        pipeline.enable_model_cpu_offload()  # only the part that is at work is on the card
     return [
         pipeline(
             prompt=prompt,

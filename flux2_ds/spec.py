@@ -37,6 +37,11 @@ class Spec:
     guidance: bool
 
     @property
+    def text_encoder(self) -> str:
+        """Class of the text encoder in transformers."""
+        return _PIPELINES[self.pipeline][1]
+
+    @property
     def width(self) -> int:
         """Width of the residual stream."""
         return self.heads * self.head_dim
@@ -79,21 +84,18 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
             f"model.path {directory} is step-distilled (is_distilled in model_index.json) and "
             "collapses when trained. Use the base model, or set model.allow_distilled: true."
         )
-    try:
-        spec = Spec(
-            variant=variant,
-            pipeline=pipeline,
-            double_blocks=config["num_layers"],
-            single_blocks=config["num_single_layers"],
-            heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            text_width=config["joint_attention_dim"],
-            guidance=config["guidance_embeds"],
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{directory}/transformer/config.json has no {error}. Download the model again."
-        ) from error
+    # Keys that a config leaves out have the defaults of Flux2Transformer2DModel, which are dev's; the
+    # released dev config leaves out guidance_embeds.
+    spec = Spec(
+        variant=variant,
+        pipeline=pipeline,
+        double_blocks=config.get("num_layers", 8),
+        single_blocks=config.get("num_single_layers", 48),
+        heads=config.get("num_attention_heads", 48),
+        head_dim=config.get("attention_head_dim", 128),
+        text_width=config.get("joint_attention_dim", 15360),
+        guidance=config.get("guidance_embeds", True),
+    )
     if spec.guidance != (variant == "dev"):
         raise UserError(
             f"{directory}/transformer/config.json: guidance_embeds is {spec.guidance}, which does "

@@ -20,26 +20,34 @@ from flux2_ds import checkpoint, loop
 from flux2_ds.data.index import CONDITIONING_NAME, Index, read_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
-from flux2_ds.engine import Engine, Process, barrier, start_process, stop_process
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.engine import (
+    MOMENTS,
+    Engine,
+    Process,
+    barrier,
+    from_first,
+    start_process,
+    stop_process,
+)
+from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
+from flux2_ds.loop import StopRequest
 from flux2_ds.metrics import Metrics, draw_loss
 from flux2_ds.model import transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
-from flux2_ds.rundir import check_run_dir, versions, write_run_dir
+from flux2_ds.rundir import check_run_dir, lock_run_dir, stop_file, versions, write_run_dir
 from flux2_ds.spec import Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
-
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL: a signal ended the run, a checkpoint was saved, the same command continues it."""
 
 
 def main() -> None:
     """Entry point of `flux2_ds.train`, one call in each process."""
     recipe, _ = parse_recipe(recipe_parser("flux2_ds.train", "Train FLUX.2 on prepared shards."))
+    stop = StopRequest(stop_file(recipe))
+    stop.listen()
     process = start_process(recipe.launch.accelerator)
     set_up_log(process)
     plan = make_plan(recipe, process.world)
@@ -52,19 +60,24 @@ def main() -> None:
     order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
 
     barrier()  # every process has passed the checks before the first file is written
+    # Held until this process ends.
+    lock = lock_run_dir(recipe) if process.first else None
     if process.first:
         write_run_dir(plan)
         say_plan(plan, spec, index, order)
 
     model = build_model(directory, spec, recipe)
     engine = build_engine(model, plan)
-    first_step = resume(engine, Path(recipe.run_dir) / "checkpoints")
-    if first_step >= recipe.steps:
+    first_step = resume(engine, recipe, index, process)
+    finished = True
+    if first_step < recipe.steps:
+        finished = run(plan, spec, index, order, engine, process, stop, first_step)
+    else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
-        stop_process()
-        return
-    finished = run(plan, spec, index, order, engine, process, first_step)
+    barrier()  # the launcher ends the others as soon as one process exits with EXIT_STOPPED
     stop_process()
+    if lock is not None:
+        lock.close()
     if not finished:
         sys.exit(EXIT_STOPPED)
 
@@ -90,6 +103,13 @@ def check_shards(index: Index, spec: Spec, directory: Path, recipe: Recipe) -> N
             f"{index.text_width}; model.path {recipe.model.path} is FLUX.2-{spec.variant} with "
             f"{spec.text_width}. Prepare the shards with this model."
         )
+    for name, prepared in index.settings.items():
+        wanted = getattr(recipe.data, name)
+        if wanted != prepared:
+            raise UserError(
+                f"data.{name} is {wanted}, but data.shards {shards} were prepared with {prepared}. "
+                "Prepare shards in another folder, or set it back."
+            )
     unchecked = check_fingerprint(index.fingerprint, directory, shards)
     if unchecked:
         log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
@@ -149,18 +169,42 @@ def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
     )
 
 
-def resume(engine: Engine, checkpoints: Path) -> int:
-    """Load the newest intact checkpoint, if there is one; returns the step to start from."""
-    found, complaints = checkpoint.newest(checkpoints)
-    for complaint in complaints:
-        log.warning("%s; going on from the one before", complaint)
-    if found is None:
+def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> int:
+    """Load the newest intact checkpoint, if there is one; returns the step to start from.
+
+    The first process chooses, so that all of them load the same one.
+
+    Raises:
+        UserError: it does not fit the recipe or the shards, or this process cannot see it.
+    """
+    root = Path(recipe.run_dir) / "checkpoints"
+    step = 0
+    if process.first:
+        found, damaged = checkpoint.newest(root)
+        for path, damage in damaged.items():
+            log.warning("%s is damaged: %s", path, damage)
+            log.warning("going on from the one before; moved it to %s", checkpoint.set_aside(path))
+        step = found.step if found else 0
+    step = from_first(step, process.device)
+    if step == 0:
         return 0
-    engine.load_weights(found.tensors("weights"))
-    moments = {kind: found.tensors(kind) for kind in ("exp_avg", "exp_avg_sq")}
-    engine.load_moments(moments, found.state()["updates"])
-    log.info("continuing after step %d from %s", found.step, found.path)
-    return found.step
+    chosen = checkpoint.Checkpoint(checkpoint.checkpoint_path(root, step), step)
+    if not chosen.path.is_dir():
+        raise UserError(
+            f"process {process.rank} does not see {chosen.path}, which the first process does. "
+            "run_dir must be on a file system that all hosts share."
+        )
+    state = chosen.state()
+    if state["index"] != index.digest and not recipe.accept_changes:
+        raise UserError(
+            f"data.shards {recipe.data.shards} are not the shards that {chosen.path} was trained on "
+            f"(index {index.digest}, was {state['index']}). Restore them, give a new run_dir, or set "
+            "accept_changes: true."
+        )
+    engine.load_weights(chosen.tensors("weights"))
+    engine.load_moments({kind: chosen.tensors(kind) for kind in MOMENTS}, state["updates"])
+    log.info("continuing after step %d from %s", step, chosen.path)
+    return step
 
 
 def run(
@@ -170,6 +214,7 @@ def run(
     order: Order,
     engine: Engine,
     process: Process,
+    stop: StopRequest,
     first_step: int,
 ) -> bool:
     """Run the loop with its data, objective and metrics; False if a signal ended it."""
@@ -215,7 +260,9 @@ def run(
             recipe.checkpoint.keep_last,
             recipe.checkpoint.keep_every,
         ),
+        stop,
         first_step=first_step,
+        seed=recipe.seed,
         learning_rate=lambda step: learning_rate(recipe, step),
         global_batch=recipe.batch.global_size,
         steps_per_epoch=order.steps_per_epoch,
@@ -223,7 +270,7 @@ def run(
         run_state={
             "recipe": recipe_values(recipe),
             "versions": versions(),
-            "data": index.fingerprint,
+            "index": index.digest,
             "processes": process.world,
         },
     )

@@ -17,10 +17,10 @@ from flux2_ds.data.order import Order
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import check_run_dir
+from flux2_ds.rundir import check_run_dir, stop_file
 from flux2_ds.spec import read_spec
 from launcher.commands import train_command
-from launcher.hosts import Hosts, find_hosts, free_port
+from launcher.hosts import Hosts, check_gpus, find_hosts, free_port
 from launcher.local import run
 from launcher.slurm import SlurmJob, slurm_script
 
@@ -96,8 +96,10 @@ def train(argv: list[str]) -> None:
         print("\n".join([*the_plan.lines(), str(command)]))
         return
     check_inputs(recipe)
+    if recipe.launch.accelerator == "cuda":
+        check_gpus(hosts)
     print(command, flush=True)
-    sys.exit(run(command))
+    sys.exit(run(command, stop_file(recipe)))
 
 
 def slurm(argv: list[str]) -> None:
@@ -131,7 +133,9 @@ def slurm(argv: list[str]) -> None:
         account=options.account,
     )
     script = slurm_script(job, arguments, python=sys.executable)
-    if not options.submit:
+    if options.submit:
+        check_inputs(recipe)
+    else:
         print(script, end="")
         return
     if shutil.which("sbatch") is None:

@@ -43,6 +43,8 @@ def train_command(
         where = ["--hostfile", str(hosts.hostfile)]
     else:
         where = ["--num_gpus", str(hosts.processes)]
+        if hosts.devices:
+            where = ["--include", "localhost:" + ",".join(map(str, hosts.devices))]
         variables["DS_ACCELERATOR"] = launch.accelerator
         if "OMP_NUM_THREADS" not in environment:
             variables["OMP_NUM_THREADS"] = str(max(1, cores // hosts.processes))

@@ -18,10 +18,12 @@ _HOST_LINE = re.compile(r"^(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)$")
 
 @dataclass(frozen=True)
 class Hosts:
-    """Processes on this machine (`hostfile` None), or on those of a hostfile."""
+    """Processes on this machine, on its GPUs `devices` if CUDA_VISIBLE_DEVICES names any; or on the
+    machines of a hostfile."""
 
     processes: int
     hostfile: Path | None = None
+    devices: tuple[int, ...] = ()
 
 
 def find_hosts(launch: Launch) -> Hosts:
@@ -38,24 +40,52 @@ def find_hosts(launch: Launch) -> Hosts:
             )
         slots = read_hostfile(Path(launch.hostfile))
         return Hosts(sum(slots.values()), Path(launch.hostfile))
-    if launch.processes is not None:
-        return Hosts(launch.processes)
     if launch.accelerator == "cpu":
-        return Hosts(1)
-    gpus = visible_gpus()
-    if gpus == 0:
+        return Hosts(launch.processes or 1)
+    devices = named_devices()
+    processes = launch.processes or (count_gpus() if devices is None else len(devices))
+    if processes == 0:
         raise UserError(
             "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs, "
             "say how many with --gpus N, or set launch.accelerator to cpu."
         )
-    return Hosts(gpus)
+    return Hosts(processes, devices=() if devices is None else devices[:processes])
 
 
-def visible_gpus() -> int:
-    """GPUs that CUDA_VISIBLE_DEVICES leaves, or that nvidia-smi lists."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
+def check_gpus(hosts: Hosts) -> None:
+    """Refuse to start more processes than this machine has visible GPUs.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    devices = named_devices()
+    visible = count_gpus() if devices is None else len(devices)
+    if hosts.hostfile is None and hosts.processes > visible:
+        raise UserError(
+            f"{hosts.processes} processes (launch.processes or --gpus) need as many GPUs; this "
+            f"machine shows {visible}. Ask for fewer, or correct CUDA_VISIBLE_DEVICES."
+        )
+
+
+def named_devices() -> tuple[int, ...] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; None without the variable.
+
+    DeepSpeed's launcher replaces the variable, so they have to be told to it.
+    """
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not all(name.isdecimal() for name in names):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES is {value!r}; DeepSpeed's launcher takes GPU numbers only, no "
+            "UUIDs or MIG names. Use the numbers that nvidia-smi -L shows."
+        )
+    return tuple(int(name) for name in names)
+
+
+def count_gpus() -> int:
+    """GPUs that nvidia-smi lists."""
     if shutil.which("nvidia-smi") is None:
         return 0
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Run a command here and pass signals on to the training processes."""
+"""Run a command here and turn signals into a request to save and stop."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import os
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
-from launcher.commands import TRAIN_MODULE, Command
+from launcher.commands import Command
 
 
-def run(command: Command) -> int:
+def run(command: Command, stop_file: Path) -> int:
     """Run `command` to its end and return its exit code.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks the training processes to save and stop; the second
-    ends everything at once. DeepSpeed's own launcher would signal the processes one after the other
-    and kill those still saving after 30 s, so it is left out of this.
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 makes `stop_file`, which the training processes look
+    for after every step, on whatever host they are; they save and stop. The second ends everything
+    here at once. DeepSpeed's own launchers would signal the processes one after the other and kill
+    those still saving after 30 s, so they are left out of this.
     """
     program = Path(sys.executable).with_name(command.argv[0])
     argv = [str(program) if program.exists() else command.argv[0], *command.argv[1:]]
+    stop_file.unlink(missing_ok=True)
     # A session of its own: Ctrl-C on the terminal reaches this process alone.
     child = subprocess.Popen(
         argv, env={**os.environ, **command.environment}, start_new_session=True
@@ -32,30 +31,19 @@ def run(command: Command) -> int:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        workers = training_processes(child.pid)
-        if asked or not workers:
+        name = signal.Signals(number).name
+        if asked:
+            print(f"{name} again: ending at once, without a checkpoint", flush=True)
             os.killpg(child.pid, signal.SIGKILL)
             return
         asked = True
-        name = signal.Signals(number).name
-        print(f"{name}: saving a checkpoint, then stopping (once more to kill)", flush=True)
-        for worker in workers:
-            worker.send_signal(signal.SIGUSR1)
+        print(
+            f"{name}: after this step, save a checkpoint and stop (again: end at once)", flush=True
+        )
+        stop_file.parent.mkdir(parents=True, exist_ok=True)
+        stop_file.write_text(name)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, pass_on)
     code = child.wait()
     return code if code >= 0 else 128 - code
-
-
-def training_processes(root: int) -> list[psutil.Process]:
-    """The processes below `root` that run the trainer itself, not a launcher of it."""
-    found = []
-    for process in psutil.Process(root).children(recursive=True):
-        try:
-            line = process.cmdline()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-        if any(pair == ("-m", TRAIN_MODULE) for pair in pairwise(line)):
-            found.append(process)
-    return found

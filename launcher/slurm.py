@@ -6,10 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from flux2_ds.errors import EXIT_STOPPED
 from launcher.commands import TRAIN_MODULE
-
-EXIT_STOPPED = 75
-"""The trainer's exit code after it saved and stopped on a signal (`flux2_ds.train`)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,13 @@ def slurm_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
     }
     header = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     train = shlex.join([python, "-m", TRAIN_MODULE, *arguments])
-    task = f"export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec {train}"
+    # A task that stopped on request leaves the others to save; any other failure ends them all, or
+    # they would wait for it in a collective.
+    task = (
+        f"RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {train}; code=$?; "
+        f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then "
+        "scancel --signal=KILL $SLURM_JOB_ID.$SLURM_STEP_ID; fi; exit $code"
+    )
     return "\n".join(
         [
             "#!/bin/bash",

@@ -6,6 +6,7 @@ in the tar headers, which are read when a shard is opened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -38,18 +39,25 @@ class Index:
     """All shards of a data set.
 
     `fingerprint` maps each part that shaped the samples (VAE, text encoder, tokenizer, pipeline) to
-    a digest; see `model/files.py`.
+    a digest; see `model/files.py`. `settings`: the data settings that decided how pictures were cut.
     """
 
     variant: str
     text_width: int
     fingerprint: dict[str, str]
+    settings: dict[str, float]
     shards: list[Shard] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Names these shards: another content or order of shards has another digest."""
+        listing = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def bucket_counts(self) -> dict[Bucket, int]:
         """Samples in each bucket, sorted by bucket."""
@@ -88,11 +96,18 @@ def read_index(directory: Path) -> Index:
                 f"{path} has format {found}, this version reads {FORMAT}. Prepare the shards again."
             )
         shards = [Shard(**{**item, "bucket": Bucket(**item["bucket"])}) for item in value["shards"]]
-        index = Index(value["variant"], value["text_width"], value["fingerprint"], shards)
+        index = Index(
+            value["variant"], value["text_width"], value["fingerprint"], value["settings"], shards
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:
         raise UserError(f"{path} lists no samples. Prepare the shards again.")
+    if not (directory / CONDITIONING_NAME).is_file():
+        raise UserError(
+            f"{directory / CONDITIONING_NAME} is missing. Copy it from where the shards were "
+            "prepared, or prepare them again."
+        )
     for shard in shards:
         file = directory / shard.name
         size = file.stat().st_size if file.is_file() else None

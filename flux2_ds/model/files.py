@@ -18,14 +18,15 @@ _PROBES, _PROBE_BYTES = 8, 1 << 16
 def model_directory(path: str, revision: str | None, parts: list[str]) -> Path:
     """The local directory of a model: `path` itself, or the hub's cache after fetching `parts`.
 
-    The configs of all parts come along, because the variant is recognised from them.
+    The configs of all parts and the tokenizer come along: the variant is recognised from them, and the
+    tokenizer takes part in the fingerprint.
 
     Raises:
         UserError: neither a directory nor an id that the hub or its cache can serve.
     """
     if Path(path).is_dir():
         return Path(path)
-    patterns = ["model_index.json", "*/*.json", *(f"{part}/*" for part in parts)]
+    patterns = ["model_index.json", "*/*.json", "tokenizer/*", *(f"{part}/*" for part in parts)]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -26,7 +26,6 @@ from flux2_ds.spec import Spec
 # dev's tokenizer config names a Llama class and no side. Llama tokenizers pad left, but newer releases of
 # transformers load it as a generic tokenizer, which pads right. Padding is attended to, so it matters.
 _PADDING_SIDES = {"dev": "left", "klein": "right"}
-_TEXT_ENCODERS = {"dev": "Mistral3ForConditionalGeneration", "klein": "Qwen3ForCausalLM"}
 
 
 def load_text_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
@@ -50,7 +49,7 @@ def load_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
 
 
 def _build(directory: Path, spec: Spec, dtype: torch.dtype, **parts: Any) -> Any:
-    encoder_class = getattr(transformers, _TEXT_ENCODERS[spec.variant])
+    encoder_class = getattr(transformers, spec.text_encoder)
     parts["text_encoder"] = encoder_class.from_pretrained(
         directory / "text_encoder", dtype=dtype, use_safetensors=True
     )
