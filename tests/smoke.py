@@ -29,7 +29,7 @@ EXIT_STOPPED = 75
 def main() -> None:
     started = time.monotonic()
     shutil.rmtree(SMOKE, ignore_errors=True)
-    say("make a tiny klein (its VAE is fitted to the photographs, so that pictures show something)")
+    say("make a tiny klein, fitted to the photographs in black and white")
     flux2_ds("tiny", "--variant", "klein", "--out", "smoke/model", "--photos", "examples/photos")
     say("prepare: 16 photographs to latents and text embeddings in WebDataset shards")
     flux2_ds("prepare", "--config", RECIPE)

@@ -5,8 +5,9 @@
 A directory has diffusers' layout and the real classes with small configs, so that the code that loads
 32 B parameters loads it without a test branch. The tokenizer is a byte-level BPE trained on a few
 sentences here, with the real special tokens and a chat template of the same structure. With
-`--photos` the VAE is fitted to them for some seconds, so that decoded pictures show something; the
-rest of the weights is random. Everything follows from the seed.
+`--photos` the VAE and the transformer are fitted to them for some seconds, the latter in black and white,
+so that pictures show something and an adapter has something to add: colour. The rest is random.
+Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from flux2_ds import flow
+from flux2_ds.model import latents
 
 TEXT_WIDTH = 32
 VOCABULARY = 512
@@ -88,7 +92,9 @@ def make_tiny(
             vae.bn.running_mean.normal_(0, 0.5)
             vae.bn.running_var.uniform_(0.5, 2)
         else:
-            fit_vae(vae, _load_photos(photos))
+            pictures = _load_photos(photos)
+            fit_vae(vae, pictures)
+            fit_transformer(pipeline.transformer, vae, pictures)
     pipeline.save_pretrained(directory, safe_serialization=True)
     if variant == "dev":
         _name_pixtral_processor(directory)
@@ -241,11 +247,50 @@ def fit_vae(vae: AutoencoderKLFlux2, photos: list[torch.Tensor], steps: int = 20
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         adam.step()
         schedule.step()
-    with torch.no_grad():
-        latents = vae.encode(_crops(photos, 32, 128)).latent_dist.mode()
-        patches = Flux2Pipeline._patchify_latents(latents)
-        vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
-        vae.bn.running_var.copy_(patches.var((0, 2, 3)))
+    patches = Flux2Pipeline._patchify_latents(_encode(vae, _crops(photos, 32, 128)))
+    vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
+    vae.bn.running_var.copy_(patches.var((0, 2, 3)))
+
+
+def fit_transformer(
+    transformer: Flux2Transformer2DModel,
+    vae: AutoencoderKLFlux2,
+    photos: list[torch.Tensor],
+    steps: int = 250,
+) -> None:
+    """Teach a small transformer to denoise the photographs in black and white, without any text.
+
+    An adapter needs a base that denoises, and something to add to it: here, colour.
+    """
+    cpu, batch = torch.device("cpu"), 8
+    grey = [photo.mean(0, keepdim=True).expand(3, -1, -1) for photo in photos]
+    encoded = torch.cat([_encode(vae, _crops(grey, 16, 128)) for _ in range(16)])
+    tokens = latents.to_tokens(encoded, *latents.statistics(vae))
+    text = torch.zeros(batch, 4, transformer.config.joint_attention_dim)
+    adam = torch.optim.AdamW(transformer.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        x0 = tokens[torch.randint(len(tokens), (batch,))]
+        noise, t = torch.randn_like(x0), torch.rand(batch)
+        prediction = transformer(
+            hidden_states=flow.interpolate(x0, noise, t),
+            encoder_hidden_states=text,
+            timestep=t,
+            img_ids=latents.image_ids(128, 128, cpu),
+            txt_ids=latents.text_ids(text.shape[1], cpu),
+            guidance=torch.ones(batch) if transformer.config.guidance_embeds else None,
+        ).sample
+        loss = flow.flow_loss(prediction, flow.velocity(x0, noise))
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        adam.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
+    return vae.encode(pictures).latent_dist.mode()
 
 
 @torch.no_grad()
