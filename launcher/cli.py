@@ -17,7 +17,7 @@ from flux2_ds.data.order import Order
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import check_run_dir, stop_file
+from flux2_ds.rundir import check_run_dir, lock_run_dir, stop_file
 from flux2_ds.spec import read_spec
 from launcher.commands import train_command
 from launcher.hosts import Hosts, check_gpus, find_hosts, free_port
@@ -152,6 +152,7 @@ def check_inputs(recipe: Recipe) -> None:
     read_index(Path(recipe.data.shards))
     if Path(recipe.model.path).is_dir():
         read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
+    lock_run_dir(recipe).close()
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:
