@@ -41,8 +41,8 @@ def steps_left(root: Path) -> list[int]:
 
 def test_what_is_saved_is_loaded_from_the_highest_step(tmp_path):
     _, path, _ = save(tmp_path / "checkpoints", 2, 12, 9)
-    found, complaints = checkpoint.newest(tmp_path / "checkpoints")
-    assert (found.path, found.step, complaints) == (path, 12, [])
+    found, damaged = checkpoint.newest(tmp_path / "checkpoints")
+    assert (found.path, found.step, damaged) == (path, 12, {})
     assert checkpoint.verify(found) is None
     assert found.state()["updates"] == 12
     assert found.state()["step"] == 12
@@ -81,7 +81,7 @@ def test_a_buffer_that_is_used_again_is_copied_in_time(tmp_path):
 
 @pytest.mark.parametrize("folder", [".", "absent"])
 def test_no_checkpoints(tmp_path, folder):
-    assert checkpoint.newest(tmp_path / folder) == (None, [])
+    assert checkpoint.newest(tmp_path / folder) == (None, {})
 
 
 def test_saving_again_replaces(tmp_path):
@@ -109,18 +109,20 @@ def test_failure_while_writing_leaves_the_one_before(tmp_path):
     assert steps_left(tmp_path) == [1]
 
 
-def test_leftover_of_an_interrupted_save_is_ignored_and_replaced(tmp_path):
+@pytest.mark.parametrize("name", ["2.partial", "7.partial", "1.removed"])
+def test_leftover_of_a_process_that_was_killed_is_ignored_and_cleared(tmp_path, name):
     save(tmp_path, 1)
-    partial = tmp_path / ".step_00000002.partial"
-    partial.mkdir()
-    (partial / "weights.safetensors").write_bytes(b"half")
-    (partial / "stale").touch()
-    found, complaints = checkpoint.newest(tmp_path)
-    assert (found.step, complaints) == (1, [])
-    (path,) = save(tmp_path, 2)
-    assert not partial.exists()
-    assert not (path / "stale").exists()
-    assert checkpoint.newest(tmp_path)[0].step == 2
+    leftover = tmp_path / f".step_0000000{name}"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").write_bytes(b"half")
+    (leftover / "stale").touch()
+    found, damaged = checkpoint.newest(tmp_path)
+    assert (found.step, damaged) == (1, {})
+    save(tmp_path, 2)
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    assert checkpoint.verify(checkpoint.newest(tmp_path)[0]) is None
+    assert not list(tmp_path.rglob("stale"))
 
 
 DAMAGES = [
@@ -137,15 +139,30 @@ DAMAGES = [
 def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reason):
     *_, last = save(tmp_path, 10, 20, 30)
     damage(last / name)
-    found, (complaint,) = checkpoint.newest(tmp_path)
-    assert found.step == 20
-    assert all(words in complaint for words in (str(last), name, reason))
+    found, damaged = checkpoint.newest(tmp_path)
+    assert (found.step, list(damaged)) == (20, [last])
+    assert name in damaged[last]
+    assert reason in damaged[last]
+
+
+def test_a_damaged_checkpoint_that_is_set_aside_is_kept_and_not_counted(tmp_path):
+    for content in (b"first", b"second"):  # damaged, trained anew, damaged again
+        *_, last = save(tmp_path, 10, 20, 30)
+        (last / "weights.safetensors").write_bytes(content)
+        aside = checkpoint.set_aside(last)
+    assert aside == tmp_path / "step_00000030.damaged"
+    assert (aside / "weights.safetensors").read_bytes() == b"second"
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert {path.name for path in tmp_path.iterdir()} == {aside.name, "step_00000020"}
+    assert checkpoint.newest(tmp_path)[1] == {}
 
 
 def test_nothing_is_used_when_all_are_damaged(tmp_path):
     for path in save(tmp_path, 10, 20):
         flip_a_byte(path / "exp_avg.safetensors")
-    with pytest.raises(UserError, match=r"step_00000020.*step_00000010.*No intact checkpoint"):
+    with pytest.raises(
+        UserError, match=r"no intact checkpoint is left \(.*step_00000020.*_00000010"
+    ):
         checkpoint.newest(tmp_path)
 
 
@@ -172,9 +189,9 @@ def test_directories_of_the_users_own_are_left_alone(tmp_path):
 
 
 def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path):
+    save(tmp_path, 10, 20)
     leftover = tmp_path / ".step_00000010.removed"
     leftover.mkdir()
     (leftover / "weights.safetensors").touch()
-    save(tmp_path, 10, 20)
     checkpoint.remove_old(tmp_path, 1, None)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]

@@ -37,7 +37,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
         numbers = [next(number) for _ in range(samples)]
         records = [Record(f"{n}.jpg", str(n), torch.full(shape, float(n))) for n in numbers]
         shards.append(write_shard(folder / f"{place}.tar", bucket, records, text_of))
-    return folder, Index("klein", 2, {}, shards)
+    return folder, Index("klein", 2, {}, {}, shards)
 
 
 def make_loader(

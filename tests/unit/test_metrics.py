@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -107,7 +108,8 @@ def test_online_without_a_key_stays_offline_and_says_so(run_dir, caplog):
     assert steps_in(run_dir) == [10]
 
 
-def test_server_that_does_not_answer_leaves_the_run_offline(run_dir, caplog, monkeypatch):
+@pytest.mark.parametrize("kind", ["CommError", "UsageError", "AuthenticationError"])
+def test_wandb_that_does_not_start_leaves_the_run_offline(run_dir, caplog, monkeypatch, kind):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     modes = []
     init = wandb.init
@@ -115,7 +117,7 @@ def test_server_that_does_not_answer_leaves_the_run_offline(run_dir, caplog, mon
     def refused_online(**arguments: object) -> object:
         modes.append(arguments["mode"])
         if arguments["mode"] == "online":
-            raise wandb.errors.CommError("no route to host")
+            raise getattr(wandb.errors, kind)("no route to host")
         return init(**{**arguments, "mode": "disabled"})
 
     monkeypatch.setattr(wandb, "init", refused_online)
@@ -126,6 +128,16 @@ def test_server_that_does_not_answer_leaves_the_run_offline(run_dir, caplog, mon
     assert modes == ["online", "offline"]
     assert "no route to host" in caplog.text
     assert steps_in(run_dir) == [10]
+
+
+def test_wandb_is_told_the_step_as_a_value(run_dir, monkeypatch):
+    run = Mock()
+    monkeypatch.setattr(wandb, "init", lambda **arguments: run)
+    metrics = start(run_dir)
+    record(metrics, 10, loss=0.5)
+    metrics.close()
+    run.define_metric.assert_called_once_with("*", step_metric="optimizer_step")
+    run.log.assert_called_once_with({"optimizer_step": 10, "loss": 0.5, "bucket": "64x64"})
 
 
 def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path):

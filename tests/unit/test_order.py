@@ -18,6 +18,7 @@ def make_index(shards: list[tuple[Bucket, int]]) -> Index:
         "klein",
         8,
         {},
+        {},
         [Shard(f"{n}.tar", bucket, count, 0, "") for n, (bucket, count) in enumerate(shards)],
     )
 

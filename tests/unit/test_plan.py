@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flux2_ds.errors import UserError
-from flux2_ds.plan import learning_rate, make_plan
+from flux2_ds.plan import ignored_settings, learning_rate, make_plan
 from flux2_ds.recipe import (
     Batch,
     Data,
@@ -150,6 +150,8 @@ def test_precision_sections(method, precision):
     if (method, precision) == ("full", "bf16"):
         expected = {"bf16"}
     assert sections == expected
+    accumulated = {"grad_accum_dtype": "fp32"} if expected == {"bf16"} else None
+    assert config.get("data_types") == accumulated
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
@@ -259,6 +261,35 @@ def test_plan_says_the_arithmetic():
     assert "24 global = 2 micro × 3 accumulation × 4 processes" in text
     assert "10 = 240 samples" in text
     assert "lora rank 16, alpha 16" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "ignored"),
+    [
+        ({}, []),
+        ({"lora.rank": 4, "objective.mean": 0.5, "objective.max_shift_tokens": 64}, []),
+        ({"lora.rank": 4, "method": "full"}, ["lora (method is full)"]),
+        ({"method": "full"}, []),
+        ({"objective.shift": 2.0}, ["objective.shift (timesteps is flux)"]),
+        ({"objective.shift": 2.0, "objective.timesteps": "shift"}, []),
+        (
+            {"objective.std": 2.0, "objective.mean": 1.0, "objective.timesteps": "uniform"},
+            [f"objective.{name} (timesteps is uniform)" for name in ("mean", "std")],
+        ),
+        (
+            {"objective.max_shift_tokens": 64, "objective.timesteps": "logit_normal"},
+            ["objective.max_shift_tokens (timesteps is logit_normal)"],
+        ),
+        ({"data.fixed_caption": "a"}, ["data.fixed_caption (missing_caption is error)"]),
+        ({"data.fixed_caption": "a", "data.missing_caption": "fixed"}, []),
+    ],
+)
+def test_settings_without_effect_are_named_in_the_plan(changes, ignored):
+    recipe = make_recipe(**changes)
+    assert ignored_settings(recipe) == ignored
+    lines = make_plan(recipe, 1).lines()
+    said = [line.split(maxsplit=1)[1] for line in lines if line.startswith("ignored")]
+    assert said == ignored
 
 
 def processes_of(path: Path, recipe: Recipe) -> int:

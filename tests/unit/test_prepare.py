@@ -65,10 +65,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
 
 
+def truncate(picture: Path) -> None:
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+
+
 def test_samples_hold_what_the_pipeline_computes(model: Path, photos: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     index = run(recipe_for(model, photos, shards))
     assert index.samples == 4
+    crop = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0}
+    assert index.settings == crop
     pipeline = load_pipeline(model, read_spec(model), torch.float32)
     seen = {}
     for shard in index.shards:
@@ -93,8 +100,7 @@ def test_samples_hold_what_the_pipeline_computes(model: Path, photos: Path, tmp_
 def test_unusable_pictures_are_skipped_named_and_counted(
     model: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = (photos / "b.png").read_bytes()
-    (photos / "b.png").write_bytes(whole[: len(whole) // 2])
+    truncate(photos / "b.png")
     (photos / "c.png").write_text("no picture")
     Image.new("RGB", (8, 8)).save(photos / "small.png")
     (photos / "small.txt").write_text("tiny")
@@ -134,10 +140,13 @@ def test_a_missing_caption_follows_the_setting(
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = recipe_for(model, photos, tmp_path / "whole")
-    run(whole)
-    cut = recipe_for(model, photos, tmp_path / "cut")
-    written = []
+    for name in ("e", "f"):  # a third shard
+        shutil.copy(photos / "a.png", photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text("another")
+    truncate(photos / "a.png")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(recipe_for(model, photos, whole))
+    written: list[str] = []
 
     def write_two(path: Path, *rest: object) -> object:
         if len(written) == 2:
@@ -149,14 +158,42 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     original = root.write_shard
     monkeypatch.setattr(root, "write_shard", write_two)
     with pytest.raises(KeyboardInterrupt):
-        run(cut)
-    assert not (tmp_path / "cut" / "index.json").exists()
+        run(recipe_for(model, photos, cut))
+    assert not (cut / "index.json").exists()
+    notes = [json.loads(path.read_text()) for path in (cut / ".finished").iterdir()]
+    assert [path for note in notes for path in note["skipped"]] == [str(photos / "a.png")]
     monkeypatch.setattr(root, "write_shard", original)
-    times = {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in written}
-    run(cut)
-    assert {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in written} == times
-    first, second = contents(tmp_path / "whole"), contents(tmp_path / "cut")
-    assert first == second
+    times = {name: (cut / name).stat().st_mtime_ns for name in written}
+    run(recipe_for(model, photos, cut))
+    assert {name: (cut / name).stat().st_mtime_ns for name in written} == times
+    # The report names what the first start left out, and the contact sheet does without it.
+    assert list(json.loads((cut / "report.json").read_text())["skipped"]) == [str(photos / "a.png")]
+    assert contents(whole) == contents(cut)
+    assert not [path.name for path in cut.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"samples_per_shard": 3}, "settings"),
+        ({"max_upscale": 1.5}, "settings"),
+        ({"precision": "bf16"}, "text precision"),
+    ],
+)
+def test_shards_of_other_settings_are_not_continued(
+    model: Path, photos: Path, tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    captioned = root.read_photos(recipe.data, root.Skipped())
+    root.claim(tmp_path / "s", captioned, recipe, {})
+    root.claim(tmp_path / "s", captioned, recipe, {})  # the same again
+    if "precision" in change:
+        other = dataclasses.replace(recipe, **change)  # type: ignore[arg-type]
+    else:
+        data = dataclasses.replace(recipe.data, **change)  # type: ignore[arg-type]
+        other = dataclasses.replace(recipe, data=data)
+    with pytest.raises(UserError, match=rf"changed: {named}\)"):
+        root.claim(tmp_path / "s", captioned, other, {})
 
 
 def test_a_folder_of_something_else_is_left_alone(

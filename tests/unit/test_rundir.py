@@ -10,7 +10,14 @@ import pytest
 from flux2_ds.errors import UserError
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe, load_recipe
-from flux2_ds.rundir import check_run_dir, export_path, write_run_dir
+from flux2_ds.rundir import (
+    check_run_dir,
+    export_path,
+    lock_run_dir,
+    stop_file,
+    trained_recipe,
+    write_run_dir,
+)
 
 
 def make_recipe(run_dir: Path, **changes: Any) -> Recipe:
@@ -32,6 +39,28 @@ def test_new_and_empty_directories_are_accepted(tmp_path):
     assert not (tmp_path / "new").exists()  # checking writes nothing
     (tmp_path / "empty").mkdir()
     check_run_dir(make_recipe(tmp_path / "empty"))
+    # What a training leaves that was stopped before its first file.
+    lock_run_dir(make_recipe(tmp_path / "empty")).close()
+    stop_file(make_recipe(tmp_path / "empty")).touch()
+    check_run_dir(make_recipe(tmp_path / "empty"))
+
+
+def test_one_training_at_a_time_has_the_run_directory(tmp_path):
+    recipe = make_recipe(tmp_path / "deep" / "run")
+    with lock_run_dir(recipe):
+        with pytest.raises(UserError, match=r"another process is training in run_dir .*run"):
+            lock_run_dir(recipe)
+        lock_run_dir(make_recipe(tmp_path / "other")).close()
+    lock_run_dir(recipe).close()
+
+
+def test_what_is_exported_is_what_was_trained(tmp_path):
+    trained = make_recipe(tmp_path / "run", method="dora", lora=Lora(rank=4, targets="attention"))
+    write_run_dir(make_plan(trained, 1))
+    asked = make_recipe(tmp_path / "run", method="full", precision="fp16")
+    assert trained_recipe(asked) == dataclasses.replace(trained, precision="fp16")
+    with pytest.raises(UserError, match="holds no run"):
+        trained_recipe(make_recipe(tmp_path / "absent"))
 
 
 def test_directory_of_something_else_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Shards and their index: written, read back, and refused when damaged."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import webdataset
 from safetensors.torch import load
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.index import INDEX_NAME, Index, Shard, read_index, write_index
+from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, Shard, read_index, write_index
 from flux2_ds.data.shards import Record, ShardReader, write_shard
 from flux2_ds.errors import UserError
 
@@ -168,8 +169,10 @@ def test_missing_shard_is_refused(tmp_path):
 def index(shard: Path) -> Index:
     """The index of one shard, written beside it."""
     facts = Shard(shard.name, BUCKET, len(CAPTIONS), shard.stat().st_size, "0" * 64)
-    index = Index("klein", 8, {"pipeline": "Flux2KleinPipeline", "vae": "ab12"}, [facts])
+    prints = {"pipeline": "Flux2KleinPipeline", "vae": "ab12"}
+    index = Index("klein", 8, prints, {"resolution": 64, "max_aspect": 1.5}, [facts])
     write_index(shard.parent, index)
+    (shard.parent / CONDITIONING_NAME).touch()
     return index
 
 
@@ -177,9 +180,25 @@ def test_index_round_trip(shard, index):
     assert read_index(shard.parent) == index
     other = Bucket(16, 16)
     more = [Shard("a", other, 7, 1, ""), *index.shards, Shard("b", BUCKET, 2, 1, "")]
-    counted = Index("klein", 8, {}, more)
+    counted = Index("klein", 8, {}, {}, more)
     assert list(counted.bucket_counts().items()) == [(other, 7), (BUCKET, len(CAPTIONS) + 2)]
     assert counted.samples == len(CAPTIONS) + 9
+
+
+def test_digest_names_content_and_order_of_the_shards(shard, index):
+    (one,) = index.shards
+    other = dataclasses.replace(one, sha256="1" * 64)
+    listings = [[one], [other], [one, other], [other, one]]
+    digests = [dataclasses.replace(index, shards=listing).digest for listing in listings]
+    assert len(set(digests)) == len(listings)
+    assert digests[0] == read_index(shard.parent).digest
+    assert dataclasses.replace(index, fingerprint={}, settings={}).digest == digests[0]
+
+
+def test_folder_without_conditioning_is_refused(shard, index):
+    (shard.parent / CONDITIONING_NAME).unlink()
+    with pytest.raises(UserError, match=f"{CONDITIONING_NAME} is missing"):
+        read_index(shard.parent)
 
 
 def test_folder_without_index_says_to_prepare(tmp_path):
@@ -202,6 +221,7 @@ def test_shard_that_is_missing_or_of_another_size(shard, index, size):
         ({"format": 99}, "format 99"),
         ({"shards": []}, "lists no samples"),
         ({"shards": [{"name": "x.tar"}]}, "damaged"),
+        ({"shards": None}, "damaged"),
     ],
 )
 def test_index_that_this_version_does_not_read(shard, index, change, message):

@@ -1,9 +1,11 @@
 """Recognising a model from its JSON files, and refusing what is no FLUX.2."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.errors import UserError
 from flux2_ds.spec import read_spec
@@ -50,7 +52,8 @@ def write_model(folder: Path, variant: str, index: dict | None = None, **config:
 @pytest.mark.parametrize(("variant", "width"), [("dev", 6144), ("klein", 3072)])
 def test_dimensions_come_from_the_config(tmp_path, variant, width):
     spec = read_spec(write_model(tmp_path, variant))
-    pipeline, _, dimensions = MODELS[variant]
+    pipeline, (_, encoder), dimensions = MODELS[variant]
+    assert spec.text_encoder == encoder
     assert (spec.variant, spec.pipeline, spec.width) == (variant, pipeline, width)
     assert spec.double_blocks == dimensions["num_layers"]
     assert spec.single_blocks == dimensions["num_single_layers"]
@@ -107,9 +110,18 @@ def test_missing_or_damaged_file_is_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("dimension", DEV)
-def test_config_without_a_dimension_is_refused(tmp_path, dimension):
-    folder = write_model(tmp_path, "dev")
-    path = folder / "transformer" / "config.json"
+def test_a_key_that_a_config_leaves_out_has_the_default_of_diffusers(tmp_path, dimension):
+    default = inspect.signature(Flux2Transformer2DModel.__init__).parameters[dimension].default
+    assert default == DEV[dimension]
+    whole = read_spec(write_model(tmp_path, "dev"))
+    path = tmp_path / "transformer" / "config.json"
     path.write_text(path.read_text().replace(f'"{dimension}"', '"other"'))
-    with pytest.raises(UserError, match=f"has no '{dimension}'"):
+    assert read_spec(tmp_path) == whole
+
+
+def test_klein_must_say_that_it_takes_no_guidance(tmp_path):
+    folder = write_model(tmp_path, "klein")
+    path = folder / "transformer" / "config.json"
+    path.write_text(path.read_text().replace('"guidance_embeds"', '"other"'))
+    with pytest.raises(UserError, match="guidance_embeds is True"):
         read_spec(folder)

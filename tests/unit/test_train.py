@@ -1,0 +1,267 @@
+"""The loop and what a start of the trainer refuses, with stand-ins for DeepSpeed's collectives."""
+
+import dataclasses
+import itertools
+import logging
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from flux2_ds import checkpoint, loop, train
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.index import Index, Shard
+from flux2_ds.engine import MOMENTS, Process
+from flux2_ds.errors import UserError
+from flux2_ds.loop import Cadence, Meter, StopRequest
+from flux2_ds.model.files import fingerprint
+from flux2_ds.recipe import Data, Model, Recipe
+from flux2_ds.spec import read_spec
+
+FIRST, SECOND = (Process(rank, 2, torch.device("cpu")) for rank in (0, 1))
+INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process group."""
+    monkeypatch.setattr(loop, "average", lambda value: value)
+    monkeypatch.setattr(loop, "any_process", lambda flag, device: flag)
+    monkeypatch.setattr(loop, "barrier", lambda: None)
+    monkeypatch.setattr(train, "from_first", lambda value, device: value)
+
+
+# Asking it to stop
+
+
+def test_a_stop_file_is_seen_once_and_by_the_first_process(tmp_path):
+    stop, other = StopRequest(tmp_path / "stop"), StopRequest(tmp_path / "stop")
+    assert not stop.seen(FIRST)
+    stop.file.write_text("SIGTERM")
+    assert not other.seen(SECOND)
+    assert stop.seen(FIRST)
+    assert stop.reason == "SIGTERM"
+    assert not stop.file.exists()  # the next start does not stop
+    assert stop.seen(FIRST)
+    stop.file.touch()  # by hand
+    assert stop.seen(FIRST)
+    assert stop.reason == "stop"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_seen_by_any_process(tmp_path, name):
+    number = signal.Signals[name]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    stop = StopRequest(tmp_path / "stop")
+    try:
+        stop.listen()
+        os.kill(os.getpid(), number)
+        assert stop.seen(SECOND)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stop.reason == name
+
+
+# The loop
+
+
+class StandIn:
+    """An engine whose loss and gradient norm are given for each step."""
+
+    skips_overflows = False
+
+    def __init__(self, losses: list[float], norms: list[float | None] | None = None) -> None:
+        self.losses, self.norms = iter(losses), iter(norms or [1.0] * len(losses))
+        self.norm: float | None = None
+
+    def forward(self) -> torch.Tensor:
+        return torch.tensor(next(self.losses))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self, learning_rate: float) -> None:
+        self.norm = next(self.norms)
+
+    def gradient_norm(self) -> float | None:
+        return self.norm
+
+    def updates(self) -> int:
+        return 0
+
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        yield "weights", "a", torch.zeros(1)
+
+
+def run_loop(
+    folder: Path, engine: StandIn, steps: int, metrics: Any = None, **cadence: int
+) -> bool:
+    batch = SimpleNamespace(bucket=Bucket(32, 32))
+    often = {"log_every": 1, "save_every": 100, "keep_last": 9, **cadence}
+    return loop.train(
+        engine,  # type: ignore[arg-type]
+        SimpleNamespace(steps=lambda first, last: itertools.repeat([batch], last - first)),  # type: ignore[arg-type]
+        SimpleNamespace(loss=lambda forward, batch: forward()),  # type: ignore[arg-type]
+        metrics,
+        FIRST,
+        Cadence(steps=steps, keep_every=None, **often),
+        StopRequest(folder / "stop"),
+        first_step=0,
+        seed=0,
+        learning_rate=lambda step: 1e-4,
+        global_batch=1,
+        steps_per_epoch=3,
+        checkpoints=folder / "checkpoints",
+        run_state={},
+    )
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in folder.glob("checkpoints/step_*"))
+
+
+def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
+    metrics = Mock()
+    losses = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert run_loop(tmp_path, StandIn(losses), 7, metrics, log_every=3, save_every=2)
+    assert saved(tmp_path) == [2, 4, 6, 7]
+    written = [call.args for call in metrics.write.call_args_list]
+    # Means since the line before; a checkpoint in between does not shorten them.
+    assert [(step, values["loss"]) for step, values in written] == [(3, 2.0), (6, 5.0), (7, 7.0)]
+
+
+def test_a_stop_file_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, caplog):
+    metrics = Mock()
+    metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGHUP")
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        assert not run_loop(tmp_path, StandIn([1.0] * 9), 9, metrics)
+    assert saved(tmp_path) == [2]  # asked for during the first step's log line
+    assert "stopped by SIGHUP after step 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "message"),
+    [
+        ([1.0, 1.0, math.nan], None, "the loss is nan at step 4"),
+        ([1.0, 1.0, 1.0, math.inf], None, "the loss is inf at step 4"),
+        ([1.0] * 4, [1.0, 1.0, 1.0, math.inf], "the gradient norm is inf at step 4"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(tmp_path, losses, norms, message):
+    engine = StandIn([*losses, 1.0, 1.0], norms)
+    with pytest.raises(UserError, match=message):
+        run_loop(tmp_path, engine, 6, log_every=100, save_every=2)
+    assert saved(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(("norm", "skips"), [(math.inf, True), (None, False), (2.0, False)])
+def test_gradient_norms_that_are_no_failure(norm, skips):
+    engine = StandIn([])
+    engine.norm, engine.skips_overflows = norm, skips  # a loss scaler skips such steps
+    meter = Meter(torch.tensor(3.0), steps=2, samples=8)
+    values = loop.summarise(meter, engine, 6, 1e-4, 4)  # type: ignore[arg-type]
+    assert (values["loss"], values["gradient_norm"], values["epoch"]) == (1.5, norm, 1.5)
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank():
+    def dropped(*place: int) -> list[float]:
+        loop.seed_dropout(*place)
+        return torch.rand(4).tolist()
+
+    with torch.random.fork_rng(devices=[]):
+        first = dropped(3, 7, 1)
+        others = [dropped(*place) for place in ((4, 7, 1), (3, 8, 1), (3, 7, 0), (7, 3, 1))]
+        assert dropped(3, 7, 1) == first
+    assert first not in others
+
+
+# What a start refuses
+
+
+def recipe_for(folder: Path, **changes: Any) -> Recipe:
+    recipe = Recipe(
+        run_dir=str(folder / "run"),
+        model=Model(path=str(folder / "model")),
+        data=Data(images="photos", shards="shards"),
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        (
+            {"settings": {"resolution": 512}},
+            "data.resolution is 1024, but data.shards shards .* 512",
+        ),
+        ({"settings": {"max_upscale": 1.5}}, r"data.max_upscale is 1.0, .* prepared with 1\.5"),
+        ({"text_width": 48}, "text width 48"),
+        ({"fingerprint": {"vae": "0"}}, "made by another model"),
+    ],
+)
+def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_model, change, message):
+    spec, recipe = read_spec(tiny_model), recipe_for(tmp_path)
+    data = recipe.data
+    settings = {"resolution": data.resolution, "max_upscale": data.max_upscale}
+    index = Index(spec.variant, spec.text_width, fingerprint(tiny_model), settings)
+    index = dataclasses.replace(index, **change)
+    if message is None:
+        train.check_shards(index, spec, tiny_model, recipe)
+    else:
+        with pytest.raises(UserError, match=message):
+            train.check_shards(index, spec, tiny_model, recipe)
+
+
+def save(recipe: Recipe, step: int, index: Index = INDEX) -> Path:
+    return checkpoint.save(
+        Path(recipe.run_dir) / "checkpoints",
+        step,
+        [(kind, "a", torch.full((2,), float(step))) for kind in ("weights", *MOMENTS)],
+        {"updates": step - 1, "index": index.digest},
+        write=True,
+    )
+
+
+def test_a_new_run_starts_at_the_beginning(tmp_path):
+    assert train.resume(Mock(), recipe_for(tmp_path), INDEX, FIRST) == 0
+
+
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog):
+    recipe, engine = recipe_for(tmp_path), Mock()
+    for step in (10, 20, 30):
+        last = save(recipe, step)
+    (last / "exp_avg.safetensors").unlink()
+    assert train.resume(engine, recipe, INDEX, FIRST) == 20
+    assert "exp_avg.safetensors is missing" in caplog.text
+    (weights,) = engine.load_weights.call_args.args
+    moments, updates = engine.load_moments.call_args.args
+    assert weights["a"].tolist() == [20, 20]
+    assert (moments.keys(), updates) == (set(MOMENTS), 19)
+    assert not last.exists()
+    assert last.with_name(f"{last.name}.damaged").is_dir()
+
+
+def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path):
+    save(recipe_for(tmp_path), 10)
+    other = dataclasses.replace(INDEX, shards=[*INDEX.shards, *INDEX.shards])
+    engine = Mock()
+    with pytest.raises(UserError, match=f"index {other.digest}, was {INDEX.digest}"):
+        train.resume(engine, recipe_for(tmp_path), other, FIRST)
+    engine.load_weights.assert_not_called()
+    assert train.resume(engine, recipe_for(tmp_path, accept_changes=True), other, FIRST) == 10
+
+
+def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "from_first", lambda value, device: 10)
+    with pytest.raises(UserError, match=r"process 1 does not see .*step_00000010"):
+        train.resume(Mock(), recipe_for(tmp_path), INDEX, SECOND)
