@@ -41,10 +41,12 @@ def find_hosts(launch: Launch) -> Hosts:
         slots = read_hostfile(Path(launch.hostfile))
         return Hosts(sum(slots.values()), Path(launch.hostfile))
     if launch.accelerator == "cpu":
-        return Hosts(launch.processes or 1)
+        return Hosts(1 if launch.processes is None else launch.processes)
     devices = named_devices()
-    processes = launch.processes or (count_gpus() if devices is None else len(devices))
-    if processes == 0:
+    processes = launch.processes
+    if processes is None:
+        processes = count_gpus() if devices is None else len(devices)
+    if launch.processes is None and processes == 0:
         raise UserError(
             "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs, "
             "say how many with --gpus N, or set launch.accelerator to cpu."

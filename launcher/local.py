@@ -44,6 +44,7 @@ def run(command: Command, stop_file: Path) -> int:
         stop_file.write_text(name)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, pass_on)
     code = child.wait()
     return code if code >= 0 else 128 - code

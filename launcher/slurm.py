@@ -45,8 +45,9 @@ def slurm_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
     train = shlex.join([python, "-m", TRAIN_MODULE, *arguments])
     # A task that stopped on request leaves the others to save; any other failure ends them all, or
     # they would wait for it in a collective.
+    # The shell gets Slurm's signal, too, and has to outlive the trainer's saving.
     task = (
-        f"RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {train}; code=$?; "
+        f"trap : USR1 TERM INT; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {train}; code=$?; "
         f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then "
         "scancel --signal=KILL $SLURM_JOB_ID.$SLURM_STEP_ID; fi; exit $code"
     )

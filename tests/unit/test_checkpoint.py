@@ -109,7 +109,7 @@ def test_failure_while_writing_leaves_the_one_before(tmp_path):
     assert steps_left(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("name", ["2.partial", "7.partial", "1.removed"])
+@pytest.mark.parametrize("name", ["2.partial", "7.partial", "7.removed"])
 def test_leftover_of_a_process_that_was_killed_is_ignored_and_cleared(tmp_path, name):
     save(tmp_path, 1)
     leftover = tmp_path / f".step_0000000{name}"

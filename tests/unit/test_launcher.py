@@ -261,9 +261,6 @@ def test_slurm_job_requeues_what_was_stopped_and_ends_what_failed(tmp_path, code
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the task's shell dies of the signal before the trainer saves"
-)
 def test_slurms_signal_lets_the_trainer_save(tmp_path):
     """Slurm signals every process of a task, the shell around the trainer included."""
     done = run_job(
@@ -346,7 +343,6 @@ def test_second_signal_ends_everything_at_once(tmp_path):
     assert launched.returncode == 128 + 9
 
 
-@pytest.mark.xfail(strict=True, reason="the launcher's handler takes the place of nohup's")
 def test_nohup_is_respected(tmp_path):
     launched = launch(tmp_path / "stop", OBEYS, "nohup")
     launched.send_signal(signal.SIGHUP)
@@ -487,10 +483,7 @@ CUDA = ["--launch.accelerator", "cuda"]
     ("command", "options", "message"),
     [
         ("plan", ["--gpus=3"], "batch.global_size 4 "),
-        pytest.param(
-            *("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
-            marks=pytest.mark.xfail(strict=True, reason="0 is taken for not given"),
-        ),
+        ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
         ("slurm", SLURM, "launch.accelerator is cpu"),
         ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
