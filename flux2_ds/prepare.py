@@ -221,7 +221,8 @@ def claim(shards: Path, photos: list[Captioned], recipe: Recipe, prints: dict[st
                 f"{', '.join(changed)}). Give a new folder, or remove this one."
             )
         return
-    if shards.exists() and any(shards.iterdir()):
+    ours = path.with_name(f"{path.name}.partial")  # all that a kill right here can leave
+    if shards.exists() and any(found != ours for found in shards.iterdir()):
         raise UserError(
             f"data.shards {shards} is not empty and was not made by prepare. Give a new folder."
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import logging
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ import yaml
 from flux2_ds.errors import UserError
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Lora, Recipe, recipe_values
+
+log = logging.getLogger("flux2_ds")
 
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
@@ -48,7 +51,7 @@ def check_run_dir(recipe: Recipe) -> None:
         )
     try:
         before = _identity(yaml.safe_load(stored.read_text()))
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error
@@ -99,6 +102,8 @@ def lock_run_dir(recipe: Recipe) -> IO[str]:
             f"another process is training in run_dir {recipe.run_dir}. Wait for it, stop it, or give "
             "another run_dir."
         ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s); do not train in it twice at a time", path, error)
     return file
 
 
@@ -111,8 +116,13 @@ def trained_recipe(recipe: Recipe) -> Recipe:
     stored = Path(recipe.run_dir) / RECIPE_NAME
     if not stored.is_file():
         raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
-    values = yaml.safe_load(stored.read_text())
-    return replace(recipe, method=values["method"], lora=Lora(**values["lora"]))
+    try:
+        values = yaml.safe_load(stored.read_text())
+        return replace(recipe, method=values["method"], lora=Lora(**values["lora"]))
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -98,6 +98,7 @@ def train(argv: list[str]) -> None:
     check_inputs(recipe)
     if recipe.launch.accelerator == "cuda":
         check_gpus(hosts)
+    lock_run_dir(recipe).close()  # the trainer takes it again; refused here, it is said once
     print(command, flush=True)
     sys.exit(run(command, stop_file(recipe)))
 
@@ -152,7 +153,6 @@ def check_inputs(recipe: Recipe) -> None:
     read_index(Path(recipe.data.shards))
     if Path(recipe.model.path).is_dir():
         read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
-    lock_run_dir(recipe).close()
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:

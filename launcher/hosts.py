@@ -60,9 +60,11 @@ def check_gpus(hosts: Hosts) -> None:
     Raises:
         UserError: with both numbers.
     """
+    if hosts.hostfile is not None:
+        return
     devices = named_devices()
     visible = count_gpus() if devices is None else len(devices)
-    if hosts.hostfile is None and hosts.processes > visible:
+    if hosts.processes > visible:
         raise UserError(
             f"{hosts.processes} processes (launch.processes or --gpus) need as many GPUs; this "
             f"machine shows {visible}. Ask for fewer, or correct CUDA_VISIBLE_DEVICES."
@@ -77,6 +79,8 @@ def named_devices() -> tuple[int, ...] | None:
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return None
+    if value.strip() == "-1":
+        return ()
     names = [name.strip() for name in value.split(",") if name.strip()]
     if not all(name.isdecimal() for name in names):
         raise UserError(

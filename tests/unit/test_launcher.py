@@ -15,7 +15,8 @@ import pytest
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
 from flux2_ds.errors import EXIT_STOPPED, UserError
-from flux2_ds.recipe import Launch, parse_recipe, recipe_parser
+from flux2_ds.recipe import Launch, load_recipe, parse_recipe, recipe_parser
+from flux2_ds.rundir import lock_run_dir
 from launcher import cli
 from launcher.commands import Command, train_command
 from launcher.hosts import Hosts, check_gpus, find_hosts, free_port, read_hostfile
@@ -449,6 +450,15 @@ def test_train_checks_what_it_reads_before_it_starts(
     else:
         assert message in captured.err
         assert call(monkeypatch, "train", "--config", recipe, "--dry-run") == 0
+
+
+def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    monkeypatch.setattr(cli, "run", lambda *call: 75)
+    with lock_run_dir(load_recipe(tmp_path / recipe)):
+        assert call(monkeypatch, "train", "--config", recipe) == 2
+    assert "another process is training in run_dir runs/cats" in capsys.readouterr().err
+    assert call(monkeypatch, "train", "--config", recipe) == 75
 
 
 def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, capsys):
