@@ -33,18 +33,22 @@ def run(command: Command, stop_file: Path) -> int:
         nonlocal asked
         name = signal.Signals(number).name
         if asked:
-            print(f"{name} again: ending at once, without a checkpoint", flush=True)
             os.killpg(child.pid, signal.SIGKILL)
+            say(f"{name} again: ending at once, without a checkpoint")
             return
         asked = True
-        print(
-            f"{name}: after this step, save a checkpoint and stop (again: end at once)", flush=True
-        )
         stop_file.parent.mkdir(parents=True, exist_ok=True)
         stop_file.write_text(name)
+        say(f"{name}: after this step, save a checkpoint and stop (again: end at once)")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, pass_on)
     code = child.wait()
     return code if code >= 0 else 128 - code
+
+
+def say(line: str) -> None:
+    """Write a line in one call: a signal may come while another one's handler is writing, which a
+    buffered stream does not survive."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
