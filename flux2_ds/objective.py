@@ -11,6 +11,7 @@ from flux2_ds import flow
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.model import latents
 from flux2_ds.recipe import Objective
+from flux2_ds.timesteps import stratified, timesteps
 
 Forward = Callable[..., torch.Tensor]
 
@@ -20,7 +21,8 @@ class FlowObjective:
     """Flow matching on FLUX.2.
 
     `mean`, `std`: [128] fp32 latent statistics. `text_dtype`: what the transformer computes in.
-    `guidance`: whether the variant has a guidance input.
+    `guidance`: whether the variant has a guidance input. `global_batch`: the samples among which
+    stratified timesteps are shared out.
     """
 
     settings: Objective
@@ -28,6 +30,7 @@ class FlowObjective:
     std: torch.Tensor
     text_dtype: torch.dtype
     guidance: bool
+    global_batch: int
     device: torch.device
 
     def loss(self, forward: Forward, batch: MicroBatch) -> torch.Tensor:
@@ -39,15 +42,7 @@ class FlowObjective:
         size, settings = batch.latents.shape[0], self.settings
         x0 = latents.to_tokens(self._here(batch.latents), self.mean, self.std)
         noise = self._here(batch.noise)
-        t = flow.timesteps(
-            self._here(batch.deviates),
-            settings.timesteps,
-            image_tokens=batch.bucket.tokens,
-            mean=settings.mean,
-            std=settings.std,
-            shift=settings.shift,
-            max_shift_tokens=settings.max_shift_tokens,
-        )
+        t = timesteps(self._deviates(batch), settings, batch.bucket.tokens)
         prediction = forward(
             hidden_states=flow.interpolate(x0, noise, t),
             encoder_hidden_states=self._here(batch.text).to(self.text_dtype),
@@ -57,6 +52,13 @@ class FlowObjective:
             guidance=t.new_full((size,), settings.guidance) if self.guidance else None,
         )
         return flow.flow_loss(prediction, flow.velocity(x0, noise))
+
+    def _deviates(self, batch: MicroBatch) -> torch.Tensor:
+        deviates = self._here(batch.deviates)
+        if not self.settings.stratified:
+            return deviates
+        places = [sample.position % self.global_batch for sample in batch.samples]
+        return stratified(deviates, places, self.global_batch)
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -97,6 +97,7 @@ def ignored_settings(recipe: Recipe) -> list[str]:
         ("max_shift_tokens", ("flux",)),
         ("mean", ("flux", "shift", "logit_normal")),
         ("std", ("flux", "shift", "logit_normal")),
+        ("mode_scale", ("mode",)),
     ):
         given = getattr(objective, name) != getattr(default, name)
         if given and objective.timesteps not in used_by:
@@ -205,6 +206,8 @@ def check_ranges(recipe: Recipe) -> None:
     require("lora.alpha", recipe.lora.alpha, lambda v: v is None or v > 0, "positive")
     require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
     require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
+    require("objective.mode_scale", recipe.objective.mode_scale, lambda v: -1 <= v <= 1.75,
+            "between -1 and 1.75")  # fmt: skip
     if not bucket_table(data.resolution, data.bucket_step, data.max_aspect):
         raise UserError(
             f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "

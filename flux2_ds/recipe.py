@@ -95,15 +95,21 @@ class Batch:
 class Objective:
     """Flow matching."""
 
-    timesteps: Literal["flux", "uniform", "logit_normal", "shift"] = "flux"
+    timesteps: Literal["flux", "uniform", "logit_normal", "shift", "mode"] = "flux"
     """Distribution of t. `flux`: logit-normal, shifted by the number of image tokens. `shift`: the
-    same with the fixed `shift`. `logit_normal`: sigmoid(N(mean, std²)). `uniform`: U(0, 1)."""
+    same with the fixed `shift`. `logit_normal`: sigmoid(N(mean, std²)). `uniform`: U(0, 1). `mode`: more of
+    the middle by `mode_scale`."""
+    stratified: bool = False
+    """Share the distribution out among the samples of a global batch instead of drawing each t
+    independently: a less noisy loss."""
     mean: float = 0.0
     """Mean of the normal under the sigmoid."""
     std: float = 1.0
     """Standard deviation of the normal under the sigmoid."""
     shift: float = 3.0
     """s in t' = s·t / (1 + (s-1)·t), with `timesteps: shift`."""
+    mode_scale: float = 1.29
+    """With `timesteps: mode`, between -1 (more of the ends) and 1.75 (more of the middle)."""
     max_shift_tokens: int = 4096
     """Number of image tokens at which the `flux` shift stops growing."""
     guidance: float = 1.0

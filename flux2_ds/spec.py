@@ -72,6 +72,7 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
         "transformer": ("Flux2Transformer2DModel", config.get("_class_name")),
         "vae": ("AutoencoderKLFlux2", _component_class(index, "vae")),
         "text_encoder": (encoder_class, _component_class(index, "text_encoder")),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", _component_class(index, "scheduler")),
     }
     for part, (wanted, found) in expected.items():
         if found != wanted:

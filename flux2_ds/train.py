@@ -207,6 +207,40 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     return step
 
 
+def build_loader(
+    recipe: Recipe,
+    index: Index,
+    order: Order,
+    process: Process,
+    conditioning: dict[str, torch.Tensor],
+) -> Loader:
+    """This process's part of the data."""
+    return Loader(
+        Path(recipe.data.shards),
+        index,
+        order,
+        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
+        seed=recipe.seed,
+        caption_dropout=recipe.objective.caption_dropout,
+        empty_text=conditioning["empty_text"],
+    )
+
+
+def build_objective(
+    recipe: Recipe, spec: Spec, conditioning: dict[str, torch.Tensor], device: torch.device
+) -> FlowObjective:
+    """Flow matching with the shards' latent statistics."""
+    return FlowObjective(
+        settings=recipe.objective,
+        mean=conditioning["latent_mean"].to(device),
+        std=conditioning["latent_std"].to(device),
+        text_dtype=transformer.compute_dtype(recipe.precision),
+        guidance=spec.guidance,
+        global_batch=recipe.batch.global_size,
+        device=device,
+    )
+
+
 def run(
     plan: Plan,
     spec: Spec,
@@ -219,25 +253,10 @@ def run(
 ) -> bool:
     """Run the loop with its data, objective and metrics; False if a signal ended it."""
     recipe = plan.recipe
-    shards, run_dir = Path(recipe.data.shards), Path(recipe.run_dir)
-    conditioning = load_file(shards / CONDITIONING_NAME)
-    loader = Loader(
-        shards,
-        index,
-        order,
-        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
-        seed=recipe.seed,
-        caption_dropout=recipe.objective.caption_dropout,
-        empty_text=conditioning["empty_text"],
-    )
-    objective = FlowObjective(
-        settings=recipe.objective,
-        mean=conditioning["latent_mean"].to(process.device),
-        std=conditioning["latent_std"].to(process.device),
-        text_dtype=transformer.compute_dtype(recipe.precision),
-        guidance=spec.guidance,
-        device=process.device,
-    )
+    run_dir = Path(recipe.run_dir)
+    conditioning = load_file(Path(recipe.data.shards) / CONDITIONING_NAME)
+    loader = build_loader(recipe, index, order, process, conditioning)
+    objective = build_objective(recipe, spec, conditioning, process.device)
     metrics = None
     if process.first:
         metrics = Metrics(

@@ -34,7 +34,7 @@ class MicroBatch:
     """What one forward pass of one process sees.
 
     `latents` [B, 32, H/8, W/8] fp32, raw; `text` [B, 512, D]; `noise` [B, tokens, 128] fp32;
-    `deviates` [B] fp32, standard normal, made into timesteps by `flow.timesteps`.
+    `deviates` [B] fp32, standard normal, made into timesteps by `timesteps.py`.
     """
 
     bucket: Bucket

@@ -28,8 +28,15 @@ ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
 CLIP = 0.05  # below the gradient norms here, so that clipping takes part
 
 
-def build(method: str, *, recompute: bool = False) -> torch.nn.Module:
-    """The same small model every time; a LoRA's B is not zero, so that A has gradients at once."""
+def build(
+    method: str,
+    *,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 3,
+    spread: float = 0.2,
+) -> torch.nn.Module:
+    """The same small model every time. A LoRA's B is spread about zero, so that A has gradients at once."""
     torch.manual_seed(0)
     model = Flux2Transformer2DModel(
         num_layers=SPEC.double_blocks,
@@ -44,15 +51,16 @@ def build(method: str, *, recompute: bool = False) -> torch.nn.Module:
         if parameter.ndim == 2:  # well above the default, so that every block matters to the loss
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
     transformer.keep_timestep_exact(model)
+    model.to(dtype)
     if method == "full":
         model.requires_grad_(True)
     else:
-        config = transformer.lora_config(SPEC, Lora(rank=3), dora=method == "dora")
+        config = transformer.lora_config(SPEC, Lora(rank=rank), dora=method == "dora")
         transformer.add_lora(model, config, seed=1)
         generator = torch.Generator().manual_seed(2)
         for name, parameter in transformer.trainable(model).items():
             if "lora_B" in name:
-                parameter.data.normal_(0, 0.2, generator=generator)
+                parameter.data.normal_(0, spread, generator=generator)
     if recompute:
         model.enable_gradient_checkpointing()
     return model.train()
@@ -97,7 +105,10 @@ def reference(method: str, steps: int) -> tuple[list[float], dict[str, torch.Ten
 
 
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
-    """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run."""
+    """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
+
+    `adam`, `dtype`, `rank`, `spread` and `recompute` replace the defaults.
+    """
     from flux2_ds import engine as engines
 
     micro = case["micro"]
@@ -109,10 +120,12 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         "gradient_clipping": CLIP,
     }
     offload = "offload_optimizer" in config.get("zero_optimization", {})
-    model = build(case["method"], recompute=case.get("recompute", False))
-    if "bf16" in config:
-        model.bfloat16()
-    engine = engines.Engine(model, config, offload_optimizer=offload, **ADAM)
+    dtype = getattr(torch, case.get("dtype", "bfloat16" if "bf16" in config else "float32"))
+    chosen = {name: case[name] for name in ("recompute", "rank", "spread") if name in case}
+    model = build(case["method"], dtype=dtype, **chosen)
+    adam = {"lr": LEARNING_RATE, **ADAM, **case.get("adam", {})}
+    learning_rate = adam.pop("lr")
+    engine = engines.Engine(model, config, offload_optimizer=offload, **adam)
     first = 0
     if "load" in case:
         found, _ = checkpoint.newest(Path(case["load"]))
@@ -130,7 +143,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             batch = {name: value[at : at + micro] for name, value in global_batch(step).items()}
             loss = loss_of(engine.forward, batch)
             engine.backward(loss)
-            engine.step(LEARNING_RATE)
+            engine.step(learning_rate)
             total += loss.detach() * micro / own
         losses.append(float(engines.average(total)))
     if "save" in case:

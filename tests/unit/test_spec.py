@@ -40,6 +40,7 @@ def write_model(folder: Path, variant: str, index: dict | None = None, **config:
         "text_encoder": encoder,
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
     (folder / "transformer").mkdir()
     (folder / "model_index.json").write_text(json.dumps({**parts, **(index or {})}))
@@ -73,6 +74,7 @@ KLEIN_ENCODER = MODELS["klein"][1]
         ({"text_encoder": KLEIN_ENCODER}, {}, "needs a Mistral3ForConditionalGeneration"),
         ({"vae": ["diffusers", "AutoencoderKL"]}, {}, "/vae is a AutoencoderKL; Flux2Pipeline"),
         ({"vae": [None, None]}, {}, "/vae is a None"),
+        ({"scheduler": ["diffusers", "DDIMScheduler"]}, {}, "/scheduler is a DDIMScheduler"),
         ({"vae": None}, {}, "/vae is a None"),
         ({}, {"_class_name": "FluxTransformer2DModel"}, "/transformer is a FluxTransformer2DModel"),
         ({}, {"guidance_embeds": False}, "guidance_embeds is False"),
