@@ -6,8 +6,10 @@ and optimizer moments by parameter name, whatever the ZeRO stage and the number 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import distributed, nn
+from transformers.integrations import HfDeepSpeedConfig
 
 from flux2_ds.errors import UserError
 
@@ -72,6 +75,33 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return Process(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+@contextmanager
+def divided(config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside keep this process's part of each parameter only (ZeRO-3), in `dtype`."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # On its own glibc would soon keep freed tensors in its heap, where they leave holes as large
+        # as the model. M_MMAP_THRESHOLD: from this size on they go back to the system.
+        libc.mallopt(-3, 4 << 20)
+    # Without fp16 on the machine, zero.Init takes its own `dtype` argument for bf16, whatever it is.
+    sections = {
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.half},
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config | sections):
+        yield
+
+
+@contextmanager
+def gathering(config: dict[str, Any]) -> Iterator[None]:
+    """PEFT gathers a divided weight wherever it reads one inside, as DoRA does for its norms."""
+    known_to_transformers = HfDeepSpeedConfig(config)  # which keeps a weak reference to it
+    try:
+        yield
+    finally:
+        del known_to_transformers
 
 
 class Engine:

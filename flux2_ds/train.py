@@ -12,6 +12,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,7 +26,9 @@ from flux2_ds.engine import (
     Engine,
     Process,
     barrier,
+    divided,
     from_first,
+    gathering,
     start_process,
     stop_process,
 )
@@ -34,6 +37,7 @@ from flux2_ds.loop import StopRequest
 from flux2_ds.metrics import Metrics, draw_loss
 from flux2_ds.model import transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.model.weights import read_parts
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
@@ -66,7 +70,9 @@ def main() -> None:
         write_run_dir(plan)
         say_plan(plan, spec, index, order)
 
-    model = build_model(directory, spec, recipe)
+    model = build_model(
+        directory, spec, recipe, plan.deepspeed if plan.zero_stage == 3 else None, process.rank
+    )
     engine = build_engine(model, plan)
     first_step = resume(engine, recipe, index, process)
     finished = True
@@ -136,23 +142,36 @@ def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
         )
 
 
-def build_model(directory: Path, spec: Spec, recipe: Recipe) -> torch.nn.Module:
-    """The transformer with what the recipe trains of it."""
-    model = transformer.load_transformer(directory, transformer.compute_dtype(recipe.precision))
+def build_model(
+    directory: Path,
+    spec: Spec,
+    recipe: Recipe,
+    zero3: dict[str, Any] | None = None,
+    rank: int = 0,
+) -> torch.nn.Module:
+    """The transformer with what the recipe trains of it.
+
+    `zero3`: the DeepSpeed config under which each process, this one being `rank`, loads its part only.
+    """
+    dtype = transformer.compute_dtype(recipe.precision)
+    if zero3 is None:
+        model = transformer.load_transformer(directory, dtype)
+    else:
+        with divided(zero3, dtype):
+            model = transformer.build_transformer(directory)
+        read_parts(model, directory / "transformer", rank)
     if recipe.activations == "recompute":
         model.enable_gradient_checkpointing()
     if recipe.method == "full":
         model.requires_grad_(True)
     else:
         config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
-        transformer.add_lora(model, config, recipe.seed)
+        with gathering(zero3 or {}):
+            transformer.add_lora(model, config, recipe.seed)
     model.train()
-    named = transformer.trainable(model)
-    log.info(
-        "parameters %s trained of %s",
-        f"{sum(p.numel() for p in named.values()):,}",
-        f"{sum(p.numel() for p in model.parameters()):,}",
-    )
+    sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
+    trained = sum(sizes[name] for name in transformer.trainable(model))
+    log.info("parameters %s trained of %s", f"{trained:,}", f"{sum(sizes.values()):,}")
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.models.modeling_utils import no_init_weights
 from peft import LoraConfig
 from torch import nn
 
@@ -46,6 +47,15 @@ def load_transformer(directory: Path, dtype: torch.dtype) -> Flux2Transformer2DM
     model = Flux2Transformer2DModel.from_pretrained(
         directory, subfolder="transformer", dtype=dtype, use_safetensors=True
     )
+    keep_timestep_exact(model)
+    return model
+
+
+def build_transformer(directory: Path) -> Flux2Transformer2DModel:
+    """`directory`/transformer as its config.json describes it, the weights left undefined."""
+    config = Flux2Transformer2DModel.load_config(directory, subfolder="transformer")
+    with no_init_weights():
+        model = Flux2Transformer2DModel.from_config(config)
     keep_timestep_exact(model)
     return model
 

@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import memory
 import pytest
 import torch
 import trajectory
+from diffusers import Flux2Transformer2DModel
 
 from flux2_ds import checkpoint
 from flux2_ds.plan import read_deepspeed
@@ -44,13 +46,18 @@ def configs() -> dict[str, dict[str, Any]]:
 def launch(world: int, cases: list[dict[str, Any]], folder: Path) -> list[list[float]]:
     """Run the cases in `world` processes; returns the losses of each."""
     (folder / "cases.json").write_text(json.dumps(cases))
+    return start(world, trajectory.__file__, folder / "cases.json", folder)
+
+
+def start(world: int, worker: str, argument: Path, folder: Path) -> Any:
+    """Run `worker ARGUMENT RESULTS.json` in `world` processes; returns the results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, trajectory.__file__, folder / "cases.json", folder / "results.json"],
+            [sys.executable, worker, argument, folder / "results.json"],
             env={
                 **os.environ,
                 **common,
@@ -108,6 +115,49 @@ def test_every_config_follows_plain_pytorch(
     for case, losses in zip(cases, launch(world, cases, tmp_path), strict=True):
         described = {key: value for key, value in case.items() if key != "deepspeed"}
         assert_follows(losses, references[case["method"]][0], f"{world} processes, {described}")
+
+
+def test_a_divided_model_follows_plain_pytorch(references: dict[str, Any], tmp_path: Path) -> None:
+    """Every process reads its own parts of a sharded checkpoint; shipped persistence threshold."""
+    trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
+    config = read_deepspeed("zero3")
+    kept_whole = config["zero_optimization"]["stage3_param_persistence_threshold"]
+    assert kept_whole > 1000  # so that what persists is trained here, too
+    cases = [
+        {"method": method, "deepspeed": settings, "files": str(tmp_path), "micro": 1,
+         "steps": STEPS}
+        for method, settings in (
+            ("lora", config), ("dora", config), ("full", config), ("full", configs()["zero3"])
+        )
+    ]  # fmt: skip
+    for case, losses in zip(cases, launch(2, cases, tmp_path), strict=True):
+        assert_follows(losses, references[case["method"]][0], str(case))
+
+
+def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> None:
+    """Peak resident memory of two processes that load 235 MB of weights from sharded files."""
+    model = Flux2Transformer2DModel(
+        num_layers=2,
+        num_single_layers=4,
+        num_attention_heads=8,
+        attention_head_dim=128,
+        joint_attention_dim=512,
+    ).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.random_(generator=generator)
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="100MB")
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    whole, largest = sum(sizes), max(sizes)
+    assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
+    for result in start(2, memory.__file__, tmp_path, tmp_path):
+        assert result["wrong"] == []
+        assert result["own"] == pytest.approx(whole / 2, rel=1e-3)
+        # A tensor is held three times at most: built whole, its rows in the file, its rows read.
+        bound = result["own"] + 3 * largest
+        assert bound < 0.8 * whole
+        assert result["used"] < bound, result
 
 
 def test_a_checkpoint_continues_on_any_stage_and_world_size(

@@ -18,6 +18,7 @@ from diffusers import Flux2Transformer2DModel
 
 from flux2_ds import checkpoint
 from flux2_ds.model import transformer
+from flux2_ds.model.weights import read_parts
 from flux2_ds.recipe import Lora
 from flux2_ds.spec import Spec
 
@@ -28,15 +29,8 @@ ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
 CLIP = 0.05  # below the gradient norms here, so that clipping takes part
 
 
-def build(
-    method: str,
-    *,
-    recompute: bool = False,
-    dtype: torch.dtype = torch.float32,
-    rank: int = 3,
-    spread: float = 0.2,
-) -> torch.nn.Module:
-    """The same small model every time. A LoRA's B is spread about zero, so that A has gradients at once."""
+def base() -> Flux2Transformer2DModel:
+    """The same small model every time."""
     torch.manual_seed(0)
     model = Flux2Transformer2DModel(
         num_layers=SPEC.double_blocks,
@@ -51,7 +45,20 @@ def build(
         if parameter.ndim == 2:  # well above the default, so that every block matters to the loss
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
     transformer.keep_timestep_exact(model)
-    model.to(dtype)
+    return model
+
+
+def build(
+    method: str,
+    model: Flux2Transformer2DModel | None = None,
+    *,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 3,
+    spread: float = 0.2,
+) -> torch.nn.Module:
+    """`model` or `base()` made trainable. A LoRA's B is spread about zero, so that A has gradients."""
+    model = model or base().to(dtype)
     if method == "full":
         model.requires_grad_(True)
     else:
@@ -122,7 +129,13 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     offload = "offload_optimizer" in config.get("zero_optimization", {})
     dtype = getattr(torch, case.get("dtype", "bfloat16" if "bf16" in config else "float32"))
     chosen = {name: case[name] for name in ("recompute", "rank", "spread") if name in case}
-    model = build(case["method"], dtype=dtype, **chosen)
+    loaded = None
+    with engines.gathering(config):
+        if "files" in case:  # the way train.py builds a model at stage 3
+            with engines.divided(config, dtype):
+                loaded = transformer.build_transformer(Path(case["files"]))
+            read_parts(loaded, Path(case["files"], "transformer"), process.rank)
+        model = build(case["method"], loaded, dtype=dtype, **chosen)
     adam = {"lr": LEARNING_RATE, **ADAM, **case.get("adam", {})}
     learning_rate = adam.pop("lr")
     engine = engines.Engine(model, config, offload_optimizer=offload, **adam)
