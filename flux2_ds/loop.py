@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+import psutil
 import torch
 
 from flux2_ds import checkpoint
 from flux2_ds.data.loader import Loader
 from flux2_ds.engine import Engine, Process, any_process, average, barrier
 from flux2_ds.errors import UserError
+from flux2_ds.lookout import Lookout
 from flux2_ds.metrics import Metrics
 from flux2_ds.objective import FlowObjective
 
@@ -48,7 +51,11 @@ class StopRequest:
     reason: str | None = None
 
     def listen(self) -> None:
-        """Install the handlers; must be called in the main thread."""
+        """Install the handlers; must be called in the main thread. A file that is older than this
+        process was meant for an earlier one."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.file.stat().st_mtime < psutil.Process().create_time():
+                self.file.unlink()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -87,6 +94,7 @@ def train(
     process: Process,
     cadence: Cadence,
     stop: StopRequest,
+    lookout: Lookout,
     *,
     first_step: int,
     seed: int,
@@ -103,6 +111,7 @@ def train(
     meter = Meter(torch.zeros((), device=process.device))
 
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
+        lookout.at(step + 1, "computing")
         seed_dropout(seed, step, process.rank)
         losses = torch.zeros((), device=process.device)
         for micro_batch in micro_batches:
@@ -114,6 +123,7 @@ def train(
 
         done = step + 1
         check_gradients(engine, done)
+        lookout.at(done, "agreeing")
         stopping = any_process(stop.seen(process), process.device)
         ending = stopping or done == cadence.steps
         logging_due = ending or every(cadence.log_every, done)
@@ -124,12 +134,14 @@ def train(
         if logging_due:
             report(values, metrics, done, cadence.steps)
         if saving_due:
+            lookout.at(done, "saving")
             save(engine, checkpoints, done, run_state, process, cadence)
         if logging_due:
             meter = Meter(torch.zeros((), device=process.device))
         if stopping and done < cadence.steps:
             log.info("stopped by %s after step %d", stop.reason or "another process", done)
             return False
+        lookout.at(done + 1, "waiting for data")
     return True
 
 

@@ -190,6 +190,13 @@ class Launch:
     """Processes on each machine. Default: one for each visible GPU."""
     hostfile: str | None = None
     """DeepSpeed hostfile (`host slots=8` a line) to run on several machines over ssh."""
+    over: Literal["ssh", "pdsh"] = "ssh"
+    """How a hostfile's machines are reached: one ssh each, or DeepSpeed's own way with pdsh, which
+    passes no environment on."""
+    hang_after: float = 600.0
+    """Seconds that a process may stay at the same point of a step before the run is ended and the
+    process that the others wait for is named; 0 turns it off. It must be longer than the longest
+    forward and backward pass, the first (with compilation) included, and than a checkpoint takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ recipe.yaml      the resolved recipe      deepspeed.json   the DeepSpeed config 
 versions.json    of the packages          metrics.jsonl    one record a log line
 checkpoints/     step_N                   export/          adapters for diffusers
 wandb/           the W&B run              loss.png         drawn at every stop
+logs/            what each process printed, where it is, the first failure (lookout.py)
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safeten
 _FREE = ("run_dir", "accept_changes", "activations", "deepspeed", "checkpoint", "log", "preview",
          "launch")  # fmt: skip
 """Settings that may change between two starts of a run: they do not change what is computed."""
+_BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs"}
+"""What a start that was refused may leave."""
 
 
 def check_run_dir(recipe: Recipe) -> None:
@@ -43,7 +46,7 @@ def check_run_dir(recipe: Recipe) -> None:
     if not run_dir.exists():
         return
     if not stored.is_file():
-        if run_dir.is_dir() and not {path.name for path in run_dir.iterdir()} - {".lock", "stop"}:
+        if run_dir.is_dir() and not {path.name for path in run_dir.iterdir()} - _BEFORE_A_RUN:
             return
         raise UserError(
             f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
@@ -86,13 +89,27 @@ def stop_file(recipe: Recipe) -> Path:
     return Path(recipe.run_dir) / "stop"
 
 
-def lock_run_dir(recipe: Recipe) -> IO[str]:
+def newest_step(recipe: Recipe) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    names = (Path(recipe.run_dir) / "checkpoints").glob("step_*")
+    return max((int(n.name[5:]) for n in names if n.name[5:].isdecimal()), default=0)
+
+
+def logs_directory(recipe: Recipe) -> Path:
+    """Where the processes' logs and places are; see lookout.py."""
+    return Path(recipe.run_dir) / "logs"
+
+
+def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
     """Keep other trainings out of the run directory for as long as the returned file is open.
+
+    The first training process holds the file `name`, and `flux2-ds train` one of its own, because
+    the trainer needs a while to start.
 
     Raises:
         UserError: another process trains in it.
     """
-    path = Path(recipe.run_dir) / ".lock"
+    path = Path(recipe.run_dir) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
     try:

@@ -9,6 +9,7 @@ the recipe or the data, 75 stopped by a signal with a checkpoint saved (start ag
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -33,6 +34,7 @@ from flux2_ds.engine import (
     stop_process,
 )
 from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
+from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
 from flux2_ds.metrics import Metrics, draw_loss
 from flux2_ds.model import transformer
@@ -40,8 +42,16 @@ from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.model.weights import read_parts
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
+from flux2_ds.prepared import check_settings, check_variant
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
-from flux2_ds.rundir import check_run_dir, lock_run_dir, stop_file, versions, write_run_dir
+from flux2_ds.rundir import (
+    check_run_dir,
+    lock_run_dir,
+    logs_directory,
+    stop_file,
+    versions,
+    write_run_dir,
+)
 from flux2_ds.spec import Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
@@ -50,12 +60,23 @@ log = logging.getLogger("flux2_ds")
 def main() -> None:
     """Entry point of `flux2_ds.train`, one call in each process."""
     recipe, _ = parse_recipe(recipe_parser("flux2_ds.train", "Train FLUX.2 on prepared shards."))
+    check_run_dir(recipe)
     stop = StopRequest(stop_file(recipe))
     stop.listen()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with Lookout(
+        logs_directory(recipe), rank, world, hang_after=recipe.launch.hang_after
+    ) as lookout:
+        set_up_log(logs_directory(recipe), rank)
+        finished = train(recipe, stop, lookout)
+    if not finished:
+        sys.exit(EXIT_STOPPED)
+
+
+def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
+    """Train as this process's part of the run; False if it was asked to stop."""
     process = start_process(recipe.launch.accelerator)
-    set_up_log(process)
     plan = make_plan(recipe, process.world)
-    check_run_dir(recipe)
 
     directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
@@ -77,21 +98,27 @@ def main() -> None:
     first_step = resume(engine, recipe, index, process)
     finished = True
     if first_step < recipe.steps:
-        finished = run(plan, spec, index, order, engine, process, stop, first_step)
+        finished = run(plan, spec, index, order, engine, process, stop, lookout, first_step)
     else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
     barrier()  # the launcher ends the others as soon as one process exits with EXIT_STOPPED
     stop_process()
     if lock is not None:
         lock.close()
-    if not finished:
-        sys.exit(EXIT_STOPPED)
+    return finished
 
 
-def set_up_log(process: Process) -> None:
-    """Log lines of the first process; warnings of all."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    log.setLevel(logging.INFO if process.first else logging.WARNING)
+def set_up_log(logs: Path, rank: int) -> None:
+    """Log lines and Python's warnings of the first process, on the console and in its log; of the
+    others the warnings, in theirs (lookout.py has sent their output there)."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if rank == 0:
+        handlers.append(logging.FileHandler(logs / "rank_0.log"))
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
+    log.setLevel(logging.WARNING if rank else logging.INFO)
+    logging.captureWarnings(True)
     # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -102,20 +129,9 @@ def check_shards(index: Index, spec: Spec, directory: Path, recipe: Recipe) -> N
     Raises:
         UserError: another variant, text width, or other weights of VAE or text encoder.
     """
+    check_variant(recipe, index, spec)
+    check_settings(recipe, index)
     shards = Path(recipe.data.shards)
-    if (index.variant, index.text_width) != (spec.variant, spec.text_width):
-        raise UserError(
-            f"data.shards {shards} were prepared for FLUX.2-{index.variant} with text width "
-            f"{index.text_width}; model.path {recipe.model.path} is FLUX.2-{spec.variant} with "
-            f"{spec.text_width}. Prepare the shards with this model."
-        )
-    for name, prepared in index.settings.items():
-        wanted = getattr(recipe.data, name)
-        if wanted != prepared:
-            raise UserError(
-                f"data.{name} is {wanted}, but data.shards {shards} were prepared with {prepared}. "
-                "Prepare shards in another folder, or set it back."
-            )
     unchecked = check_fingerprint(index.fingerprint, directory, shards)
     if unchecked:
         log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
@@ -268,6 +284,7 @@ def run(
     engine: Engine,
     process: Process,
     stop: StopRequest,
+    lookout: Lookout,
     first_step: int,
 ) -> bool:
     """Run the loop with its data, objective and metrics; False if a signal ended it."""
@@ -299,6 +316,7 @@ def run(
             recipe.checkpoint.keep_every,
         ),
         stop,
+        lookout,
         first_step=first_step,
         seed=recipe.seed,
         learning_rate=lambda step: learning_rate(recipe, step),

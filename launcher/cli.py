@@ -16,13 +16,14 @@ from flux2_ds.data.index import INDEX_NAME, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.plan import make_plan
+from flux2_ds.prepared import check_settings, check_variant
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import check_run_dir, lock_run_dir, stop_file
+from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import read_spec
-from launcher.commands import train_command
-from launcher.hosts import Hosts, check_gpus, find_hosts, free_port
-from launcher.local import run
+from launcher.commands import train_commands
+from launcher.hosts import Hosts, check_gpus, check_programs, find_hosts, pick_port
 from launcher.slurm import SlurmJob, slurm_script
+from launcher.supervise import supervise
 
 USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
 
@@ -77,30 +78,54 @@ def train(argv: list[str]) -> None:
 
     def add_options(parser: argparse.ArgumentParser) -> None:
         add_gpus(parser)
-        parser.add_argument(
-            "--dry-run", action="store_true", help="Print plan and command, start nothing."
+        add = parser.add_argument
+        add("--dry-run", action="store_true", help="Print plan and command, start nothing.")
+        add(
+            "--max-restarts",
+            type=int,
+            default=0,
+            help="After a failure, start again from the last checkpoint; at most so many times in a "
+            "row without reaching the next one.",
+        )
+        add(
+            "--elastic",
+            action="store_true",
+            help="Restart without the hosts of the hostfile that do not answer.",
         )
 
     recipe, options, arguments = read(argv, "train", "Start training.", add_options)
+    if options.max_restarts < 0:
+        raise UserError(f"--max-restarts is {options.max_restarts}; it must be 0 or more.")
+    if options.elastic and not (recipe.launch.hostfile and options.max_restarts):
+        raise UserError("--elastic needs launch.hostfile and --max-restarts of at least 1.")
     hosts = hosts_of(recipe, options.gpus)
     the_plan = make_plan(recipe, hosts.processes)
-    command = train_command(
-        recipe.launch,
-        hosts,
-        arguments,
-        cores=os.cpu_count() or 1,
-        port=free_port(),
-        environment=dict(os.environ),
-    )
     if options.dry_run:
-        print("\n".join([*the_plan.lines(), str(command)]))
+        commands = train_commands(
+            recipe.launch,
+            hosts,
+            arguments,
+            cores=os.cpu_count() or 1,
+            port=pick_port(hosts),
+            environment=dict(os.environ),
+        )
+        print("\n".join([*the_plan.lines(), *map(str, commands)]))
         return
     check_inputs(recipe)
+    check_programs(recipe.launch)
     if recipe.launch.accelerator == "cuda":
         check_gpus(hosts)
-    lock_run_dir(recipe).close()  # the trainer takes it again; refused here, it is said once
-    print(command, flush=True)
-    sys.exit(run(command, stop_file(recipe)))
+    # Held to the end: the trainer takes its own lock only after it has imported torch.
+    with lock_run_dir(recipe, ".launcher.lock"):
+        lock_run_dir(recipe).close()  # a trainer that was started by hand
+        code = supervise(
+            recipe,
+            hosts,
+            arguments,
+            max_restarts=options.max_restarts,
+            elastic=options.elastic,
+        )
+    sys.exit(code)
 
 
 def slurm(argv: list[str]) -> None:
@@ -150,9 +175,11 @@ def check_inputs(recipe: Recipe) -> None:
     A model that is not in a local directory yet is recognised when it has been fetched.
     """
     check_run_dir(recipe)
-    read_index(Path(recipe.data.shards))
+    index = read_index(Path(recipe.data.shards))
+    check_settings(recipe, index)
     if Path(recipe.model.path).is_dir():
-        read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
+        spec = read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
+        check_variant(recipe, index, spec)
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_ds.errors import UserError
@@ -19,11 +20,13 @@ _HOST_LINE = re.compile(r"^(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)$")
 @dataclass(frozen=True)
 class Hosts:
     """Processes on this machine, on its GPUs `devices` if CUDA_VISIBLE_DEVICES names any; or on the
-    machines of a hostfile."""
+    machines of a hostfile, `slots` of them on each; `address` is that of the first."""
 
     processes: int
     hostfile: Path | None = None
     devices: tuple[int, ...] = ()
+    slots: dict[str, int] = field(default_factory=dict)
+    address: str = ""
 
 
 def find_hosts(launch: Launch) -> Hosts:
@@ -39,7 +42,7 @@ def find_hosts(launch: Launch) -> Hosts:
                 "how many processes each host runs. Remove launch.processes (and --gpus)."
             )
         slots = read_hostfile(Path(launch.hostfile))
-        return Hosts(sum(slots.values()), Path(launch.hostfile))
+        return on_hosts(Path(launch.hostfile), slots)
     if launch.accelerator == "cpu":
         return Hosts(1 if launch.processes is None else launch.processes)
     devices = named_devices()
@@ -51,7 +54,33 @@ def find_hosts(launch: Launch) -> Hosts:
             "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs, "
             "say how many with --gpus N, or set launch.accelerator to cpu."
         )
-    return Hosts(processes, devices=() if devices is None else devices[:processes])
+    # More processes than the variable names: a plan for another machine (`check_gpus` starts none).
+    named = devices is not None and processes <= len(devices)
+    return Hosts(processes, devices=devices[:processes] if devices and named else ())
+
+
+def on_hosts(hostfile: Path, slots: dict[str, int]) -> Hosts:
+    """The machines of a hostfile, with the address at which the others reach the first.
+
+    Raises:
+        UserError: the first is a loopback address, at which they would each reach themselves.
+    """
+    address = ssh_address(next(iter(slots)))
+    if len(slots) > 1 and (address == "localhost" or address.startswith("127.")):
+        raise UserError(
+            f"launch.hostfile {hostfile} begins with {next(iter(slots))}, which the other hosts cannot "
+            "reach by that name. Give the name or address that they know it by."
+        )
+    return Hosts(sum(slots.values()), hostfile, slots=slots, address=address)
+
+
+def ssh_address(host: str) -> str:
+    """What ssh connects to for `host`, which may be an alias of its configuration."""
+    if shutil.which("ssh") is None:
+        return host
+    told = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout
+    names = [line.split()[1] for line in told.splitlines() if line.startswith("hostname ")]
+    return names[0] if names else host
 
 
 def check_gpus(hosts: Hosts) -> None:
@@ -68,6 +97,19 @@ def check_gpus(hosts: Hosts) -> None:
         raise UserError(
             f"{hosts.processes} processes (launch.processes or --gpus) need as many GPUs; this "
             f"machine shows {visible}. Ask for fewer, or correct CUDA_VISIBLE_DEVICES."
+        )
+
+
+def check_programs(launch: Launch) -> None:
+    """Refuse a hostfile without the program that reaches its machines.
+
+    Raises:
+        UserError: naming it.
+    """
+    if launch.hostfile is not None and shutil.which(launch.over) is None:
+        raise UserError(
+            f"launch.over is {launch.over}, which is not on this machine's PATH. Install it, or choose "
+            "the other (ssh, pdsh)."
         )
 
 
@@ -117,6 +159,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not slots:
         raise UserError(f"launch.hostfile {path} lists no host.")
     return slots
+
+
+def pick_port(hosts: Hosts) -> int:
+    """A port for the first process. On another machine it cannot be tried, so it is drawn anew for
+    every start."""
+    return free_port() if hosts.hostfile is None else random.randrange(20000, 30000)
 
 
 def free_port(preferred: int = 29500) -> int:

@@ -1,51 +1,120 @@
-"""Run a command here and turn signals into a request to save and stop."""
+"""Run commands here and turn signals into a request to save and stop."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from flux2_ds.errors import EXIT_STOPPED
 from launcher.commands import Command
 
+_POLL = 0.2  # s between looks at the commands
+PATIENCE = 15.0  # s that the others get to end by themselves after the first has failed
+_REPEAT = 1.0  # s after which the request to stop is repeated
 
-def run(command: Command, stop_file: Path) -> int:
-    """Run `command` to its end and return its exit code.
 
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 makes `stop_file`, which the training processes look
-    for after every step, on whatever host they are; they save and stop. The second ends everything
-    here at once. DeepSpeed's own launchers would signal the processes one after the other and kill
-    those still saving after 30 s, so they are left out of this.
+class Stopper:
+    """The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks to save and stop, the second ends at once.
+
+    The request is `stop_file`, which the training processes look for after every step, on whatever
+    host they are. It is repeated until they have ended, because a trainer that is just starting
+    removes what it takes for an earlier request. DeepSpeed's own launchers would signal the processes
+    one after the other and kill those still saving after 30 s, so they are left out of this.
     """
-    program = Path(sys.executable).with_name(command.argv[0])
-    argv = [str(program) if program.exists() else command.argv[0], *command.argv[1:]]
-    stop_file.unlink(missing_ok=True)
-    # A session of its own: Ctrl-C on the terminal reaches this process alone.
-    child = subprocess.Popen(
-        argv, env={**os.environ, **command.environment}, start_new_session=True
-    )
-    asked = False
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+    def __init__(self, stop_file: Path) -> None:
+        self._file = stop_file
+        self._repeated = 0.0
+        self.reason: str | None = None
+        self.at_once = False
+
+    def __enter__(self) -> Stopper:
+        self._file.unlink(missing_ok=True)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def pass_on(self) -> None:
+        """Repeat the request, if there is one."""
+        if self.reason is not None and time.monotonic() - self._repeated > _REPEAT:
+            self._repeated = time.monotonic()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(self.reason)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if asked:
-            os.killpg(child.pid, signal.SIGKILL)
+        if self.reason is None:
+            self.reason = name
+            say(f"{name}: after this step, save a checkpoint and stop (again: end at once)")
+        elif not self.at_once:
+            self.at_once = True
             say(f"{name} again: ending at once, without a checkpoint")
-            return
-        asked = True
-        stop_file.parent.mkdir(parents=True, exist_ok=True)
-        stop_file.write_text(name)
-        say(f"{name}: after this step, save a checkpoint and stop (again: end at once)")
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(number, pass_on)
-    code = child.wait()
+
+def run(
+    commands: list[Command], stopper: Stopper, failed: Callable[[], bool] = lambda: False
+) -> int:
+    """Run `commands` side by side to their end; returns the exit code of the first that failed.
+
+    When one has failed, or `failed` says so of the training, the others get some seconds to end by
+    themselves.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+    code, deadline = 0, float("inf")
+    try:
+        for command in commands:
+            if stopper.reason is not None:
+                return EXIT_STOPPED
+            # A session of its own: Ctrl-C on the terminal reaches this process alone.
+            children.append(
+                subprocess.Popen(
+                    command.program(),
+                    env={**os.environ, **command.environment},
+                    stdin=subprocess.PIPE if command.host else None,
+                    start_new_session=True,
+                )
+            )
+        while None in (codes := [child.poll() for child in children]):
+            code = code or next(filter(None, codes), 0)
+            if deadline == float("inf") and (code or failed()):
+                deadline = time.monotonic() + PATIENCE
+            if stopper.at_once or time.monotonic() > deadline:
+                break
+            stopper.pass_on()
+            for child in children:
+                _keep_alive(child)
+            time.sleep(_POLL)
+    finally:
+        for child in children:
+            _end(child)
+    code = code or next(filter(None, (child.returncode for child in children)), 0)
     return code if code >= 0 else 128 - code
+
+
+def _keep_alive(child: subprocess.Popen[bytes]) -> None:
+    """Tell a command on another host that this launcher is still there; see remote.py."""
+    if child.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a command and of all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def say(line: str) -> None:

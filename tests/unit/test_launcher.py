@@ -18,9 +18,9 @@ from flux2_ds.errors import EXIT_STOPPED, UserError
 from flux2_ds.recipe import Launch, load_recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import lock_run_dir
 from launcher import cli
-from launcher.commands import Command, train_command
+from launcher.commands import Command, train_commands
 from launcher.hosts import Hosts, check_gpus, find_hosts, free_port, read_hostfile
-from launcher.local import run
+from launcher.local import Stopper, run
 from launcher.slurm import SlurmJob, slurm_script
 
 RECIPE = """\
@@ -63,8 +63,9 @@ def write_hostfile(folder: Path, text: str) -> Path:
 def test_hostfile(tmp_path):
     text = "# two machines\nnode01 slots=8\n\n  node02.cluster   slots = 4  # smaller\n"
     path = write_hostfile(tmp_path, text)
-    assert read_hostfile(path) == {"node01": 8, "node02.cluster": 4}
-    assert find_hosts(Launch(hostfile=str(path))) == Hosts(12, path)
+    slots = {"node01": 8, "node02.cluster": 4}
+    assert read_hostfile(path) == slots
+    assert find_hosts(Launch(hostfile=str(path))) == Hosts(12, path, (), slots, "node01")
     with pytest.raises(UserError, match=r"launch\.processes is 2, but launch\.hostfile"):
         find_hosts(Launch(hostfile=str(path), processes=2))
 
@@ -102,6 +103,7 @@ def test_missing_hostfile_is_refused(tmp_path):
         (Launch(), "3, 1,2,0,", Hosts(4, devices=(3, 1, 2, 0))),
         (Launch(processes=2), "5,4,3", Hosts(2, devices=(5, 4))),
         (Launch(processes=4), "", Hosts(4)),
+        (Launch(processes=4), "2,3", Hosts(4)),  # a plan for another machine
         (Launch(accelerator="cpu"), "GPU-8a1b", Hosts(1)),
         (Launch(accelerator="cpu", processes=3), "2,3", Hosts(3)),
     ],
@@ -149,32 +151,62 @@ def test_free_port_is_the_preferred_one_if_it_can_be():
 # Commands
 
 
+def commands(
+    launch: Launch, hosts: Hosts, arguments: list[str], **environment: str
+) -> list[Command]:
+    return train_commands(launch, hosts, arguments, cores=32, port=29501, environment=environment)
+
+
 def test_command_for_this_machine():
     arguments = ["--config", "my recipe.yaml", "--steps=10"]
-    command = train_command(
-        Launch(), Hosts(4), arguments, cores=32, port=29501, environment={"PATH": "/bin"}
-    )
-    assert command.environment == {"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "8"}
+    (command,) = commands(Launch(), Hosts(4), arguments, PATH="/bin")
     assert str(command) == (
-        "DS_ACCELERATOR=cuda OMP_NUM_THREADS=8 deepspeed --num_gpus 4 --master_port 29501 "
-        "--no_local_rank --module flux2_ds.train --config 'my recipe.yaml' --steps=10"
+        "DS_ACCELERATOR=cuda DEEPSPEED_TIMEOUT=15 OMP_NUM_THREADS=8 deepspeed --log_level critical --num_gpus 4 "
+        "--master_port 29501 --no_local_rank --module flux2_ds.train --config 'my recipe.yaml' "
+        "--steps=10"
     )
-    assert shlex.split(str(command))[2:] == command.argv
+    assert shlex.split(str(command))[3:] == command.argv
 
 
 def test_command_names_the_gpus_that_were_chosen():
-    hosts = Hosts(2, devices=(2, 3))
-    command = train_command(Launch(), hosts, [], cores=4, port=1, environment={})
-    assert command.argv[:4] == ["deepspeed", "--include", "localhost:2,3", "--master_port"]
+    (command,) = commands(Launch(), Hosts(2, devices=(2, 3)), [])
+    assert command.argv[3:6] == ["--include", "localhost:2,3", "--master_port"]
 
 
-def test_command_for_a_hostfile_carries_no_variables():
-    hosts = Hosts(16, Path("hostfile"))
-    command = train_command(Launch(), hosts, ["-x"], cores=32, port=29500, environment={})
-    assert str(command) == (
-        "deepspeed --hostfile hostfile --master_port 29500 --no_local_rank --module "
-        "flux2_ds.train -x"
+NODES = Hosts(12, Path("hostfile"), slots={"node01": 8, "node02": 4}, address="10.0.0.1")
+
+
+def test_commands_for_a_hostfile_carry_the_environment_but_no_secret(monkeypatch):
+    monkeypatch.chdir("/")
+    variables = {"NCCL_SOCKET_IFNAME": "ib0", "WANDB_API_KEY": "x", "HF_TOKEN": "y", "PATH": "/bin"}
+    first, second = commands(Launch(), NODES, ["--preview.prompts", '["a $b"]'], **variables)
+    assert str(second) == (
+        "node02$ NCCL_SOCKET_IFNAME=ib0 DS_ACCELERATOR=cuda DEEPSPEED_TIMEOUT=15 FLUX2_DS_SLOTS=4 "
+        "deepspeed --log_level critical --hostfile hostfile --no_ssh --node_rank 1 --master_addr 10.0.0.1 "
+        "--master_port 29501 --no_local_rank --module flux2_ds.train --preview.prompts '[\"a $b\"]'"
     )
+    assert (first.host, first.environment["FLUX2_DS_SLOTS"]) == ("node01", "8")
+    program = second.program()
+    assert program[0] == "ssh" and program[-2] == "node02"
+    # What the shell over there makes of it.
+    shown = program[-1].replace("exec env", "printf '%s\\n'")
+    words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True).stdout
+    assert words.splitlines()[-2:] == ["--preview.prompts", '["a $b"]']
+    assert [sys.executable, "-m", "launcher.remote"] == words.splitlines()[4:7]
+
+
+def test_command_for_pdsh_is_deepspeeds_own():
+    (command,) = commands(Launch(over="pdsh", hang_after=0), NODES, ["-x"])
+    assert str(command) == (
+        "DS_ACCELERATOR=cuda deepspeed --log_level critical --hostfile hostfile --master_port 29501 "
+        "--no_local_rank --module flux2_ds.train -x"
+    )
+
+
+def test_first_host_must_be_reachable_by_the_others(tmp_path):
+    path = write_hostfile(tmp_path, "localhost slots=1\nnode02 slots=1\n")
+    with pytest.raises(UserError, match="begins with localhost"):
+        find_hosts(Launch(hostfile=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +214,7 @@ def test_command_for_a_hostfile_carries_no_variables():
     [(2, {}, "1"), (64, {}, "16"), (64, {"OMP_NUM_THREADS": "3"}, None)],
 )
 def test_cores_are_shared_out_unless_the_user_did(cores, environment, threads):
-    command = train_command(
+    (command,) = train_commands(
         Launch(accelerator="cpu"), Hosts(4), [], cores=cores, port=1, environment=environment
     )
     assert command.environment["DS_ACCELERATOR"] == "cpu"
@@ -276,34 +308,55 @@ def test_slurms_signal_lets_the_trainer_save(tmp_path):
 # Running it here
 
 
-def test_exit_code_of_the_command_is_passed_on(tmp_path, monkeypatch):
-    # `run` installs handlers for the whole process.
-    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+@pytest.fixture
+def stopper(tmp_path: Path) -> Stopper:
+    """Without its handlers, which are for the whole process."""
+    return Stopper(tmp_path / "stop")
+
+
+def test_exit_code_of_the_command_is_passed_on(stopper):
     ends = Command(["sh", "-c", 'test "$DS_ACCELERATOR" = cuda && exit 75'], {})
     ends = dataclasses.replace(ends, environment={"DS_ACCELERATOR": "cuda"})
-    assert run(ends, tmp_path / "stop") == 75
-    assert run(Command(["sh", "-c", "kill -9 $$"], {}), tmp_path / "stop") == 128 + 9
+    assert run([ends], stopper) == 75
+    assert run([Command(["sh", "-c", "kill -9 $$"], {})], stopper) == 128 + 9
+
+
+def test_the_first_failure_ends_the_other_commands(stopper, monkeypatch):
+    monkeypatch.setattr("launcher.local.PATIENCE", 0.5)
+    fails, hangs = (Command(["sh", "-c", line], {}) for line in ("exit 3", "sleep 60; sleep 60"))
+    assert run([hangs, fails], stopper) == 3
+    assert run([hangs], stopper, lambda: True) == 128 + 9
+
+
+def test_a_signal_before_the_start_starts_nothing(stopper, tmp_path):
+    stopper.reason = "SIGTERM"
+    assert run([Command(["touch", str(tmp_path / "started")], {})], stopper) == EXIT_STOPPED
+    assert not (tmp_path / "started").exists()
 
 
 LAUNCH = """\
 import sys
 from pathlib import Path
 from launcher.commands import Command
-from launcher.local import run
+from launcher.local import Stopper, run
 stop, child = sys.argv[1:]
-sys.exit(run(Command(["python", "-c", child, stop], {}), Path(stop)))
+with Stopper(Path(stop)) as stopper:
+    sys.exit(run([Command(["python", "-c", child, stop], {})], stopper))
 """
 START = """\
 import subprocess, sys, time
 from pathlib import Path
 stop = Path(sys.argv[1])
-time.sleep(0.2)  # the launcher has its handlers by now
 print("up, asked to stop:", stop.exists(), flush=True)
 """
 OBEYS = f"""{START}
 while not (stop.exists() and stop.read_text()):
     time.sleep(0.02)
-print("saved because of", stop.read_text(), flush=True)
+first = stop.read_text()
+stop.unlink()  # as a trainer does with what may be an earlier request
+while not (stop.exists() and stop.read_text()):
+    time.sleep(0.02)
+print("saved because of", first, flush=True)
 sys.exit({EXIT_STOPPED})
 """
 IGNORES = f"""{START}
@@ -329,6 +382,7 @@ def test_first_signal_asks_the_trainer_to_save_and_stop(tmp_path, name):
     assert said.startswith(f"{name}: after this step")
     assert saved == f"saved because of {name}"
     assert launched.returncode == EXIT_STOPPED
+    assert not (tmp_path / "runs" / "cats" / "stop").exists()  # the next start does not stop
 
 
 def test_second_signal_ends_everything_at_once(tmp_path):
@@ -385,7 +439,7 @@ def test_dry_run_prints_the_command_that_would_run(recipe):
     words = shlex.split(command)
     assert "DS_ACCELERATOR=cpu" in words
     deepspeed = words[words.index("deepspeed") :]
-    assert deepspeed[:3] == ["deepspeed", "--num_gpus", "1"]
+    assert deepspeed[:5] == ["deepspeed", "--log_level", "critical", "--num_gpus", "1"]
     # The recipe's arguments, in order, without the launcher's own.
     assert deepspeed[deepspeed.index("flux2_ds.train") + 1 :] == arguments
     parsed, _ = parse_recipe(recipe_parser("train", ""), arguments)
@@ -439,14 +493,13 @@ def test_train_checks_what_it_reads_before_it_starts(
     prepare(tmp_path)
     spoil(tmp_path)
     started = []
-    monkeypatch.setattr(cli, "run", lambda *call: started.append(call) or 75)
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: started.append(call) or 75)
     assert call(monkeypatch, "train", "--config", recipe) == (75 if message is None else 2)
     assert len(started) == (message is None)
     captured = capsys.readouterr()
     if message is None:
-        command, stop = started[0]
+        (command,), *_ = started[0]
         assert captured.out == f"{command}\n"
-        assert stop == Path("runs/cats/stop")
     else:
         assert message in captured.err
         assert call(monkeypatch, "train", "--config", recipe, "--dry-run") == 0
@@ -454,17 +507,18 @@ def test_train_checks_what_it_reads_before_it_starts(
 
 def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):
     prepare(tmp_path)
-    monkeypatch.setattr(cli, "run", lambda *call: 75)
-    with lock_run_dir(load_recipe(tmp_path / recipe)):
-        assert call(monkeypatch, "train", "--config", recipe) == 2
-    assert "another process is training in run_dir runs/cats" in capsys.readouterr().err
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
+    for name in (".lock", ".launcher.lock"):  # the trainer's, and another launcher's
+        with lock_run_dir(load_recipe(tmp_path / recipe), name):
+            assert call(monkeypatch, "train", "--config", recipe) == 2
+        assert "another process is training in run_dir runs/cats" in capsys.readouterr().err
     assert call(monkeypatch, "train", "--config", recipe) == 75
 
 
 def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, capsys):
     prepare(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    monkeypatch.setattr(cli, "run", lambda *call: pytest.fail("started"))
+    monkeypatch.setattr(cli, "supervise", lambda *call: pytest.fail("started"))
     argv = ["--config", recipe, *CUDA]
     assert call(monkeypatch, "train", *argv) == 2
     assert "2 processes (launch.processes or --gpus) need as many GPUs" in capsys.readouterr().err
@@ -546,4 +600,4 @@ def test_launcher_answers_without_torch(recipe):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.splitlines()[-1] == "[]"
-    assert "deepspeed --num_gpus 2" in done.stdout
+    assert "deepspeed --log_level critical --num_gpus 2" in done.stdout

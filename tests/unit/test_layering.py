@@ -11,7 +11,10 @@ ROOT = Path(flux2_ds.__file__).parents[1]
 MAX_LINES = 400
 ROOTS = {"flux2_ds.train", "flux2_ds.prepare", "flux2_ds.export", "flux2_ds.sample"}
 LIGHT = {
-    *(f"flux2_ds.{name}" for name in ("recipe", "plan", "spec", "shipped", "errors", "rundir")),
+    *(
+        f"flux2_ds.{name}"
+        for name in ("recipe", "plan", "spec", "shipped", "errors", "rundir", "lookout")
+    ),
     *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order")),
 }
 HEAVY = {"torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "webdataset"}

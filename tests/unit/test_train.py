@@ -55,6 +55,17 @@ def test_a_stop_file_is_seen_once_and_by_the_first_process(tmp_path):
     assert stop.reason == "stop"
 
 
+def test_a_stop_file_of_an_earlier_run_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    stop = StopRequest(tmp_path / "stop")
+    stop.file.touch()
+    stop.listen()
+    assert stop.file.exists()  # meant for this process
+    os.utime(stop.file, (0, 0))
+    stop.listen()
+    assert not stop.file.exists()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_is_seen_by_any_process(tmp_path, name):
     number = signal.Signals[name]
@@ -115,6 +126,7 @@ def run_loop(
         FIRST,
         Cadence(steps=steps, keep_every=None, **often),
         StopRequest(folder / "stop"),
+        Mock(),
         first_step=0,
         seed=0,
         learning_rate=lambda step: 1e-4,

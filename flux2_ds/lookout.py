@@ -1,0 +1,308 @@
+"""Each process says where it is and looks out for the others, so that a failure has a name.
+
+    run_dir/logs/rank_3.log        what process 3 printed
+    run_dir/logs/rank_3.json       where it is: host, pid, step, what it does
+    run_dir/logs/failure.json      the first process that failed, and why
+
+A process that waits in a collective cannot be told that another one is gone, so a thread in each
+reads these files: when one fails, is killed or stands still, all end within seconds. Whoever finds
+the first cause writes it down and prints it; the errors that follow from it stay in the logs. No
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from flux2_ds.errors import EXIT_USER_ERROR, UserError
+
+EXIT_FAILURE = 1
+FAILURE_NAME = "failure.json"
+_POLL = 1.0  # s between looks at the others
+_BEAT = 5.0  # s between writes of one's own place
+_SILENT = (
+    6 * _BEAT
+)  # a process whose thread has not written for so long is frozen, or its host is gone
+_GRACE = 3.0  # s that a process gets to fail by itself after another one's failure
+_DOING = ("waiting for data", "computing", "agreeing", "saving")  # in the order within a step
+_LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|Socket Timeout", re.I)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is. Times in seconds since the epoch."""
+
+    rank: int
+    host: str
+    pid: int
+    created: float
+    step: int = 0
+    doing: str = "starting"
+    since: float = 0.0
+    beat: float = 0.0
+    ended: bool = False
+
+    def order(self) -> tuple[int, int]:
+        """Ascending in the order in which a process passes its places."""
+        return self.step, _DOING.index(self.doing) if self.doing in _DOING else -1
+
+    def __str__(self) -> str:
+        at = f" in step {self.step}" if self.step else ""
+        seen = "last seen " if time.time() - self.beat > _POLL else ""
+        return f"rank {self.rank} on {self.host}, {seen}{self.doing}{at}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first cause of a run's end: where, why, and the exit code it leads to."""
+
+    where: str
+    reason: str
+    code: int
+    time: float
+
+    def __str__(self) -> str:
+        return self.reason if self.code == EXIT_USER_ERROR else f"{self.where}: {self.reason}"
+
+
+def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
+    """What was recorded after `since`, in seconds since the epoch."""
+    try:
+        failure = Failure(**json.loads((logs / FAILURE_NAME).read_text()))
+    except (OSError, ValueError, TypeError):  # none, or it is being replaced
+        return None
+    return failure if failure.time >= since else None
+
+
+def forget(logs: Path, first_rank: int = 0) -> None:
+    """Remove an earlier start's failure, and the places of `first_rank` and all above it."""
+    (logs / FAILURE_NAME).unlink(missing_ok=True)
+    for path in logs.glob("rank_*.json"):
+        if int(path.stem.removeprefix("rank_")) >= first_rank:
+            path.unlink(missing_ok=True)
+
+
+class Lookout:
+    """This process's place, and its eye on the others; a context around all that may fail.
+
+    An exception ends the process inside the context: with code 2 after a `UserError`, else 1.
+    """
+
+    def __init__(self, logs: Path, rank: int, world: int, *, hang_after: float) -> None:
+        self._logs, self._world, self._hang_after = logs, world, hang_after
+        # Records of an earlier start are older than this by what it takes to import torch.
+        self._started = time.time() - 2
+        me = psutil.Process()
+        self._place = Place(rank, socket.gethostname(), me.pid, me.create_time(), since=time.time())
+        self._peers: dict[int, psutil.Process | None] = {rank: None}
+        self._leaving = threading.Lock()
+        logs.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            forget(logs)
+        self._console = keep_output(self._log(rank), rank)
+
+    def __enter__(self) -> Lookout:
+        self._write()
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self._fail(error)
+        self._end()
+
+    def at(self, step: int, doing: str) -> None:
+        """Say where this process is. Costs nothing; the thread writes it down."""
+        self._place = replace(self._place, step=step, doing=doing, since=time.time())
+
+    def _fail(self, error: BaseException) -> None:
+        """End with this error, or with the one that it follows from."""
+        text = "".join(traceback.format_exception(error))
+        self._end()
+        place = self._place
+        with self._log(place.rank).open("a") as log:
+            log.write(text)
+        if isinstance(error, UserError):
+            self._claim(place, str(error), EXIT_USER_ERROR)
+        else:
+            deadline = time.time() + 2 * _GRACE
+            while _follows(error) and self.failure() is None and time.time() < deadline:
+                time.sleep(0.1)  # for someone to find the process that this one has lost
+            self._claim(place, text.strip().splitlines()[-1], EXIT_FAILURE, text)
+        self._leave()
+
+    def failure(self) -> Failure | None:
+        """The first cause, if the run has failed."""
+        return first_failure(self._logs, self._started)
+
+    def _look(self) -> None:
+        written = time.time()
+        while not self._place.ended:
+            time.sleep(_POLL)
+            if time.time() - written >= _BEAT:
+                written = time.time()
+                self._write()
+            self._look_for_the_vanished()
+            self._look_for_a_hang()
+            if self.failure() is not None:
+                time.sleep(_GRACE)  # for the main thread to log its own error
+                if not self._place.ended:
+                    self._end()
+                    self._leave()
+
+    def _look_for_the_vanished(self) -> None:
+        """Name a process of this host that is gone without having said why."""
+        for rank in range(self._world):
+            if rank not in self._peers:
+                self._meet(rank)
+            process = self._peers.get(rank)
+            if process is None or _runs(process):
+                continue
+            self._peers[rank] = None
+            place = self._read(rank)
+            if place is not None and not place.ended:
+                why = "it was killed, with no error of its own (out of memory? see dmesg)"
+                self._claim(place, why, EXIT_FAILURE)
+
+    def _meet(self, rank: int) -> None:
+        """Remember a process if it runs on this host; places of an earlier start are passed over."""
+        place = self._read(rank)
+        if place is None:
+            return
+        if place.host != self._place.host:
+            self._peers[rank] = None
+            return
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(place.pid)
+            if abs(process.create_time() - place.created) < 1:
+                self._peers[rank] = process
+
+    def _look_for_a_hang(self) -> None:
+        """Name the process that the others wait for, if this one has not moved for too long."""
+        # The first process speaks first; the others only if it does not.
+        patience = self._hang_after + (3 * _BEAT if self._place.rank else 0)
+        stood = time.time() - self._place.since
+        if not self._hang_after or not self._place.step or stood < patience:
+            return
+        self._write()
+        places = [place for rank in range(self._world) if (place := self._read(rank))]
+        behind, why = diagnose(places, time.time())
+        why = f"no progress for {stood:.0f} s (launch.hang_after is {self._hang_after:g}): {why}"
+        self._claim(behind, why, EXIT_FAILURE)
+
+    def _claim(self, place: Place, reason: str, code: int, text: str = "") -> None:
+        """Record and print the first cause, unless another process has."""
+        if self.failure() is not None:
+            return
+        failure = Failure(str(place), reason, code, time.time())
+        own = self._partial(FAILURE_NAME)
+        own.write_text(json.dumps(asdict(failure)))
+        try:
+            if first_failure(self._logs) is not None:  # an earlier start's
+                (self._logs / FAILURE_NAME).unlink(missing_ok=True)
+            (self._logs / FAILURE_NAME).hardlink_to(own)  # fails if another one was quicker
+        except FileExistsError:
+            return
+        finally:
+            own.unlink()
+        message = f"{text}error: {failure}\n"
+        if code != EXIT_USER_ERROR:
+            message += f"its log: {self._log(place.rank)}\n"
+        os.write(self._console, message.encode())
+
+    def _leave(self) -> None:
+        """End this process, from whichever thread comes first."""
+        self._leaving.acquire()  # never released
+        cause = self.failure()
+        with self._log(self._place.rank).open("a") as log:
+            log.write(f"error: {cause}\n")
+            if threading.current_thread() is not threading.main_thread():
+                faulthandler.dump_traceback(file=log)  # where the main thread waits
+        # Exit handlers would wait for the lost process.
+        os._exit(EXIT_FAILURE if cause is None else cause.code)
+
+    def _end(self) -> None:
+        self._place = replace(self._place, ended=True)
+        self._write()
+
+    def _write(self) -> None:
+        self._place = replace(self._place, beat=time.time())
+        partial = self._partial(f"rank_{self._place.rank}.json")
+        partial.write_text(json.dumps(asdict(self._place)))
+        partial.replace(self._logs / f"rank_{self._place.rank}.json")
+
+    def _read(self, rank: int) -> Place | None:
+        try:
+            return Place(**json.loads((self._logs / f"rank_{rank}.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None  # not there yet
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"rank_{rank}.log"
+
+    def _partial(self, name: str) -> Path:
+        # Two threads of many processes may write it at a time.
+        return self._logs / f".{name}.{self._place.rank}.{threading.get_ident()}"
+
+
+def diagnose(places: list[Place], now: float) -> tuple[Place, str]:
+    """The process that the others wait for, and how one can tell."""
+    running = [place for place in places if not place.ended] or places
+    last, first = max(running, key=Place.order), min(running, key=Place.order)
+    silent = [place for place in running if now - place.beat > _SILENT]
+    if silent:
+        return silent[0], f"it is frozen, or its host is lost (the furthest is {last})"
+    if first.order() < last.order():
+        return first, f"it is stuck there and the others wait for it (the furthest is {last})"
+    hosts = ", ".join(sorted({place.host for place in running}))
+    return first, f"all {len(running)} processes wait there; is the network of {hosts} down?"
+
+
+def keep_output(path: Path, rank: int) -> int:
+    """Send what this process prints to its log; the first process's stays on the console.
+
+    Returns a descriptor of the console.
+    """
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    console = os.dup(2)
+    with path.open("a") as log:
+        log.write(f"== {now} process {os.getpid()} on {socket.gethostname()}\n")
+        log.flush()
+        if rank:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor in (1, 2):
+                os.dup2(log.fileno(), descriptor)
+    return console
+
+
+def _follows(error: BaseException) -> bool:
+    """Whether this is what a process says that lost another one."""
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return of_torch or _LOST.search(str(error)) is not None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
