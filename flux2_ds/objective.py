@@ -20,7 +20,7 @@ Forward = Callable[..., torch.Tensor]
 class FlowObjective:
     """Flow matching on FLUX.2.
 
-    `mean`, `std`: [128] fp32 latent statistics. `text_dtype`: what the transformer computes in.
+    `mean`, `std`: [128] fp32 latent statistics.
     `guidance`: whether the variant has a guidance input. `global_batch`: the samples among which
     stratified timesteps are shared out.
     """
@@ -28,7 +28,6 @@ class FlowObjective:
     settings: Objective
     mean: torch.Tensor
     std: torch.Tensor
-    text_dtype: torch.dtype
     guidance: bool
     global_batch: int
     device: torch.device
@@ -36,8 +35,8 @@ class FlowObjective:
     def loss(self, forward: Forward, batch: MicroBatch) -> torch.Tensor:
         """Mean flow-matching loss of a micro-batch, a scalar in fp32.
 
-        Tokens and t enter the model in fp32 (see `keep_timestep_exact`); no text token is trimmed or
-        masked, because the model is used that way.
+        Tokens and t enter the model in fp32, text as it was stored; `keep_timestep_exact` casts them
+        behind t's sinusoids. No text token is trimmed or masked, because the model is used that way.
         """
         size, settings = batch.latents.shape[0], self.settings
         x0 = latents.to_tokens(self._here(batch.latents), self.mean, self.std)
@@ -45,7 +44,7 @@ class FlowObjective:
         t = timesteps(self._deviates(batch), settings, batch.bucket.tokens)
         prediction = forward(
             hidden_states=flow.interpolate(x0, noise, t),
-            encoder_hidden_states=self._here(batch.text).to(self.text_dtype),
+            encoder_hidden_states=self._here(batch.text),
             timestep=t,
             img_ids=latents.image_ids(batch.bucket.height, batch.bucket.width, self.device),
             txt_ids=latents.text_ids(batch.text.shape[1], self.device),

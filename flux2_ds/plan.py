@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    _check_precision(recipe)
+    _check_precision(recipe, stage)
     config |= {
         "train_batch_size": recipe.batch.global_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
@@ -232,7 +232,12 @@ def _accumulation(recipe: Recipe, processes: int) -> int:
     return batch.global_size // at_once
 
 
-def _check_precision(recipe: Recipe) -> None:
+def _check_precision(recipe: Recipe, stage: int) -> None:
+    if recipe.precision == "bf16" and recipe.method == "full" and stage == 0:
+        raise UserError(
+            "precision bf16 with method full needs fp32 masters, which DeepSpeed keeps from ZeRO stage 1 "
+            "on; deepspeed has stage 0. Set deepspeed to zero1, on a single GPU, too."
+        )
     if recipe.precision == "fp16" and recipe.launch.accelerator == "cpu":
         raise UserError(
             "precision is fp16, which DeepSpeed does not offer on the CPU. Set precision to bf16 "

@@ -269,7 +269,6 @@ def build_objective(
         settings=recipe.objective,
         mean=conditioning["latent_mean"].to(device),
         std=conditioning["latent_std"].to(device),
-        text_dtype=transformer.compute_dtype(recipe.precision),
         guidance=spec.guidance,
         global_batch=recipe.batch.global_size,
         device=device,

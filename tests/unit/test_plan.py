@@ -140,6 +140,13 @@ def test_fp16_on_the_cpu_is_refused():
     make_plan(make_recipe(**{**changes, "launch.accelerator": "cuda"}), 1)
 
 
+def test_a_full_fine_tune_in_bf16_without_masters_is_refused():
+    with pytest.raises(UserError, match="Set deepspeed to zero1"):
+        make_plan(make_recipe(method="full", deepspeed={}), 1)
+    make_plan(make_recipe(method="full", deepspeed={}, precision="fp32"), 1)
+    make_plan(make_recipe(deepspeed={}), 1)  # an adapter is fp32 itself
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_precision_sections(method, precision):
