@@ -29,6 +29,7 @@ USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
 
 commands
   prepare   encode photographs and captions into shards
+  inspect   show what will be trained on: prompt, latents, timesteps, targets
   plan      print what a run will do, without starting it
   train     train on this machine's GPUs, on CPU processes or over a hostfile
   slurm     print (or --submit) an sbatch script that trains
@@ -47,6 +48,7 @@ def main() -> None:
         "train": train,
         "slurm": slurm,
         "prepare": lambda argv: run_module("flux2_ds.prepare", argv),
+        "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
         "export": lambda argv: run_module("flux2_ds.export", argv),
         "sample": lambda argv: run_module("flux2_ds.sample", argv),
         "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv),

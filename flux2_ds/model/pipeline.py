@@ -53,10 +53,15 @@ def _build(directory: Path, spec: Spec, dtype: torch.dtype, **parts: Any) -> Any
     parts["text_encoder"] = encoder_class.from_pretrained(
         directory / "text_encoder", dtype=dtype, use_safetensors=True
     )
-    parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
-        directory / "tokenizer", padding_side=_PADDING_SIDES[spec.variant]
-    )
+    parts["tokenizer"] = load_tokenizer(directory, spec)
     if spec.variant == "klein":
         index = json.loads((directory / "model_index.json").read_text())
         parts["is_distilled"] = index.get("is_distilled", False)
     return getattr(diffusers, spec.pipeline)(**parts)
+
+
+def load_tokenizer(directory: Path, spec: Spec) -> Any:
+    """The tokenizer alone, padding on the side that the model was trained with."""
+    return transformers.AutoTokenizer.from_pretrained(
+        directory / "tokenizer", padding_side=_PADDING_SIDES[spec.variant]
+    )

@@ -9,7 +9,13 @@ import flux2_ds
 
 ROOT = Path(flux2_ds.__file__).parents[1]
 MAX_LINES = 400
-ROOTS = {"flux2_ds.train", "flux2_ds.prepare", "flux2_ds.export", "flux2_ds.sample"}
+ROOTS = {
+    "flux2_ds.train",
+    "flux2_ds.prepare",
+    "flux2_ds.export",
+    "flux2_ds.sample",
+    "flux2_ds.inspection",
+}
 LIGHT = {
     *(
         f"flux2_ds.{name}"

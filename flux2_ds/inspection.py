@@ -1,0 +1,176 @@
+"""Inspect: what a recipe will train on, and on what, for a person to look at.
+
+    flux2-ds inspect --config RECIPE [--picture FILE] [--samples 9]
+
+Variant, text template, adapted linears, latent statistics, the first sample as the model gets it and the
+timesteps at each resolution. Reads configs, the tokenizer and the shards; weights of the VAE only for
+the picture, which shows samples decoded from their latents.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from safetensors.torch import load_file
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.images import contact_sheet
+from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, read_index
+from flux2_ds.data.shards import ShardReader
+from flux2_ds.errors import run_root
+from flux2_ds.model import latents, transformer
+from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.model.prompt import read_prompt
+from flux2_ds.plan import check_ranges
+from flux2_ds.prepared import check_settings, check_variant
+from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
+from flux2_ds.spec import Spec, read_spec
+from flux2_ds.timesteps import shift_of, timesteps
+
+_BINS, _BARS = 20, "▁▂▃▄▅▆▇█"
+_EVEN_DEVIATES = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+"""The normal distribution in equal portions, so that histograms are exact and repeatable."""
+
+
+def main() -> None:
+    """Entry point of `flux2-ds inspect`."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = recipe_parser("flux2-ds inspect", "Show what a recipe will train on.")
+    parser.add_argument("--picture", type=str | None, default=None,
+                        help="File to write the samples to, decoded from their latents.")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=9,
+                        help="Samples in the picture and in the measured statistics.")  # fmt: skip
+    recipe, options = parse_recipe(parser)
+    check_ranges(recipe)
+    if options.samples < 1:
+        parser.error(f"--samples is {options.samples}; it must be at least 1.")
+    parts = ["vae"] if options.picture else []
+    directory = model_directory(recipe.model.path, recipe.model.revision, parts)
+    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
+    say("variant", [str(spec)])
+    say("trained", target_lines(directory, spec, recipe))
+    shards = Path(recipe.data.shards)
+    if not (shards / INDEX_NAME).is_file():
+        say("data", [f"{shards} is not prepared yet"])
+        return
+    index = read_index(shards)
+    check_variant(recipe, index, spec)
+    check_settings(recipe, index)
+    check_fingerprint(index.fingerprint, directory, shards)
+    say("latents", latent_lines(shards, index, options.samples))
+    say("sample", sample_lines(directory, spec, shards, index))
+    counts = index.bucket_counts()
+    say("timesteps", [timestep_line(recipe.objective, *each) for each in counts.items()])
+    if options.picture:
+        vae = AutoencoderKLFlux2.from_pretrained(
+            directory, subfolder="vae", dtype=torch.float32, use_safetensors=True
+        ).to(recipe.launch.accelerator)
+        write_picture(Path(options.picture), vae, shards, index, options.samples)
+        say("picture", [options.picture])
+
+
+def say(what: str, lines: list[str]) -> None:
+    """A part of the report, its name before the first line."""
+    names = [what] + [""] * len(lines)
+    sys.stdout.writelines(f"{name:<10} {line}\n" for name, line in zip(names, lines, strict=False))
+
+
+def target_lines(directory: Path, spec: Spec, recipe: Recipe) -> list[str]:
+    """What is trained, counted on the model without its weights."""
+    with torch.device("meta"):
+        model = transformer.build_transformer(directory)
+        if recipe.method == "full":
+            model.requires_grad_(True)
+        else:
+            config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+            transformer.add_lora(model, config, recipe.seed)
+    named = transformer.trainable(model)
+    count = sum(p.numel() for p in named.values())
+    if recipe.method == "full":
+        return [f"{count:,} parameters, all"]
+    double, single = transformer.TARGETS[recipe.lora.targets]
+    linears = len(double) * spec.double_blocks + len(single) * spec.single_blocks
+    return [
+        f"{recipe.method} rank {recipe.lora.rank}, targets {recipe.lora.targets}: {count:,} "
+        f"parameters in {linears} linears",
+        f"{len(double)} in each of {spec.double_blocks} double blocks: {', '.join(double)}",
+        f"{len(single)} in each of {spec.single_blocks} single blocks: {', '.join(single)}",
+    ]
+
+
+def first_samples(shards: Path, index: Index, count: int) -> Iterator[tuple[ShardReader, int]]:
+    """(reader, row) of the first samples, one bucket after the other so that all are seen."""
+    by_bucket: dict[Bucket, list[tuple[ShardReader, int]]] = {}
+    for shard in index.shards:
+        rows = by_bucket.setdefault(shard.bucket, [])
+        if len(rows) < count:
+            reader = ShardReader(shards / shard.name)
+            rows += [(reader, row) for row in range(min(shard.samples, count - len(rows)))]
+    turns = [rows[turn] for turn in range(count) for rows in by_bucket.values() if turn < len(rows)]
+    return islice(turns, count)
+
+
+def latent_lines(shards: Path, index: Index, count: int) -> list[str]:
+    """The VAE's statistics, and what they make of the first samples."""
+    conditioning = load_file(shards / CONDITIONING_NAME)
+    mean, std = conditioning["latent_mean"], conditioning["latent_std"]
+    tokens = torch.cat(
+        [
+            latents.to_tokens(reader.latent(row)[None], mean, std)[0]
+            for reader, row in first_samples(shards, index, count)
+        ]
+    )
+    return [
+        f"of the VAE, 128 channels: mean {mean.min():.3f} to {mean.max():.3f}, standard deviation "
+        f"{std.min():.3f} to {std.max():.3f}",
+        f"of the first {min(count, index.samples)} samples, normalised: mean {tokens.mean():.3f}, "
+        f"standard deviation {tokens.std():.3f} (about 0 and 1 for ordinary pictures)",
+    ]
+
+
+def sample_lines(directory: Path, spec: Spec, shards: Path, index: Index) -> list[str]:
+    """The first sample: its file, and its caption as the text encoder reads it."""
+    ((reader, row),) = first_samples(shards, index, 1)
+    meta = reader.meta(row)
+    prompt = read_prompt(directory, spec, meta["caption"])
+    return [
+        f"{meta['source']}, {meta['width']}x{meta['height']}",
+        f"caption: {meta['caption']!r}",
+        f"read by {spec.text_encoder} as: {prompt.text!r}",
+        f"token ids, {len(prompt.ids)} of {prompt.length}, padded on the {prompt.padding}: "
+        f"{' '.join(map(str, prompt.ids))}",
+        f"hidden states {', '.join(map(str, prompt.layers))}, stacked to width {spec.text_width}",
+    ]
+
+
+def timestep_line(settings: Objective, bucket: Bucket, count: int) -> str:
+    """Shift and histogram of t from 0 (clean) to 1 (noise) at one resolution."""
+    t = timesteps(_EVEN_DEVIATES.float(), settings, bucket.tokens)
+    counts = torch.histc(t, _BINS, 0, 1)
+    bars = "".join(_BARS[round(float(c / counts.max()) * (len(_BARS) - 1))] for c in counts)
+    return (
+        f"{bucket!s:<10} {count} samples, {bucket.tokens} tokens, "
+        f"s = {shift_of(settings, bucket.tokens):.2f}: 0 {bars} 1, half below {t.median():.2f}"
+    )
+
+
+def write_picture(
+    path: Path, vae: AutoencoderKLFlux2, shards: Path, index: Index, count: int
+) -> None:
+    """The first samples as the VAE decodes them."""
+    pictures = [
+        latents.decode(vae, reader.latent(row)[None])[0].numpy()
+        for reader, row in first_samples(shards, index, count)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures).save(path)
+
+
+if __name__ == "__main__":
+    run_root(main)
