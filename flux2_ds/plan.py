@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.buckets import bucket_table
+from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Lora, Objective, Recipe
 from flux2_ds.shipped import shipped_directory
@@ -164,9 +164,11 @@ def check_ranges(recipe: Recipe) -> None:
         "batch.micro_size": recipe.batch.micro_size,
         "lora.rank": recipe.lora.rank,
         "data.samples_per_shard": data.samples_per_shard,
-        "data.text_batch": data.text_batch,
-        "data.image_batch": data.image_batch,
         "data.shuffle_window": data.shuffle_window,
+        "prepare.processes": recipe.prepare.processes,
+        "prepare.text_batch": recipe.prepare.text_batch,
+        "prepare.image_batch": recipe.prepare.image_batch,
+        "prepare.decode_threads": recipe.prepare.decode_threads,
         "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
         "checkpoint.keep_every": recipe.checkpoint.keep_every,
@@ -192,6 +194,7 @@ def check_ranges(recipe: Recipe) -> None:
             f"a multiple of {token}")  # fmt: skip
     require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
     require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
+    require("prepare.scratch_gb", recipe.prepare.scratch_gb, lambda v: v > 0, "positive")
     require("objective.caption_dropout", recipe.objective.caption_dropout,
             lambda v: 0 <= v <= 1, "between 0 and 1")  # fmt: skip
     require("lora.dropout", recipe.lora.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
@@ -208,11 +211,12 @@ def check_ranges(recipe: Recipe) -> None:
     require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
     require("objective.mode_scale", recipe.objective.mode_scale, lambda v: -1 <= v <= 1.75,
             "between -1 and 1.75")  # fmt: skip
-    if not bucket_table(data.resolution, data.bucket_step, data.max_aspect):
-        raise UserError(
-            f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
-            "bucket. The step must not be larger than the resolution."
-        )
+    for resolution in resolutions(data.resolution) or [0]:
+        if not bucket_table(resolution, data.bucket_step, data.max_aspect):
+            raise UserError(
+                f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
+                "bucket. The step must not be larger than a resolution."
+            )
     if data.missing_caption == "fixed" and not data.fixed_caption:
         raise UserError(
             "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."

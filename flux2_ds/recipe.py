@@ -36,13 +36,17 @@ class Model:
 class Data:
     """Photographs and the shards made of them."""
 
-    images: str
-    """Folder of pictures, searched recursively, each with its caption in a .txt file of the same
-    name. Read by `prepare` only."""
+    images: str | dict[str, str]
+    """Folder of pictures, searched recursively, or WebDataset tars of raw pictures; or several of
+    them by name, `{me: photos/me, places: "s3://bucket/{000..099}.tar"}`. Read by `prepare` only;
+    docs/data.md says how captions are found."""
+    caption_column: str = "text"
+    """Column of metadata.csv and metadata.jsonl that holds the captions."""
     shards: str
     """Folder of WebDataset shards and index.json: written by `prepare`, read by `train`."""
-    resolution: int = 1024
-    """Pictures are resized to about resolution² pixels, keeping their aspect ratio; in px."""
+    resolution: int | list[int] = 1024
+    """Pictures are resized to about resolution² pixels, keeping their aspect ratio; in px. Of
+    several, the largest that a picture fills."""
     bucket_step: int = 64
     """Width and height of every bucket are multiples of this; a multiple of 16, in px."""
     max_aspect: float = 2.0
@@ -57,13 +61,37 @@ class Data:
     """Caption of pictures that have none, with `missing_caption: fixed`."""
     samples_per_shard: int = 256
     """Largest number of samples in a shard."""
-    text_batch: int = 8
-    """Captions encoded at once by `prepare`."""
-    image_batch: int = 4
-    """Pictures encoded at once by `prepare`."""
     shuffle_window: int = 8
     """Shards among which samples are shuffled; more is closer to a full shuffle and keeps more
     shards open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """How `prepare` encodes."""
+
+    processes: int | None = None
+    """Processes, one GPU each. Default: one for each visible GPU; one on the CPU."""
+    text_device: Literal["accelerator", "cpu"] = "accelerator"
+    """Where the text encoder runs; the VAE is always on the accelerator."""
+    text_weights: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
+    """Weights of the text encoder. int8 and nf4 are bitsandbytes'. `auto`: bf16, in which it was
+    trained, unless `precision` is fp32."""
+    text_batch: int = 8
+    """Captions encoded at once."""
+    vae_precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the VAE. fp32 is what the latents deserve; bf16 is faster."""
+    vae_slicing: bool = False
+    """Encode the pictures of a batch one after the other: less memory."""
+    vae_tiling: bool = False
+    """Encode large pictures in overlapping tiles: less memory, slightly other latents."""
+    image_batch: int = 4
+    """Pictures encoded at once."""
+    decode_threads: int = 4
+    """Threads of each process that decode and crop pictures."""
+    scratch_gb: float = 100.0
+    """Encoded captions that wait for their shard take at most this much disk in `data.shards`; when
+    it is full, the pictures so far are encoded first. In GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +254,8 @@ class Recipe:
     """The FLUX.2 model to start from."""
     data: Data
     """Photographs and the shards made of them."""
+    prepare: Prepare = field(default_factory=Prepare)
+    """How `prepare` encodes."""
     lora: Lora = field(default_factory=Lora)
     """The adapter, with `method: lora` or `dora`."""
     batch: Batch = field(default_factory=Batch)

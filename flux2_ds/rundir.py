@@ -29,7 +29,7 @@ log = logging.getLogger("flux2_ds")
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
 _FREE = ("run_dir", "accept_changes", "activations", "deepspeed", "checkpoint", "log", "preview",
-         "launch")  # fmt: skip
+         "launch", "prepare")  # fmt: skip
 """Settings that may change between two starts of a run: they do not change what is computed."""
 _BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs"}
 """What a start that was refused may leave."""
@@ -160,9 +160,9 @@ def _identity(values: dict[str, Any]) -> dict[str, Any]:
             flat[name] = value
     if flat["optimizer.schedule"] == "constant":
         flat.pop("steps")
-    # Where the pictures were and how many are encoded at once does not reach the trainer; how the
-    # global batch is cut does not change it.
-    for name in ("data.images", "data.text_batch", "data.image_batch", "batch.micro_size"):
+    # Where the pictures and captions were does not reach the trainer; how the global batch is cut does
+    # not change it.
+    for name in ("data.images", "data.caption_column", "batch.micro_size"):
         flat.pop(name, None)
     return flat
 

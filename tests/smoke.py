@@ -97,7 +97,7 @@ def files_made() -> list[Path]:
     fixed = [
         SMOKE / "model",
         SMOKE / "shards" / "index.json",
-        SMOKE / "shards" / "contact_sheet.jpg",
+        SMOKE / "shards" / "contact_sheets",
         SMOKE / "shards" / "report.json",
         RUN / "recipe.yaml",
         RUN / "metrics.jsonl",

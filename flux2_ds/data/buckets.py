@@ -49,6 +49,11 @@ def bucket_table(resolution: int, step: int, max_aspect: float) -> list[Bucket]:
     return sorted(table)
 
 
+def resolutions(setting: int | list[int]) -> list[int]:
+    """The `data.resolution` setting as a list, largest first."""
+    return sorted({setting} if isinstance(setting, int) else set(setting), reverse=True)
+
+
 def choose_bucket(width: int, height: int, table: list[Bucket]) -> Bucket:
     """The bucket that keeps most of a `width` × `height` picture; larger area breaks ties."""
     aspect = width / height

@@ -1,65 +1,31 @@
-"""Photographs from disk: find them, read their captions, decode, crop to a bucket."""
+"""Pictures: measure, decode, crop to a bucket, and show many on a sheet."""
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+_LINES, _LINE_HEIGHT = 3, 14
 
 
 class UnreadableImageError(Exception):
     """A picture that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A picture file and its caption (None if it has none)."""
+def image_size(content: bytes | str) -> tuple[int, int]:
+    """(width, height) as shown, that is, after the EXIF orientation.
 
-    path: Path
-    caption: str | None
-
-
-def find_photos(folder: Path) -> list[Photo]:
-    """All pictures below `folder`, sorted by path, with the caption from the .txt file beside them.
-
-    Raises:
-        UserError: the folder is missing or holds no picture.
+    `content` is an encoded picture or the path of one, of which the header alone is read.
     """
-    if not folder.is_dir():
-        raise UserError(f"data.images {folder} is not a folder. Give the folder of your pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise UserError(
-            f"data.images {folder} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither in "
-            "itself nor below. Give the folder of your pictures."
-        )
-    return [Photo(path, _caption(path.with_suffix(".txt"))) for path in paths]
-
-
-def _caption(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip() or None
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"caption {path} is not UTF-8 ({error.reason}). Save it as UTF-8."
-        ) from error
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as shown, that is, after the EXIF orientation; reads the header only."""
-    with _open(path) as image:
+    with _open(content) as image:
         width, height = image.size
         # Pillow decodes a whole PNG to look for EXIF behind the pixels, where nobody writes it.
         has_exif = image.format != "PNG" or "exif" in image.info
@@ -67,13 +33,13 @@ def image_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def load_cropped(path: Path, bucket: Bucket) -> NDArray[np.uint8]:
+def load_cropped(content: bytes | str, bucket: Bucket) -> NDArray[np.uint8]:
     """Decode, orient, convert to RGB, resize to cover the bucket and crop its centre.
 
     Returns: uint8 [height, width, 3].
     Raises: UnreadableImageError, with the decoder's reason.
     """
-    with _open(path) as image:
+    with _open(content) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
@@ -95,28 +61,63 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(path: Path) -> Image.Image:
+def _open(content: bytes | str) -> Image.Image:
+    if not content:
+        raise UnreadableImageError("the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
-            raise UnreadableImageError(str(error).replace(str(path), path.name)) from error
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        except Image.UnidentifiedImageError as error:
+            raise UnreadableImageError("not a picture that Pillow can identify") from error
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+        except (SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
+            raise UnreadableImageError(str(error)) from error
         except Image.DecompressionBombError as error:
             raise UnreadableImageError(str(error)) from error
+    if image.format in ("PNG", "WEBP", "GIF") and getattr(image, "n_frames", 1) > 1:
+        image.close()  # TIFF and MPO have pages: there the first is the picture
+        raise UnreadableImageError("animated")
+    return image
 
 
-def contact_sheet(pictures: list[NDArray[np.uint8]], columns: int | None = None) -> Image.Image:
-    """Pictures of possibly different sizes in a grid on white, each centred in its cell."""
+def contact_sheet(
+    pictures: list[NDArray[np.uint8]], captions: list[str], columns: int | None = None
+) -> Image.Image:
+    """Pictures of possibly different sizes in a grid on white, each over its caption."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    height = max(picture.shape[0] for picture in pictures) + 4
-    width = max(picture.shape[1] for picture in pictures) + 4
-    sheet = Image.new(
-        "RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white"
-    )
-    for place, picture in enumerate(pictures):
+    above = max(picture.shape[0] for picture in pictures)
+    height = above + _LINES * _LINE_HEIGHT + 10
+    width = max(picture.shape[1] for picture in pictures) + 8
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row, column = divmod(place, columns)
         x = column * width + (width - picture.shape[1]) // 2
-        y = row * height + (height - picture.shape[0]) // 2
+        y = row * height + (above - picture.shape[0]) // 2
         sheet.paste(Image.fromarray(picture), (x, y))
+        text = "\n".join(_wrapped(caption, width - 8, font))
+        draw.text((column * width + 4, row * height + above + 2), text, "black", font)
     return sheet
+
+
+def _wrapped(
+    text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> list[str]:
+    """The first lines of `text` that fit under a picture; an ellipsis says that there is more."""
+    lines: list[str] = []
+    left = " ".join(text.split())
+    while left and len(lines) < _LINES:
+        fits = min(len(left), width)
+        while fits > 1 and font.getlength(left[:fits]) > width:
+            fits -= 1
+        if fits < len(left) and " " in left[1:fits]:
+            fits = left.rindex(" ", 0, fits)
+        lines.append(left[:fits])
+        left = left[fits:].lstrip()
+    if left:
+        lines[-1] = lines[-1][:-1] + "…"
+    return lines

@@ -16,7 +16,7 @@ from typing import Any
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 INDEX_NAME = "index.json"
 CONDITIONING_NAME = "conditioning.safetensors"
 """Latent statistics (`latent_mean`, `latent_std`: [128] fp32) and the encoded empty caption
@@ -25,13 +25,19 @@ CONDITIONING_NAME = "conditioning.safetensors"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its bucket, number of samples, size in bytes and sha256."""
+    """One tar file: its bucket, number of samples, size in bytes and sha256.
+
+    `source` names the pictures that it was made of, as in `data.images`. `dropped`: rows of the file
+    that are no longer part of the data; `samples` does not count them.
+    """
 
     name: str
     bucket: Bucket
     samples: int
     size: int
     sha256: str
+    source: str = ""
+    dropped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Index:
     variant: str
     text_width: int
     fingerprint: dict[str, str]
-    settings: dict[str, float]
+    settings: dict[str, Any]
     shards: list[Shard] = field(default_factory=list)
 
     @property

@@ -150,7 +150,8 @@ class Loader:
     def _reader(self, number: int) -> ShardReader:
         reader = self._readers.pop(number, None)
         if reader is None:
-            reader = ShardReader(self._directory / self._index.shards[number].name)
+            shard = self._index.shards[number]
+            reader = ShardReader(self._directory / shard.name, shard.dropped)
         self._readers[number] = reader
         if len(self._readers) > OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()

@@ -45,13 +45,30 @@ class Record:
 
 
 def write_shard(
-    path: Path, bucket: Bucket, records: Iterable[Record], text_of: Callable[[str], torch.Tensor]
+    path: Path,
+    bucket: Bucket,
+    records: Iterable[Record],
+    text_of: Callable[[str], torch.Tensor],
+    source: str = "",
 ) -> Shard:
     """Write one shard; it appears whole or not at all. `text_of` gives a caption's [512, D]."""
     partial = path.with_suffix(".partial")
+    try:
+        count, sha256 = _write_tar(partial, bucket, records, text_of)
+        shard = Shard(path.name, bucket, count, partial.stat().st_size, sha256, source)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # above all when the disk is full
+    return shard
+
+
+def _write_tar(
+    path: Path, bucket: Bucket, records: Iterable[Record], text_of: Callable[[str], torch.Tensor]
+) -> tuple[int, str]:
+    """Write a tar; returns its number of samples and its sha256."""
     text_keys: dict[str, str] = {}
     count = 0
-    with partial.open("wb") as stream:
+    with path.open("wb") as stream:
         # encoder=False: members are bytes already. mtime=0: the same input makes the same file.
         with webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
             for count, record in enumerate(records, start=1):
@@ -74,20 +91,18 @@ def write_shard(
                 tar.write(members)
         stream.flush()
         os.fsync(stream.fileno())
-    with partial.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    shard = Shard(path.name, bucket, count, partial.stat().st_size, sha256)
-    partial.replace(path)
-    return shard
+    with path.open("rb") as stream:
+        return count, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class ShardReader:
     """Random access to the samples of one shard on a local disk.
 
-    The tar headers are read once, by seeking; a sample is then two or three reads.
+    The tar headers are read once, by seeking; a sample is then two or three reads. Rows in `dropped`
+    are not counted.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dropped: Iterable[int] = ()) -> None:
         self._path = path
         self._members: dict[str, tuple[int, int]] = {}
         try:
@@ -99,7 +114,9 @@ class ShardReader:
             raise UserError(
                 f"shard {path} cannot be read ({error}). Copy it again or prepare the shards again."
             ) from error
-        self._keys = [name.split(".", 1)[0] for name in self._members if name.endswith(f".{META}")]
+        keys = [name.split(".", 1)[0] for name in self._members if name.endswith(f".{META}")]
+        gone = set(dropped)
+        self._keys = [key for row, key in enumerate(keys) if row not in gone]
 
     def meta(self, row: int) -> dict[str, Any]:
         """Caption, source and the rest of the sample's JSON."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
 )
+from transformers import BitsAndBytesConfig
 
 from flux2_ds.spec import Spec
 
@@ -28,9 +29,26 @@ from flux2_ds.spec import Spec
 _PADDING_SIDES = {"dev": "left", "klein": "right"}
 
 
-def load_text_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
-    """The pipeline with text encoder and tokenizer only: good for `encode_prompt`."""
-    return _build(directory, spec, dtype, transformer=None, vae=None, scheduler=None)
+def load_text_pipeline(
+    directory: Path,
+    spec: Spec,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    quantization: Literal["int8", "nf4"] | None = None,
+) -> Any:
+    """The pipeline with text encoder and tokenizer only: good for `encode_prompt`.
+
+    With `quantization`, bitsandbytes stores the encoder's linears in 8 or 4 bits and computes in `dtype`.
+    """
+    placed: dict[str, Any] = {"device_map": {"": device}} if device is not None else {}
+    if quantization == "int8":
+        placed["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "nf4":
+        placed["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    parts = {"transformer": None, "vae": None, "scheduler": None}
+    return _build(directory, spec, dtype, placed, **parts)
 
 
 def load_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
@@ -40,6 +58,7 @@ def load_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
         directory,
         spec,
         dtype,
+        {},
         transformer=Flux2Transformer2DModel.from_pretrained(
             directory, subfolder="transformer", **common
         ),
@@ -48,10 +67,12 @@ def load_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
     )
 
 
-def _build(directory: Path, spec: Spec, dtype: torch.dtype, **parts: Any) -> Any:
+def _build(
+    directory: Path, spec: Spec, dtype: torch.dtype, placed: dict[str, Any], **parts: Any
+) -> Any:
     encoder_class = getattr(transformers, spec.text_encoder)
     parts["text_encoder"] = encoder_class.from_pretrained(
-        directory / "text_encoder", dtype=dtype, use_safetensors=True
+        directory / "text_encoder", dtype=dtype, use_safetensors=True, **placed
     )
     parts["tokenizer"] = load_tokenizer(directory, spec)
     if spec.variant == "klein":

@@ -1,29 +1,41 @@
 """Photographs to shards on a tiny klein: what is kept, what is skipped, what a second start does."""
 
 import dataclasses
+import errno
+import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux2_ds import prepare as root
-from flux2_ds.data.index import Index
+from flux2_ds.data.index import Index, read_index
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.model.files import check_fingerprint, fingerprint
 from flux2_ds.model.pipeline import load_pipeline
+from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.tiny import make_tiny
-from flux2_ds.recipe import Data, Launch, Model, Recipe
+from flux2_ds.prepare import __main__ as root
+from flux2_ds.prepare import pictures as pictures_module
+from flux2_ds.recipe import Data, Launch, Model, Prepare, Recipe, recipe_values
 from flux2_ds.spec import read_spec
 
 CAPTIONS = {"a": "a red square", "b": "a wide field", "c": "a red square", "d": "a tall tower"}
 SIZES = {"a": (96, 96), "b": (128, 72), "c": (100, 96), "d": (64, 128)}
+CROP = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +45,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def add_photo(folder: Path, name: str, size: tuple[int, int], caption: str) -> None:
+    pixels = np.random.default_rng(len(name)).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(caption)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name, (width, height) in SIZES.items():
-        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(CAPTIONS[name])
+    for name, size in SIZES.items():
+        add_photo(folder, name, size, CAPTIONS[name])
     return folder
 
 
-def recipe_for(model: Path, photos: Path, shards: Path, **data: object) -> Recipe:
+def recipe_for(
+    model: Path, photos: object, shards: Path, prepare: Prepare | None = None, **data: object
+) -> Recipe:
     settings = {"resolution": 64, "bucket_step": 16, "samples_per_shard": 2, **data}
+    images = photos if isinstance(photos, dict) else str(photos)
     return Recipe(
         run_dir="unused",
         precision="fp32",
         model=Model(path=str(model)),
-        data=Data(images=str(photos), shards=str(shards), **settings),  # type: ignore[arg-type]
+        data=Data(images=images, shards=str(shards), **settings),  # type: ignore[arg-type]
+        prepare=prepare or Prepare(),
         launch=Launch(accelerator="cpu"),
     )
 
@@ -61,8 +80,25 @@ def run(recipe: Recipe) -> Index:
     return root.prepare(recipe, model, read_spec(model))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def samples(folder: Path) -> dict[str, str]:
+    """Caption by source file of everything in the index."""
+    found = {}
+    for shard in read_index(folder).shards:
+        reader = ShardReader(folder / shard.name, shard.dropped)
+        for row in range(shard.samples):
+            meta = reader.meta(row)
+            assert meta["source"] not in found
+            found[meta["source"]] = meta["caption"]
+            assert reader.latent(row).shape[0] == 32 and reader.text(row).shape[0] == 512
+    return found
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
 
 
 def truncate(picture: Path) -> None:
@@ -70,55 +106,74 @@ def truncate(picture: Path) -> None:
     picture.write_bytes(whole[: len(whole) // 2])
 
 
-def test_samples_hold_what_the_pipeline_computes(model: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the encoders are given from now on: captions and file names."""
+    seen: list[str] = []
+    encode, decode = TextEncoder.encode, pictures_module.decode
+
+    def encode_noted(self: TextEncoder, captions: list[str]) -> torch.Tensor:
+        seen.extend(captions)
+        return encode(self, captions)
+
+    def decode_noted(picture):
+        seen.append(picture.entry.key)
+        return decode(picture)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode_noted)
+    monkeypatch.setattr(pictures_module, "decode", decode_noted)
+    return seen
+
+
+def test_samples_hold_what_the_pipeline_computes(model, photos, tmp_path, encoded):
     shards = tmp_path / "shards"
     index = run(recipe_for(model, photos, shards))
-    assert index.samples == 4
-    crop = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0}
-    assert index.settings == crop
+    assert index == read_index(shards)
+    assert (index.samples, index.settings) == (4, CROP)
+    assert sorted(encoded) == sorted({"", *CAPTIONS.values()} | {f"{n}.png" for n in SIZES})
+    assert samples(shards) == {f"{name}.png": caption for name, caption in CAPTIONS.items()}
     pipeline = load_pipeline(model, read_spec(model), torch.float32)
-    seen = {}
     for shard in index.shards:
         reader = ShardReader(shards / shard.name)
         for row in range(shard.samples):
-            meta = reader.meta(row)
-            seen[meta["source"]] = meta["caption"]
-            expected, _ = pipeline.encode_prompt(meta["caption"])
+            expected, _ = pipeline.encode_prompt(reader.meta(row)["caption"])
             torch.testing.assert_close(reader.text(row), expected[0], rtol=1e-4, atol=1e-4)
             shape = (32, shard.bucket.height // 8, shard.bucket.width // 8)
             assert reader.latent(row).shape == shape and reader.latent(row).dtype == torch.float32
-    assert seen == {f"{name}.png": caption for name, caption in CAPTIONS.items()}
     conditioning = load_file(shards / "conditioning.safetensors")
     mean, std = latents.statistics(pipeline.vae)
     assert torch.equal(conditioning["latent_mean"], mean)
     assert torch.equal(conditioning["latent_std"], std)
     empty, _ = pipeline.encode_prompt("")
     torch.testing.assert_close(conditioning["empty_text"], empty[0], rtol=1e-4, atol=1e-4)
-    assert sorted(path.name for path in shards.iterdir() if path.name.startswith(".")) == []
+    assert not (shards / ".texts").exists()
+    for bucket in index.bucket_counts():
+        with Image.open(shards / "contact_sheets" / f"{bucket}.jpg") as sheet:
+            assert sheet.width >= bucket.width
 
 
-def test_unusable_pictures_are_skipped_named_and_counted(
-    model: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_pictures_are_skipped_named_and_counted(model, photos, tmp_path, caplog):
     truncate(photos / "b.png")
     (photos / "c.png").write_text("no picture")
+    (photos / "empty.png").touch()
     Image.new("RGB", (8, 8)).save(photos / "small.png")
-    (photos / "small.txt").write_text("tiny")
-    index = run(recipe_for(model, photos, tmp_path / "shards"))
-    assert index.samples == 2
-    report = json.loads((tmp_path / "shards" / "report.json").read_text())
-    reasons = {Path(path).name: reason for path, reason in report["skipped"].items()}
-    assert set(reasons) == {"b.png", "c.png", "small.png"}
-    assert "truncated" in reasons["b.png"] and "data.max_upscale" in reasons["small.png"]
+    for name in ("small", "empty"):
+        (photos / f"{name}.txt").write_text("tiny")
+    shards = tmp_path / "shards"
+    assert run(recipe_for(model, photos, shards)).samples == 2
+    reasons = report(shards)["skipped"]
+    assert set(reasons) == {f"images/{name}.png" for name in ("b", "c", "empty", "small")}
+    assert "truncated" in reasons["images/b.png"]
+    assert "data.max_upscale" in reasons["images/small.png"]
     assert all(name in caplog.text for name in reasons)
+    summary = (shards / "report.txt").read_text()
+    assert "4 pictures skipped" in summary and "3 unreadable: images/" in summary
 
 
 @pytest.mark.parametrize(
     ("setting", "samples", "caption"), [("skip", 3, None), ("fixed", 4, "a photograph")]
 )
-def test_a_missing_caption_follows_the_setting(
-    model: Path, photos: Path, tmp_path: Path, setting: str, samples: int, caption: str | None
-) -> None:
+def test_a_missing_caption_follows_the_setting(model, photos, tmp_path, setting, samples, caption):
     (photos / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.png.*data\.missing_caption"):
         run(recipe_for(model, photos, tmp_path / "refused"))
@@ -126,97 +181,262 @@ def test_a_missing_caption_follows_the_setting(
     recipe = recipe_for(
         model, photos, tmp_path / "s", missing_caption=setting, fixed_caption=caption or ""
     )
+    assert run(recipe).samples == samples
+    assert globals()["samples"](tmp_path / "s").get("a.png") == caption
+
+
+def test_a_folder_that_grows_keeps_its_shards_and_encodes_only_what_is_new(
+    model, photos, tmp_path, encoded
+):
+    shards = tmp_path / "shards"
+    recipe = recipe_for(model, photos, shards)
+    run(recipe)
+    before = shard_bytes(shards)
+    encoded.clear()
+    assert run(recipe).samples == 4  # nothing new
+    assert encoded == [] and shard_bytes(shards) == before
+
+    add_photo(photos, "e", (96, 96), CAPTIONS["d"])  # a caption known from before
+    add_photo(photos, "f", (96, 96), "a new caption")
+    os.utime(photos / "a.png", ns=(1, 1))  # touched, with the same bytes
     index = run(recipe)
-    assert index.samples == samples
-    found = {
-        reader.meta(row)["source"]: reader.meta(row)["caption"]
-        for shard in index.shards
-        for reader in [ShardReader(tmp_path / "s" / shard.name)]
-        for row in range(shard.samples)
-    }
-    assert found.get("a.png") == caption
+    assert encoded == ["a new caption", "e.png", "f.png"]
+    assert index.samples == 6
+    expected = {f"{name}.png": caption for name, caption in CAPTIONS.items()}
+    expected |= {"e.png": CAPTIONS["d"], "f.png": "a new caption"}
+    assert samples(shards) == expected
+    assert {
+        name: content for name, content in shard_bytes(shards).items() if name in before
+    } == before
+    assert (report(shards)["kept"], report(shards)["encoded"]) == (4, 2)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_files(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("e", "f"):  # a third shard
-        shutil.copy(photos / "a.png", photos / f"{name}.png")
-        (photos / f"{name}.txt").write_text("another")
+def test_what_is_gone_or_changed_is_dropped_but_no_shard_is_rewritten(
+    model, photos, tmp_path, encoded
+):
+    shards = tmp_path / "shards"
+    recipe = recipe_for(model, photos, shards)
+    run(recipe)
+    before = shard_bytes(shards)
+    encoded.clear()
+    (photos / "a.txt").write_text("another caption")
+    add_photo(photos, "c", (96, 100), CAPTIONS["c"])  # another picture of that name
+    (photos / "d.png").unlink()
+    index = run(recipe)
+    assert encoded == ["another caption", "a.png", "c.png"]
+    assert samples(shards) == {
+        "a.png": "another caption", "b.png": CAPTIONS["b"], "c.png": CAPTIONS["c"]
+    }  # fmt: skip
+    assert index.samples == 3 and report(shards)["dropped"] == 3
+    assert {
+        name: content for name, content in shard_bytes(shards).items() if name in before
+    } == before
+    # What is put back is found again.
+    (photos / "a.txt").write_text(CAPTIONS["a"])
+    encoded.clear()
+    run(recipe)
+    assert encoded == [] and samples(shards)["a.png"] == CAPTIONS["a"]
+
+
+def test_several_sources_and_areas(model, photos, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    add_photo(other, "a", (48, 48), "a small one")
+    images = {"one": str(photos), "two": str(other)}
+    index = run(recipe_for(model, images, tmp_path / "s", resolution=[32, 64]))
+    found = {(s.source, str(s.bucket)): s.samples for s in index.shards}
+    # The largest area that a picture fills without being enlarged; d is 64x128.
+    assert found == {("one", "64x64"): 2, ("one", "80x48"): 1, ("one", "48x80"): 1,
+                     ("two", "32x32"): 1}  # fmt: skip
+    assert report(tmp_path / "s")["sources"] == {"one": 4, "two": 1}
+    assert all(shard.name.startswith(f"{shard.source}-{shard.bucket}-") for shard in index.shards)
+
+
+def test_pictures_in_tars(model, photos, tmp_path):
+    tar = tmp_path / "raw.tar"
+    with tarfile.open(tar, "w") as out:
+        for path in sorted(photos.iterdir()):
+            out.add(path, path.name)
+    run(recipe_for(model, photos, tmp_path / "from-folder"))
+    run(recipe_for(model, tar, tmp_path / "from-tar"))
+    expected = samples(tmp_path / "from-folder")
+    assert samples(tmp_path / "from-tar") == {f"raw.tar/{k}": v for k, v in expected.items()}
+    one, other = (
+        {s.name: ShardReader(folder / s.name) for s in read_index(folder).shards}
+        for folder in (tmp_path / "from-folder", tmp_path / "from-tar")
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name].latent(0), other[name].latent(0))
+
+
+def test_captions_over_512_tokens_are_counted(model, photos, tmp_path):
+    (photos / "a.txt").write_text("red " * 600)
+    run(recipe_for(model, photos, tmp_path / "s"))
+    ((caption, tokens),) = report(tmp_path / "s")["captions_cut"].items()
+    assert caption == ("red " * 600).strip() and tokens > 600
+    assert "1 captions are longer than 512 tokens" in (tmp_path / "s" / "report.txt").read_text()
+
+
+def test_rounds_keep_the_scratch_space_small(model, photos, tmp_path, encoded):
+    run(recipe_for(model, photos, tmp_path / "whole"))
+    encoded.clear()
+    tiny = Prepare(scratch_gb=1e-9)  # a shard at a time
+    run(recipe_for(model, photos, tmp_path / "rounds", prepare=tiny))
+    captions = [item for item in encoded if not item.endswith(".png")]
+    assert sorted(captions) == sorted({"", *CAPTIONS.values()})
+    assert captions != sorted(captions)  # they did come in rounds
+    assert shard_bytes(tmp_path / "rounds") == shard_bytes(tmp_path / "whole")
+
+
+def test_several_processes_write_the_same_shards(model, photos, tmp_path):
+    run(recipe_for(model, photos, tmp_path / "one"))
+    run(recipe_for(model, photos, tmp_path / "two", prepare=Prepare(processes=2)))
+    one, two = (shard_bytes(tmp_path / name) for name in ("one", "two"))
+    assert one == two and len(one) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        (Prepare(text_weights="bf16", vae_precision="bf16"), 0.15),
+        (Prepare(text_weights="int8"), 0.15),
+        (Prepare(vae_slicing=True, vae_tiling=True, text_device="cpu"), 1e-4),
+    ],
+)
+def test_encoder_settings(model, photos, tmp_path, settings, tolerance):
+    run(recipe_for(model, photos, tmp_path / "plain"))
+    index = run(recipe_for(model, photos, tmp_path / "other", prepare=settings))
+    for shard in index.shards:
+        plain, other = (ShardReader(tmp_path / n / shard.name) for n in ("plain", "other"))
+        for read in ("latent", "text"):
+            expected, found = getattr(plain, read)(0).float(), getattr(other, read)(0).float()
+            assert (found - expected).norm() <= tolerance * expected.norm()
+    dtype = torch.float32 if settings.text_weights == "auto" else torch.bfloat16
+    assert other.text(0).dtype == dtype
+    with pytest.raises(UserError, match=r"changed: encoding"):
+        run(recipe_for(model, photos, tmp_path / "plain", prepare=settings))
+
+
+def test_kill_9_loses_nothing_that_is_finished(model, photos, tmp_path):
+    for number in range(12):
+        add_photo(photos, f"more{number}", (96, 96), "a red square")
     truncate(photos / "a.png")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(recipe_for(model, photos, whole))
-    written: list[str] = []
+    run(recipe_for(model, photos, tmp_path / "whole"))
+    recipe = recipe_for(model, photos, tmp_path / "cut")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe_values(recipe)))
+    # A slow VAE, so that the kill comes in the middle.
+    script = (
+        "import sys, time; from flux2_ds.prepare import __main__ as root, pictures\n"
+        "encode = pictures.latents.encode\n"
+        "pictures.latents.encode = lambda *a: (time.sleep(0.3), encode(*a))[1]\n"
+        f"sys.argv = ['prepare', '--config', {str(config)!r}]\n"
+        "root.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut" / "prepared").glob("*.tar.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "index.json").exists()
+    notes = list((tmp_path / "cut" / "prepared").glob("*.tar.json"))
+    finished = {path.name.removesuffix(".json") for path in notes}
+    times = {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in finished}
+    run(recipe)
+    assert {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in finished} == times
+    assert shard_bytes(tmp_path / "whole") == shard_bytes(tmp_path / "cut")
+    assert read_index(tmp_path / "whole") == read_index(tmp_path / "cut")
+    reasons = [report(tmp_path / name)["skipped"] for name in ("whole", "cut")]
+    assert reasons[0] == reasons[1] and list(reasons[0]) == ["images/a.png"]
+    left = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()}
 
-    def write_two(path: Path, *rest: object) -> object:
-        if len(written) == 2:
-            path.with_suffix(".partial").write_bytes(b"half a shard")
-            raise KeyboardInterrupt
-        written.append(path.name)
-        return original(path, *rest)  # type: ignore[arg-type]
 
-    original = root.write_shard
-    monkeypatch.setattr(root, "write_shard", write_two)
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe_for(model, photos, cut))
-    assert not (cut / "index.json").exists()
-    notes = [json.loads(path.read_text()) for path in (cut / ".finished").iterdir()]
-    assert [path for note in notes for path in note["skipped"]] == [str(photos / "a.png")]
-    monkeypatch.setattr(root, "write_shard", original)
-    times = {name: (cut / name).stat().st_mtime_ns for name in written}
-    run(recipe_for(model, photos, cut))
-    assert {name: (cut / name).stat().st_mtime_ns for name in written} == times
-    # The report names what the first start left out, and the contact sheet does without it.
-    assert list(json.loads((cut / "report.json").read_text())["skipped"]) == [str(photos / "a.png")]
-    assert contents(whole) == contents(cut)
-    assert not [path.name for path in cut.iterdir() if path.name.startswith(".")]
+def test_a_full_disk_is_said_and_survived(model, photos, tmp_path, monkeypatch):
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(UserError, match=r"needs \d\.\d\d GB more.* has 0\.00 GB free"):
+            run(recipe)
+
+    class FullFile(io.FileIO):
+        def write(self, data):
+            if self.tell() > 20_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        original = Path.open
+
+        def opened(self, mode="r", *rest, **more):
+            partial = self.suffix == ".partial" and "w" in mode and "images-" in self.name
+            return FullFile(self, "w") if partial else original(self, mode, *rest, **more)
+
+        patch.setattr(Path, "open", opened)
+        with pytest.raises(UserError, match=r"the disk of data\.shards .* is full"):
+            run(recipe)
+    assert not list((tmp_path / "s").glob("*.partial"))
+    assert run(recipe).samples == 4
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"samples_per_shard": 3}, "settings"),
-        ({"max_upscale": 1.5}, "settings"),
-        ({"precision": "bf16"}, "text precision"),
+        ({"data.max_upscale": 1.5}, "settings"),
+        ({"data.resolution": [64, 32]}, "settings"),
+        ({"precision": "bf16"}, "encoding"),
     ],
 )
-def test_shards_of_other_settings_are_not_continued(
-    model: Path, photos: Path, tmp_path: Path, change: dict[str, object], named: str
-) -> None:
+def test_shards_of_other_settings_are_not_continued(model, photos, tmp_path, change, named):
     recipe = recipe_for(model, photos, tmp_path / "s")
-    captioned = root.read_photos(recipe.data, root.Skipped())
-    root.claim(tmp_path / "s", captioned, recipe, {})
-    root.claim(tmp_path / "s", captioned, recipe, {})  # the same again
-    if "precision" in change:
-        other = dataclasses.replace(recipe, **change)  # type: ignore[arg-type]
-    else:
-        data = dataclasses.replace(recipe.data, **change)  # type: ignore[arg-type]
-        other = dataclasses.replace(recipe, data=data)
-    with pytest.raises(UserError, match=rf"changed: {named}\)"):
-        root.claim(tmp_path / "s", captioned, other, {})
+    content = root.content_of(recipe, {})
+    for _ in range(2):
+        with root.claimed(tmp_path / "s", content):
+            pass
+    ((name, value),) = change.items()
+    section, _, field = name.rpartition(".")
+    if section:
+        value = dataclasses.replace(recipe.data, **{field: value})
+    other = dataclasses.replace(recipe, **{section or field: value})
+    with (
+        pytest.raises(UserError, match=rf"changed: {named};"),
+        root.claimed(tmp_path / "s", root.content_of(other, {})),
+    ):
+        pass
 
 
-def test_a_folder_of_something_else_is_left_alone(
-    model: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_two_at_a_time_are_refused(tmp_path):
+    with (
+        root.claimed(tmp_path / "s", {}),
+        pytest.raises(UserError, match="another prepare is writing"),
+        root.claimed(tmp_path / "s", {}),
+    ):
+        pass
+
+
+def test_a_folder_of_something_else_is_left_alone(model, photos, tmp_path):
     shards = tmp_path / "shards"
-    recipe = recipe_for(model, photos, shards)
-    run(recipe)
-    before = contents(shards)
-    assert run(recipe).samples == 4  # again: nothing to do
-    (photos / "a.txt").write_text("another caption")
-    with pytest.raises(UserError, match=r"data\.shards .* prepared from something else"):
-        run(recipe)
-    assert contents(shards) == before
+    run(recipe_for(model, photos, shards))
+    before = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    other = tmp_path / "other"
+    other.mkdir()
+    add_photo(other, "z", (96, 96), "something else")
+    with pytest.raises(UserError, match=r"data\.shards .* prepared from other pictures"):
+        run(recipe_for(model, other, shards))
+    assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not empty"):
-        run(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=str(foreign))))
-    assert contents(foreign) == {"mine.txt": b"keep"}
+        run(recipe_for(model, photos, foreign))
+    assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
 
 
-def test_shards_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
+def test_shards_of_another_model_are_refused(model, tmp_path):
     other = tmp_path / "other"
     make_tiny(other, "klein", seed=1)
     with pytest.raises(UserError, match=r"made by another model: their vae is \w+, .* is \w+"):

@@ -106,7 +106,8 @@ def test_settings_that_do_not_change_the_numbers_are_free(started):
             preview=dataclasses.replace(before.preview, prompts=["other"]),
             launch=dataclasses.replace(before.launch, processes=4),
             batch=dataclasses.replace(before.batch, micro_size=4),
-            data=dataclasses.replace(before.data, images="elsewhere", text_batch=1, image_batch=1),
+            data=dataclasses.replace(before.data, images="elsewhere"),
+            prepare=dataclasses.replace(before.prepare, text_batch=1),
         )
     )
 

@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from flux2_ds import prepare, train
+from flux2_ds import train
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import draw
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.engine import Process
 from flux2_ds.model import transformer
+from flux2_ds.prepare import __main__ as prepare
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Objective, Recipe
 from flux2_ds.spec import Spec
 

@@ -1,0 +1,113 @@
+"""Bytes of files on a local disk or under a URL, whole or in part. No torch.
+
+URLs are read through fsspec: http(s)://, s3://, gs://, hf:// and whatever else is installed. A read that
+fails is tried again with growing pauses, because stores and networks come back; what will not come
+back (no such file, no permission) is an error at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+
+from flux2_ds.errors import UserError
+
+log = logging.getLogger("flux2_ds")
+
+PAUSES_S = (1, 2, 4, 8, 16, 30, 60)
+"""Waits between the tries of a read: a store may be away for two minutes."""
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_NOT_THE_STORE = (UserError, TypeError, AttributeError, NameError)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A file, or `size` bytes of it from `offset` on."""
+
+    location: str
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            UserError: the file stays out of reach, or is too short.
+        """
+        if is_url(self.location):
+            data = tried_again(self.location, self._fetch)
+        else:
+            try:
+                data = self._load()
+            except OSError as error:
+                raise UserError(f"{self.location} cannot be read: {error.strerror}.") from error
+        if self.size is not None and len(data) != self.size:
+            raise UserError(
+                f"{self.location} gave {len(data)} instead of {self.size} bytes at {self.offset}: it "
+                "is incomplete, or its server does not serve parts of files (HTTP range requests)."
+            )
+        return data
+
+    def _load(self) -> bytes:
+        with Path(self.location).open("rb") as stream:
+            if self.size is None:
+                return stream.read()
+            return os.pread(stream.fileno(), self.size, self.offset)
+
+    def _fetch(self) -> bytes:
+        system, path = fsspec.url_to_fs(self.location)
+        end = None if self.size is None else self.offset + self.size
+        data: bytes = system.cat_file(path, start=self.offset or None, end=end)
+        return data
+
+
+def is_url(location: str) -> bool:
+    """Whether `location` is read through fsspec."""
+    return "://" in location
+
+
+def join(folder: str, name: str) -> str:
+    """`name` in `folder`; an absolute path or a URL stays what it is."""
+    if is_url(name):
+        return name
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
+
+
+def tried_again(location: str, read: Callable[[], Value]) -> Value:
+    """The value of `read`, which may fail for a while.
+
+    Raises:
+        UserError: naming the location and the cause.
+    """
+    for pause in (*PAUSES_S, None):
+        try:
+            return read()
+        except _FINAL as error:
+            raise UserError(f"{location} cannot be read: {_reason(error)}.") from error
+        except ImportError as error:
+            raise UserError(f"{location} needs another package: {error}.") from error
+        except _NOT_THE_STORE:
+            raise
+        except Exception as error:  # every store has errors of its own; all end in a UserError
+            if pause is None:
+                raise UserError(
+                    f"{location} stays out of reach after {len(PAUSES_S) + 1} tries: "
+                    f"{_reason(error)}. Check the address, the network and the credentials."
+                ) from error
+            log.warning("%s: %s; next try in %d s", location, _reason(error), pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

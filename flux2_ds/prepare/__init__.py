@@ -1,0 +1,1 @@
+"""Photographs and captions in, WebDataset shards of latents and text embeddings out."""

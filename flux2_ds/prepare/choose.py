@@ -1,0 +1,109 @@
+"""Which pictures are used: those with a caption that fill a bucket."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from flux2_ds.data.buckets import (
+    Bucket,
+    bucket_table,
+    choose_bucket,
+    resolutions,
+    upscale_factor,
+)
+from flux2_ds.data.images import UnreadableImageError, image_size
+from flux2_ds.errors import UserError
+from flux2_ds.prepare.entries import Entry, Picture, Skipped
+from flux2_ds.recipe import Data
+
+_THREADS = 16  # reading a header is waiting, on network file systems above all
+
+
+def with_captions(entries: list[Entry], data: Data, skipped: Skipped) -> list[Entry]:
+    """The entries that can be used as far as their captions go.
+
+    Raises:
+        UserError: a picture without a caption with `missing_caption: error`, or none left.
+    """
+    usable, bare = [], []
+    for entry in entries:
+        if entry.caption is None and data.missing_caption == "error" and not _broken(entry):
+            bare.append(entry)
+        elif entry.problem is not None:
+            skipped.add(entry.name, entry.problem)
+        elif entry.caption is None and data.missing_caption == "skip":
+            skipped.add(entry.name, "no caption")
+        else:
+            usable.append(replace(entry, caption=entry.caption or data.fixed_caption))
+    if bare:
+        reason = bare[0].problem or "no text in a .txt file beside it or in metadata"
+        raise UserError(
+            f"{len(bare)} of {len(entries)} pictures have no caption, the first is {bare[0].name} "
+            f"({reason}). Write the captions, or set data.missing_caption to skip or fixed."
+        )
+    return usable
+
+
+def _broken(entry: Entry) -> bool:
+    """Whether the picture itself cannot be used, whatever its caption."""
+    return entry.problem is not None and not entry.problem.startswith("caption ")
+
+
+def choose_buckets(entries: list[Entry], data: Data, skipped: Skipped) -> list[Picture]:
+    """Measure the pictures and give each its bucket; those that fit none are skipped."""
+    tables = [
+        bucket_table(resolution, data.bucket_step, data.max_aspect)
+        for resolution in resolutions(data.resolution)
+    ]
+    chosen = []
+    with ThreadPoolExecutor(_THREADS) as threads:
+        sizes = threads.map(_size, entries)
+        for entry, size in tqdm(
+            zip(entries, sizes, strict=True), "measured", len(entries), unit="img", delay=2
+        ):
+            if isinstance(size, str):
+                skipped.add(entry.name, size)
+                continue
+            bucket = fitting_bucket(*size, tables, data.max_upscale)
+            if bucket is not None:
+                chosen.append(Picture(entry, entry.caption or "", bucket))
+                continue
+            smallest = choose_bucket(*size, tables[-1])
+            skipped.add(
+                entry.name,
+                f"{size[0]}x{size[1]} px must be enlarged {upscale_factor(*size, smallest):.2f}× "
+                f"for bucket {smallest}; data.max_upscale is {data.max_upscale:g}",
+            )
+    return chosen
+
+
+def fitting_bucket(
+    width: int, height: int, tables: list[list[Bucket]], max_upscale: float
+) -> Bucket | None:
+    """The best bucket of the first table in which the picture need not be enlarged too much."""
+    for table in tables:
+        bucket = choose_bucket(width, height, table)
+        if upscale_factor(width, height, bucket) <= max_upscale:
+            return bucket
+    return None
+
+
+def _size(entry: Entry) -> tuple[int, int] | str:
+    """Width and height, or why they cannot be known."""
+    try:
+        return entry.size or image_size(entry.blob.location)
+    except UnreadableImageError as error:
+        return f"unreadable: {error}"
+
+
+def bucket_lines(buckets: Iterable[Bucket]) -> list[str]:
+    """The table of buckets with counts, for people."""
+    return [
+        f"  {bucket!s:<10} {count:7d}  ({bucket.tokens} tokens)"
+        for bucket, count in sorted(Counter(buckets).items())
+    ]

@@ -1,0 +1,89 @@
+"""One picture as it was found, and its caption; what became of those that were left out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.storage import Blob
+
+log = logging.getLogger("flux2_ds")
+
+_SAID_BY_NAME = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A picture of a source.
+
+    `key` names it within the source and `stamp` changes when the file does. `problem` is the reason
+    why it cannot be used, `caption` None if it has none. `size` (width, height) is known of pictures
+    in tars, where finding out means reading them.
+    """
+
+    source: str
+    key: str
+    stamp: str
+    caption: str | None
+    blob: Blob
+    problem: str | None = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: source and key."""
+        return f"{self.source}/{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture to be encoded: where it is, what it is called in training, how it is cropped."""
+
+    entry: Entry
+    caption: str
+    bucket: Bucket
+
+
+@dataclass
+class Skipped:
+    """Pictures left out, with the reasons; the first are said by name, all are in the report."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        """Note that a picture is left out."""
+        self.reasons[name] = reason
+        if len(self.reasons) <= _SAID_BY_NAME:
+            log.warning("skipped %s: %s", name, reason)
+        elif len(self.reasons) == _SAID_BY_NAME + 1:
+            log.warning("skipped more; report.json names them all")
+
+
+def printable(name: str) -> str:
+    """A file name as text; bytes that are not UTF-8 become \\x escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def clean_caption(value: object) -> str | None:
+    """A caption from JSON or CSV; None if there is none. Lone surrogates become question marks."""
+    if value is None:
+        return None
+    return str(value).encode("utf-8", "replace").decode().strip() or None
+
+
+def decode_caption(content: bytes, name: str) -> tuple[str | None, str | None]:
+    """The caption in the contents of a text file, and what is wrong with it."""
+    try:
+        return content.decode("utf-8-sig").strip() or None, None
+    except UnicodeDecodeError as error:
+        return None, f"caption {printable(name)} is not UTF-8 ({error.reason})"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,158 @@
+"""What has been prepared: one note for every finished shard, kept beside the shards.
+
+A start compares the pictures with the notes. Shards are never rewritten: what is new or changed goes
+into new shards, and rows whose picture is gone or changed are dropped from the index. Going on after a
+kill is the same as growing: only shards with a note are finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.index import Shard
+from flux2_ds.prepare.entries import Entry, Picture, write_whole
+
+FOLDER = "prepared"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The picture that one sample of a shard was made of. `sha256` is of its bytes."""
+
+    key: str
+    stamp: str
+    sha256: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """A finished shard: a row for each sample, and the pictures that could not be decoded."""
+
+    shard: Shard
+    rows: list[Row]
+    skipped: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Stamp and reason by key."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be written."""
+
+    name: str
+    source: str
+    bucket: Bucket
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is there already and what is to be done.
+
+    `kept`: entries with the bucket they were encoded in. `fresh`: entries to encode.
+    `dropped`: rows to leave out, by shard name. `skipped`: reasons by picture name.
+    """
+
+    kept: list[Picture]
+    fresh: list[Entry]
+    dropped: dict[str, list[int]]
+    skipped: dict[str, str]
+
+
+def caption_digest(caption: str) -> str:
+    """Names a caption."""
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def read_notes(folder: Path) -> list[Note]:
+    """All finished shards, sorted by name."""
+    notes = []
+    for path in sorted((folder / FOLDER).glob("*.tar.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        shard = Shard(**{**facts["shard"], "bucket": Bucket(**facts["shard"]["bucket"])})
+        rows = [Row(*row) for row in facts["rows"]]
+        notes.append(Note(shard, rows, {k: (s, r) for k, (s, r) in facts["skipped"].items()}))
+    return notes
+
+
+def write_note(folder: Path, note: Note) -> None:
+    """Remember a finished shard; it is finished when this file is there."""
+    rows = [[row.key, row.stamp, row.sha256, row.caption] for row in note.rows]
+    facts = {"shard": asdict(note.shard), "rows": rows, "skipped": note.skipped}
+    (folder / FOLDER).mkdir(exist_ok=True)
+    write_whole(folder / FOLDER / f"{note.shard.name}.json", json.dumps(facts))
+
+
+def compare(entries: list[Entry], notes: list[Note]) -> Comparison:
+    """Sort the pictures into those that are encoded, those that are not, and rows without one.
+
+    A picture is unchanged if its caption is, and its stamp or, failing that, its bytes.
+    """
+    wanted = {(entry.source, entry.key): entry for entry in entries}
+    kept: list[Picture] = []
+    dropped: dict[str, list[int]] = {}
+    skipped: dict[str, str] = {}
+    for note in notes:
+        source = note.shard.source
+        for number, row in enumerate(note.rows):
+            entry = wanted.get((source, row.key))
+            if entry is not None and _same(entry, row):
+                del wanted[source, row.key]
+                kept.append(Picture(entry, entry.caption or "", note.shard.bucket))
+            else:
+                dropped.setdefault(note.shard.name, []).append(number)
+        for key, (stamp, reason) in note.skipped.items():
+            entry = wanted.get((source, key))
+            if entry is not None and entry.stamp == stamp:
+                del wanted[source, key]
+                skipped[entry.name] = reason
+    return Comparison(kept, list(wanted.values()), dropped, skipped)
+
+
+def _same(entry: Entry, row: Row) -> bool:
+    if caption_digest(entry.caption or "") != row.caption:
+        return False
+    return entry.stamp == row.stamp or (
+        entry.stamp.split(":")[0] == row.stamp.split(":")[0]
+        and hashlib.sha256(entry.blob.read()).hexdigest() == row.sha256
+    )
+
+
+def plan_shards(pictures: list[Picture], notes: list[Note], samples_per_shard: int) -> list[Job]:
+    """The shards to write, each of one source and bucket, under names not taken yet."""
+    groups: dict[tuple[str, Bucket], list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault((picture.entry.source, picture.bucket), []).append(picture)
+    taken = {note.shard.name for note in notes}
+    jobs = []
+    for (source, bucket), members in sorted(groups.items()):
+        names = _free_names(f"{source}-{bucket}", taken)
+        for start in range(0, len(members), samples_per_shard):
+            group = members[start : start + samples_per_shard]
+            jobs.append(Job(next(names), source, bucket, group))
+    return jobs
+
+
+def _free_names(stem: str, taken: set[str]) -> Iterator[str]:
+    number = 0
+    while True:
+        name = f"{stem}-{number:05d}.tar"
+        if name not in taken:
+            yield name
+        number += 1
+
+
+def shards_of(notes: list[Note], dropped: dict[str, list[int]]) -> list[Shard]:
+    """The shards for the index, without the dropped rows; shards without a sample are left out."""
+    shards = []
+    for note in notes:
+        gone = dropped.get(note.shard.name, [])
+        shard = replace(note.shard, samples=note.shard.samples - len(gone), dropped=gone)
+        if shard.samples:
+            shards.append(shard)
+    return shards

@@ -1,0 +1,138 @@
+"""Pictures to latents, and whole shards of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLFlux2
+from numpy.typing import NDArray
+
+from flux2_ds.data.images import UnreadableImageError, load_cropped
+from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.data.storage import is_url
+from flux2_ds.errors import UserError
+from flux2_ds.model import latents
+from flux2_ds.prepare.entries import Picture
+from flux2_ds.prepare.ledger import Job, Note, Row, caption_digest, write_note
+from flux2_ds.prepare.texts import TextFiles
+from flux2_ds.recipe import Prepare
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A cropped picture, or the reason why there is none."""
+
+    picture: Picture
+    pixels: NDArray[np.uint8] | None
+    sha256: str = ""
+    reason: str = ""
+
+
+class PictureWorker:
+    """Writes shards: decodes, crops and encodes their pictures."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Prepare,
+        texts: TextFiles,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self._vae = load_vae(directory, settings, device)
+        self._settings, self._texts, self._folder = settings, texts, folder
+
+    def __call__(self, job: Job, tick: Callable[[int], Any]) -> Note:
+        """Write one shard and its note."""
+        rows: list[Row] = []
+        skipped: dict[str, tuple[str, str]] = {}
+        shard = write_shard(
+            self._folder / job.name,
+            job.bucket,
+            self._records(job, rows, skipped, tick),
+            self._texts.read,
+            job.source,
+        )
+        note = Note(shard, rows, skipped)
+        write_note(self._folder, note)
+        return note
+
+    def _records(
+        self,
+        job: Job,
+        rows: list[Row],
+        skipped: dict[str, tuple[str, str]],
+        tick: Callable[[int], Any],
+    ) -> Iterator[Record]:
+        """Encode the pictures of a shard; notes those that become a row and those that do not."""
+        for batch in self._batches(job.pictures):
+            pixels: list[NDArray[np.uint8]] = []
+            readable: list[tuple[str, str]] = []
+            for decoded in batch:
+                entry = decoded.picture.entry
+                if decoded.pixels is None:
+                    skipped[entry.key] = (entry.stamp, decoded.reason)
+                    continue
+                pixels.append(decoded.pixels)
+                digest = caption_digest(decoded.picture.caption)
+                rows.append(Row(entry.key, entry.stamp, decoded.sha256, digest))
+                readable.append((entry.key, decoded.picture.caption))
+            if pixels:
+                encoded = latents.encode(self._vae, torch.from_numpy(np.stack(pixels)))
+                for (key, caption), latent in zip(readable, encoded, strict=True):
+                    yield Record(key, caption, latent.cpu())
+            tick(len(batch))
+
+    def _batches(self, pictures: list[Picture]) -> Iterator[list[Decoded]]:
+        """Decoded batches in order; threads decode the next while one is encoded."""
+        batches = list(in_chunks(pictures, self._settings.image_batch))
+        ahead = 1 + -(-self._settings.decode_threads // self._settings.image_batch)
+        with ThreadPoolExecutor(self._settings.decode_threads) as threads:
+            waiting = [[threads.submit(decode, p) for p in batch] for batch in batches[:ahead]]
+            for number in range(len(batches)):
+                futures = waiting.pop(0)
+                yield [future.result() for future in futures]
+                if number + ahead < len(batches):
+                    waiting.append([threads.submit(decode, p) for p in batches[number + ahead]])
+
+
+def decode(picture: Picture) -> Decoded:
+    """Read a picture and crop it to its bucket."""
+    try:
+        content = picture.entry.blob.read()
+        pixels = load_cropped(content, picture.bucket)
+    except UnreadableImageError as error:
+        return Decoded(picture, None, reason=f"unreadable: {error}")
+    except UserError as error:
+        if is_url(picture.entry.blob.location):  # the store is away, and the next picture is, too
+            raise
+        return Decoded(picture, None, reason=f"unreadable: {error}")
+    return Decoded(picture, pixels, hashlib.sha256(content).hexdigest())
+
+
+def load_vae(directory: Path, settings: Prepare, device: torch.device) -> AutoencoderKLFlux2:
+    """The VAE with the recipe's precision, slicing and tiling."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.vae_precision]
+    vae = AutoencoderKLFlux2.from_pretrained(
+        directory, subfolder="vae", dtype=dtype, use_safetensors=True
+    ).to(device)
+    if settings.vae_slicing:
+        vae.enable_slicing()
+    if settings.vae_tiling:
+        vae.enable_tiling()
+    return vae
+
+
+def in_chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive pieces of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

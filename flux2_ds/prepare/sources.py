@@ -1,0 +1,161 @@
+"""Where pictures and captions come from: folders, with Hugging Face's metadata files, and tars.
+
+    find_entries({"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, "text")
+
+A caption is, in this order: the row of `metadata.jsonl` or `metadata.csv` that names the picture, the
+`.txt` file of the same name beside it, and in tars the caption of the `.json` member.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flux2_ds.data.images import SUFFIXES
+from flux2_ds.data.storage import Blob, is_url
+from flux2_ds.errors import UserError
+from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable
+from flux2_ds.prepare.tars import expand, read_tar
+
+log = logging.getLogger("flux2_ds")
+
+DEFAULT_SOURCE = "images"
+_METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def find_entries(images: str | dict[str, str], caption_column: str, scratch: Path) -> list[Entry]:
+    """All pictures of all sources, sorted by source and name.
+
+    `scratch` keeps what was found in tars, so that a second start does not read them again.
+
+    Raises:
+        UserError: a source that is missing, unreadable or without pictures, or a bad name.
+    """
+    sources = {DEFAULT_SOURCE: images} if isinstance(images, str) else images
+    if not sources:
+        raise UserError("data.images is empty. Give the folder of your pictures.")
+    found = []
+    for name, location in sorted(sources.items()):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
+                "are named after it."
+            )
+        entries = list(_source(name, location, caption_column, scratch))
+        if not entries:
+            raise UserError(
+                f"data.images {location} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither "
+                "in itself nor below. Give the folder of your pictures."
+            )
+        found += sorted(entries, key=lambda entry: entry.key)
+    return found
+
+
+def _source(name: str, location: str, caption_column: str, scratch: Path) -> Iterator[Entry]:
+    if location.endswith(".tar"):
+        tars = expand(location)
+    elif is_url(location):
+        raise UserError(
+            f"data.images {location} is a URL but no tar. Folders of pictures are read from disk; "
+            "name tars in a store one by one or by a pattern such as s3://bucket/{000..099}.tar."
+        )
+    elif not Path(location).is_dir():
+        raise UserError(
+            f"data.images {location} is not a folder. Give the folder of your pictures."
+        )
+    else:
+        yield from _folder(name, location, caption_column)
+        tars = sorted(str(path) for path in Path(location).glob("*.tar"))
+    for tar in tars:
+        yield from read_tar(name, tar, caption_column, scratch)
+
+
+def _folder(source: str, folder: str, caption_column: str) -> Iterator[Entry]:
+    """The pictures below a folder on disk."""
+    listed: dict[str, str | None] = {}
+    pictures: list[os.DirEntry[str]] = []
+    for file in _walk(folder):
+        if file.name in _METADATA:
+            listed |= _metadata(file.path, caption_column)
+        elif Path(file.name).suffix.lower() in SUFFIXES and not file.name.startswith("."):
+            pictures.append(file)
+    for file in pictures:
+        key = printable(os.path.relpath(file.path, folder))
+        facts = file.stat()
+        stamp = f"{facts.st_size}:{facts.st_mtime_ns}"
+        caption, problem = listed.pop(os.path.normpath(file.path), None), None
+        if caption is None:
+            caption, problem = _text_beside(file.path)
+        yield Entry(source, key, stamp, caption, Blob(file.path), problem)
+    for path in listed:
+        missing = "named in the metadata, but there is no such picture"
+        key = printable(os.path.relpath(path, folder))
+        yield Entry(source, key, "", "", Blob(path), missing)
+
+
+def _walk(folder: str) -> Iterator[os.DirEntry[str]]:
+    """All files below `folder`; a folder that links reach again is searched once."""
+    seen: set[tuple[int, int]] = set()
+    left = [folder]
+    while left:
+        current = left.pop()
+        facts = Path(current).stat()
+        if (facts.st_dev, facts.st_ino) in seen:
+            log.info("%s is reached again through a link and searched once", current)
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        try:
+            with os.scandir(current) as files:
+                for file in sorted(files, key=lambda file: file.name):
+                    if file.is_dir():
+                        left.append(file.path)
+                    elif file.is_file():
+                        yield file
+        except OSError as error:
+            raise UserError(
+                f"data.images {current} cannot be searched: {error.strerror}."
+            ) from error
+
+
+def _text_beside(picture: str) -> tuple[str | None, str | None]:
+    """The caption in the .txt file beside a picture, and what is wrong with it."""
+    path = Path(picture).with_suffix(".txt")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        return None, f"caption {printable(path.name)} cannot be read: {error.strerror}"
+    return decode_caption(content, path.name)
+
+
+def _metadata(path: str, caption_column: str) -> dict[str, str | None]:
+    """Captions by path from one metadata file, whose names are relative to its folder."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if path.endswith(".csv"):
+            rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        folder = Path(path).parent
+        captions: dict[str, str | None] = {}
+        for number, row in enumerate(rows, start=1):
+            for column in ("file_name", caption_column):
+                if column not in row:
+                    raise UserError(
+                        f"{path}: row {number} has no {column!r}, but {', '.join(map(repr, row))}. "
+                        "Name the pictures in file_name, and the captions' column in "
+                        "data.caption_column."
+                    )
+            picture = os.path.normpath(folder / str(row["file_name"]))
+            captions[picture] = clean_caption(row[caption_column])
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}. Correct or remove it.") from error
+    return captions

@@ -1,0 +1,157 @@
+"""Existing WebDataset tars of raw pictures, such as img2dataset writes: KEY.jpg, KEY.txt, KEY.json.
+
+A tar is read once from front to back, wherever it is, and nothing is unpacked; what was found is
+kept, with the place of every picture, so that encoding reads the pictures alone.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import braceexpand
+import fsspec
+
+from flux2_ds.data.images import SUFFIXES, UnreadableImageError, image_size
+from flux2_ds.data.storage import Blob, is_url, tried_again
+from flux2_ds.errors import UserError
+from flux2_ds.prepare.entries import (
+    Entry,
+    clean_caption,
+    decode_caption,
+    printable,
+    write_whole,
+)
+
+
+def expand(pattern: str) -> list[str]:
+    """The tars that a name with {000..099} or, on disk, * stands for.
+
+    Raises:
+        UserError: a file on disk that does not exist.
+    """
+    found: list[str] = []
+    for name in braceexpand.braceexpand(pattern):
+        if is_url(name):
+            found.append(name)
+            continue
+        matches = [name]
+        if "*" in name:
+            matches = sorted(glob.glob(name))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        missing = [path for path in matches if not Path(path).is_file()]
+        if missing or not matches:
+            raise UserError(f"data.images {pattern}: there is no file {(missing or [name])[0]}.")
+        found += matches
+    return found
+
+
+def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[Entry]:
+    """The pictures of one tar with their captions.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    stamp = _stamp(location)
+    name = hashlib.sha256(f"{location}|{stamp}|{caption_column}".encode()).hexdigest()[:24]
+    note = scratch / f"{name}.json"
+    if note.is_file():
+        return [_from_note(source, facts) for facts in json.loads(note.read_text())]
+
+    def scan() -> list[Entry]:
+        try:
+            with _stream(location) as stream:
+                return list(_scan(source, location, stream, caption_column))
+        except tarfile.TarError as error:
+            raise UserError(f"{location} cannot be read as a tar ({error}).") from error
+
+    entries = tried_again(location, scan) if is_url(location) else scan()
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_whole(note, json.dumps([asdict(entry) for entry in entries]))
+    return entries
+
+
+def _from_note(source: str, facts: dict[str, Any]) -> Entry:
+    size = facts["size"] and tuple(facts["size"])
+    return Entry(**{**facts, "source": source, "blob": Blob(**facts["blob"]), "size": size})
+
+
+def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) -> Iterator[Entry]:
+    pictures: dict[str, Entry] = {}
+    texts: dict[str, tuple[str | None, str | None]] = {}
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is None:  # a folder, link or device
+                continue
+            name = printable(member.name)
+            suffix = PurePosixPath(name).suffix.lower()
+            if suffix == ".txt":
+                texts[_stem(name)] = decode_caption(content.read(), name)
+            elif suffix == ".json":
+                texts.setdefault(_stem(name), _from_json(content.read(), name, caption_column))
+            elif suffix in SUFFIXES and not PurePosixPath(name).name.startswith("."):
+                entry = Entry(
+                    source,
+                    f"{PurePosixPath(location).name}/{name}",
+                    f"{member.size}:{member.mtime:.0f}",
+                    None,
+                    Blob(location, member.offset_data, member.size),
+                )
+                problem = _problem(name, known=name in pictures)
+                if problem:
+                    key = f"{entry.key}@{member.offset_data}"
+                    yield replace(entry, key=key, problem=problem)
+                else:
+                    pictures[name] = _measured(entry, content.read())
+    for name, entry in pictures.items():
+        caption, problem = texts.get(_stem(name), (None, None))
+        yield replace(entry, caption=caption, problem=entry.problem or problem)
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _measured(entry: Entry, content: bytes) -> Entry:
+    try:
+        return replace(entry, size=image_size(content))
+    except UnreadableImageError as error:
+        return replace(entry, problem=f"unreadable: {error}")
+
+
+def _problem(name: str, known: bool) -> str | None:
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        return "its name in the tar points outside (absolute or with ..)"
+    return "the tar has another picture of this name" if known else None
+
+
+def _from_json(content: bytes, name: str, caption_column: str) -> tuple[str | None, str | None]:
+    try:
+        facts: Any = json.loads(content)
+        value = facts.get(caption_column, facts.get("caption"))
+    except (ValueError, AttributeError) as error:
+        return None, f"{name} is not a JSON object ({error})"
+    return clean_caption(value), None
+
+
+def _stream(location: str) -> IO[bytes]:
+    if is_url(location):
+        stream: IO[bytes] = fsspec.open(location, "rb").open()
+        return stream
+    return Path(location).open("rb")
+
+
+def _stamp(location: str) -> str:
+    """Changes when the tar does."""
+    if not is_url(location):
+        facts = Path(location).stat()
+        return f"{facts.st_size}:{facts.st_mtime_ns}"
+    system, path = fsspec.url_to_fs(location)
+    facts_of = tried_again(location, lambda: system.info(path))
+    return "|".join(str(facts_of.get(name)) for name in ("size", "ETag", "etag", "LastModified"))
