@@ -110,7 +110,7 @@ def first_samples(shards: Path, index: Index, count: int) -> Iterator[tuple[Shar
     for shard in index.shards:
         rows = by_bucket.setdefault(shard.bucket, [])
         if len(rows) < count:
-            reader = ShardReader(shards / shard.name)
+            reader = ShardReader(shards / shard.name, shard.dropped)
             rows += [(reader, row) for row in range(min(shard.samples, count - len(rows)))]
     turns = [rows[turn] for turn in range(count) for rows in by_bucket.values() if turn < len(rows)]
     return islice(turns, count)
@@ -163,13 +163,12 @@ def timestep_line(settings: Objective, bucket: Bucket, count: int) -> str:
 def write_picture(
     path: Path, vae: AutoencoderKLFlux2, shards: Path, index: Index, count: int
 ) -> None:
-    """The first samples as the VAE decodes them."""
-    pictures = [
-        latents.decode(vae, reader.latent(row)[None])[0].numpy()
-        for reader, row in first_samples(shards, index, count)
-    ]
+    """The first samples as the VAE decodes them, with their captions."""
+    samples = list(first_samples(shards, index, count))
+    pictures = [latents.decode(vae, r.latent(row)[None])[0].numpy() for r, row in samples]
+    captions = [reader.meta(row)["caption"] for reader, row in samples]
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures).save(path)
+    contact_sheet(pictures, captions).save(path)
 
 
 if __name__ == "__main__":

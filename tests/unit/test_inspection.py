@@ -9,10 +9,11 @@ from PIL import Image
 from test_text import rendered
 from transformers import AutoTokenizer
 
-from flux2_ds import inspection, prepare
+from flux2_ds import inspection
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.errors import UserError
 from flux2_ds.model.prompt import read_prompt
+from flux2_ds.prepare import __main__ as prepare
 from flux2_ds.recipe import Objective, load_recipe
 from flux2_ds.spec import Spec
 
@@ -63,7 +64,7 @@ def test_the_report(settings, tiny_spec, monkeypatch, capsys) -> None:
     assert f"hidden states {layers}, stacked to width 96" in out
     assert out.count("s = 1.") == 2  # two buckets
     with Image.open(picture) as sheet:
-        assert sheet.size == (2 * 84, 68)
+        assert sheet.size == (2 * 88, 116)  # two cells with their captions
 
 
 @pytest.mark.parametrize("caption", [CAPTION, "", "word " * 600])
