@@ -21,6 +21,15 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - x0
 
 
-def flow_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over all elements, in fp32, unweighted; a scalar."""
-    return (prediction.float() - target.float()).square().mean()
+def flow_loss(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error in fp32, a scalar: over all elements, unweighted.
+
+    With `mask` [B, N] in [0, 1], not all 0: each sample's mean weighted by its mask, then the mean of the
+    samples, so that a sample counts the same however much of it is masked out.
+    """
+    errors = (prediction.float() - target.float()).square()
+    if mask is None:
+        return errors.mean()
+    return ((errors.mean(-1) * mask).sum(1) / mask.sum(1)).mean()

@@ -37,20 +37,28 @@ class FlowObjective:
 
         Tokens and t enter the model in fp32, text as it was stored; `keep_timestep_exact` casts them
         behind t's sinusoids. No text token is trimmed or masked, because the model is used that way.
+        Reference images follow the image without noise, and nothing is predicted for them.
         """
         size, settings = batch.latents.shape[0], self.settings
-        x0 = latents.to_tokens(self._here(batch.latents), self.mean, self.std)
+        x0, *references = (
+            latents.to_tokens(self._here(each), self.mean, self.std)
+            for each in (batch.latents, *batch.references)
+        )
         noise = self._here(batch.noise)
         t = timesteps(self._deviates(batch), settings, batch.bucket.tokens)
+        ids = [latents.image_ids(batch.bucket.height, batch.bucket.width, self.device)]
+        if references:
+            ids.append(latents.reference_ids(batch.references, self.device))
         prediction = forward(
-            hidden_states=flow.interpolate(x0, noise, t),
+            hidden_states=torch.cat([flow.interpolate(x0, noise, t), *references], dim=1),
             encoder_hidden_states=self._here(batch.text),
             timestep=t,
-            img_ids=latents.image_ids(batch.bucket.height, batch.bucket.width, self.device),
+            img_ids=torch.cat(ids),
             txt_ids=latents.text_ids(batch.text.shape[1], self.device),
             guidance=t.new_full((size,), settings.guidance) if self.guidance else None,
-        )
-        return flow.flow_loss(prediction, flow.velocity(x0, noise))
+        )[:, : x0.shape[1]]
+        mask = None if batch.masks is None else self._here(batch.masks).flatten(1)
+        return flow.flow_loss(prediction, flow.velocity(x0, noise), mask)
 
     def _deviates(self, batch: MicroBatch) -> torch.Tensor:
         deviates = self._here(batch.deviates)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,9 @@ class MicroBatch:
     """What one forward pass of one process sees.
 
     `latents` [B, 32, H/8, W/8] fp32, raw; `text` [B, 512, D]; `noise` [B, tokens, 128] fp32;
-    `deviates` [B] fp32, standard normal, made into timesteps by `timesteps.py`.
+    `deviates` [B] fp32, standard normal, made into timesteps by `timesteps.py`. `masks`
+    [B, H/16, W/16] in [0, 1] weights the loss, None weights nothing. `references`: raw latents
+    [B, 32, h, w] of each sample's first reference image, of the second and so on.
     """
 
     bucket: Bucket
@@ -43,6 +45,8 @@ class MicroBatch:
     text: torch.Tensor
     noise: torch.Tensor
     deviates: torch.Tensor
+    masks: torch.Tensor | None = None
+    references: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ The layouts are diffusers' own (`Flux2Pipeline._patchify_latents`, `_pack_latent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 
@@ -42,6 +44,12 @@ def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Position ids (0, y, x, 0) of a picture of `height` × `width` px: [N, 4]."""
     grid = torch.empty(1, 1, height // 16, width // 16)
     return Flux2Pipeline._prepare_latent_ids(grid)[0].to(device)
+
+
+def reference_ids(references: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Position ids (10·(k+1), y, x, 0) of raw reference latents, the k-th [..., 32, 2h, 2w]: [sum of h·w, 4]."""
+    grids = [torch.empty(1, 1, each.shape[-2] // 2, each.shape[-1] // 2) for each in references]
+    return Flux2Pipeline._prepare_image_ids(grids)[0].to(device)
 
 
 def text_ids(length: int, device: torch.device) -> torch.Tensor:

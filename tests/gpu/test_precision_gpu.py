@@ -1,0 +1,50 @@
+"""What DeepSpeed does on GPUs only: fp16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_gpu import ROOT, run
+
+from flux2_ds import checkpoint, train
+from flux2_ds.model import transformer
+from flux2_ds.recipe import load_recipe
+from flux2_ds.spec import read_spec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def moved_share(folder: Path, method: str, precision: str, accelerator: str = "cuda") -> float:
+    """Train 50 steps at a learning rate of 1e-4; the share of the trained elements that changed."""
+    settings = ["--model.path", str(folder / "model"), "--data.shards", str(folder / "shards"),
+                "--run_dir", str(folder / method), "--method", method, "--precision", precision,
+                "--steps", "50", "--lora.rank", "4", "--optimizer.learning_rate", "1e-4",
+                "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0",
+                "--log.wandb", "disabled", "--launch.processes", "1",
+                "--launch.accelerator", accelerator]  # fmt: skip
+    run("tiny", "--variant", "klein", "--out", str(folder / "model"))
+    run("prepare", "--config", "recipes/smoke-cpu.yaml", *settings)
+    run("train", "--config", "recipes/smoke-cpu.yaml", *settings)
+    recipe = load_recipe(ROOT / "recipes" / "smoke-cpu.yaml", settings)
+    directory = Path(recipe.model.path)
+    before = transformer.trainable(train.build_model(directory, read_spec(directory), recipe))
+    found, _ = checkpoint.newest(Path(recipe.run_dir) / "checkpoints")
+    assert found is not None
+    after = found.tensors("weights")
+    moved = sum(int((after[name] != p.float()).sum()) for name, p in before.items())
+    return moved / sum(p.numel() for p in before.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fp16_loses_no_update(method: str, tmp_path: Path) -> None:
+    """fp16 copies, fp32 masters, and a loss scaler that finds its scale."""
+    assert moved_share(tmp_path, method, "fp16") > 0.99
+    records = (tmp_path / method / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(record)["loss"] for record in records]
+    assert losses[-1] < 2 * losses[0]
