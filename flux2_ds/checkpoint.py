@@ -1,14 +1,15 @@
 """Checkpoints: named tensors in safetensors, position in JSON, all of it or none.
 
     checkpoints/step_00000500/
-        weights.safetensors       trainable weights (fp32 masters) by parameter name
-        exp_avg.safetensors       Adam's first moment by parameter name
-        exp_avg_sq.safetensors    Adam's second moment
+        weights.safetensors       trained weights (fp32 masters) by parameter name
+        exp_avg.safetensors       and other kinds: the optimizer's state by parameter name
         state.json                step, optimizer updates, versions, sha256 of the files
 
-A checkpoint is written into a hidden directory, synced, and renamed, so a directory called step_N is
-complete. There is no `latest` file: the newest is the highest N. The frozen base is not in it, and
-nothing in it is a pickle. Full tensors by name do not depend on ZeRO stage or number of processes.
+In a full fine-tune each process writes its own part instead (KIND-PROCESS-NUMBER.safetensors, see
+`stored.py`). A checkpoint is written into a hidden directory, synced, and renamed, so a directory
+called step_N is complete. There is no `latest` file: the newest is the highest N. The frozen base is
+not in it, and nothing in it is a pickle. Tensors by name do not depend on ZeRO stage or number of
+processes.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from flux2_ds.errors import UserError
-from flux2_ds.tensors import write_tensors
+from flux2_ds.stored import Piece, StoredTensors, write
 
 STATE_NAME = "state.json"
 
@@ -44,9 +44,28 @@ class Checkpoint:
         value: dict[str, Any] = json.loads((self.path / STATE_NAME).read_text())
         return value
 
+    def kinds(self) -> list[str]:
+        """What is stored: weights, and the states of the optimizer that trained them."""
+        return sorted({_kind(name) for name in self.state()["files"]})
+
+    def stored(self, kind: str) -> StoredTensors:
+        """The tensors of one kind, to be read one by one or in parts.
+
+        Raises:
+            UserError: the checkpoint has none of it.
+        """
+        files = [self.path / name for name in self.state()["files"] if _kind(name) == kind]
+        if not files:
+            raise UserError(
+                f"{self.path} holds no {kind}, only {', '.join(self.kinds())}. It was written with "
+                "other optimizer settings; go on with those, or give a new run_dir."
+            )
+        return StoredTensors(files)
+
     def tensors(self, kind: str) -> dict[str, torch.Tensor]:
-        """Full fp32 tensors by parameter name."""
-        return load_file(self.path / f"{kind}.safetensors")
+        """Whole tensors by parameter name, all at once."""
+        stored = self.stored(kind)
+        return {name: stored.whole(name) for name in stored.shapes}
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -54,37 +73,37 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def save(
-    root: Path,
-    step: int,
-    tensors: Iterable[tuple[str, str, torch.Tensor]],
-    state: dict[str, Any],
-    *,
-    write: bool,
-) -> Path:
-    """Write the checkpoint of `step` from (kind, name, tensor) triples.
-
-    Every process iterates `tensors`, which is collective; the one with `write` set writes.
-    """
-    kinds: dict[str, dict[str, torch.Tensor]] = {}
-    for kind, name, tensor in tensors:
-        if write:
-            kinds.setdefault(kind, {})[name] = tensor.detach().to("cpu", torch.float32, copy=True)
-    path = checkpoint_path(root, step)
-    if not write:
-        return path
+def begin(root: Path, step: int) -> Path:
+    """The hidden directory into which the checkpoint of `step` is written; leftovers are removed."""
     for leftover in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
         shutil.rmtree(leftover)
-    partial = root / f".{path.name}.partial"
+    partial = partial_path(root, step)
     partial.mkdir(parents=True)
+    return partial
+
+
+def partial_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is while it is written."""
+    return root / f".{checkpoint_path(root, step).name}.partial"
+
+
+def write_files(
+    partial: Path, pieces: Iterable[Piece], part: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write tensors into a begun checkpoint, synced; returns size and sha256 of each file."""
+    partial.mkdir(parents=True, exist_ok=True)  # another host may not see it yet
     files = {}
-    for kind, named in kinds.items():
-        file = partial / f"{kind}.safetensors"
-        write_tensors(file, named)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    (partial / STATE_NAME).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
-    for file in partial.iterdir():
+    for file in write(partial, pieces, part):
         _sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return files
+
+
+def finish(root: Path, step: int, files: dict[str, Any], state: dict[str, Any]) -> Path:
+    """Make a begun checkpoint visible, with everything that `files` names in it."""
+    partial, path = partial_path(root, step), checkpoint_path(root, step)
+    (partial / STATE_NAME).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
+    _sync(partial / STATE_NAME)
     _sync(partial)
     if path.exists():
         shutil.rmtree(path)
@@ -157,6 +176,10 @@ def _all(root: Path) -> list[Checkpoint]:
     names = [(path, re.fullmatch(r"step_(\d{8,})", path.name)) for path in root.glob("step_*")]
     found = [Checkpoint(path, int(name[1])) for path, name in names if name]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _kind(name: str) -> str:
+    return name.removesuffix(".safetensors").split("-")[0]
 
 
 def _sha256(path: Path) -> str:

@@ -1,12 +1,13 @@
 """DeepSpeed, and the only file that imports it.
 
-Gives the loop a forward, a backward and a step, and gives checkpoints *named full tensors*: weights
-and optimizer moments by parameter name, whatever the ZeRO stage and the number of processes.
+Gives the loop a forward, a backward and a step, and gives checkpoints *named tensors*: weights and
+optimizer state by parameter name, whatever the ZeRO stage and the number of processes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,23 +18,13 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import distributed, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from flux2_ds import optimizers
 from flux2_ds.errors import UserError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of one parameter, in fp32."""
-
+from flux2_ds.recipe import Optimizer
+from flux2_ds.training_state import TrainingState
 
 @dataclass(frozen=True)
 class Process:
@@ -105,28 +96,38 @@ def gathering(config: dict[str, Any]) -> Iterator[None]:
 
 
 class Engine:
-    """A model under DeepSpeed with AdamW over its trainable parameters."""
+    """A model under DeepSpeed with an optimizer over its trainable parameters.
+
+    `in_parts`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         config: dict[str, Any],
+        settings: Optimizer,
         *,
-        offload_optimizer: bool,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        offload_optimizer: bool = False,
+        in_parts: bool = False,
     ) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        settings: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        parameters = list(self._named.values())
         if offload_optimizer:
-            adam = DeepSpeedCPUAdam(self._named.values(), adamw_mode=True, **settings)
+            adam = {"betas": settings.betas, "eps": settings.eps}
+            decay = settings.weight_decay
+            self._optimizer = DeepSpeedCPUAdam(parameters, **adam, weight_decay=decay)
         else:
             fused = get_accelerator().device_name() == "cuda"
-            adam = torch.optim.AdamW(self._named.values(), fused=fused, **settings)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
-        self._adam = adam
+            self._optimizer = optimizers.build(settings, parameters, fused=fused)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=config
+        )
         self._stage = self._engine.zero_optimization_stage()
+        self._norm = math.nan
+        self.state = TrainingState(
+            self._named, self._optimizer, self._engine.optimizer, self._stage, settings, in_parts
+        )
+        """Weights, optimizer and EMA, for checkpoints."""
         self.skips_overflows = "fp16" in config
         """Whether a step with infinite gradients is skipped by the loss scaler."""
 
@@ -139,125 +140,28 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> None:
-        """End a micro-batch; on the last one of a step, reduce, clip and update."""
+        """End a micro-batch; on the last one of a step, reduce, clip and update.
+
+        Nothing is updated if a gradient is not finite; `gradient_norm` tells.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._stage == 0:
+            # DeepSpeed looks at the gradients at stages 1 to 3 only.
+            gradients = [p.grad for p in self._named.values() if p.grad is not None]
+            self._norm = float(nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self._norm):
+                self._optimizer.zero_grad(set_to_none=True)
         self._engine.step()
+        if last and self._stage > 0:
+            self._norm = float(self._engine.get_global_grad_norm())
+        if last and math.isfinite(self._norm):
+            self.state.average()
 
-    def gradient_norm(self) -> float | None:
-        """Global L2 norm before clipping, of the last step; None at stage 0, which keeps none."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(kind, parameter name, full fp32 tensor) for kind in "weights" and `MOMENTS`.
-
-        Collective: every process must iterate to the end.
-        """
-        for name, parameter in self._named.items():
-            yield "weights", name, self._full_weight(parameter)
-        for kind in MOMENTS:
-            for name, parameter in self._named.items():
-                yield kind, name, self._full_moment(parameter, kind)
-
-    def updates(self) -> int:
-        """Optimizer updates made (with fp16, steps that overflowed are not among them)."""
-        counts = {int(state["step"]) for state in self._adam.state.values() if "step" in state}
-        return max(counts, default=0)
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Set the trainable weights and their fp32 masters.
-
-        Raises:
-            UserError: the checkpoint's parameters are not those that are trained now.
-        """
-        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self._named.items()}
-        found = {name: tuple(value.shape) for name, value in weights.items()}
-        if shapes != found:
-            differing = sorted(n for n in {*shapes, *found} if shapes.get(n) != found.get(n))
-            first = differing[0]
-            raise UserError(
-                f"the checkpoint does not fit what is trained now: {len(differing)} parameters "
-                f"differ, the first is {first} ({found.get(first, 'absent')} in the checkpoint, "
-                f"{shapes.get(first, 'not trained')} now). method, lora.rank and lora.targets "
-                "cannot change within a run; give a new run_dir."
-            )
-        for name, parameter in self._named.items():
-            value = weights[name]
-            if self._stage == 3:
-                local = self._local_part(value, safe_get_local_fp32_param(parameter))
-                safe_set_local_fp32_param(parameter, local)
-                # The partition that the forward pass gathers; ZeRO-3 hangs it on the parameter.
-                getattr(parameter, "ds_tensor").data.copy_(local)  # noqa: B009
-                continue
-            parameter.data.copy_(value)
-            if hasattr(parameter, "_hp_mapping"):
-                safe_set_full_fp32_param(parameter, value.to(parameter.device))
-
-    def load_moments(self, moments: dict[str, dict[str, torch.Tensor]], updates: int) -> None:
-        """Set Adam's state; `moments[kind][name]` is a full fp32 tensor."""
-        self._create_moments()
-        for kind in MOMENTS:
-            for name, parameter in self._named.items():
-                self._set_moment(parameter, kind, moments[kind][name])
-        for state in self._adam.state.values():
-            count = state["step"]
-            state["step"] = count.fill_(updates) if torch.is_tensor(count) else updates
-
-    def _full_weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        master = safe_get_full_fp32_param(parameter)
-        return parameter.detach().float() if master is None else master
-
-    def _full_moment(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        if self._plain:
-            return self._adam.state[parameter][kind]
-        return safe_get_full_optimizer_state(parameter, kind)
-
-    def _set_moment(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
-        if self._plain:
-            self._adam.state[parameter][kind].copy_(value)
-        elif self._stage == 3:
-            like = safe_get_local_fp32_param(parameter)
-            safe_set_local_optimizer_state(parameter, self._local_part(value, like), kind)
-        else:
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
-
-    @property
-    def _plain(self) -> bool:
-        """Stage 0 in fp32: no ZeRO optimizer wraps Adam."""
-        return self._engine.optimizer is self._adam
-
-    def _create_moments(self) -> None:
-        """Let Adam allocate its state, by a step with zero gradients and learning rate 0.
-
-        Torch optimizers create their state in the first step, and ZeRO links its named fragments to
-        what exists then.
-        """
-        (group,) = self._adam.param_groups
-        # Stage 3 hands Adam its flat partitions one at a time, during the step only.
-        held = group["params"]
-        flat = self._engine.optimizer.fp32_partitioned_groups_flat if self._stage == 3 else held
-        gradients = [parameter.grad for parameter in flat]
-        for parameter in flat:
-            parameter.grad = torch.zeros_like(parameter)
-        group["params"], group["lr"] = flat, 0.0
-        self._adam.step()
-        group["params"] = held
-        for parameter, gradient in zip(flat, gradients, strict=True):
-            parameter.grad = gradient
-        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-
-    @staticmethod
-    def _local_part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """This process's slice of a full tensor at stage 3, zero-padded as ZeRO pads it."""
-        flat = value.flatten()
-        first = like.numel() * distributed.get_rank()
-        part = torch.zeros_like(like).flatten()
-        own = flat[first : first + like.numel()]
-        part[: own.numel()] = own
-        return part.view_as(like)
+    def gradient_norm(self) -> float:
+        """Global L2 norm before clipping, of the last step; not finite: it made no update."""
+        return self._norm
 
 
 def average(value: torch.Tensor) -> torch.Tensor:
@@ -271,6 +175,13 @@ def any_process(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
     return bool(value)
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each process gives, by rank, in all of them. Collective."""
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def from_first(value: int, device: torch.device) -> int:

@@ -148,22 +148,32 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. Trainable weights have fp32 masters in every precision."""
+    """The optimizer. Trainable weights have fp32 masters in every precision."""
 
+    name: Literal["adamw", "adamw8bit", "adamw8bit_paged", "adafactor", "prodigy"] = "adamw"
+    """`adamw`: fused on CUDA; DeepSpeed's CPU Adam when the ZeRO config offloads the optimizer.
+    `adamw8bit`: bitsandbytes, moments in 8 bits; `_paged`: they move to host memory when the card is
+    full. `adafactor` and `prodigy` need `deepspeed: zero0`."""
     learning_rate: float = 1e-4
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape after the warm-up; cosine and linear end at 0."""
+    """Peak learning rate. Prodigy finds its own step size and multiplies it by this: set 1."""
+    schedule: Literal["constant", "cosine", "linear", "rex"] = "constant"
+    """Shape after the warm-up; all but `constant` end at 0. `rex` stays high longer than linear."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay of the first and second moment; not used by adafactor."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator; not used by adafactor."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a gradient is NaN or infinite: the update is never made; stop, or count the
+    step as skipped and go on. Either way the samples are written to run_dir/nonfinite."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights, with this decay, e.g. 0.999; in
+    checkpoints, and exported with `export --weights ema`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +273,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     """Flow matching."""
     optimizer: Optimizer = field(default_factory=Optimizer)
-    """AdamW."""
+    """The optimizer."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """Checkpoints."""
     log: Log = field(default_factory=Log)

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write `tensors` to `path`, contiguous, with the permissions that a new file gets here."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     use_default_permissions(path)
 
 

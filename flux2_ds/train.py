@@ -23,7 +23,6 @@ from flux2_ds.data.index import CONDITIONING_NAME, Index, read_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.engine import (
-    MOMENTS,
     Engine,
     Process,
     barrier,
@@ -193,14 +192,12 @@ def build_model(
 
 def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
     """The model under DeepSpeed."""
-    adam = plan.recipe.optimizer
     return Engine(
         model,
         plan.deepspeed,
+        plan.recipe.optimizer,
         offload_optimizer=plan.offload_optimizer,
-        betas=adam.betas,
-        eps=adam.eps,
-        weight_decay=adam.weight_decay,
+        in_parts=plan.recipe.method == "full",
     )
 
 
@@ -236,8 +233,7 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
             f"(index {index.digest}, was {state['index']}). Restore them, give a new run_dir, or set "
             "accept_changes: true."
         )
-    engine.load_weights(chosen.tensors("weights"))
-    engine.load_moments({kind: chosen.tensors(kind) for kind in MOMENTS}, state["updates"])
+    engine.state.load(chosen)
     log.info("continuing after step %d from %s", step, chosen.path)
     return step
 

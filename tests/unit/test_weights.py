@@ -75,7 +75,7 @@ def test_files_that_do_not_fit_the_model(tmp_path, shapes, message):
 def test_files_that_cannot_be_read(tmp_path, content):
     if content is not None:
         (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(UserError, match="holds no readable .* Download the model again"):
+    with pytest.raises(UserError, match=r"holds no readable .* Download the model again"):
         read_parts(divided(2), tmp_path, 0)
 
 
