@@ -26,6 +26,7 @@ from flux2_ds.errors import UserError
 from flux2_ds.recipe import Optimizer
 from flux2_ds.training_state import TrainingState
 
+
 @dataclass(frozen=True)
 class Process:
     """This process among all of the run."""

@@ -9,6 +9,7 @@ only; the base weights are not loaded.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal
 
 import diffusers
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds import checkpoint
 from flux2_ds.errors import UserError, run_root
@@ -25,9 +26,13 @@ from flux2_ds.model.transformer import compute_dtype, exported_name, lora_config
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import export_path, trained_recipe
 from flux2_ds.spec import read_spec
-from flux2_ds.tensors import use_default_permissions
+from flux2_ds.stored import StoredTensors
+from flux2_ds.tensors import use_default_permissions, write_tensors
 
 log = logging.getLogger("flux2_ds")
+
+FILE_SIZE = "10GB"
+"""Of an exported transformer; one such file is in memory at a time."""
 
 
 def main() -> None:
@@ -39,10 +44,12 @@ def main() -> None:
                         help="Checkpoint to export. Default: the newest.")  # fmt: skip
     parser.add_argument("--dtype", type=Literal["bf16", "fp16", "fp32"] | None, default=None,
                         help="Precision of the file. Default: the recipe's.")  # fmt: skip
+    parser.add_argument("--weights", type=Literal["trained", "ema"], default="trained",
+                        help="The trained weights, or their moving average.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     recipe = trained_recipe(recipe)
     chosen = choose(Path(recipe.run_dir) / "checkpoints", options.step)
-    path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision))
+    path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision), options.weights)
     log.info("exported %s to %s", chosen.path, path)
 
 
@@ -66,34 +73,51 @@ def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
     return found
 
 
-def export(recipe: Recipe, chosen: checkpoint.Checkpoint, dtype: torch.dtype) -> Path:
+def export(
+    recipe: Recipe,
+    chosen: checkpoint.Checkpoint,
+    dtype: torch.dtype,
+    weights: Literal["trained", "ema"] = "trained",
+) -> Path:
     """Write the export of one checkpoint; returns the file (adapter) or directory (full)."""
     directory = model_directory(recipe.model.path, recipe.model.revision, [])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    weights = {name: value.to(dtype) for name, value in chosen.tensors("weights").items()}
+    stored = chosen.stored("weights" if weights == "trained" else "ema")
     path = export_path(recipe, chosen.step)
     if recipe.method == "full":
         path.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(
-            weights,
-            path,
-            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
-            max_shard_size="10GB",
-        )
-        for file in path.glob("*.safetensors"):
-            use_default_permissions(file)
+        export_transformer(stored, path, dtype)
         shutil.copy(directory / "transformer" / "config.json", path)
         return path
+    adapter = {exported_name(name): stored.whole(name).to(dtype) for name in stored.shapes}
     config = lora_config(spec, recipe.lora, dora=recipe.method == "dora").to_dict()
     pipeline = getattr(diffusers, spec.pipeline)
     pipeline.save_lora_weights(
         path.parent,
-        transformer_lora_layers={exported_name(name): value for name, value in weights.items()},
+        transformer_lora_layers=adapter,
         weight_name=path.name,
         transformer_lora_adapter_metadata=config,
     )
     use_default_permissions(path)
     return path
+
+
+def export_transformer(stored: StoredTensors, path: Path, dtype: torch.dtype) -> None:
+    """Write all weights in diffusers' layout."""
+    for old in path.glob("diffusion_pytorch_model*.safetensors*"):
+        old.unlink()
+    split = split_torch_state_dict_into_shards(
+        {n: torch.empty(s, dtype=dtype, device="meta") for n, s in stored.shapes.items()},
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=FILE_SIZE,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: stored.whole(name).to(dtype) for name in names}
+        write_tensors(path / file, tensors, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        name = "diffusion_pytorch_model.safetensors.index.json"
+        (path / name).write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":

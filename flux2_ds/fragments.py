@@ -65,7 +65,11 @@ def _of_sequence(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragme
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    # At stage 1 in bf16 DeepSpeed has another optimizer, with another name for its masters.
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    if masters is None:
+        masters = optimizer.fp32_groups_flat_partition
+    flat = masters[mapping.param_group_index]
     place, master = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(name, tuple(parameter.shape), place.start, place.numel, flat, master.start)
 

@@ -16,13 +16,15 @@ import numpy as np
 import psutil
 import torch
 
-from flux2_ds import checkpoint
+from flux2_ds import checkpoint, saving
 from flux2_ds.data.loader import Loader
 from flux2_ds.engine import Engine, Process, any_process, average, barrier
 from flux2_ds.errors import UserError
 from flux2_ds.lookout import Lookout
 from flux2_ds.metrics import Metrics
+from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
+from flux2_ds.saving import SaveError
 
 log = logging.getLogger("flux2_ds")
 
@@ -76,14 +78,17 @@ class Meter:
 
     loss: torch.Tensor
     steps: int = 0
+    updates: int = 0
     samples: int = 0
     since: float = field(default_factory=time.perf_counter)
 
-    def add(self, loss: torch.Tensor, samples: int) -> None:
-        """Count one step with its mean loss in this process."""
-        self.loss += loss
+    def add(self, loss: torch.Tensor, samples: int, updated: bool) -> None:
+        """Count one step with its mean loss in this process; losses of skipped steps do not count."""
         self.steps += 1
         self.samples += samples
+        if updated:
+            self.updates += 1
+            self.loss += loss
 
 
 def train(
@@ -95,6 +100,7 @@ def train(
     cadence: Cadence,
     stop: StopRequest,
     lookout: Lookout,
+    nonfinite: NonFinite,
     *,
     first_step: int,
     seed: int,
@@ -113,16 +119,16 @@ def train(
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
         seed_dropout(seed, step, process.rank)
-        losses = torch.zeros((), device=process.device)
+        losses = []
         for micro_batch in micro_batches:
             loss = objective.loss(engine.forward, micro_batch)
             engine.backward(loss)
             engine.step(learning_rate(step))
-            losses += loss.detach()
-        meter.add(losses / len(micro_batches), global_batch)
+            losses.append(loss.detach())
 
         done = step + 1
-        check_gradients(engine, done)
+        updated = nonfinite.check(engine.gradient_norm(), done, micro_batches, losses)
+        meter.add(torch.stack(losses).mean(), global_batch, updated)
         lookout.at(done, "agreeing")
         stopping = any_process(stop.seen(process), process.device)
         ending = stopping or done == cadence.steps
@@ -131,11 +137,12 @@ def train(
         if logging_due or saving_due:
             values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
+            values["skipped_steps"] = nonfinite.skipped
         if logging_due:
             report(values, metrics, done, cadence.steps)
         if saving_due:
             lookout.at(done, "saving")
-            save(engine, checkpoints, done, run_state, process, cadence)
+            save(engine, checkpoints, done, run_state, process, cadence, ending=ending)
         if logging_due:
             meter = Meter(torch.zeros((), device=process.device))
         if stopping and done < cadence.steps:
@@ -159,22 +166,6 @@ def every(period: int, step: int) -> bool:
     return step % period == 0
 
 
-def check_gradients(engine: Engine, step: int) -> None:
-    """Stop at a gradient that is not finite; DeepSpeed has skipped that update without a word.
-
-    With fp16 the loss scaler skips such steps on purpose. Stage 0 keeps no norm.
-
-    Raises:
-        UserError: in all processes alike, because the norm is global.
-    """
-    norm = engine.gradient_norm()
-    if norm is not None and not math.isfinite(norm) and not engine.skips_overflows:
-        raise UserError(
-            f"the gradient norm is {norm} at step {step}. The last checkpoint is untouched. Lower "
-            "optimizer.learning_rate, or look for a broken sample in the batch."
-        )
-
-
 def summarise(
     meter: Meter, engine: Engine, step: int, learning_rate: float, steps_per_epoch: int
 ) -> dict[str, float | str | None]:
@@ -183,8 +174,8 @@ def summarise(
     Raises:
         UserError: the loss is not finite. Raised before a checkpoint is written.
     """
-    loss = float(average(meter.loss / meter.steps))
-    if not math.isfinite(loss):
+    loss = float(average(meter.loss / meter.updates)) if meter.updates else None
+    if loss is not None and not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {step}. The last checkpoint is untouched. Lower "
             "optimizer.learning_rate, or use precision: bf16 instead of fp16."
@@ -207,14 +198,14 @@ def report(
     if metrics is None:
         return
     metrics.write(step, values)
-    norm = values["gradient_norm"]
+    loss = values["loss"]
     log.info(
-        "step %*d/%d | loss %.4f | %slr %.2e | %.3f s/step | %.2f samples/s | %s | epoch %.2f",
+        "step %*d/%d | loss %s | grad %.3f | lr %.2e | %.3f s/step | %.2f samples/s | %s | epoch %.2f",
         len(str(steps)),
         step,
         steps,
-        values["loss"],
-        "" if norm is None else f"grad {norm:.3f} | ",
+        "of no step" if loss is None else f"{loss:.4f}",
+        values["gradient_norm"],
         values["learning_rate"],
         values["seconds_per_step"],
         values["samples_per_second"],
@@ -230,10 +221,26 @@ def save(
     run_state: dict[str, object],
     process: Process,
     cadence: Cadence,
+    *,
+    ending: bool,
 ) -> None:
-    """Write a checkpoint; all processes go on together once it is complete."""
-    state = {**run_state, "updates": engine.updates()}
-    path = checkpoint.save(checkpoints, step, engine.state(), state, write=process.first)
+    """Write a checkpoint; all processes go on together once it is complete.
+
+    A run that goes on survives one that cannot be written: stopping would lose what it has trained.
+
+    Raises:
+        SaveError: it was the last chance.
+    """
+    state = {**run_state, **engine.state.counters()}
+    try:
+        path = saving.save(
+            checkpoints, step, engine.state.pieces, state, process, in_parts=engine.state.in_parts
+        )
+    except SaveError as error:
+        if ending:
+            raise
+        log.error("%s Training goes on, with the next attempt at the next checkpoint.", error)
+        return
     if process.first:
         checkpoint.remove_old(checkpoints, cadence.keep_last, cadence.keep_every)
         log.info("saved %s", path)

@@ -85,7 +85,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(run_dir: Path) -> Path:
     """Draw loss.png from metrics.jsonl: each record, and a running mean over the last tenth."""
-    records = read_metrics(run_dir / METRICS_NAME)
+    # Between two log lines every step may have been skipped.
+    records = [r for r in read_metrics(run_dir / METRICS_NAME) if r["loss"] is not None]
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
     window = max(1, len(losses) // 10)

@@ -16,7 +16,7 @@ from typing import Any
 
 from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Lora, Objective, Recipe
+from flux2_ds.recipe import Lora, Objective, Optimizer, Recipe
 from flux2_ds.shipped import shipped_directory
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
@@ -77,8 +77,9 @@ class Plan:
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",
             f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples",
-            f"optimizer  AdamW, lr {adam.learning_rate:g} {adam.schedule}, "
-            f"warm-up {adam.warmup_steps}, clipping {adam.max_grad_norm:g}",
+            f"optimizer  {adam.name}, lr {adam.learning_rate:g} {adam.schedule}, "
+            f"warm-up {adam.warmup_steps}, clipping {adam.max_grad_norm:g}"
+            + (f", EMA {adam.ema_decay:g}" if adam.ema_decay is not None else ""),
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offload_optimizer else "")
             + f", activations: {recipe.activations}",
@@ -102,6 +103,10 @@ def ignored_settings(recipe: Recipe) -> list[str]:
         given = getattr(objective, name) != getattr(default, name)
         if given and objective.timesteps not in used_by:
             found.append(f"objective.{name} (timesteps is {objective.timesteps})")
+    for name in ("betas", "eps"):
+        given = getattr(recipe.optimizer, name) != getattr(Optimizer(), name)
+        if given and recipe.optimizer.name == "adafactor":
+            found.append(f"optimizer.{name} (optimizer.name is adafactor)")
     if recipe.data.fixed_caption and recipe.data.missing_caption != "fixed":
         found.append(f"data.fixed_caption (missing_caption is {recipe.data.missing_caption})")
     return found
@@ -120,8 +125,9 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     config = read_deepspeed(recipe.deepspeed)
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     _check_precision(recipe, stage)
+    _check_optimizer(recipe, stage, zero)
+    offload = _device(zero, "offload_optimizer") != "none"
     config |= {
         "train_batch_size": recipe.batch.global_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
@@ -137,7 +143,8 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Learning rate of optimizer step `step` (from 0), a pure function of the step.
 
-    Linear warm-up over `warmup_steps`, then constant, or cosine or linear decay to 0 at `steps`.
+    Linear warm-up over `warmup_steps`, then constant, or decay to 0 at `steps`: cosine, linear, or REX
+    (Chen et al. 2021, arXiv:2107.04197), which with z of the decay left is z / (1/2 + z/2).
     """
     adam = recipe.optimizer
     if step < adam.warmup_steps:
@@ -147,6 +154,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         "constant": 1.0,
         "cosine": 0.5 * (1 + math.cos(math.pi * done)),
         "linear": 1 - done,
+        "rex": (1 - done) / (0.5 + 0.5 * (1 - done)),
     }[adam.schedule]
     return adam.learning_rate * factor
 
@@ -205,6 +213,7 @@ def check_ranges(recipe: Recipe) -> None:
     require("preview.seed", preview.seed, lambda v: v >= 0, "0 or more")
     require("optimizer.betas", adam.betas, lambda v: all(0 <= b < 1 for b in v), "in [0, 1)")
     require("optimizer.eps", adam.eps, lambda v: v >= 0, "0 or more")
+    require("optimizer.ema_decay", adam.ema_decay, lambda v: v is None or 0 < v < 1, "in (0, 1)")
     require("optimizer.weight_decay", adam.weight_decay, lambda v: v >= 0, "0 or more")
     require("lora.alpha", recipe.lora.alpha, lambda v: v is None or v > 0, "positive")
     require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
@@ -237,16 +246,59 @@ def _accumulation(recipe: Recipe, processes: int) -> int:
 
 
 def _check_precision(recipe: Recipe, stage: int) -> None:
-    if recipe.precision == "bf16" and recipe.method == "full" and stage == 0:
-        raise UserError(
-            "precision bf16 with method full needs fp32 masters, which DeepSpeed keeps from ZeRO stage 1 "
-            "on; deepspeed has stage 0. Set deepspeed to zero1, on a single GPU, too."
-        )
     if recipe.precision == "fp16" and recipe.launch.accelerator == "cpu":
         raise UserError(
             "precision is fp16, which DeepSpeed does not offer on the CPU. Set precision to bf16 "
             "or fp32, or launch.accelerator to cuda."
         )
+    if stage == 0 and _precision_sections(recipe):
+        raise UserError(
+            f"precision is {recipe.precision} with method {recipe.method}, whose fp32 masters need "
+            "ZeRO, and the deepspeed config has stage 0. Set deepspeed: zero1, which costs nothing "
+            "on one process, or precision: fp32."
+        )
+
+
+def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed cannot do, with the nearest thing that works."""
+    adam = recipe.optimizer
+    if adam.name in ("adafactor", "prodigy") and stage > 0:
+        reason = {
+            "adafactor": "factors each matrix, and ZeRO flattens the matrices",
+            "prodigy": "finds one step size from all weights, and ZeRO gives each process a part",
+        }[adam.name]
+        raise UserError(
+            f"optimizer.name is {adam.name}, which {reason} (stage {stage}). Set deepspeed: zero0, "
+            "or optimizer.name: adamw8bit, which needs as little memory and works at every stage."
+        )
+    if adam.name == "prodigy" and adam.learning_rate < 0.1:
+        raise UserError(
+            f"optimizer.learning_rate is {adam.learning_rate:g}; Prodigy finds its own step size and "
+            "multiplies it by this. Set it to 1."
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        device = _device(zero, part)
+        if device not in ("none", "cpu"):
+            raise UserError(
+                f"the deepspeed config has {part} on {device!r}, which checkpoints cannot read yet. "
+                'Set "device": "cpu".'
+            )
+    if _device(zero, "offload_param") != "none" and stage != 3:
+        raise UserError(
+            f"the deepspeed config has offload_param at stage {stage}; DeepSpeed moves parameters at "
+            "stage 3 only. Set deepspeed: zero3_offload, or remove offload_param."
+        )
+    if _device(zero, "offload_optimizer") != "none" and (adam.name != "adamw" or stage == 0):
+        raise UserError(
+            f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "
+            f"{adam.name}; DeepSpeed offloads its own CPU Adam only, at stages 1 to 3. Set "
+            "optimizer.name: adamw with deepspeed: zero2_offload, or keep adamw8bit_paged with "
+            "deepspeed: zero2, which moves its state to host memory when the card is full."
+        )
+
+
+def _device(zero: dict[str, Any], part: str) -> str:
+    return str((zero.get(part) or {}).get("device", "none"))
 
 
 def _precision_sections(recipe: Recipe) -> dict[str, Any]:
@@ -260,7 +312,9 @@ def _precision_sections(recipe: Recipe) -> dict[str, Any]:
         return {"fp16": {"enabled": True}}
     if recipe.precision == "bf16" and recipe.method == "full":
         # bf16 gradients would lose bits when micro-batches are accumulated.
-        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # Without the check DeepSpeed would make an update of NaN.
+        bf16 = {"enabled": True, "check_grad_overflow": True}
+        return {"bf16": bf16, "data_types": {"grad_accum_dtype": "fp32"}}
     return {}
 
 

@@ -256,7 +256,7 @@ class Recipe:
     """Recompute each block's activations in the backward pass (less memory) or keep them
     (faster)."""
     deepspeed: str | dict[str, Any] = "zero2"
-    """DeepSpeed config: the name of a shipped file (zero1, zero2, zero2_offload, zero3,
+    """DeepSpeed config: the name of a shipped file (zero0, zero1, zero2, zero2_offload, zero3,
     zero3_offload), a path, or the config itself."""
     accept_changes: bool = False
     """Continue a run although the recipe differs from the one it was started with."""

@@ -4,6 +4,7 @@ recipe.yaml      the resolved recipe      deepspeed.json   the DeepSpeed config 
 versions.json    of the packages          metrics.jsonl    one record a log line
 checkpoints/     step_N                   export/          adapters for diffusers
 wandb/           the W&B run              loss.png         drawn at every stop
+nonfinite/       steps with NaN or infinite gradients
 logs/            what each process printed, where it is, the first failure (lookout.py)
 """
 
@@ -161,8 +162,8 @@ def _identity(values: dict[str, Any]) -> dict[str, Any]:
     if flat["optimizer.schedule"] == "constant":
         flat.pop("steps")
     # Where the pictures and captions were does not reach the trainer; how the global batch is cut does
-    # not change it.
-    for name in ("data.images", "data.caption_column", "batch.micro_size"):
+    # not change it, nor does what happens where there is no update.
+    for name in ("data.images", "data.caption_column", "batch.micro_size", "optimizer.nonfinite"):
         flat.pop(name, None)
     return flat
 

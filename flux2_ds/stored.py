@@ -54,7 +54,8 @@ def write(folder: Path, pieces: Iterable[Piece], part: int | None = None) -> lis
 
 def _groups(pieces: Iterable[Piece], at_most: int | None) -> Iterator[tuple[str, list[Piece]]]:
     """Pieces in host memory that go into one file: of one kind, about `at_most` bytes."""
-    kind, group, size = "", [], 0
+    kind, size = "", 0
+    group: list[Piece] = []
     for piece in pieces:
         full = at_most is not None and size >= at_most
         if group and (piece.kind != kind or full):

@@ -39,6 +39,7 @@ from flux2_ds.metrics import Metrics, draw_loss
 from flux2_ds.model import transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.model.weights import read_parts
+from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
 from flux2_ds.prepared import check_settings, check_variant
@@ -312,6 +313,13 @@ def run(
         ),
         stop,
         lookout,
+        NonFinite(
+            run_dir / "nonfinite",
+            recipe.optimizer.nonfinite,
+            engine.skips_overflows,
+            loader.describe,
+            process.rank,
+        ),
         first_step=first_step,
         seed=recipe.seed,
         learning_rate=lambda step: learning_rate(recipe, step),

@@ -71,15 +71,11 @@ class TrainingState:
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps in JSON: updates, and scalars of optimizer and loss scaler."""
-        scaler = (
-            getattr(self._zero, "loss_scaler", None) if self.skips_overflows else None
-        )
+        scaler = self._loss_scaler()
         return {
             "updates": self.updates(),
             "optimizer": optimizers.group_state(self._optimizer, self._settings.name),
-            "loss_scaler": {
-                name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)
-            },
+            "loss_scaler": {name: getattr(scaler, name) for name in _SCALER} if scaler else {},
         }
 
     def load(self, saved: Checkpoint) -> None:
@@ -118,8 +114,14 @@ class TrainingState:
             for part in self._fragments:
                 value = averages.read(part.name, part.start, part.start + part.count)
                 self._ema[part.name].copy_(value)
-        for name, value in counters["loss_scaler"].items():
-            setattr(self._zero.loss_scaler, name, value)
+        scaler = self._loss_scaler()
+        for name, value in counters["loss_scaler"].items() if scaler else ():
+            setattr(scaler, name, value)
+
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None without fp16."""
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
 
     def _kinds(self) -> list[str]:
         """Kinds of elementwise tensors in this run's checkpoints."""

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,6 +135,16 @@ class Loader:
         return [
             self._micro_batch(bucket, samples[places]) for places in self._share.micro_batches()
         ]
+
+    def describe(self, sample: Sample) -> dict[str, Any]:
+        """Where a sample comes from: its shard, row, position in the run and picture."""
+        shard = self._index.shards[sample.shard].name
+        reader = ShardReader(self._directory / shard)  # the thread that reads ahead has its own
+        try:
+            source = reader.meta(sample.row).get("source")
+        finally:
+            reader.close()
+        return {"shard": shard, "row": sample.row, "position": sample.position, "source": source}
 
     def _micro_batch(self, bucket: Bucket, samples: list[Sample]) -> MicroBatch:
         draws = [draw(self._seed, sample.position, bucket.tokens) for sample in samples]

@@ -52,7 +52,8 @@ def case_of(precision: str, method: str, deepspeed: str | dict, folder: Path) ->
         "rank": RANK,
         "spread": 0.0,
         # Weight decay would move every element by itself.
-        "adam": {"lr": LEARNING_RATE, "weight_decay": 0.0},
+        "optimizer": {"weight_decay": 0.0},
+        "learning_rate": LEARNING_RATE,
     }
 
 

@@ -19,7 +19,7 @@ from diffusers import Flux2Transformer2DModel
 from flux2_ds import checkpoint
 from flux2_ds.model import transformer
 from flux2_ds.model.weights import read_parts
-from flux2_ds.recipe import Lora
+from flux2_ds.recipe import Lora, Optimizer
 from flux2_ds.spec import Spec
 
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
@@ -114,9 +114,10 @@ def reference(method: str, steps: int) -> tuple[list[float], dict[str, torch.Ten
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
     """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
 
-    `adam`, `dtype`, `rank`, `spread` and `recompute` replace the defaults.
+    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread` and `recompute` replace the defaults.
     """
     from flux2_ds import engine as engines
+    from flux2_ds import saving
 
     micro = case["micro"]
     config = {
@@ -136,17 +137,16 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 loaded = transformer.build_transformer(Path(case["files"]))
             read_parts(loaded, Path(case["files"], "transformer"), process.rank)
         model = build(case["method"], loaded, dtype=dtype, **chosen)
-    adam = {"lr": LEARNING_RATE, **ADAM, **case.get("adam", {})}
-    learning_rate = adam.pop("lr")
-    engine = engines.Engine(model, config, offload_optimizer=offload, **adam)
+    settings = Optimizer(**{**ADAM, **case.get("optimizer", {})})
+    learning_rate = case.get("learning_rate", LEARNING_RATE)
+    engine = engines.Engine(
+        model, config, settings, offload_optimizer=offload, in_parts=case["method"] == "full"
+    )
     first = 0
     if "load" in case:
         found, _ = checkpoint.newest(Path(case["load"]))
         assert found is not None
-        engine.load_weights(found.tensors("weights"))
-        engine.load_moments(
-            {kind: found.tensors(kind) for kind in engines.MOMENTS}, found.state()["updates"]
-        )
+        engine.state.load(found)
         first = found.step
     own = GLOBAL_BATCH // process.world
     losses = []
@@ -160,9 +160,13 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             total += loss.detach() * micro / own
         losses.append(float(engines.average(total)))
     if "save" in case:
-        state = {"updates": engine.updates()}
-        checkpoint.save(
-            Path(case["save"]), case["steps"], engine.state(), state, write=process.first
+        saving.save(
+            Path(case["save"]),
+            case["steps"],
+            engine.state.pieces,
+            engine.state.counters(),
+            process,
+            in_parts=engine.state.in_parts,
         )
         engines.barrier()
     return losses

@@ -1,6 +1,8 @@
 """Tiny model directories, made once for all tests that need one."""
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +22,27 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def tiny_spec(tiny_model: Path) -> Spec:
     return read_spec(tiny_model)
+
+
+@pytest.fixture
+def write_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Saves (kind, name, tensor) triples or `Piece`s as one process, without a process group."""
+    import torch
+
+    from flux2_ds import saving
+    from flux2_ds.engine import Process
+    from flux2_ds.stored import Piece
+
+    monkeypatch.setattr(saving, "exchange", lambda value: [value])
+
+    def write(
+        root: Path, step: int, pieces: Iterable[Any], state: dict[str, Any] | None = None
+    ) -> Path:
+        def given() -> Iterator[Piece]:
+            for piece in pieces:
+                yield piece if isinstance(piece, Piece) else Piece(*piece)
+
+        alone = Process(0, 1, torch.device("cpu"))
+        return saving.save(root, step, given, state or {}, alone, in_parts=False)
+
+    return write

@@ -1,7 +1,7 @@
 """Checkpoints: all of it or none, damage is noticed, old ones go."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,12 @@ def tensors(step: int) -> Iterator[tuple[str, str, torch.Tensor]]:
             yield kind, name, torch.full((3, 5), float(10 * step + number))
 
 
-def save(root: Path, *steps: int) -> list[Path]:
-    return [
-        checkpoint.save(root, step, tensors(step), {"updates": step}, write=True) for step in steps
-    ]
+@pytest.fixture
+def save(write_checkpoint: Callable[..., Path]) -> Callable[..., list[Path]]:
+    def write(root: Path, *steps: int) -> list[Path]:
+        return [write_checkpoint(root, step, tensors(step), {"updates": step}) for step in steps]
+
+    return write
 
 
 def flip_a_byte(path: Path) -> None:
@@ -39,7 +41,7 @@ def steps_left(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
 
 
-def test_what_is_saved_is_loaded_from_the_highest_step(tmp_path):
+def test_what_is_saved_is_loaded_from_the_highest_step(tmp_path, save):
     _, path, _ = save(tmp_path / "checkpoints", 2, 12, 9)
     found, damaged = checkpoint.newest(tmp_path / "checkpoints")
     assert (found.path, found.step, damaged) == (path, 12, {})
@@ -55,25 +57,25 @@ def test_what_is_saved_is_loaded_from_the_highest_step(tmp_path):
     assert all(facts["bytes"] == (path / name).stat().st_size for name, facts in files.items())
 
 
-def test_tensors_are_stored_in_fp32_whatever_they_come_in(tmp_path):
+def test_tensors_are_stored_in_fp32_whatever_they_come_in(tmp_path, write_checkpoint):
     exact = torch.tensor([1.0, 2.5, -0.125])
     rows = [("weights", "half", exact.bfloat16()), ("weights", "double", exact.double())]
     # A view of a larger tensor, as ZeRO's flat buffers give.
     rows.append(("weights", "view", torch.cat([exact, exact])[3:]))
-    checkpoint.save(tmp_path, 1, rows, {}, write=True)
+    write_checkpoint(tmp_path, 1, rows, {})
     found = checkpoint.newest(tmp_path)[0].tensors("weights")
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert all(torch.equal(tensor, exact) for tensor in found.values())
 
 
-def test_a_buffer_that_is_used_again_is_copied_in_time(tmp_path):
+def test_a_buffer_that_is_used_again_is_copied_in_time(tmp_path, write_checkpoint):
     def one_buffer() -> Iterator[tuple[str, str, torch.Tensor]]:
         buffer = torch.zeros(2)
         for value in (1.0, 2.0):
             buffer.fill_(value)
             yield "weights", str(value), buffer
 
-    checkpoint.save(tmp_path, 1, one_buffer(), {}, write=True)
+    write_checkpoint(tmp_path, 1, one_buffer(), {})
     found = checkpoint.newest(tmp_path)[0].tensors("weights")
     assert found["1.0"].tolist() == [1, 1]
     assert found["2.0"].tolist() == [2, 2]
@@ -84,33 +86,25 @@ def test_no_checkpoints(tmp_path, folder):
     assert checkpoint.newest(tmp_path / folder) == (None, {})
 
 
-def test_saving_again_replaces(tmp_path):
+def test_saving_again_replaces(tmp_path, save, write_checkpoint):
     save(tmp_path, 5)
-    checkpoint.save(tmp_path, 5, [("weights", "new", torch.ones(1))], {"updates": 6}, write=True)
+    write_checkpoint(tmp_path, 5, [("weights", "new", torch.ones(1))], {"updates": 6})
     found, _ = checkpoint.newest(tmp_path)
     assert found.state()["updates"] == 6
     assert list(found.tensors("weights")) == ["new"]
     assert checkpoint.verify(found) is None
 
 
-def test_process_that_does_not_write_takes_part_all_the_same(tmp_path):
-    left = tensors(3)
-    path = checkpoint.save(tmp_path, 3, left, {}, write=False)
-    assert next(left, None) is None  # iterating is collective: all processes go to the end
-    assert path == checkpoint.checkpoint_path(tmp_path, 3)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failure_while_writing_leaves_the_one_before(tmp_path):
+def test_failure_while_writing_leaves_the_one_before(tmp_path, save, write_checkpoint):
     save(tmp_path, 1)
     with pytest.raises(TypeError, match="JSON"):  # after the tensors are written
-        checkpoint.save(tmp_path, 2, tensors(2), {"updates": object()}, write=True)
+        write_checkpoint(tmp_path, 2, tensors(2), {"updates": object()})
     assert checkpoint.newest(tmp_path)[0].step == 1
     assert steps_left(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("name", ["2.partial", "7.partial", "7.removed"])
-def test_leftover_of_a_process_that_was_killed_is_ignored_and_cleared(tmp_path, name):
+def test_leftover_of_a_process_that_was_killed_is_ignored_and_cleared(tmp_path, name, save):
     save(tmp_path, 1)
     leftover = tmp_path / f".step_0000000{name}"
     leftover.mkdir()
@@ -136,7 +130,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
-def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reason):
+def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reason, save):
     *_, last = save(tmp_path, 10, 20, 30)
     damage(last / name)
     found, damaged = checkpoint.newest(tmp_path)
@@ -145,7 +139,7 @@ def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reaso
     assert reason in damaged[last]
 
 
-def test_a_damaged_checkpoint_that_is_set_aside_is_kept_and_not_counted(tmp_path):
+def test_a_damaged_checkpoint_that_is_set_aside_is_kept_and_not_counted(tmp_path, save):
     for content in (b"first", b"second"):  # damaged, trained anew, damaged again
         *_, last = save(tmp_path, 10, 20, 30)
         (last / "weights.safetensors").write_bytes(content)
@@ -157,7 +151,7 @@ def test_a_damaged_checkpoint_that_is_set_aside_is_kept_and_not_counted(tmp_path
     assert checkpoint.newest(tmp_path)[1] == {}
 
 
-def test_nothing_is_used_when_all_are_damaged(tmp_path):
+def test_nothing_is_used_when_all_are_damaged(tmp_path, save):
     for path in save(tmp_path, 10, 20):
         flip_a_byte(path / "exp_avg.safetensors")
     with pytest.raises(
@@ -170,7 +164,7 @@ def test_nothing_is_used_when_all_are_damaged(tmp_path):
     ("keep_last", "keep_every", "left"),
     [(1, None, [40]), (2, None, [30, 40]), (9, None, [10, 20, 30, 40]), (1, 20, [20, 40])],
 )
-def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left):
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left, save):
     save(tmp_path, 10, 20, 30, 40)
     checkpoint.remove_old(tmp_path, keep_last, keep_every)
     assert steps_left(tmp_path) == left
@@ -178,7 +172,7 @@ def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left):
     assert checkpoint.newest(tmp_path)[0].step == 40
 
 
-def test_directories_of_the_users_own_are_left_alone(tmp_path):
+def test_directories_of_the_users_own_are_left_alone(tmp_path, save):
     save(tmp_path, 10, 20)
     for name in ("step_00000010.bak", "step_best", "step_7"):
         (tmp_path / name).mkdir()
@@ -188,7 +182,7 @@ def test_directories_of_the_users_own_are_left_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
-def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path):
+def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path, save):
     save(tmp_path, 10, 20)
     leftover = tmp_path / ".step_00000010.removed"
     leftover.mkdir()

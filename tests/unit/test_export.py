@@ -1,6 +1,7 @@
 """An exported checkpoint gives, in diffusers, what the trained model gave."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -8,12 +9,13 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds import checkpoint
+from flux2_ds import export as export_module
 from flux2_ds.export import choose, export
 from flux2_ds.model import transformer
 from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.recipe import Data, Lora, Model, Recipe
 from flux2_ds.spec import Spec
+from flux2_ds.stored import Piece
 
 
 def recipe_for(model: Path, run_dir: Path, method: str) -> Recipe:
@@ -56,13 +58,17 @@ def predict(model: Flux2Transformer2DModel, spec: Spec) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_diffusers_computes_what_was_trained(
-    method: str, tiny_model: Path, tiny_spec: Spec, tmp_path: Path
+    method: str,
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", method)
     model = trained(recipe, tiny_spec)
     expected = predict(model, tiny_spec)
     weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    checkpoint.save(tmp_path / "run" / "checkpoints", 7, weights, {}, write=True)
+    write_checkpoint(tmp_path / "run" / "checkpoints", 7, weights)
 
     path = export(recipe, choose(tmp_path / "run" / "checkpoints", None), torch.float32)
 
@@ -79,14 +85,14 @@ def test_diffusers_computes_what_was_trained(
 
 
 def test_the_precision_of_the_file_is_the_one_asked_for(
-    tiny_model: Path, tiny_spec: Spec, tmp_path: Path
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
 ) -> None:
     from safetensors.torch import load_file
 
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
     model = trained(recipe, tiny_spec)
     weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    checkpoint.save(tmp_path / "run" / "checkpoints", 1, weights, {}, write=True)
+    write_checkpoint(tmp_path / "run" / "checkpoints", 1, weights)
     chosen = choose(tmp_path / "run" / "checkpoints", 1)
     path = export(dataclasses.replace(recipe), chosen, torch.bfloat16)
     tensors = load_file(path)
@@ -94,3 +100,27 @@ def test_the_precision_of_the_file_is_the_one_asked_for(
     linears = 12 * tiny_spec.double_blocks + 2 * tiny_spec.single_blocks
     assert len(tensors) == 2 * linears
     assert path.stat().st_mode & 0o044, "others may read it"
+
+
+def test_an_export_in_several_files_and_of_the_average(
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", "full")
+    model = trained(recipe, tiny_spec)
+    pieces = [
+        Piece(kind, name, p.detach().flatten() * factor, 0, tuple(p.shape))
+        for kind, factor in (("weights", 1), ("ema", 2))
+        for name, p in model.named_parameters()
+    ]
+    write_checkpoint(tmp_path / "run" / "checkpoints", 3, pieces)
+    chosen = choose(tmp_path / "run" / "checkpoints", 3)
+    monkeypatch.setattr(export_module, "FILE_SIZE", "1MB")
+    path = export(recipe, chosen, torch.float32, "ema")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    loaded = dict(Flux2Transformer2DModel.from_pretrained(path).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded[name], parameter * 2)

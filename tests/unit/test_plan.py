@@ -143,7 +143,7 @@ def test_fp16_on_the_cpu_is_refused():
 
 
 def test_a_full_fine_tune_in_bf16_without_masters_is_refused():
-    with pytest.raises(UserError, match="Set deepspeed to zero1"):
+    with pytest.raises(UserError, match="Set deepspeed: zero1"):
         make_plan(make_recipe(method="full", deepspeed={}), 1)
     make_plan(make_recipe(method="full", deepspeed={}, precision="fp32"), 1)
     make_plan(make_recipe(deepspeed={}), 1)  # an adapter is fp32 itself
@@ -248,6 +248,7 @@ def test_unknown_deepspeed_config_is_refused_with_the_names(choice):
         ("linear", 2, [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.125e-3]),
         ("constant", 0, [1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]),
         ("cosine", 0, [1e-3, 0.9755283e-3, 0.9045085e-3, 0.6545085e-3, 0.3454915e-3, 0.0244717e-3]),
+        ("rex", 2, [0.5e-3, 1e-3, 1e-3, 0.8571429e-3, 0.6666667e-3, 0.2222222e-3]),
         ("linear", 0, [1e-3, 0.9e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.1e-3]),
     ],
 )
@@ -358,3 +359,51 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
         monkeypatch.setattr("sys.argv", ["flux2-ds", name, *arguments])
         cli.main()
         assert f"recipes/{shipped_recipe.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.name": "adafactor"}, r"adafactor, which factors .* \(stage 2\).* zero0"),
+        ({"optimizer.name": "prodigy"}, r"prodigy, which finds .* \(stage 2\).* zero0"),
+        ({"optimizer.name": "prodigy", "deepspeed": "zero0"}, "learning_rate is 0.0001; Prodigy"),
+        (
+            {"optimizer.name": "adamw8bit", "deepspeed": "zero2_offload"},
+            "offloads the optimizer at stage 2 and optimizer.name is adamw8bit; .*adamw8bit_paged",
+        ),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, "stage 0"),
+        (
+            {
+                "deepspeed": {
+                    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+                }
+            },
+            "offload_optimizer on 'nvme'",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
+            "offload_param at stage 2; .* zero3_offload",
+        ),
+        ({"method": "full", "deepspeed": "zero0"}, "bf16 with method full, .* zero1"),
+        ({"precision": "fp16", "deepspeed": "zero0"}, "fp16 with method lora, .* zero1"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(make_recipe(**changes), 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.name": "adafactor", "deepspeed": "zero0"},
+        {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0, "deepspeed": "zero0"},
+        {"optimizer.name": "adamw8bit", "deepspeed": "zero3"},
+        {"optimizer.name": "adamw8bit_paged", "method": "full"},
+        {"method": "full", "precision": "fp32", "deepspeed": "zero0"},
+        {"precision": "fp16", "deepspeed": "zero1"},
+        {"deepspeed": "zero3_offload"},
+    ],
+)
+def test_what_deepspeed_can_do(changes):
+    assert make_plan(make_recipe(**changes), 2).recipe.optimizer.name

@@ -1,12 +1,14 @@
 """The loop and what a start of the trainer refuses, with stand-ins for DeepSpeed's collectives."""
 
 import dataclasses
+import errno
 import itertools
+import json
 import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +17,21 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from flux2_ds import checkpoint, loop, train
+from flux2_ds import checkpoint, loop, saving, train
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
-from flux2_ds.engine import MOMENTS, Process
+from flux2_ds.data.loader import MicroBatch
+from flux2_ds.data.order import Sample
+from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
-from flux2_ds.loop import Cadence, Meter, StopRequest
+from flux2_ds.loop import Cadence, StopRequest
 from flux2_ds.model.files import fingerprint
+from flux2_ds.nonfinite import NonFinite
 from flux2_ds.recipe import Data, Model, Recipe
 from flux2_ds.spec import read_spec
+from flux2_ds.stored import Piece
 
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
 FIRST, SECOND = (Process(rank, 2, torch.device("cpu")) for rank in (0, 1))
 INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
 
@@ -36,6 +43,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "any_process", lambda flag, device: flag)
     monkeypatch.setattr(loop, "barrier", lambda: None)
     monkeypatch.setattr(train, "from_first", lambda value, device: value)
+    monkeypatch.setattr(saving, "exchange", lambda value: [value])
 
 
 # Asking it to stop
@@ -90,9 +98,14 @@ class StandIn:
 
     skips_overflows = False
 
-    def __init__(self, losses: list[float], norms: list[float | None] | None = None) -> None:
+    def __init__(self, losses: list[float], norms: list[float] | None = None) -> None:
         self.losses, self.norms = iter(losses), iter(norms or [1.0] * len(losses))
-        self.norm: float | None = None
+        self.norm = math.nan
+        self.state = SimpleNamespace(
+            in_parts=False,
+            pieces=lambda: [Piece("weights", "a", torch.zeros(1))],
+            counters=lambda: {"updates": 0},
+        )
 
     def forward(self) -> torch.Tensor:
         return torch.tensor(next(self.losses))
@@ -103,30 +116,41 @@ class StandIn:
     def step(self, learning_rate: float) -> None:
         self.norm = next(self.norms)
 
-    def gradient_norm(self) -> float | None:
+    def gradient_norm(self) -> float:
         return self.norm
 
-    def updates(self) -> int:
-        return 0
 
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        yield "weights", "a", torch.zeros(1)
+BATCH = MicroBatch(
+    Bucket(32, 32),
+    [Sample(0, 1, 7)],
+    latents=torch.tensor([[0.0, 2.0, math.nan]]),
+    text=torch.ones(1, 2),
+    noise=torch.full((1, 2), math.inf),
+    deviates=torch.tensor([0.5]),
+)
 
 
 def run_loop(
-    folder: Path, engine: StandIn, steps: int, metrics: Any = None, **cadence: int
+    folder: Path,
+    engine: StandIn,
+    steps: int,
+    metrics: Any = None,
+    policy: Any = "stop",
+    **cadence: int,
 ) -> bool:
-    batch = SimpleNamespace(bucket=Bucket(32, 32))
     often = {"log_every": 1, "save_every": 100, "keep_last": 9, **cadence}
     return loop.train(
         engine,  # type: ignore[arg-type]
-        SimpleNamespace(steps=lambda first, last: itertools.repeat([batch], last - first)),  # type: ignore[arg-type]
+        SimpleNamespace(steps=lambda first, last: itertools.repeat([BATCH], last - first)),  # type: ignore[arg-type]
         SimpleNamespace(loss=lambda forward, batch: forward()),  # type: ignore[arg-type]
         metrics,
         FIRST,
         Cadence(steps=steps, keep_every=None, **often),
         StopRequest(folder / "stop"),
         Mock(),
+        NonFinite(
+            folder / "nonfinite", policy, engine.skips_overflows, lambda s: {"row": s.row}, rank=1
+        ),
         first_step=0,
         seed=0,
         learning_rate=lambda step: 1e-4,
@@ -175,13 +199,62 @@ def test_what_is_not_finite_is_not_saved(tmp_path, losses, norms, message):
     assert saved(tmp_path) == [2]
 
 
-@pytest.mark.parametrize(("norm", "skips"), [(math.inf, True), (None, False), (2.0, False)])
-def test_gradient_norms_that_are_no_failure(norm, skips):
-    engine = StandIn([])
-    engine.norm, engine.skips_overflows = norm, skips  # a loss scaler skips such steps
-    meter = Meter(torch.tensor(3.0), steps=2, samples=8)
-    values = loop.summarise(meter, engine, 6, 1e-4, 4)  # type: ignore[arg-type]
-    assert (values["loss"], values["gradient_norm"], values["epoch"]) == (1.5, norm, 1.5)
+def test_what_is_not_finite_is_written_down(tmp_path):
+    with pytest.raises(UserError, match=r"step_00000003-process_1.json has this process's samples"):
+        run_loop(tmp_path, StandIn([1.0] * 9, [1.0, 1.0, math.nan]), 9)
+    (path,) = tmp_path.glob("nonfinite/*")
+    facts = json.loads(path.read_text())
+    assert (facts["step"], facts["gradient_norm"]) == (3, "nan")
+    (batch,) = facts["micro_batches"]
+    assert (batch["samples"], batch["deviates"], batch["loss"]) == ([{"row": 1}], [0.5], "1.0")
+    assert batch["latents"] == [{"not_finite": 1, "mean": 1, "std": 1, "min": 0, "max": 2}]
+    assert batch["noise"] == [{"not_finite": 2}]
+
+
+def test_skipped_steps_are_counted_and_their_losses_are_not(tmp_path, caplog):
+    metrics = Mock()
+    norms = [1.0, math.inf, 2.0, math.nan, math.nan, 1.0]
+    engine = StandIn([1.0, math.nan, 3.0, 9.0, math.nan, 5.0], norms)
+    assert run_loop(tmp_path, engine, 6, metrics, policy="skip", log_every=3)
+    values = [call.args[1] for call in metrics.write.call_args_list]
+    assert [(v["loss"], v["skipped_steps"]) for v in values] == [(2.0, 1), (5.0, 3)]
+    assert caplog.text.count("Skipped; ") == 3
+    assert len(list(tmp_path.glob("nonfinite/*"))) == 3
+
+
+def test_a_run_that_only_skips_stops(tmp_path):
+    norms = [1.0] + 9 * [math.nan] + [1.0] + 10 * [math.nan]
+    with pytest.raises(UserError, match=r"norm is nan at step 21; .* the 10th such step in a row"):
+        run_loop(tmp_path, StandIn([1.0] * 30, norms), 30, policy="skip")
+
+
+def test_steps_that_the_loss_scaler_skips_are_no_failure(tmp_path):
+    engine, metrics = StandIn([4.0, 2.0, math.nan], [math.inf, 1.0, math.inf]), Mock()
+    engine.skips_overflows = True
+    with pytest.raises(UserError, match="norm is inf at step 3"):  # but a loss that is NaN is
+        run_loop(tmp_path, engine, 4, metrics)
+    values = [call.args[1] for call in metrics.write.call_args_list]
+    assert [(v["loss"], v["skipped_steps"]) for v in values] == [(None, 1), (2.0, 1)]
+
+
+def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog):
+    write = checkpoint.write_files
+
+    def full(partial: Path, pieces: Any, part: int | None) -> Any:
+        if "04" in partial.name or "09" in partial.name:
+            (partial / "weights.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(partial, pieces, part)
+
+    monkeypatch.setattr(checkpoint, "write_files", full)
+    assert run_loop(tmp_path, StandIn([1.0] * 6), 6, save_every=2)
+    assert "step 4 cannot be written" in caplog.text
+    assert "No space left on device (process 0)" in caplog.text
+    assert saved(tmp_path) == [2, 6]
+    with pytest.raises(UserError, match="the checkpoint of step 9 cannot be written"):
+        run_loop(tmp_path, StandIn([1.0] * 9), 9)
+    assert saved(tmp_path) == [2, 6]
+    assert not list(tmp_path.glob("checkpoints/.*"))  # the half is removed
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank():
@@ -234,42 +307,37 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
             train.check_shards(index, spec, tiny_model, recipe)
 
 
-def save(recipe: Recipe, step: int, index: Index = INDEX) -> Path:
-    return checkpoint.save(
-        Path(recipe.run_dir) / "checkpoints",
-        step,
-        [(kind, "a", torch.full((2,), float(step))) for kind in ("weights", *MOMENTS)],
-        {"updates": step - 1, "index": index.digest},
-        write=True,
-    )
+def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
+    pieces = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
+    state = {"updates": step - 1, "index": index.digest}
+    return write(Path(recipe.run_dir) / "checkpoints", step, pieces, state)
 
 
 def test_a_new_run_starts_at_the_beginning(tmp_path):
     assert train.resume(Mock(), recipe_for(tmp_path), INDEX, FIRST) == 0
 
 
-def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog):
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog, write_checkpoint):
     recipe, engine = recipe_for(tmp_path), Mock()
     for step in (10, 20, 30):
-        last = save(recipe, step)
+        last = save(write_checkpoint, recipe, step)
     (last / "exp_avg.safetensors").unlink()
     assert train.resume(engine, recipe, INDEX, FIRST) == 20
     assert "exp_avg.safetensors is missing" in caplog.text
-    (weights,) = engine.load_weights.call_args.args
-    moments, updates = engine.load_moments.call_args.args
-    assert weights["a"].tolist() == [20, 20]
-    assert (moments.keys(), updates) == (set(MOMENTS), 19)
+    (loaded,) = engine.state.load.call_args.args
+    assert loaded.tensors("weights")["a"].tolist() == [20, 20]
+    assert (loaded.kinds(), loaded.state()["updates"]) == (sorted(KINDS), 19)
     assert not last.exists()
     assert last.with_name(f"{last.name}.damaged").is_dir()
 
 
-def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path):
-    save(recipe_for(tmp_path), 10)
+def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_checkpoint):
+    save(write_checkpoint, recipe_for(tmp_path), 10)
     other = dataclasses.replace(INDEX, shards=[*INDEX.shards, *INDEX.shards])
     engine = Mock()
     with pytest.raises(UserError, match=f"index {other.digest}, was {INDEX.digest}"):
         train.resume(engine, recipe_for(tmp_path), other, FIRST)
-    engine.load_weights.assert_not_called()
+    engine.state.load.assert_not_called()
     assert train.resume(engine, recipe_for(tmp_path, accept_changes=True), other, FIRST) == 10
 
 
