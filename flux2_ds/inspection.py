@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
@@ -28,9 +29,9 @@ from flux2_ds.model import latents, transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.model.prompt import read_prompt
 from flux2_ds.plan import check_ranges
-from flux2_ds.prepared import check_settings, check_variant
+from flux2_ds.prepared import check_companions, check_settings, check_variant, companion_lines
 from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
-from flux2_ds.spec import Spec, read_spec
+from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.timesteps import shift_of, timesteps
 
 _BINS, _BARS = 20, "▁▂▃▄▅▆▇█"
@@ -62,9 +63,11 @@ def main() -> None:
     index = read_index(shards)
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
+    check_companions(recipe, index)
     check_fingerprint(index.fingerprint, directory, shards)
     say("latents", latent_lines(shards, index, options.samples))
     say("sample", sample_lines(directory, spec, shards, index))
+    say("companions", companion_lines(recipe, index))
     counts = index.bucket_counts()
     say("timesteps", [timestep_line(recipe.objective, *each) for each in counts.items()])
     if options.picture:
@@ -163,10 +166,19 @@ def timestep_line(settings: Objective, bucket: Bucket, count: int) -> str:
 def write_picture(
     path: Path, vae: AutoencoderKLFlux2, shards: Path, index: Index, count: int
 ) -> None:
-    """The first samples as the VAE decodes them, with their captions."""
-    samples = list(first_samples(shards, index, count))
-    pictures = [latents.decode(vae, r.latent(row)[None])[0].numpy() for r, row in samples]
-    captions = [reader.meta(row)["caption"] for reader, row in samples]
+    """The first samples as the VAE decodes them, with their captions; dark where masked out, and
+    followed by their reference images."""
+    pictures, captions = [], []
+    for reader, row in first_samples(shards, index, count):
+        meta, mask = reader.meta(row), reader.mask(row)
+        pictures.append(latents.decode(vae, reader.latent(row)[None])[0].numpy())
+        captions.append(meta["caption"])
+        if mask is not None:
+            weight = np.kron(mask.numpy(), np.ones((PIXELS_PER_TOKEN, PIXELS_PER_TOKEN)))
+            pictures[-1] = (pictures[-1] * (0.2 + 0.8 * weight)[..., None]).astype(np.uint8)
+        for number, reference in enumerate(reader.references(row), start=1):
+            pictures.append(latents.decode(vae, reference[None])[0].numpy())
+            captions.append(f"reference {number} of {meta['source']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(pictures, captions).save(path)
 

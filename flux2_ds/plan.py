@@ -203,6 +203,8 @@ def check_ranges(recipe: Recipe) -> None:
     require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
     require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
     require("prepare.scratch_gb", recipe.prepare.scratch_gb, lambda v: v > 0, "positive")
+    require("prepare.reference_resolution", recipe.prepare.reference_resolution,
+            lambda v: v >= token, f"at least {token}")  # fmt: skip
     require("objective.caption_dropout", recipe.objective.caption_dropout,
             lambda v: 0 <= v <= 1, "between 0 and 1")  # fmt: skip
     require("lora.dropout", recipe.lora.dropout, lambda v: 0 <= v < 1, "in [0, 1)")

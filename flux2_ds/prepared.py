@@ -23,6 +23,46 @@ def check_settings(recipe: Recipe, index: Index) -> None:
             )
 
 
+def check_companions(recipe: Recipe, index: Index) -> None:
+    """Refuse masks that are wanted and not there, and reference images that cannot be batched.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    shards = recipe.data.shards
+    if recipe.objective.masked_loss and not any(shard.masks for shard in index.shards):
+        raise UserError(
+            f"objective.masked_loss is true, but no picture in data.shards {shards} has a mask. Put "
+            "NAME.mask.png beside NAME.png and prepare again, or set it to false."
+        )
+    if recipe.batch.micro_size == 1:
+        return
+    for bucket in index.bucket_counts():
+        sizes = {shard.references for shard in index.shards if shard.bucket == bucket}
+        if len(sizes) > 1 or "several" in sizes:
+            raise UserError(
+                f"the pictures of bucket {bucket} in data.shards {shards} have reference images of "
+                f"different number or size, and batch.micro_size is {recipe.batch.micro_size}. Set it "
+                "to 1: such samples cannot share a forward pass."
+            )
+
+
+def companion_lines(recipe: Recipe, index: Index) -> list[str]:
+    """Which masks and reference images there are, and whether they are used, for people."""
+    lines = []
+    masks = sum(shard.masks for shard in index.shards)
+    if masks:
+        used = (
+            "used" if recipe.objective.masked_loss else "not used: objective.masked_loss is false"
+        )
+        lines.append(f"{masks} masks, {used}")
+    references = sorted({shard.references for shard in index.shards} - {""})
+    if references:
+        sizes = ["several sizes" if each == "several" else f"{each} px" for each in references]
+        lines.append(f"reference images of {' or '.join(sizes)}")
+    return lines
+
+
 def check_variant(recipe: Recipe, index: Index, spec: Spec) -> None:
     """Refuse shards that were prepared for another kind of model.
 

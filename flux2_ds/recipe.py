@@ -87,6 +87,9 @@ class Prepare:
     """Encode large pictures in overlapping tiles: less memory, slightly other latents."""
     image_batch: int = 4
     """Pictures encoded at once."""
+    reference_resolution: int = 1024
+    """Reference images of more than this many px squared are made smaller; in px. Inference uses
+    1024."""
     decode_threads: int = 4
     """Threads of each process that decode and crop pictures."""
     scratch_gb: float = 100.0
@@ -144,6 +147,9 @@ class Objective:
     """Guidance value given to FLUX.2-dev while training. klein has no such input."""
     caption_dropout: float = 0.0
     """Share of the samples trained with the empty caption; 0..1."""
+    masked_loss: bool = False
+    """Weight the loss by the masks of the pictures that have one: `boat.mask.png` beside `boat.png`,
+    white where it is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ from flux2_ds.model.weights import read_parts
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
-from flux2_ds.prepared import check_settings, check_variant
+from flux2_ds.prepared import check_companions, check_settings, check_variant, companion_lines
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
 from flux2_ds.rundir import (
     check_run_dir,
@@ -131,6 +131,7 @@ def check_shards(index: Index, spec: Spec, directory: Path, recipe: Recipe) -> N
     """
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
+    check_companions(recipe, index)
     shards = Path(recipe.data.shards)
     unchecked = check_fingerprint(index.fingerprint, directory, shards)
     if unchecked:
@@ -147,6 +148,8 @@ def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
         len(index.shards),
         order.steps_per_epoch,
     )
+    for line in companion_lines(plan.recipe, index):
+        log.info("           %s", line)
     for bucket, count in index.bucket_counts().items():
         repeated = order.repeated(bucket)
         log.info(
@@ -255,6 +258,7 @@ def build_loader(
         seed=recipe.seed,
         caption_dropout=recipe.objective.caption_dropout,
         empty_text=conditioning["empty_text"],
+        masked=recipe.objective.masked_loss,
     )
 
 

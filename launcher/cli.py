@@ -16,7 +16,7 @@ from flux2_ds.data.index import INDEX_NAME, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.plan import make_plan
-from flux2_ds.prepared import check_settings, check_variant
+from flux2_ds.prepared import check_companions, check_settings, check_variant
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import read_spec
@@ -179,6 +179,7 @@ def check_inputs(recipe: Recipe) -> None:
     check_run_dir(recipe)
     index = read_index(Path(recipe.data.shards))
     check_settings(recipe, index)
+    check_companions(recipe, index)
     if Path(recipe.model.path).is_dir():
         spec = read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
         check_variant(recipe, index, spec)

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux2_ds.data.buckets import Bucket
+from flux2_ds.spec import PIXELS_PER_TOKEN
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _LINES, _LINE_HEIGHT = 3, 14
+_SAME_ASPECT = 0.02
 
 
 class UnreadableImageError(Exception):
@@ -39,26 +41,81 @@ def load_cropped(content: bytes | str, bucket: Bucket) -> NDArray[np.uint8]:
     Returns: uint8 [height, width, 3].
     Raises: UnreadableImageError, with the decoder's reason.
     """
+    upright = _on_white(_upright(content))
+    fitted = ImageOps.fit(upright, (bucket.width, bucket.height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted)
+
+
+def load_mask(
+    content: bytes | str, picture: tuple[int, int], bucket: Bucket
+) -> NDArray[np.float32]:
+    """A mask on the grid of image tokens, cropped like its picture of `picture` (width, height) px.
+
+    White is 1, black and transparent 0, and a token has the mean of its 16 × 16 px.
+    Returns: float32 [height / 16, width / 16].
+    Raises: UnreadableImageError, also if it is black all over or not of the picture's proportions.
+    """
+    image = _eight_bits(_upright(content))
+    if abs(math.log(image.width / image.height * picture[1] / picture[0])) > _SAME_ASPECT:
+        raise UnreadableImageError(
+            f"its mask is {image.width}x{image.height} px, the picture {picture[0]}x{picture[1]}: "
+            "the proportions differ"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+    cells = (bucket.width // PIXELS_PER_TOKEN, bucket.height // PIXELS_PER_TOKEN)
+    grey = image.convert("L").convert("F")  # in floating point, so that means are not rounded
+    fitted = ImageOps.fit(grey, cells, Image.Resampling.BOX)
+    mask = np.asarray(fitted, dtype=np.float32) / np.float32(255)
+    if not mask.any():
+        raise UnreadableImageError("its mask is black all over: nothing to train on")
+    return mask
+
+
+def load_reference(content: bytes | str, resolution: int) -> NDArray[np.uint8]:
+    """A reference image as inference takes it: of at most resolution² px, sides cut to multiples of 16.
+
+    Returns: uint8 [height, width, 3].
+    Raises: UnreadableImageError, with the reason.
+    """
+    image = _on_white(_upright(content))
+    scale = min(1.0, resolution / math.sqrt(image.width * image.height))
+    sides = [int(side * scale) for side in image.size]
+    if scale < 1:
+        image = image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
+    width, height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in sides)
+    if not width or not height:
+        raise UnreadableImageError(f"a reference image of {sides[0]}x{sides[1]} px is too small")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def _upright(content: bytes | str) -> Image.Image:
+    """A decoded picture, turned as its EXIF orientation says."""
     with _open(content) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise UnreadableImageError(str(error)) from error
-        upright = _on_white(ImageOps.exif_transpose(image))
-    fitted = ImageOps.fit(upright, (bucket.width, bucket.height), Image.Resampling.LANCZOS)
-    return np.asarray(fitted)
+        return ImageOps.exif_transpose(image)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     """8-bit RGB; transparent parts become white, as a picture viewer shows them."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, which makes scans white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise UnreadableImageError(f"pixel format {image.mode} (32 bits a channel) has no scale")
+    image = _eight_bits(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, which makes scans white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UnreadableImageError(f"pixel format {image.mode} (32 bits a channel) has no scale")
+    return image
 
 
 def _open(content: bytes | str) -> Image.Image:

@@ -28,7 +28,9 @@ class Shard:
     """One tar file: its bucket, number of samples, size in bytes and sha256.
 
     `source` names the pictures that it was made of, as in `data.images`. `dropped`: rows of the file
-    that are no longer part of the data; `samples` does not count them.
+    that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
+    a mask. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
+    there are none, "several" if the rows differ.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Shard:
     sha256: str
     source: str = ""
     dropped: list[int] = field(default_factory=list)
+    masks: int = 0
+    references: str = ""
 
 
 @dataclass(frozen=True)

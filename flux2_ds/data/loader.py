@@ -22,6 +22,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order, Sample
 from flux2_ds.data.shards import ShardReader
+from flux2_ds.spec import PIXELS_PER_TOKEN
 
 OPEN_SHARDS = 256
 """Shards kept open. Reading is sequential while own lanes × buckets × shuffle_window fit in it; beyond,
@@ -84,6 +85,7 @@ class Loader:
         seed: int,
         caption_dropout: float,
         empty_text: torch.Tensor,
+        masked: bool = False,
     ) -> None:
         self._directory = directory
         self._index = index
@@ -92,6 +94,7 @@ class Loader:
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._empty_text = empty_text
+        self._masked = masked
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
@@ -155,7 +158,22 @@ class Loader:
             text=torch.stack([self._text(s, d.drop) for s, d in zip(samples, draws, strict=True)]),
             noise=torch.stack([d.noise for d in draws]),
             deviates=torch.tensor([d.deviate for d in draws]),
+            masks=self._masks(bucket, samples) if self._masked else None,
+            references=self._references(samples),
         )
+
+    def _masks(self, bucket: Bucket, samples: list[Sample]) -> torch.Tensor:
+        """Masks of the samples; a sample without one is trained on as a whole."""
+        white = torch.ones(bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN)
+        found = [self._reader(sample.shard).mask(sample.row) for sample in samples]
+        return torch.stack([white if mask is None else mask for mask in found])
+
+    def _references(self, samples: list[Sample]) -> list[torch.Tensor]:
+        """The first references of all samples, the second and so on; they agree in number and size."""
+        if not any(self._index.shards[sample.shard].references for sample in samples):
+            return []
+        found = [self._reader(sample.shard).references(sample.row) for sample in samples]
+        return [torch.stack(each) for each in zip(*found, strict=True)]
 
     def _text(self, sample: Sample, drop: float) -> torch.Tensor:
         if drop < self._caption_dropout:

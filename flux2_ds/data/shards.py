@@ -5,6 +5,8 @@ Members of a sample, all with the key as stem:
     latent.safetensors  `latent` [32, H/8, W/8] fp32: mean of the VAE's posterior, before patchifying
                         and normalising
     text.safetensors    `text` [512, text width]: the encoded caption, in the encoder's dtype
+    mask.safetensors    `mask` [H/16, W/16] fp32: weights of the loss, if the picture has a mask
+    references.safetensors  `0`, `1`, ...: reference images as latents, each of its own size, if any
     json                caption, source file, bucket, and `text_key`: the sample whose text it shares
 
 A caption that recurs in a shard is stored once, with its first sample: text is most of a sample's
@@ -18,7 +20,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,19 @@ from flux2_ds.data.index import Shard
 from flux2_ds.errors import UserError
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
+MASK, REFERENCES = "mask.safetensors", "references.safetensors"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample on its way into a shard. `latent`: [32, H/8, W/8] fp32."""
+    """One sample on its way into a shard. `latent`, `references`: [32, H/8, W/8] fp32.
+    `mask`: [H/16, W/16] fp32 in [0, 1]."""
 
     source: str
     caption: str
     latent: torch.Tensor
+    mask: torch.Tensor | None = None
+    references: Sequence[torch.Tensor] = ()
 
 
 def write_shard(
@@ -54,8 +60,8 @@ def write_shard(
     """Write one shard; it appears whole or not at all. `text_of` gives a caption's [512, D]."""
     partial = path.with_suffix(".partial")
     try:
-        count, sha256 = _write_tar(partial, bucket, records, text_of)
-        shard = Shard(path.name, bucket, count, partial.stat().st_size, sha256, source)
+        facts = _write_tar(partial, bucket, records, text_of)
+        shard = Shard(path.name, bucket, size=partial.stat().st_size, source=source, **facts)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # above all when the disk is full
@@ -64,10 +70,11 @@ def write_shard(
 
 def _write_tar(
     path: Path, bucket: Bucket, records: Iterable[Record], text_of: Callable[[str], torch.Tensor]
-) -> tuple[int, str]:
-    """Write a tar; returns its number of samples and its sha256."""
+) -> dict[str, Any]:
+    """Write a tar; returns the facts of `Shard` that its contents decide."""
     text_keys: dict[str, str] = {}
-    count = 0
+    count = masks = 0
+    references = set()
     with path.open("wb") as stream:
         # encoder=False: members are bytes already. mtime=0: the same input makes the same file.
         with webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
@@ -77,6 +84,15 @@ def _write_tar(
                     "__key__": key,
                     LATENT: save_tensors({"latent": record.latent.contiguous()}),
                 }
+                if record.mask is not None:
+                    masks += 1
+                    members[MASK] = save_tensors({"mask": record.mask.contiguous()})
+                if record.references:
+                    tensors = {
+                        str(k): each.contiguous() for k, each in enumerate(record.references)
+                    }
+                    members[REFERENCES] = save_tensors(tensors)
+                references.add(_sizes(record.references))
                 if record.caption not in text_keys:
                     text_keys[record.caption] = key
                     members[TEXT] = save_tensors({"text": text_of(record.caption).contiguous()})
@@ -92,7 +108,14 @@ def _write_tar(
         stream.flush()
         os.fsync(stream.fileno())
     with path.open("rb") as stream:
-        return count, hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sizes = references.pop() if len(references) == 1 else "several" if references else ""
+    return {"samples": count, "sha256": sha256, "masks": masks, "references": sizes}
+
+
+def _sizes(references: Sequence[torch.Tensor]) -> str:
+    """Sizes of reference images in px, such as 1024x768,512x512."""
+    return ",".join(f"{8 * each.shape[-1]}x{8 * each.shape[-2]}" for each in references)
 
 
 class ShardReader:
@@ -130,6 +153,19 @@ class ShardReader:
     def text(self, row: int) -> torch.Tensor:
         """[512, text width]."""
         return load_tensors(self._read(f"{self.meta(row)['text_key']}.{TEXT}"))["text"]
+
+    def mask(self, row: int) -> torch.Tensor | None:
+        """[H/16, W/16] fp32 in [0, 1], or None if the sample has none."""
+        name = f"{self._key(row)}.{MASK}"
+        return load_tensors(self._read(name))["mask"] if name in self._members else None
+
+    def references(self, row: int) -> list[torch.Tensor]:
+        """Reference images, [32, h, w] fp32 each."""
+        name = f"{self._key(row)}.{REFERENCES}"
+        if name not in self._members:
+            return []
+        tensors = load_tensors(self._read(name))
+        return [tensors[str(k)] for k in range(len(tensors))]
 
     def close(self) -> None:
         """Close the file."""

@@ -40,7 +40,7 @@ from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepare.texts import TextFiles, TextWorker, copy_known
 from flux2_ds.prepare.workers import run_tasks
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.spec import TEXT_TOKENS, Spec, read_spec
+from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, Spec, read_spec
 from flux2_ds.tensors import write_tensors
 
 log = logging.getLogger("flux2_ds")
@@ -124,6 +124,7 @@ def content_of(recipe: Recipe, prints: dict[str, str]) -> dict[str, Any]:
             "text_weights": quantization or str(dtype),
             "vae_precision": recipe.prepare.vae_precision,
             "vae_tiling": recipe.prepare.vae_tiling,
+            "reference_resolution": recipe.prepare.reference_resolution,
         },
         "model": prints,
     }
@@ -211,7 +212,7 @@ def check_disk(folder: Path, jobs: list[Job], spec: Spec, recipe: Recipe) -> Non
     """
     text = text_bytes(spec, recipe)
     shards = sum(
-        sum(4 * 128 * picture.bucket.tokens for picture in job.pictures)
+        sum(4 * 128 * tokens_of(picture, recipe) for picture in job.pictures)
         + text * len({picture.caption for picture in job.pictures})
         for job in jobs
     )
@@ -226,6 +227,12 @@ def check_disk(folder: Path, jobs: list[Job], spec: Spec, recipe: Recipe) -> Non
             f"{(needed - shards) / 1e9:.2f} GB for the time of encoding (prepare.scratch_gb is "
             f"{recipe.prepare.scratch_gb:g}), and its disk has {free / 1e9:.2f} GB free."
         )
+
+
+def tokens_of(picture: Picture, recipe: Recipe) -> int:
+    """Image tokens of a picture and, at most, of its references."""
+    largest = (recipe.prepare.reference_resolution // PIXELS_PER_TOKEN) ** 2
+    return picture.bucket.tokens + largest * len(picture.entry.references)
 
 
 def encode(

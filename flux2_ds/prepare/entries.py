@@ -21,7 +21,7 @@ class Entry:
 
     `key` names it within the source and `stamp` changes when the file does. `problem` is the reason
     why it cannot be used, `caption` None if it has none. `size` (width, height) is known of pictures
-    in tars, where finding out means reading them.
+    in tars, where finding out means reading them. `mask` and `references` belong to the picture.
     """
 
     source: str
@@ -31,6 +31,8 @@ class Entry:
     blob: Blob
     problem: str | None = None
     size: tuple[int, int] | None = None
+    mask: Blob | None = None
+    references: tuple[Blob, ...] = ()
 
     @property
     def name(self) -> str:

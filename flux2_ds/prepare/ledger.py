@@ -117,8 +117,12 @@ def compare(entries: list[Entry], notes: list[Note]) -> Comparison:
 def _same(entry: Entry, row: Row) -> bool:
     if caption_digest(entry.caption or "") != row.caption:
         return False
-    return entry.stamp == row.stamp or (
-        entry.stamp.split(":")[0] == row.stamp.split(":")[0]
+    own, _, companions = entry.stamp.partition("|")
+    own_before, _, companions_before = row.stamp.partition("|")
+    if companions != companions_before:
+        return False
+    return own == own_before or (
+        own.split(":")[0] == own_before.split(":")[0]
         and hashlib.sha256(entry.blob.read()).hexdigest() == row.sha256
     )
 

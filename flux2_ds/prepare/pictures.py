@@ -14,7 +14,13 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from numpy.typing import NDArray
 
-from flux2_ds.data.images import UnreadableImageError, load_cropped
+from flux2_ds.data.images import (
+    UnreadableImageError,
+    image_size,
+    load_cropped,
+    load_mask,
+    load_reference,
+)
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError
@@ -29,12 +35,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Decoded:
-    """A cropped picture, or the reason why there is none."""
+    """A cropped picture with its companions, or the reason why there is none."""
 
     picture: Picture
     pixels: NDArray[np.uint8] | None
     sha256: str = ""
     reason: str = ""
+    mask: NDArray[np.float32] | None = None
+    references: tuple[NDArray[np.uint8], ...] = ()
 
 
 class PictureWorker:
@@ -75,48 +83,70 @@ class PictureWorker:
     ) -> Iterator[Record]:
         """Encode the pictures of a shard; notes those that become a row and those that do not."""
         for batch in self._batches(job.pictures):
-            pixels: list[NDArray[np.uint8]] = []
-            readable: list[tuple[str, str]] = []
+            readable: list[Decoded] = []
             for decoded in batch:
                 entry = decoded.picture.entry
                 if decoded.pixels is None:
                     skipped[entry.key] = (entry.stamp, decoded.reason)
                     continue
-                pixels.append(decoded.pixels)
                 digest = caption_digest(decoded.picture.caption)
                 rows.append(Row(entry.key, entry.stamp, decoded.sha256, digest))
-                readable.append((entry.key, decoded.picture.caption))
-            if pixels:
-                encoded = latents.encode(self._vae, torch.from_numpy(np.stack(pixels)))
-                for (key, caption), latent in zip(readable, encoded, strict=True):
-                    yield Record(key, caption, latent.cpu())
+                readable.append(decoded)
+            if readable:
+                encoded = self._encode(
+                    [each.pixels for each in readable if each.pixels is not None]
+                )
+                for decoded, latent in zip(readable, encoded, strict=True):
+                    yield Record(
+                        decoded.picture.entry.key,
+                        decoded.picture.caption,
+                        latent,
+                        None if decoded.mask is None else torch.from_numpy(decoded.mask),
+                        [self._encode([pixels])[0] for pixels in decoded.references],
+                    )
             tick(len(batch))
+
+    def _encode(self, pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
+        return latents.encode(self._vae, torch.from_numpy(np.stack(pictures))).cpu()
 
     def _batches(self, pictures: list[Picture]) -> Iterator[list[Decoded]]:
         """Decoded batches in order; threads decode the next while one is encoded."""
         batches = list(in_chunks(pictures, self._settings.image_batch))
+        resolution = self._settings.reference_resolution
         ahead = 1 + -(-self._settings.decode_threads // self._settings.image_batch)
         with ThreadPoolExecutor(self._settings.decode_threads) as threads:
-            waiting = [[threads.submit(decode, p) for p in batch] for batch in batches[:ahead]]
+            waiting = [
+                [threads.submit(decode, p, resolution) for p in batch] for batch in batches[:ahead]
+            ]
             for number in range(len(batches)):
                 futures = waiting.pop(0)
                 yield [future.result() for future in futures]
                 if number + ahead < len(batches):
-                    waiting.append([threads.submit(decode, p) for p in batches[number + ahead]])
+                    coming = batches[number + ahead]
+                    waiting.append([threads.submit(decode, p, resolution) for p in coming])
 
 
-def decode(picture: Picture) -> Decoded:
-    """Read a picture and crop it to its bucket."""
+def decode(picture: Picture, reference_resolution: int | None = None) -> Decoded:
+    """Read a picture and crop it to its bucket; with a reference resolution its companions, too."""
+    entry, mask = picture.entry, None
+    references: tuple[NDArray[np.uint8], ...] = ()
     try:
-        content = picture.entry.blob.read()
+        content = entry.blob.read()
         pixels = load_cropped(content, picture.bucket)
+        if reference_resolution is not None:
+            if entry.mask is not None:
+                mask = load_mask(entry.mask.read(), image_size(content), picture.bucket)
+            references = tuple(
+                load_reference(blob.read(), reference_resolution) for blob in entry.references
+            )
     except UnreadableImageError as error:
         return Decoded(picture, None, reason=f"unreadable: {error}")
     except UserError as error:
         if is_url(picture.entry.blob.location):  # the store is away, and the next picture is, too
             raise
         return Decoded(picture, None, reason=f"unreadable: {error}")
-    return Decoded(picture, pixels, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(content).hexdigest()
+    return Decoded(picture, pixels, digest, mask=mask, references=references)
 
 
 def load_vae(directory: Path, settings: Prepare, device: torch.device) -> AutoencoderKLFlux2:

@@ -45,6 +45,8 @@ class Report:
             "images_per_second": round(self.encoded / self.seconds, 3) if self.seconds else None,
             "sources": dict(Counter(picture.entry.source for picture in pictures)),
             "buckets": {str(bucket): count for bucket, count in index.bucket_counts().items()},
+            "with_mask": sum(picture.entry.mask is not None for picture in pictures),
+            "with_references": sum(bool(picture.entry.references) for picture in pictures),
             "captions": len({picture.caption for picture in pictures}),
             "captions_cut": self.long_captions,
             "skipped": self.skipped.reasons,

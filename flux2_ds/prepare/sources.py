@@ -21,6 +21,7 @@ from typing import Any
 from flux2_ds.data.images import SUFFIXES
 from flux2_ds.data.storage import Blob, is_url
 from flux2_ds.errors import UserError
+from flux2_ds.prepare.companions import attach
 from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable
 from flux2_ds.prepare.tars import expand, read_tar
 
@@ -48,7 +49,7 @@ def find_entries(images: str | dict[str, str], caption_column: str, scratch: Pat
                 f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
                 "are named after it."
             )
-        entries = list(_source(name, location, caption_column, scratch))
+        entries = attach(list(_source(name, location, caption_column, scratch)))
         if not entries:
             raise UserError(
                 f"data.images {location} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither "

@@ -78,7 +78,9 @@ def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> 
 
 def _from_note(source: str, facts: dict[str, Any]) -> Entry:
     size = facts["size"] and tuple(facts["size"])
-    return Entry(**{**facts, "source": source, "blob": Blob(**facts["blob"]), "size": size})
+    companions = {"mask": None, "references": ()}  # joined later, from among all entries
+    blob = Blob(**facts["blob"])
+    return Entry(**{**facts, **companions, "source": source, "blob": blob, "size": size})
 
 
 def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) -> Iterator[Entry]:

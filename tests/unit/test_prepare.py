@@ -116,9 +116,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.extend(captions)
         return encode(self, captions)
 
-    def decode_noted(picture):
+    def decode_noted(picture, *options):
         seen.append(picture.entry.key)
-        return decode(picture)
+        return decode(picture, *options)
 
     monkeypatch.setattr(TextEncoder, "encode", encode_noted)
     monkeypatch.setattr(pictures_module, "decode", decode_noted)

@@ -27,6 +27,8 @@ from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Objective, Recipe
 from flux2_ds.spec import Spec
 
 HEIGHT, WIDTH = 48, 80
+REFERENCES = [(64, 64), (64, 96)]
+COLUMNS = 2  # of tokens in the mask
 CAPTIONS = {"a": "a red boat on a lake", "b": "An old lighthouse, seen from the sea."}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative: on the loss, and on the norm of each gradient's error. Measured: 6e-8 and 2e-6 in fp32, 2e-4
@@ -36,18 +38,28 @@ TOLERANCES = {"fp32": (1e-6, 1e-4), "bf16": (2e-3, 0.06), "fp16": (2e-4, 0.03)}
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures of exactly their bucket's size, so that nothing is cropped."""
+    """Two pictures of exactly their bucket's size, so that nothing is cropped, each with references,
+    one with a mask that leaves the right."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
-    for name, caption in CAPTIONS.items():
-        pixels = generator.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+    def save(name: str, height: int, width: int) -> None:
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
+
+    for name, caption in CAPTIONS.items():
+        save(name, HEIGHT, WIDTH)
         (folder / f"{name}.txt").write_text(caption)
+        for number, size in enumerate(REFERENCES, start=1):
+            save(f"{name}.reference{number}", *size)
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[:, WIDTH - 16 * COLUMNS :] = 255
+    Image.fromarray(mask).save(folder / "a.mask.png")
     return folder
 
 
 # The last: with the settings of the objective that are off by default.
-OFF_BY_DEFAULT = Objective(caption_dropout=1.0, stratified=True)
+OFF_BY_DEFAULT = Objective(caption_dropout=1.0, stratified=True, masked_loss=True)
 CASES = [
     ("fp32", Objective()),
     ("bf16", Objective()),
@@ -139,6 +151,20 @@ def theirs(
     tokens = (HEIGHT // 16) * (WIDTH // 16)
     assert x0.shape == (2, tokens, 128)
     draws = [draw(recipe.seed, position, tokens) for _, position in samples]
+    conditions = [
+        pipeline.prepare_image_latents(
+            [
+                pipeline.image_processor.preprocess(Image.open(photos / f"{name}.reference{k}.png"))
+                for k in (1, 2)
+            ],
+            batch_size=1,
+            generator=None,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        for name, _ in samples
+    ]
+    references, reference_ids = (torch.cat(each) for each in zip(*conditions, strict=True))
     noise = torch.stack([each.noise for each in draws]).double()
     deviates = torch.tensor([each.deviate for each in draws], dtype=torch.float64)
     if recipe.objective.stratified:  # two samples: one in the lower half, one in the upper
@@ -149,14 +175,19 @@ def theirs(
     t = s * t / (1 + (s - 1) * t)
     x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
     prediction = model(
-        hidden_states=x_t.float(),
+        hidden_states=torch.cat([x_t.float(), references], dim=1),
         encoder_hidden_states=text.to(dtype).float(),
         timestep=t.float(),
-        img_ids=pipeline._prepare_latent_ids(latents),
+        img_ids=torch.cat([pipeline._prepare_latent_ids(latents), reference_ids], dim=1),
         txt_ids=text_ids,
         guidance=torch.ones(2) if spec.variant == "dev" else None,
-    ).sample
-    loss = torch.nn.functional.mse_loss(prediction, (noise - x0).float())
+    ).sample[:, :tokens]
+    if recipe.objective.masked_loss:
+        errors = (prediction - (noise - x0)).square().view(2, HEIGHT // 16, WIDTH // 16, 128)
+        means = {"a": lambda e: e[:, -COLUMNS:].mean(), "b": lambda e: e.mean()}
+        loss = sum(means[name](errors[row]) for row, (name, _) in enumerate(samples)).float() / 2
+    else:
+        loss = torch.nn.functional.mse_loss(prediction, (noise - x0).float())
     loss.backward()
     return model, loss, t
 
