@@ -133,6 +133,8 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.max_grad_norm,
+        # DeepSpeed knows few optimizers; which ones may be used here, `_check_optimizer` says.
+        "zero_allow_untested_optimizer": True,
         # Our own log line replaces DeepSpeed's.
         "steps_per_print": config.get("steps_per_print", 10**9),
         **_precision_sections(recipe),

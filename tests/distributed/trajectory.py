@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds import checkpoint
+from flux2_ds import checkpoint, optimizers
 from flux2_ds.model import transformer
 from flux2_ds.model.weights import read_parts
 from flux2_ds.recipe import Lora, Optimizer
@@ -95,20 +95,34 @@ def loss_of(forward: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (prediction.float() - batch["target"]).square().mean()
 
 
-def reference(method: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of plain PyTorch with torch's own AdamW and clipping."""
+def reference(
+    method: str, steps: int, **settings: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of plain PyTorch with clipping; AdamW, or what `settings` name."""
     model = build(method)
     named = transformer.trainable(model)
-    adam = torch.optim.AdamW(named.values(), lr=LEARNING_RATE, **ADAM)
+    if settings:
+        optimizer = optimizers.build(
+            Optimizer(**{**ADAM, **settings}), list(named.values()), fused=False
+        )
+    else:
+        optimizer = torch.optim.AdamW(named.values(), **ADAM)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_of(settings)
     losses = []
     for step in range(steps):
         loss = loss_of(lambda **inputs: model(**inputs, return_dict=False)[0], global_batch(step))
-        adam.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
-        adam.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses, {name: p.detach().clone() for name, p in named.items()}
+
+
+def learning_rate_of(settings: dict[str, Any]) -> float:
+    """Prodigy scales its own."""
+    return 1.0 if settings.get("name") == "prodigy" else LEARNING_RATE
 
 
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
@@ -126,6 +140,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": GLOBAL_BATCH // (micro * process.world),
         "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
     }
     offload = "offload_optimizer" in config.get("zero_optimization", {})
     dtype = getattr(torch, case.get("dtype", "bfloat16" if "bf16" in config else "float32"))
@@ -137,8 +152,9 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 loaded = transformer.build_transformer(Path(case["files"]))
             read_parts(loaded, Path(case["files"], "transformer"), process.rank)
         model = build(case["method"], loaded, dtype=dtype, **chosen)
-    settings = Optimizer(**{**ADAM, **case.get("optimizer", {})})
-    learning_rate = case.get("learning_rate", LEARNING_RATE)
+    chosen_optimizer = case.get("optimizer", {})
+    settings = Optimizer(**{**ADAM, **chosen_optimizer})
+    learning_rate = case.get("learning_rate", learning_rate_of(chosen_optimizer))
     engine = engines.Engine(
         model, config, settings, offload_optimizer=offload, in_parts=case["method"] == "full"
     )
