@@ -162,6 +162,28 @@ def test_the_hooks_change_nothing_but_the_timestep(variant: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
+def test_what_overflows_fp16_is_clamped() -> None:
+    """diffusers clamps the residual stream if it is fp16: nothing of ours may widen it."""
+    spec = SPECS["klein"]
+    largest = {}
+    for dtype in (torch.float32, torch.float16):
+        model = build(spec)
+        transformer.keep_timestep_exact(model)
+        transformer.add_lora(model, transformer.lora_config(spec, Lora(rank=4), dora=False), seed=0)
+        block = model.single_transformer_blocks[0]
+        block.attn.to_out.weight.data *= 3e5  # still within fp16 itself
+        model.single_stream_modulation.linear.weight.data *= 30
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
+        outputs: list[torch.Tensor] = []
+        block.register_forward_hook(lambda module, args, output, kept=outputs: kept.append(output))
+        with torch.no_grad():
+            assert model(**inputs(spec)).sample.isfinite().all()
+        largest[dtype] = outputs[0].abs().max()
+    assert largest[torch.float32] > 65504 == largest[torch.float16]
+
+
 def test_exported_names_are_those_of_peft() -> None:
     assert (
         transformer.exported_name("blocks.0.to_q.lora_A.default.weight")

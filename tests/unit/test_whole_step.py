@@ -97,11 +97,18 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
     loader = train.build_loader(recipe, index, order, process, conditioning)
     objective = train.build_objective(recipe, spec, conditioning, process.device)
     model = train.build_model(Path(recipe.model.path), spec, recipe)
+
+    def check_dtype(module: torch.nn.Module, args: Any, output: Any) -> None:
+        streams = output if isinstance(output, tuple) else (output,)
+        assert {stream.dtype for stream in streams} == {DTYPES[recipe.precision]}
+
     generator = torch.Generator().manual_seed(9)
     for name, parameter in transformer.trainable(model).items():
         if "lora_B" in name:  # zero at the start, which would leave A without gradients
             parameter.data.normal_(0, 0.05, generator=generator)
     seen: list[Any] = []
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.register_forward_hook(check_dtype)
     model.time_guidance_embed.time_proj.register_forward_pre_hook(
         lambda module, args: seen.append(args[0])
     )
