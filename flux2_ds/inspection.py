@@ -18,18 +18,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
-from safetensors.torch import load_file
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.images import contact_sheet
-from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, read_index
-from flux2_ds.data.shards import ShardReader
+from flux2_ds.data.index import Index, is_prepared
+from flux2_ds.data.shards import ShardReader, read_conditioning
+from flux2_ds.data.storage import join
 from flux2_ds.errors import run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.model.prompt import read_prompt
 from flux2_ds.plan import check_ranges
-from flux2_ds.prepared import check_companions, check_settings, check_variant, companion_lines
+from flux2_ds.prepared import (
+    check_companions,
+    check_settings,
+    check_variant,
+    companion_lines,
+    read_data,
+)
 from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.timesteps import shift_of, timesteps
@@ -56,15 +62,15 @@ def main() -> None:
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     say("variant", [str(spec)])
     say("trained", target_lines(directory, spec, recipe))
-    shards = Path(recipe.data.shards)
-    if not (shards / INDEX_NAME).is_file():
+    shards = recipe.data.shards
+    if not is_prepared(shards):
         say("data", [f"{shards} is not prepared yet"])
         return
-    index = read_index(shards)
+    index = read_data(recipe)
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
     check_companions(recipe, index)
-    check_fingerprint(index.fingerprint, directory, shards)
+    check_fingerprint(index.fingerprint, directory, Path(shards))
     say("latents", latent_lines(shards, index, options.samples))
     say("sample", sample_lines(directory, spec, shards, index))
     say("companions", companion_lines(recipe, index))
@@ -107,21 +113,21 @@ def target_lines(directory: Path, spec: Spec, recipe: Recipe) -> list[str]:
     ]
 
 
-def first_samples(shards: Path, index: Index, count: int) -> Iterator[tuple[ShardReader, int]]:
+def first_samples(shards: str, index: Index, count: int) -> Iterator[tuple[ShardReader, int]]:
     """(reader, row) of the first samples, one bucket after the other so that all are seen."""
     by_bucket: dict[Bucket, list[tuple[ShardReader, int]]] = {}
     for shard in index.shards:
         rows = by_bucket.setdefault(shard.bucket, [])
         if len(rows) < count:
-            reader = ShardReader(shards / shard.name, shard.dropped)
+            reader = ShardReader(join(shards, shard.name), shard)
             rows += [(reader, row) for row in range(min(shard.samples, count - len(rows)))]
     turns = [rows[turn] for turn in range(count) for rows in by_bucket.values() if turn < len(rows)]
     return islice(turns, count)
 
 
-def latent_lines(shards: Path, index: Index, count: int) -> list[str]:
+def latent_lines(shards: str, index: Index, count: int) -> list[str]:
     """The VAE's statistics, and what they make of the first samples."""
-    conditioning = load_file(shards / CONDITIONING_NAME)
+    conditioning = read_conditioning(shards)
     mean, std = conditioning["latent_mean"], conditioning["latent_std"]
     tokens = torch.cat(
         [
@@ -137,7 +143,7 @@ def latent_lines(shards: Path, index: Index, count: int) -> list[str]:
     ]
 
 
-def sample_lines(directory: Path, spec: Spec, shards: Path, index: Index) -> list[str]:
+def sample_lines(directory: Path, spec: Spec, shards: str, index: Index) -> list[str]:
     """The first sample: its file, and its caption as the text encoder reads it."""
     ((reader, row),) = first_samples(shards, index, 1)
     meta = reader.meta(row)
@@ -164,7 +170,7 @@ def timestep_line(settings: Objective, bucket: Bucket, count: int) -> str:
 
 
 def write_picture(
-    path: Path, vae: AutoencoderKLFlux2, shards: Path, index: Index, count: int
+    path: Path, vae: AutoencoderKLFlux2, shards: str, index: Index, count: int
 ) -> None:
     """The first samples as the VAE decodes them, with their captions; dark where masked out, and
     followed by their reference images."""

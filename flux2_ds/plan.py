@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_ds.data.buckets import bucket_table, resolutions
+from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Lora, Objective, Optimizer, Recipe
 from flux2_ds.shipped import shipped_directory
@@ -107,6 +108,10 @@ def ignored_settings(recipe: Recipe) -> list[str]:
         given = getattr(recipe.optimizer, name) != getattr(Optimizer(), name)
         if given and recipe.optimizer.name == "adafactor":
             found.append(f"optimizer.{name} (optimizer.name is adafactor)")
+    if recipe.data.cache and not any(
+        is_url(folder) for folder in (recipe.data.shards, *recipe.data.more_shards.values())
+    ):
+        found.append(f"data.cache (data.shards {recipe.data.shards} is on disk)")
     if recipe.data.fixed_caption and recipe.data.missing_caption != "fixed":
         found.append(f"data.fixed_caption (missing_caption is {recipe.data.missing_caption})")
     return found
@@ -175,6 +180,7 @@ def check_ranges(recipe: Recipe) -> None:
         "lora.rank": recipe.lora.rank,
         "data.samples_per_shard": data.samples_per_shard,
         "data.shuffle_window": data.shuffle_window,
+        "data.readers": data.readers,
         "prepare.processes": recipe.prepare.processes,
         "prepare.text_batch": recipe.prepare.text_batch,
         "prepare.image_batch": recipe.prepare.image_batch,
@@ -204,6 +210,9 @@ def check_ranges(recipe: Recipe) -> None:
             f"a multiple of {token}")  # fmt: skip
     require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
     require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
+    require("data.cache_gb", data.cache_gb, lambda v: v > 0, "positive")
+    for name, weight in data.weights.items():
+        require(f"data.weights.{name}", weight, lambda v: 0 < v < math.inf, "positive")
     require("prepare.scratch_gb", recipe.prepare.scratch_gb, lambda v: v > 0, "positive")
     require("prepare.reference_resolution", recipe.prepare.reference_resolution,
             lambda v: v >= token, f"at least {token}")  # fmt: skip

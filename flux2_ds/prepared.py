@@ -1,11 +1,50 @@
-"""Whether prepared shards are those of a recipe and its model. No torch: the launcher asks, too."""
+"""The prepared shards of a recipe, and whether they fit it and its model. No torch: the launcher asks, too."""
 
 from __future__ import annotations
 
-from flux2_ds.data.index import Index
+from dataclasses import replace
+
+from flux2_ds.data.index import Index, read_index
+from flux2_ds.data.order import Order
+from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
+
+
+def read_data(recipe: Recipe) -> Index:
+    """The index of `data.shards` with the shards of `data.more_shards`.
+
+    Raises:
+        UserError: an index that cannot be read, shards of different models, a weight of no source.
+    """
+    data = recipe.data
+    index = read_index(data.shards)
+    shards = list(index.shards)
+    for name, folder in data.more_shards.items():
+        other = read_index(folder)
+        for what in ("variant", "text_width", "fingerprint"):
+            if getattr(other, what) != getattr(index, what):
+                raise UserError(
+                    f"data.more_shards.{name} {folder} was made by another model than data.shards "
+                    f"{data.shards}: {what} is {getattr(other, what)}, not {getattr(index, what)}."
+                )
+        if name in {shard.source for shard in shards}:
+            raise UserError(f"data.more_shards.{name} has the name of a source of data.shards.")
+        shards += [replace(s, name=join(folder, s.name), source=name) for s in other.shards]
+    sources = {shard.source for shard in shards}
+    for name in data.weights:
+        if name not in sources:
+            raise UserError(
+                f"data.weights.{name}: there is no such source; there are {', '.join(sorted(sources))}."
+            )
+    return replace(index, shards=shards)
+
+
+def build_order(recipe: Recipe, index: Index) -> Order:
+    """The order of the samples."""
+    data = recipe.data
+    return Order(index, recipe.batch.global_size, recipe.seed, data.shuffle_window, data.weights)
 
 
 def check_settings(recipe: Recipe, index: Index) -> None:

@@ -43,7 +43,13 @@ class Data:
     caption_column: str = "text"
     """Column of metadata.csv and metadata.jsonl that holds the captions."""
     shards: str
-    """Folder of WebDataset shards and index.json: written by `prepare`, read by `train`."""
+    """Folder of WebDataset shards and index.json: written by `prepare`, read by `train`, for which it
+    may be a URL (s3://, https://, ...)."""
+    more_shards: dict[str, str] = field(default_factory=dict)
+    """Other folders or URLs of shards of the same model to train on as well, by name."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How often an epoch serves the samples of a source, by the name it has in `images` or
+    `more_shards`: 2 is twice, 0.1 a tenth of them. Default: 1."""
     resolution: int | list[int] = 1024
     """Pictures are resized to about resolution² pixels, keeping their aspect ratio; in px. Of
     several, the largest that a picture fills."""
@@ -62,8 +68,14 @@ class Data:
     samples_per_shard: int = 256
     """Largest number of samples in a shard."""
     shuffle_window: int = 8
-    """Shards among which samples are shuffled; more is closer to a full shuffle and keeps more
-    shards open."""
+    """Shards among which samples are shuffled; more is closer to a full shuffle."""
+    readers: int = 4
+    """Threads of each process that read samples ahead; a distant store needs more."""
+    cache: str | None = None
+    """Folder on a local disk for what was read from a URL. Default: none, so that every epoch reads
+    everything again."""
+    cache_gb: float = 50.0
+    """Largest size of `cache`; what was used least recently goes first. In GB."""
 
 
 @dataclass(frozen=True, kw_only=True)

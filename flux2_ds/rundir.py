@@ -161,9 +161,10 @@ def _identity(values: dict[str, Any]) -> dict[str, Any]:
             flat[name] = value
     if flat["optimizer.schedule"] == "constant":
         flat.pop("steps")
-    # Where the pictures and captions were does not reach the trainer; how the global batch is cut does
-    # not change it, nor does what happens where there is no update.
-    for name in ("data.images", "data.caption_column", "batch.micro_size", "optimizer.nonfinite"):
+    # Where the pictures and captions were does not reach the trainer; how the global batch is cut and
+    # read does not change it, nor does what happens where there is no update.
+    for name in ("data.images", "data.caption_column", "data.readers", "data.cache", "data.cache_gb",
+                 "batch.micro_size", "optimizer.nonfinite"):  # fmt: skip
         flat.pop(name, None)
     return flat
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from flux2_ds import checkpoint, loop
-from flux2_ds.data.index import CONDITIONING_NAME, Index, read_index
+from flux2_ds.data.cache import Cache
+from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
+from flux2_ds.data.shards import read_conditioning
+from flux2_ds.data.storage import Blob
 from flux2_ds.engine import (
     Engine,
     Process,
@@ -42,7 +44,14 @@ from flux2_ds.model.weights import read_parts
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
-from flux2_ds.prepared import check_companions, check_settings, check_variant, companion_lines
+from flux2_ds.prepared import (
+    build_order,
+    check_companions,
+    check_settings,
+    check_variant,
+    companion_lines,
+    read_data,
+)
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
 from flux2_ds.rundir import (
     check_run_dir,
@@ -80,9 +89,9 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
 
     directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    index = read_index(Path(recipe.data.shards))
+    index = read_data(recipe)
     check_shards(index, spec, directory, recipe)
-    order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
+    order = build_order(recipe, index)
 
     barrier()  # every process has passed the checks before the first file is written
     # Held until this process ends.
@@ -250,8 +259,9 @@ def build_loader(
     conditioning: dict[str, torch.Tensor],
 ) -> Loader:
     """This process's part of the data."""
+    data = recipe.data
     return Loader(
-        Path(recipe.data.shards),
+        data.shards,
         index,
         order,
         Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
@@ -259,6 +269,8 @@ def build_loader(
         caption_dropout=recipe.objective.caption_dropout,
         empty_text=conditioning["empty_text"],
         masked=recipe.objective.masked_loss,
+        readers=data.readers,
+        fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).read if data.cache else Blob.read,
     )
 
 
@@ -290,7 +302,7 @@ def run(
     """Run the loop with its data, objective and metrics; False if a signal ended it."""
     recipe = plan.recipe
     run_dir = Path(recipe.run_dir)
-    conditioning = load_file(Path(recipe.data.shards) / CONDITIONING_NAME)
+    conditioning = read_conditioning(recipe.data.shards)
     loader = build_loader(recipe, index, order, process, conditioning)
     objective = build_objective(recipe, spec, conditioning, process.device)
     metrics = None

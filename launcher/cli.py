@@ -12,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.index import INDEX_NAME, read_index
-from flux2_ds.data.order import Order
+from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.plan import make_plan
-from flux2_ds.prepared import check_companions, check_settings, check_variant
+from flux2_ds.prepared import (
+    build_order,
+    check_companions,
+    check_settings,
+    check_variant,
+    read_data,
+)
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import read_spec
@@ -67,11 +72,11 @@ def plan(argv: list[str]) -> None:
     recipe, options, _ = read(argv, "plan", "Print what a run will do.", add_gpus)
     hosts = hosts_of(recipe, options.gpus)
     print("\n".join(make_plan(recipe, hosts.processes).lines()))
-    if not (Path(recipe.data.shards) / INDEX_NAME).is_file():
+    if not is_prepared(recipe.data.shards):
         print(f"data       {recipe.data.shards} is not prepared yet")
         return
-    index = read_index(Path(recipe.data.shards))
-    order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
+    index = read_data(recipe)
+    order = build_order(recipe, index)
     print(f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch")
 
 
@@ -177,7 +182,7 @@ def check_inputs(recipe: Recipe) -> None:
     A model that is not in a local directory yet is recognised when it has been fetched.
     """
     check_run_dir(recipe)
-    index = read_index(Path(recipe.data.shards))
+    index = read_data(recipe)
     check_settings(recipe, index)
     check_companions(recipe, index)
     if Path(recipe.model.path).is_dir():

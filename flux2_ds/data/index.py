@@ -1,7 +1,7 @@
 """index.json: what is in a folder of shards, and what made it. Pure, no torch.
 
-The index is small whatever the size of the data: one entry a shard. The offsets of the samples are
-in the tar headers, which are read when a shard is opened.
+The index is small whatever the size of the data: one entry a shard. The offsets of the samples are in
+the table of contents of each shard, which is read when the shard is first needed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.storage import Blob, is_url, join
 from flux2_ds.errors import UserError
 
 FORMAT = 2
@@ -23,14 +24,28 @@ CONDITIONING_NAME = "conditioning.safetensors"
 (`empty_text`: [512, text width])."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of a file, and the XXH3 (128 bits, hex) that they have."""
+
+    offset: int
+    size: int
+    xxh3: str
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after them."""
+        return self.offset + self.size
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar file: its bucket, number of samples, size in bytes and sha256.
 
     `source` names the pictures that it was made of, as in `data.images`. `dropped`: rows of the file
     that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
     a mask. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
-    there are none, "several" if the rows differ.
+    there are none, "several" if the rows differ. `toc`: the table of contents.
     """
 
     name: str
@@ -42,6 +57,12 @@ class Shard:
     dropped: list[int] = field(default_factory=list)
     masks: int = 0
     references: str = ""
+    toc: Part = Part(0, 0, "")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Shard:
+        """A shard from its JSON values."""
+        return cls(**{**values, "bucket": Bucket(**values["bucket"]), "toc": Part(**values["toc"])})
 
 
 @dataclass(frozen=True)
@@ -65,9 +86,13 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Names these shards: another content or order of shards has another digest."""
-        listing = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
-        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+        """Names these samples: another content or order has another digest."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(
+                f"{shard.sha256}|{shard.samples}|{shard.dropped}|{shard.source}\n".encode()
+            )
+        return digest.hexdigest()[:16]
 
     def bucket_counts(self) -> dict[Bucket, int]:
         """Samples in each bucket, sorted by bucket."""
@@ -86,26 +111,32 @@ def write_index(directory: Path, index: Index) -> Path:
     return path
 
 
-def read_index(directory: Path) -> Index:
-    """Read `directory`/index.json and check that every shard is there with its size.
+def is_prepared(folder: str) -> bool:
+    """Whether a folder has an index; a URL is believed to have one until it is read."""
+    return is_url(folder) or (Path(folder) / INDEX_NAME).is_file()
+
+
+def read_index(folder: str | Path) -> Index:
+    """Read index.json; on disk also check that every shard is there with its size.
 
     Raises:
         UserError: no index, another format, no samples, or a shard that is missing or truncated.
     """
-    path = directory / INDEX_NAME
-    if not path.is_file():
+    folder = str(folder)
+    path = join(folder, INDEX_NAME)
+    if not is_prepared(folder):
         raise UserError(
-            f"data.shards {directory} has no {INDEX_NAME}. Run `flux2-ds prepare` with this recipe "
+            f"data.shards {folder} has no {INDEX_NAME}. Run `flux2-ds prepare` with this recipe "
             "first."
         )
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        value: dict[str, Any] = json.loads(Blob(path).read())
         found = value.get("format")
         if found != FORMAT:
             raise UserError(
                 f"{path} has format {found}, this version reads {FORMAT}. Prepare the shards again."
             )
-        shards = [Shard(**{**item, "bucket": Bucket(**item["bucket"])}) for item in value["shards"]]
+        shards = [Shard.of(item) for item in value["shards"]]
         index = Index(
             value["variant"], value["text_width"], value["fingerprint"], value["settings"], shards
         )
@@ -113,17 +144,22 @@ def read_index(directory: Path) -> Index:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:
         raise UserError(f"{path} lists no samples. Prepare the shards again.")
-    if not (directory / CONDITIONING_NAME).is_file():
+    if not is_url(folder):
+        _check_files(Path(folder), index)
+    return index
+
+
+def _check_files(folder: Path, index: Index) -> None:
+    if not (folder / CONDITIONING_NAME).is_file():
         raise UserError(
-            f"{directory / CONDITIONING_NAME} is missing. Copy it from where the shards were "
+            f"{folder / CONDITIONING_NAME} is missing. Copy it from where the shards were "
             "prepared, or prepare them again."
         )
-    for shard in shards:
-        file = directory / shard.name
+    for shard in index.shards:
+        file = folder / shard.name
         size = file.stat().st_size if file.is_file() else None
         if size != shard.size:
             raise UserError(
                 f"shard {file} has {size} bytes, {INDEX_NAME} says {shard.size}: "
                 "the copy is incomplete. Copy it again or prepare the shards again."
             )
-    return index

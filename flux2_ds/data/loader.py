@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,16 @@ import torch
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order, Sample
-from flux2_ds.data.shards import ShardReader
+from flux2_ds.data.shards import Fetch, ShardReader
+from flux2_ds.data.storage import Blob, join
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
-OPEN_SHARDS = 256
-"""Shards kept open. Reading is sequential while own lanes × buckets × shuffle_window fit in it; beyond,
-shards are opened again, which costs reading their tar headers."""
-STEPS_AHEAD = 2
+_STEPS_READY = 2
+_READERS_KEPT = 256
+"""Tables of contents kept in memory: some 0.2 MB each with 256 samples. A table that is needed again is
+one small read."""
+_TEXTS_KEPT = 8
+"""Shared captions kept in memory, so that one caption for all pictures is not read with each."""
 _STREAM = 2  # keeps these random streams apart from those of data/order.py
 
 
@@ -73,11 +78,15 @@ class Share:
 
 
 class Loader:
-    """Reads samples of prepared shards in the order of `order`."""
+    """Reads samples of prepared shards in the order of `order`, from a folder or a URL.
+
+    `readers` threads read samples, so many ahead of the step that all of them are busy. Besides
+    tables of contents and texts in common, at most 2 × readers + 4 steps' samples are in memory.
+    """
 
     def __init__(
         self,
-        directory: Path,
+        folder: str | Path,
         index: Index,
         order: Order,
         share: Share,
@@ -86,8 +95,10 @@ class Loader:
         caption_dropout: float,
         empty_text: torch.Tensor,
         masked: bool = False,
+        readers: int = 4,
+        fetch: Fetch = Blob.read,
     ) -> None:
-        self._directory = directory
+        self._folder = str(folder)
         self._index = index
         self._order = order
         self._share = share
@@ -95,14 +106,18 @@ class Loader:
         self._caption_dropout = caption_dropout
         self._empty_text = empty_text
         self._masked = masked
+        self._threads = readers
+        self._fetch = fetch
+        self._lock = threading.Lock()
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
-        """This process's micro-batches of every step in [first, last), read ahead by a thread.
+        """This process's micro-batches of every step in [first, last), read ahead by threads.
 
         An error while reading is raised here, at the step that it belongs to.
         """
-        ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=STEPS_AHEAD)
+        ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=_STEPS_READY)
         stopped = threading.Event()
 
         def put(item: list[MicroBatch] | BaseException) -> None:
@@ -114,13 +129,16 @@ class Loader:
                 break
 
         def read_ahead() -> None:
+            pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reader")
             try:
-                for step in range(first, last):
+                for step in self._steps(first, last, pool):
                     if stopped.is_set():
                         return
-                    put(self.read(step))
+                    put(step)
             except BaseException as error:
                 put(error)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
         threading.Thread(target=read_ahead, name="loader", daemon=True).start()
         try:
@@ -134,61 +152,110 @@ class Loader:
 
     def read(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of one step."""
-        bucket, samples = self._order.batch(step)
-        return [
-            self._micro_batch(bucket, samples[places]) for places in self._share.micro_batches()
-        ]
+        with ThreadPoolExecutor(1) as pool:
+            return next(self._steps(step, step + 1, pool))
 
     def describe(self, sample: Sample) -> dict[str, Any]:
         """Where a sample comes from: its shard, row, position in the run and picture."""
+        source = self._reader(sample.shard).meta(sample.row).get("source")
         shard = self._index.shards[sample.shard].name
-        reader = ShardReader(self._directory / shard)  # the thread that reads ahead has its own
-        try:
-            source = reader.meta(sample.row).get("source")
-        finally:
-            reader.close()
         return {"shard": shard, "row": sample.row, "position": sample.position, "source": source}
 
-    def _micro_batch(self, bucket: Bucket, samples: list[Sample]) -> MicroBatch:
-        draws = [draw(self._seed, sample.position, bucket.tokens) for sample in samples]
-        return MicroBatch(
-            bucket=bucket,
-            samples=samples,
-            latents=torch.stack([self._reader(s.shard).latent(s.row) for s in samples]),
-            text=torch.stack([self._text(s, d.drop) for s, d in zip(samples, draws, strict=True)]),
-            noise=torch.stack([d.noise for d in draws]),
-            deviates=torch.tensor([d.deviate for d in draws]),
-            masks=self._masks(bucket, samples) if self._masked else None,
-            references=self._references(samples),
+    def _steps(self, first: int, last: int, pool: ThreadPoolExecutor) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of each step, while `pool` reads the samples that come after them."""
+        places = self._share.micro_batches()
+        own = slice(places[0].start, places[-1].stop)
+        coming = (
+            pool.submit(self._load, bucket, sample)
+            for bucket, samples in (self._order.batch(step, own) for step in range(first, last))
+            for sample in samples
         )
+        under_way = deque(islice(coming, 2 * self._threads))
+        for _ in range(first, last):
+            batches = []
+            for size in (place.stop - place.start for place in places):
+                under_way.extend(islice(coming, size))
+                batches.append(collate([under_way.popleft().result() for _ in range(size)]))
+            yield batches
 
-    def _masks(self, bucket: Bucket, samples: list[Sample]) -> torch.Tensor:
-        """Masks of the samples; a sample without one is trained on as a whole."""
-        white = torch.ones(bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN)
-        found = [self._reader(sample.shard).mask(sample.row) for sample in samples]
-        return torch.stack([white if mask is None else mask for mask in found])
+    def _load(self, bucket: Bucket, sample: Sample) -> Loaded:
+        """One sample; called in a thread of its own."""
+        drawn = draw(self._seed, sample.position, bucket.tokens)
+        reader = self._reader(sample.shard)
+        if drawn.drop < self._caption_dropout:
+            latent, text = reader.latent(sample.row), self._empty_text
+        elif reader.own_text(sample.row):
+            latent, text = reader.sample(sample.row)
+        else:
+            latent, text = reader.latent(sample.row), self._shared_text(reader, sample.row)
+        mask = self._mask(reader, sample.row, bucket) if self._masked else None
+        return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(sample.row))
 
-    def _references(self, samples: list[Sample]) -> list[torch.Tensor]:
-        """The first references of all samples, the second and so on; they agree in number and size."""
-        if not any(self._index.shards[sample.shard].references for sample in samples):
-            return []
-        found = [self._reader(sample.shard).references(sample.row) for sample in samples]
-        return [torch.stack(each) for each in zip(*found, strict=True)]
+    def _mask(self, reader: ShardReader, row: int, bucket: Bucket) -> torch.Tensor:
+        """The mask of a sample; one without is trained on as a whole."""
+        mask = reader.mask(row)
+        if mask is None:
+            return torch.ones(bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN)
+        return mask
 
-    def _text(self, sample: Sample, drop: float) -> torch.Tensor:
-        if drop < self._caption_dropout:
-            return self._empty_text
-        return self._reader(sample.shard).text(sample.row)
+    def _shared_text(self, reader: ShardReader, row: int) -> torch.Tensor:
+        digest = reader.text_digest(row)
+        with self._lock:
+            text = self._texts.pop(digest, None)
+        if text is None:
+            text = reader.text(row)
+        with self._lock:
+            self._texts[digest] = text
+            if len(self._texts) > _TEXTS_KEPT:
+                self._texts.popitem(last=False)
+        return text
 
     def _reader(self, number: int) -> ShardReader:
-        reader = self._readers.pop(number, None)
+        with self._lock:
+            reader = self._readers.pop(number, None)
         if reader is None:
             shard = self._index.shards[number]
-            reader = ShardReader(self._directory / shard.name, shard.dropped)
-        self._readers[number] = reader
-        if len(self._readers) > OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].close()
+            reader = ShardReader(join(self._folder, shard.name), shard, self._fetch)
+        with self._lock:
+            self._readers[number] = reader
+            if len(self._readers) > _READERS_KEPT:
+                self._readers.popitem(last=False)
         return reader
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One sample: what was read of it, and its random numbers."""
+
+    bucket: Bucket
+    sample: Sample
+    latent: torch.Tensor
+    text: torch.Tensor
+    drawn: Draw
+    mask: torch.Tensor | None
+    references: list[torch.Tensor]
+
+
+def collate(loaded: list[Loaded]) -> MicroBatch:
+    """Samples of one bucket as a micro-batch; their references agree in number and size."""
+    masks = [each.mask for each in loaded if each.mask is not None]
+    return MicroBatch(
+        bucket=loaded[0].bucket,
+        samples=[each.sample for each in loaded],
+        latents=stack([each.latent for each in loaded]),
+        text=stack([each.text for each in loaded]),
+        noise=stack([each.drawn.noise for each in loaded]),
+        deviates=torch.tensor([each.drawn.deviate for each in loaded]),
+        masks=stack(masks) if masks else None,
+        references=[
+            stack(list(each)) for each in zip(*(one.references for one in loaded), strict=True)
+        ],
+    )
+
+
+def stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, without the copy when there is only one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 @dataclass(frozen=True)

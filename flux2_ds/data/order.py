@@ -6,16 +6,23 @@ lane, so a process, which owns some of the lanes, reads its shards nearly sequen
 batches do not depend on the number of processes. The buckets take turns in a shuffled order, each
 serving its batches in sequence: every process is in the same bucket at the same step.
 
+Weights: a shard of n samples whose source has weight w serves ceil(w·n) of them in an epoch. It takes
+them in turn, going on in the next epoch where it stopped, so that none is served twice more than
+another.
+
 Remainder: no sample is left out of an epoch. A bucket that does not divide into global batches
 continues with its own beginning until it does: fewer than one global batch of places a bucket and
 epoch are repetitions, with fresh noise and timestep.
 
-The shuffles sort Philox words instead of calling a numpy shuffle: NumPy keeps the stream of a bit
-generator stable across releases, but not that of the methods built on it.
+Nothing of the size of an epoch is ever built: a step asks for one window for each lane and one block of
+turns. The shuffles sort Philox words instead of calling a numpy shuffle: NumPy keeps the stream of a
+bit generator stable across releases, but not that of the methods built on it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +34,10 @@ from flux2_ds.data.index import Index
 
 Indices = NDArray[np.int64]
 _STREAM = 1  # keeps these random streams apart from those of data/loader.py
+_BLOCK = 4096
+"""Steps among which the buckets' turns are shuffled. Every block has its share of every bucket."""
+_WINDOWS = 2048
+"""Shuffled windows kept: 32 KiB each with 8 shards of 256 samples."""
 
 
 @dataclass(frozen=True)
@@ -42,57 +53,128 @@ class Sample:
     position: int
 
 
-class Order:
-    """The sequence of global batches of one data set."""
+@dataclass(frozen=True)
+class _Line:
+    """The shards of a bucket: numbers in the index, samples of each, samples served an epoch."""
 
-    def __init__(self, index: Index, global_batch: int, seed: int, window: int) -> None:
+    shards: Indices
+    samples: Indices
+    served: Indices
+    total: int
+
+
+class Order:
+    """The sequence of global batches of one data set.
+
+    `weights` gives the weight of each source; those that are not in it have 1.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        global_batch: int,
+        seed: int,
+        window: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._seed = seed
         self._window = window
         self._global_batch = global_batch
-        self._buckets = index.bucket_counts()
-        self._shards: dict[Bucket, list[tuple[int, int]]] = {name: [] for name in self._buckets}
+        weights = weights or {}
+        members: dict[Bucket, list[tuple[int, int, int]]] = {}
         for number, shard in enumerate(index.shards):
-            self._shards[shard.bucket].append((number, shard.samples))
-        self.batches = {name: -(-count // global_batch) for name, count in self._buckets.items()}
+            served = math.ceil(weights.get(shard.source, 1) * shard.samples - 1e-9)
+            members.setdefault(shard.bucket, []).append((number, shard.samples, served))
+        columns = {bucket: np.array(rows).T for bucket, rows in sorted(members.items())}
+        self._lines = [_Line(c[0], c[1], c[2], int(c[2].sum())) for c in columns.values()]
+        self._buckets = list(columns)
+        counts = [-(-line.total // global_batch) for line in self._lines]
+        self._counts = np.array(counts, dtype=np.int64)
+        self.batches = dict(zip(self._buckets, counts, strict=True))
         """Global batches of each bucket in an epoch."""
-        self.steps_per_epoch = sum(self.batches.values())
-        self._epoch = lru_cache(maxsize=2)(self._build_epoch)
+        self.steps_per_epoch = sum(counts)
+        self._blocks = -(-self.steps_per_epoch // _BLOCK)
+        # Caches only: each value is a function of its arguments.
+        self._turns_of = lru_cache(2)(self._turns)
+        self._shards_of = lru_cache(2 * len(counts))(self._shuffled_shards)
+        self._window_of = lru_cache(_WINDOWS)(self._shuffled_window)
 
     def repeated(self, bucket: Bucket) -> int:
         """Places of `bucket` in an epoch that repeat a sample to fill the last batch."""
-        return self.batches[bucket] * self._global_batch - self._buckets[bucket]
+        line = self._lines[self._buckets.index(bucket)]
+        return self.batches[bucket] * self._global_batch - line.total
 
-    def batch(self, step: int) -> tuple[Bucket, list[Sample]]:
-        """The bucket and the samples of global batch `step` (from 0), in the order of the lanes."""
+    def batch(self, step: int, places: slice = slice(None)) -> tuple[Bucket, list[Sample]]:
+        """The bucket and the samples of global batch `step` (from 0), in the order of the lanes.
+
+        `places` restricts the samples to a part of the batch.
+        """
         epoch, place = divmod(step, self.steps_per_epoch)
-        bucket, lanes = self._epoch(epoch)[place]
+        number, batch = self._turn(epoch, place)
         first = step * self._global_batch
-        return bucket, [
-            Sample(int(shard), int(row), first + lane) for lane, (shard, row) in enumerate(lanes)
+        return self._buckets[number], [
+            Sample(
+                *self._sample(epoch, number, lane * int(self._counts[number]) + batch), first + lane
+            )
+            for lane in range(self._global_batch)[places]
         ]
 
-    def _build_epoch(self, epoch: int) -> list[tuple[Bucket, Indices]]:
-        queues = {}
-        for number, (bucket, count) in enumerate(self.batches.items()):
-            sequence = self._sequence(bucket, epoch, number)
-            lanes = np.resize(sequence, (self._global_batch, count, 2))
-            queues[bucket] = iter(lanes.swapaxes(0, 1))
-        turns = [bucket for bucket, count in self.batches.items() for _ in range(count)]
-        shuffled = _shuffled(len(turns), self._seed, epoch, len(self.batches))
-        return [(turns[i], next(queues[turns[i]])) for i in shuffled]
+    def _turn(self, epoch: int, place: int) -> tuple[int, int]:
+        """The bucket of an epoch's step, and which of its batches it is."""
+        block = place * self._blocks // self.steps_per_epoch
+        while self._block_start(block) > place:
+            block -= 1
+        while self._block_start(block + 1) <= place:
+            block += 1
+        buckets, batches = self._turns_of(epoch, block)
+        at = place - self._block_start(block)
+        return int(buckets[at]), int(batches[at])
 
-    def _sequence(self, bucket: Bucket, epoch: int, number: int) -> Indices:
-        """(shard, row) of all samples of a bucket, [n, 2], shuffled for this epoch."""
-        shards = self._shards[bucket]
-        order = _shuffled(len(shards), self._seed, epoch, number, 0)
-        windows = []
-        for start in range(0, len(order), self._window):
-            chosen = [shards[i] for i in order[start : start + self._window]]
-            rows = np.concatenate(
-                [np.stack([np.full(n, s), np.arange(n)], axis=1) for s, n in chosen]
+    def _block_start(self, block: int) -> int:
+        return int((block * self._counts // self._blocks).sum())
+
+    def _turns(self, epoch: int, block: int) -> tuple[Indices, Indices]:
+        """Bucket and batch of every step of a block."""
+        done = block * self._counts // self._blocks
+        counts = (block + 1) * self._counts // self._blocks - done
+        turns = np.repeat(np.arange(len(counts)), counts)
+        key = (self._seed, epoch, len(counts), *([block] if block else []))
+        buckets = turns[_shuffled(len(turns), *key)]
+        batches = np.empty_like(buckets)
+        for number, first in enumerate(done):
+            own = buckets == number
+            batches[own] = first + np.arange(int(own.sum()))
+        return buckets, batches
+
+    def _sample(self, epoch: int, number: int, place: int) -> tuple[int, int]:
+        """(shard, row) at a place of a bucket's sequence, which begins anew after its end."""
+        _, starts = self._shards_of(epoch, number)
+        place %= self._lines[number].total
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        shard, row = self._window_of(epoch, number, window)[place - int(starts[window])]
+        return int(shard), int(row)
+
+    def _shuffled_shards(self, epoch: int, number: int) -> tuple[Indices, Indices]:
+        """A bucket's shards in the order of an epoch, and where each window of them starts."""
+        line = self._lines[number]
+        order = _shuffled(len(line.shards), self._seed, epoch, number, 0)
+        ends = np.cumsum(line.served[order])
+        starts = (ends - line.served[order])[:: self._window]
+        return order, starts
+
+    def _shuffled_window(self, epoch: int, number: int, window: int) -> Indices:
+        """(shard, row) of the samples of a window, [n, 2]."""
+        line, first = self._lines[number], window * self._window
+        order, _ = self._shards_of(epoch, number)
+        rows = np.concatenate([
+            np.stack([np.full(served, shard), (epoch * served + np.arange(served)) % samples], axis=1)
+            for shard, samples, served in (
+                (line.shards[i], line.samples[i], line.served[i])
+                for i in order[first : first + self._window]
             )
-            windows.append(rows[_shuffled(len(rows), self._seed, epoch, number, 1 + start)])
-        return np.concatenate(windows)
+        ])  # fmt: skip
+        shuffled: Indices = rows[_shuffled(len(rows), self._seed, epoch, number, 1 + first)]
+        return shuffled
 
 
 def _shuffled(count: int, *key: int) -> Indices:

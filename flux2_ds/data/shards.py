@@ -1,6 +1,6 @@
-"""Shards: ordinary WebDataset tars of one resolution each.
+"""Shards: ordinary WebDataset tars of one resolution, whose samples can be read one by one.
 
-Members of a sample, all with the key as stem:
+Members of a sample, with the key as stem:
 
     latent.safetensors  `latent` [32, H/8, W/8] fp32: mean of the VAE's posterior, before patchifying
                         and normalising
@@ -12,30 +12,40 @@ Members of a sample, all with the key as stem:
 A caption that recurs in a shard is stored once, with its first sample: text is most of a sample's
 bytes (15.7 of 17.8 MB for FLUX.2-dev at 1024²). Every shard stands alone. Latents stay fp32 because
 they are small beside the text.
+
+The last member, `__toc__`, is the table of contents: offset, size and XXH3 of every member of every
+sample, so that a sample is one read of the file, be it on disk or in a store, and is checked. WebDataset
+passes over members of such a name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset
+import xxhash
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.index import Shard
+from flux2_ds.data.index import CONDITIONING_NAME, Part, Shard
+from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
 MASK, REFERENCES = "mask.safetensors", "references.safetensors"
+_TOC = "__toc__"
+_GAP = 4096  # members with less between them are read at once
+
+Fetch = Callable[[Blob, Callable[[bytes], None]], bytes]
 
 
 @dataclass(frozen=True)
@@ -60,57 +70,62 @@ def write_shard(
     """Write one shard; it appears whole or not at all. `text_of` gives a caption's [512, D]."""
     partial = path.with_suffix(".partial")
     try:
-        facts = _write_tar(partial, bucket, records, text_of)
-        shard = Shard(path.name, bucket, size=partial.stat().st_size, source=source, **facts)
+        with partial.open("wb") as stream:
+            facts = _write_tar(stream, bucket, records, text_of)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with partial.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = partial.stat().st_size
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # above all when the disk is full
-    return shard
+    return Shard(path.name, bucket, size=size, sha256=sha256, source=source, **facts)
 
 
 def _write_tar(
-    path: Path, bucket: Bucket, records: Iterable[Record], text_of: Callable[[str], torch.Tensor]
+    stream: Any, bucket: Bucket, records: Iterable[Record], text_of: Callable[[str], torch.Tensor]
 ) -> dict[str, Any]:
     """Write a tar; returns the facts of `Shard` that its contents decide."""
-    text_keys: dict[str, str] = {}
-    count = masks = 0
+    toc: list[dict[str, Part]] = []
+    first: dict[str, int] = {}
     references = set()
-    with path.open("wb") as stream:
-        # encoder=False: members are bytes already. mtime=0: the same input makes the same file.
-        with webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
-            for count, record in enumerate(records, start=1):
-                key = f"{count - 1:08d}"
-                members = {
-                    "__key__": key,
-                    LATENT: save_tensors({"latent": record.latent.contiguous()}),
-                }
-                if record.mask is not None:
-                    masks += 1
-                    members[MASK] = save_tensors({"mask": record.mask.contiguous()})
-                if record.references:
-                    tensors = {
-                        str(k): each.contiguous() for k, each in enumerate(record.references)
-                    }
-                    members[REFERENCES] = save_tensors(tensors)
-                references.add(_sizes(record.references))
-                if record.caption not in text_keys:
-                    text_keys[record.caption] = key
-                    members[TEXT] = save_tensors({"text": text_of(record.caption).contiguous()})
-                meta = {
-                    "caption": record.caption,
-                    "source": record.source,
-                    "height": bucket.height,
-                    "width": bucket.width,
-                    "text_key": text_keys[record.caption],
-                }
-                members[META] = json.dumps(meta, ensure_ascii=False).encode()
-                tar.write(members)
-        stream.flush()
-        os.fsync(stream.fileno())
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    sizes = references.pop() if len(references) == 1 else "several" if references else ""
-    return {"samples": count, "sha256": sha256, "masks": masks, "references": sizes}
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row, record in enumerate(records):
+            members = {LATENT: save_tensors({"latent": record.latent.contiguous()})}
+            if first.setdefault(record.caption, row) == row:
+                members[TEXT] = save_tensors({"text": text_of(record.caption).contiguous()})
+            members |= _companions(record)
+            meta = {
+                "caption": record.caption,
+                "source": record.source,
+                "height": bucket.height,
+                "width": bucket.width,
+                "text_key": _key(first[record.caption]),
+            }
+            members[META] = json.dumps(meta, ensure_ascii=False).encode()
+            parts = {name: _add(tar, f"{_key(row)}.{name}", data) for name, data in members.items()}
+            if TEXT not in parts:
+                parts[TEXT] = toc[first[record.caption]][TEXT]
+            toc.append(parts)
+            references.add(_sizes(record.references))
+        return {
+            "samples": len(toc),
+            "masks": sum(MASK in parts for parts in toc),
+            "references": references.pop() if len(references) == 1 else "several" if toc else "",
+            "toc": _add(tar, _TOC, _toc_json(toc)),
+        }
+
+
+def _companions(record: Record) -> dict[str, bytes]:
+    """The mask and the reference images of a sample, if it has any."""
+    members = {}
+    if record.mask is not None:
+        members[MASK] = save_tensors({"mask": record.mask.contiguous()})
+    if record.references:
+        tensors = {str(k): each.contiguous() for k, each in enumerate(record.references)}
+        members[REFERENCES] = save_tensors(tensors)
+    return members
 
 
 def _sizes(references: Sequence[torch.Tensor]) -> str:
@@ -118,75 +133,111 @@ def _sizes(references: Sequence[torch.Tensor]) -> str:
     return ",".join(f"{8 * each.shape[-1]}x{8 * each.shape[-2]}" for each in references)
 
 
-class ShardReader:
-    """Random access to the samples of one shard on a local disk.
+def _toc_json(toc: list[dict[str, Part]]) -> bytes:
+    rows = [{name: astuple(part) for name, part in parts.items()} for parts in toc]
+    return json.dumps(rows, separators=(",", ":")).encode()
 
-    The tar headers are read once, by seeking; a sample is then two or three reads. Rows in `dropped`
-    are not counted.
+
+def _key(row: int) -> str:
+    return f"{row:08d}"
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Part:
+    """Append a member; the same input makes the same file, because no time is in it."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o444
+    tar.addfile(member, io.BytesIO(data))
+    padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return Part(tar.offset - padded, len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+class ShardReader:
+    """Random access to the samples of one shard, by its table of contents.
+
+    Rows that the index has dropped are not counted. `fetch` reads a blob and calls a check on it, again
+    if the check fails; it may keep what it read.
     """
 
-    def __init__(self, path: Path, dropped: Iterable[int] = ()) -> None:
-        self._path = path
-        self._members: dict[str, tuple[int, int]] = {}
-        try:
-            self._file = path.open("rb")
-            with tarfile.open(fileobj=self._file, mode="r:") as tar:
-                for member in tar:
-                    self._members[member.name] = (member.offset_data, member.size)
-        except (OSError, tarfile.TarError) as error:
+    def __init__(self, location: str | Path, shard: Shard, fetch: Fetch = Blob.read) -> None:
+        self._location = str(location)
+        self._fetch = fetch
+        rows = json.loads(self._read([shard.toc])[0])
+        gone = set(shard.dropped)
+        self._rows = [
+            {name: Part(*part) for name, part in members.items()}
+            for row, members in enumerate(rows)
+            if row not in gone
+        ]
+        if len(self._rows) != shard.samples:
             raise UserError(
-                f"shard {path} cannot be read ({error}). Copy it again or prepare the shards again."
-            ) from error
-        keys = [name.split(".", 1)[0] for name in self._members if name.endswith(f".{META}")]
-        gone = set(dropped)
-        self._keys = [key for row, key in enumerate(keys) if row not in gone]
+                f"shard {self._location} has {len(self._rows)} samples, index.json counts "
+                f"{shard.samples}. Copy both again or prepare the shards again."
+            )
+
+    def members(self, row: int, names: Sequence[str]) -> list[bytes]:
+        """The contents of some members of a sample."""
+        return self._read([self._rows[row][name] for name in names])
 
     def meta(self, row: int) -> dict[str, Any]:
         """Caption, source and the rest of the sample's JSON."""
-        value: dict[str, Any] = json.loads(self._read(f"{self._key(row)}.{META}"))
+        value: dict[str, Any] = json.loads(self.members(row, [META])[0])
         return value
 
     def latent(self, row: int) -> torch.Tensor:
         """[32, H/8, W/8] fp32."""
-        return load_tensors(self._read(f"{self._key(row)}.{LATENT}"))["latent"]
+        return load_tensors(self.members(row, [LATENT])[0])["latent"]
 
     def text(self, row: int) -> torch.Tensor:
         """[512, text width]."""
-        return load_tensors(self._read(f"{self.meta(row)['text_key']}.{TEXT}"))["text"]
+        return load_tensors(self.members(row, [TEXT])[0])["text"]
 
     def mask(self, row: int) -> torch.Tensor | None:
         """[H/16, W/16] fp32 in [0, 1], or None if the sample has none."""
-        name = f"{self._key(row)}.{MASK}"
-        return load_tensors(self._read(name))["mask"] if name in self._members else None
+        if MASK not in self._rows[row]:
+            return None
+        return load_tensors(self.members(row, [MASK])[0])["mask"]
 
     def references(self, row: int) -> list[torch.Tensor]:
         """Reference images, [32, h, w] fp32 each."""
-        name = f"{self._key(row)}.{REFERENCES}"
-        if name not in self._members:
+        if REFERENCES not in self._rows[row]:
             return []
-        tensors = load_tensors(self._read(name))
+        tensors = load_tensors(self.members(row, [REFERENCES])[0])
         return [tensors[str(k)] for k in range(len(tensors))]
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def sample(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latent and text; they lie side by side unless the text is another sample's, too."""
+        latent, text = self.members(row, [LATENT, TEXT])
+        return load_tensors(latent)["latent"], load_tensors(text)["text"]
 
-    def _key(self, row: int) -> str:
-        if row >= len(self._keys):
-            raise UserError(
-                f"shard {self._path} has {len(self._keys)} samples, index.json counts more. Copy it "
-                "again or prepare the shards again."
-            )
-        return self._keys[row]
+    def text_digest(self, row: int) -> str:
+        """Names the text of a sample, whatever the shard."""
+        return self._rows[row][TEXT].xxh3
 
-    def _read(self, name: str) -> bytes:
-        if name not in self._members:
-            raise UserError(f"shard {self._path} has no member {name}. Prepare the shards again.")
-        offset, size = self._members[name]
-        data = os.pread(self._file.fileno(), size, offset)
-        if len(data) != size:
-            raise UserError(
-                f"shard {self._path}: member {name} ends after {len(data)} of {size} bytes. "
-                "Copy it again or prepare the shards again."
-            )
-        return data
+    def own_text(self, row: int) -> bool:
+        """Whether the text lies beside the latent."""
+        latent, text = self._rows[row][LATENT], self._rows[row][TEXT]
+        return 0 <= text.offset - latent.end <= _GAP
+
+    def _read(self, parts: list[Part]) -> list[bytes]:
+        """The parts, checked; those that are close to each other in one read."""
+        start, end = min(part.offset for part in parts), max(part.end for part in parts)
+        if end - start > sum(part.size for part in parts) + _GAP * len(parts):
+            return [piece for part in parts for piece in self._read([part])]
+
+        def check(data: bytes) -> None:
+            view = memoryview(data)
+            for part in parts:
+                piece = view[part.offset - start : part.end - start]
+                if xxhash.xxh3_128_hexdigest(piece) != part.xxh3:
+                    raise DamagedError(
+                        f"{part.size} bytes at {part.offset} are not what was written"
+                    )
+
+        data = self._fetch(Blob(self._location, start, end - start), check)
+        return [data[part.offset - start : part.end - start] for part in parts]
+
+
+def read_conditioning(folder: str) -> dict[str, torch.Tensor]:
+    """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards."""
+    tensors: dict[str, torch.Tensor] = load_tensors(Blob(join(folder, CONDITIONING_NAME)).read())
+    return tensors

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -29,6 +29,10 @@ _NOT_THE_STORE = (UserError, TypeError, AttributeError, NameError)
 Value = TypeVar("Value")
 
 
+class DamagedError(Exception):
+    """The bytes are not those that were written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Blob:
     """A file, or `size` bytes of it from `offset` on."""
@@ -37,25 +41,35 @@ class Blob:
     offset: int = 0
     size: int | None = None
 
-    def read(self) -> bytes:
-        """The bytes.
+    def read(self, check: Callable[[bytes], None] = lambda _: None) -> bytes:
+        """The bytes, after `check`, which raises `DamagedError` if they are wrong.
 
         Raises:
-            UserError: the file stays out of reach, or is too short.
+            UserError: the file stays out of reach, is too short or damaged.
         """
+
+        def checked() -> bytes:
+            data = self._fetch() if is_url(self.location) else self._load()
+            if self.size is not None and len(data) != self.size:
+                raise DamagedError(
+                    f"{len(data)} instead of {self.size} bytes at {self.offset}"
+                    + (": its server does not serve parts of files (HTTP range requests)"
+                       if len(data) > self.size else "")
+                )  # fmt: skip
+            check(data)
+            return data
+
         if is_url(self.location):
-            data = tried_again(self.location, self._fetch)
-        else:
-            try:
-                data = self._load()
-            except OSError as error:
-                raise UserError(f"{self.location} cannot be read: {error.strerror}.") from error
-        if self.size is not None and len(data) != self.size:
+            return tried_again(self.location, checked)
+        try:
+            return checked()
+        except OSError as error:
+            raise UserError(f"{self.location} cannot be read: {error.strerror}.") from error
+        except DamagedError as error:
             raise UserError(
-                f"{self.location} gave {len(data)} instead of {self.size} bytes at {self.offset}: it "
-                "is incomplete, or its server does not serve parts of files (HTTP range requests)."
-            )
-        return data
+                f"{self.location} is incomplete or damaged ({error}). Copy it again, or prepare it "
+                "again."
+            ) from error
 
     def _load(self) -> bytes:
         with Path(self.location).open("rb") as stream:
@@ -64,10 +78,23 @@ class Blob:
             return os.pread(stream.fileno(), self.size, self.offset)
 
     def _fetch(self) -> bytes:
-        system, path = fsspec.url_to_fs(self.location)
+        system, path = file_system(self.location)
         end = None if self.size is None else self.offset + self.size
         data: bytes = system.cat_file(path, start=self.offset or None, end=end)
         return data
+
+
+def file_system(location: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it. Trying again and again is left to us."""
+    options: dict[str, Any] = {}
+    if location.startswith("s3://"):
+        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    elif location.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout  # here: the launcher need not wait for it
+
+        options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=15, sock_read=60)}}
+    system, path = fsspec.url_to_fs(location, **options)
+    return system, path
 
 
 def is_url(location: str) -> bool:

@@ -74,7 +74,7 @@ def read_notes(folder: Path) -> list[Note]:
     notes = []
     for path in sorted((folder / FOLDER).glob("*.tar.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        shard = Shard(**{**facts["shard"], "bucket": Bucket(**facts["shard"]["bucket"])})
+        shard = Shard.of(facts["shard"])
         rows = [Row(*row) for row in facts["rows"]]
         notes.append(Note(shard, rows, {k: (s, r) for k, (s, r) in facts["skipped"].items()}))
     return notes

@@ -16,10 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import braceexpand
-import fsspec
 
 from flux2_ds.data.images import SUFFIXES, UnreadableImageError, image_size
-from flux2_ds.data.storage import Blob, is_url, tried_again
+from flux2_ds.data.storage import Blob, file_system, is_url, tried_again
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.entries import (
     Entry,
@@ -144,7 +143,8 @@ def _from_json(content: bytes, name: str, caption_column: str) -> tuple[str | No
 
 def _stream(location: str) -> IO[bytes]:
     if is_url(location):
-        stream: IO[bytes] = fsspec.open(location, "rb").open()
+        system, path = file_system(location)
+        stream: IO[bytes] = system.open(path, "rb")
         return stream
     return Path(location).open("rb")
 
@@ -154,6 +154,6 @@ def _stamp(location: str) -> str:
     if not is_url(location):
         facts = Path(location).stat()
         return f"{facts.st_size}:{facts.st_mtime_ns}"
-    system, path = fsspec.url_to_fs(location)
+    system, path = file_system(location)
     facts_of = tried_again(location, lambda: system.info(path))
     return "|".join(str(facts_of.get(name)) for name in ("size", "ETag", "etag", "LastModified"))

@@ -54,11 +54,10 @@ def copy_known(texts: TextFiles, captions: set[str], folder: Path, notes: list[N
                 if row.caption in by_digest]  # fmt: skip
         if not rows:
             continue
-        reader = ShardReader(folder / note.shard.name)
+        reader = ShardReader(folder / note.shard.name, note.shard)
         for number, caption in rows:
             if by_digest.pop(caption_digest(caption), None) is not None:
                 texts.write(caption, reader.text(number))
-        reader.close()
 
 
 class TextWorker:

@@ -153,7 +153,7 @@ def test_companions_reach_the_micro_batch(model: Path, photos: Path, tmp_path: P
     index = run(recipe)
     (shard,) = index.shards
     assert (shard.masks, shard.references, shard.samples) == (2, "several", 4)
-    reader = ShardReader(tmp_path / "shards" / shard.name)
+    reader = ShardReader(tmp_path / "shards" / shard.name, shard)
     rows = {Path(reader.meta(row)["source"]).stem: row for row in range(4)}
     vae = load_pipeline(model, read_spec(model), torch.float32).vae
 
@@ -199,7 +199,7 @@ def test_a_changed_companion_is_encoded_again(model: Path, photos: Path, tmp_pat
     after = run(recipe)
     assert after.samples == 4 and len(samples(shards)) == 4
     assert [shard.samples for shard in after.shards] == [2, 2]
-    new = ShardReader(shards / after.shards[1].name)
+    new = ShardReader(shards / after.shards[1].name, after.shards[1])
     masks = {new.meta(row)["source"]: new.mask(row) for row in range(2)}
     assert masks["b.png"] is None and not new.references(1)
     torch.testing.assert_close(masks["a.png"], torch.full((3, 5), 200 / 255))

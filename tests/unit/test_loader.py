@@ -12,7 +12,7 @@ import torch
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import OPEN_SHARDS, Loader, MicroBatch, Share, draw
+from flux2_ds.data.loader import Loader, MicroBatch, Share, draw
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.errors import UserError
@@ -41,17 +41,22 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
 
 
 def make_loader(
-    prepared: tuple[Path, Index], share: Share | None = None, dropout: float = 0.0, seed: int = SEED
+    prepared: tuple[Path, Index],
+    share: Share | None = None,
+    dropout: float = 0.0,
+    seed: int = SEED,
+    **more: object,
 ) -> Loader:
     folder, index = prepared
     return Loader(
-        folder,
+        str(folder),
         index,
         Order(index, GLOBAL_BATCH, seed, window=2),
         share or Share(0, 1, GLOBAL_BATCH, GLOBAL_BATCH),
         seed=seed,
         caption_dropout=dropout,
         empty_text=EMPTY_TEXT,
+        **more,  # type: ignore[arg-type]
     )
 
 
@@ -118,13 +123,30 @@ def test_starting_at_a_step_equals_skipping_to_it(prepared):
         assert_same(skipped, resumed)
 
 
-def test_more_shards_than_may_be_open(prepared, monkeypatch):
-    monkeypatch.setattr("flux2_ds.data.loader.OPEN_SHARDS", 1)
-    assert OPEN_SHARDS > 3  # otherwise the other loader would close shards too
-    for few, many in zip(
-        make_loader(prepared).steps(0, 8), map(make_loader(prepared).read, range(8)), strict=True
-    ):
+def test_more_shards_and_texts_than_are_kept(prepared, monkeypatch):
+    plain = [make_loader(prepared).read(step) for step in range(8)]
+    monkeypatch.setattr("flux2_ds.data.loader._READERS_KEPT", 1)
+    monkeypatch.setattr("flux2_ds.data.loader._TEXTS_KEPT", 1)
+    for few, many in zip(make_loader(prepared).steps(0, 8), plain, strict=True):
         assert_same(few, many)
+
+
+def test_one_caption_for_all_is_read_once(tmp_path):
+    bucket = Bucket(32, 32)
+    records = [Record(f"{n}", "7", torch.full((32, 4, 4), float(n))) for n in range(8)]
+    index = Index("klein", 2, {}, {}, [write_shard(tmp_path / "x.tar", bucket, records, text_of)])
+    reads = []
+
+    def fetch(blob, check):
+        reads.append(blob.size)
+        return blob.read(check)
+
+    loader = make_loader((tmp_path, index), fetch=fetch)
+    for _ in range(2):
+        for batch in itertools.chain(*(loader.read(step) for step in range(2))):
+            assert (batch.text == 7).all()
+    # The table, each latent twice, and the text: once alone and beside the latent of its own sample.
+    assert len(reads) in (1 + 16, 1 + 16 + 1)
 
 
 def test_draw_depends_on_seed_and_position_alone():

@@ -1,5 +1,6 @@
 """The order of the samples: properties over random data sets, and one pinned sequence."""
 
+import math
 import random
 from collections import Counter, OrderedDict, defaultdict
 
@@ -7,7 +8,6 @@ import pytest
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
-from flux2_ds.data.loader import OPEN_SHARDS
 from flux2_ds.data.order import Order
 
 BUCKETS = [Bucket(32, 32), Bucket(32, 64), Bucket(64, 32), Bucket(48, 48)]
@@ -97,6 +97,88 @@ def test_batches_of_a_bucket_come_in_sequence(case):
             left = left[size:]
 
 
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 64])
+def test_processes_serve_the_same_global_batches(world):
+    index = make_index([(BUCKETS[n % 3], 7 + n) for n in range(9)])
+    order = Order(index, 64, 5, window=2)
+    for step in range(0, 3 * order.steps_per_epoch, 2):
+        bucket, whole = order.batch(step)
+        pieces = []
+        for rank in range(world):
+            own = slice(rank * 64 // world, (rank + 1) * 64 // world)
+            found, samples = Order(index, 64, 5, window=2).batch(step, own)
+            assert found == bucket
+            pieces += samples
+        assert pieces == whole
+
+
+WEIGHTS = {"a": 2.0, "b": 0.4, "c": 1.0, "d": 3.7}
+
+
+@pytest.mark.parametrize("chance", range(10))
+def test_weights_say_how_often_a_sample_is_served(chance):
+    draw = random.Random(chance)
+    shards = [
+        Shard(f"{n}", draw.choice(BUCKETS[:2]), draw.randint(1, 20), 0, "", draw.choice("abcde"))
+        for n in range(draw.randint(1, 9))
+    ]
+    index = Index("klein", 8, {}, {}, shards)
+    order = Order(index, draw.choice([1, 3, 8]), chance, window=3, weights=WEIGHTS)
+    counts: Counter[tuple[int, int]] = Counter()
+    for epoch in range(10):
+        served = Counter((s.shard, s.row) for _, batch in epoch_of(order, epoch) for s in batch)
+        expected = {}
+        for number, shard in enumerate(shards):
+            weight = WEIGHTS.get(shard.source, 1.0)
+            expected[number] = math.ceil(round(weight * shard.samples, 6))
+        for bucket in order.batches:
+            own = [n for n, shard in enumerate(shards) if shard.bucket == bucket]
+            found = sum(count for (shard, _), count in served.items() if shard in own)
+            assert found == sum(expected[n] for n in own) + order.repeated(bucket)
+        counts += served
+    # In the long run every sample of a shard is served about equally often, and none is left out.
+    for number, shard in enumerate(shards):
+        own = [counts[number, row] for row in range(shard.samples)]
+        assert min(own) > 0
+    # Weight 1 is no weight.
+    plain, one = Order(index, 4, 1, 2), Order(index, 4, 1, 2, weights=dict.fromkeys("abcde", 1.0))
+    assert [plain.batch(s) for s in range(40)] == [one.batch(s) for s in range(40)]
+
+
+def test_epochs_longer_than_a_block_of_turns(monkeypatch):
+    index = make_index([(BUCKETS[0], 500), (BUCKETS[1], 61), (BUCKETS[2], 3)])
+    whole = Order(index, 2, 0, window=2)
+    monkeypatch.setattr("flux2_ds.data.order._BLOCK", 16)
+    blocks = Order(index, 2, 0, window=2)
+    one, other = ([bucket for bucket, _ in epoch_of(order, 1)] for order in (whole, blocks))
+    assert Counter(one) == Counter(other) and one != other
+    for bucket in whole.batches:
+        # Each bucket serves its batches in sequence, whatever the turns; positions tell them apart.
+        sequences = [
+            [[(s.shard, s.row) for s in samples] for found, samples in epoch_of(order, 1)
+             if found == bucket]
+            for order in (whole, blocks)
+        ]  # fmt: skip
+        assert sequences[0] == sequences[1]
+    for block in range(0, len(other), 16):
+        assert other[block : block + 16].count(BUCKETS[0]) in range(10, 17)
+
+
+def test_a_hundred_million_samples_cost_what_one_step_needs():
+    shard = Shard("x", BUCKETS[0], 50_000, 0, "")
+    other = Shard("y", BUCKETS[1], 50_000, 0, "")
+    index = Index("klein", 8, {}, {}, [shard, other] * 1000)
+    order = Order(index, 8, 0, window=2)
+    assert order.steps_per_epoch == 12_500_000
+    seen = {}
+    for step in (0, 1, 12_499_999, 30_000_000):
+        bucket, samples = order.batch(step)
+        assert len(samples) == 8 and {index.shards[s.shard].bucket for s in samples} == {bucket}
+        seen[step] = [(s.shard, s.row) for s in samples]
+    assert Order(index, 8, 0, window=2).batch(30_000_000)[1] == order.batch(30_000_000)[1]
+    assert len({tuple(each) for each in seen.values()}) == 4
+
+
 def test_jumping_to_a_step_gives_what_iterating_gives(case):
     index, arguments = case
     order = Order(index, **arguments)
@@ -120,7 +202,8 @@ def test_seed_and_epoch_change_the_order():
 
 
 def opened(order: Order, lanes: int) -> int:
-    """Shards that a process with the first `lanes` lanes opens in an epoch, keeping the last used."""
+    """Times that a process with the first `lanes` lanes comes to a shard in an epoch, if it keeps in
+    mind those of one window a lane and bucket."""
     readers: OrderedDict[int, None] = OrderedDict()
     count = 0
     for _, samples in epoch_of(order, 0):
@@ -128,7 +211,7 @@ def opened(order: Order, lanes: int) -> int:
             count += sample.shard not in readers
             readers[sample.shard] = None
             readers.move_to_end(sample.shard)
-            if len(readers) > OPEN_SHARDS:
+            if len(readers) > 8 * lanes * len(order.batches):
                 readers.popitem(last=False)
     return count
 

@@ -88,7 +88,7 @@ def samples(folder: Path) -> dict[str, str]:
     """Caption by source file of everything in the index."""
     found = {}
     for shard in read_index(folder).shards:
-        reader = ShardReader(folder / shard.name, shard.dropped)
+        reader = ShardReader(folder / shard.name, shard)
         for row in range(shard.samples):
             meta = reader.meta(row)
             assert meta["source"] not in found
@@ -134,7 +134,7 @@ def test_samples_hold_what_the_pipeline_computes(model, photos, tmp_path, encode
     assert samples(shards) == {f"{name}.png": caption for name, caption in CAPTIONS.items()}
     pipeline = load_pipeline(model, read_spec(model), torch.float32)
     for shard in index.shards:
-        reader = ShardReader(shards / shard.name)
+        reader = ShardReader(shards / shard.name, shard)
         for row in range(shard.samples):
             expected, _ = pipeline.encode_prompt(reader.meta(row)["caption"])
             torch.testing.assert_close(reader.text(row), expected[0], rtol=1e-4, atol=1e-4)
@@ -262,7 +262,7 @@ def test_pictures_in_tars(model, photos, tmp_path):
     expected = samples(tmp_path / "from-folder")
     assert samples(tmp_path / "from-tar") == {f"raw.tar/{k}": v for k, v in expected.items()}
     one, other = (
-        {s.name: ShardReader(folder / s.name) for s in read_index(folder).shards}
+        {s.name: ShardReader(folder / s.name, s) for s in read_index(folder).shards}
         for folder in (tmp_path / "from-folder", tmp_path / "from-tar")
     )
     assert one.keys() == other.keys()
@@ -305,10 +305,13 @@ def test_several_processes_write_the_same_shards(model, photos, tmp_path):
     ],
 )
 def test_encoder_settings(model, photos, tmp_path, settings, tolerance):
-    run(recipe_for(model, photos, tmp_path / "plain"))
+    before = {s.name: s for s in run(recipe_for(model, photos, tmp_path / "plain")).shards}
     index = run(recipe_for(model, photos, tmp_path / "other", prepare=settings))
     for shard in index.shards:
-        plain, other = (ShardReader(tmp_path / n / shard.name) for n in ("plain", "other"))
+        plain, other = (
+            ShardReader(tmp_path / name / s.name, s)
+            for name, s in (("plain", before[shard.name]), ("other", shard))
+        )
         for read in ("latent", "text"):
             expected, found = getattr(plain, read)(0).float(), getattr(other, read)(0).float()
             assert (found - expected).norm() <= tolerance * expected.norm()

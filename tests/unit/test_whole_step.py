@@ -12,14 +12,13 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from flux2_ds import train
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import draw
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import ShardReader
+from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.engine import Process
 from flux2_ds.model import transformer
 from flux2_ds.prepare import __main__ as prepare
@@ -92,7 +91,7 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
     the sinusoids of t were made of."""
     index: Index = prepare.prepare(recipe, Path(recipe.model.path), spec)
     process = Process(0, 1, torch.device("cpu"))
-    conditioning = load_file(Path(recipe.data.shards) / "conditioning.safetensors")
+    conditioning = read_conditioning(recipe.data.shards)
     order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
     loader = train.build_loader(recipe, index, order, process, conditioning)
     objective = train.build_objective(recipe, spec, conditioning, process.device)
@@ -120,9 +119,8 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
         parameter.grad /= scale
     samples = []
     for sample in batch.samples:
-        meta = ShardReader(Path(recipe.data.shards) / index.shards[sample.shard].name).meta(
-            sample.row
-        )
+        shard = index.shards[sample.shard]
+        meta = ShardReader(Path(recipe.data.shards) / shard.name, shard).meta(sample.row)
         samples.append((Path(meta["source"]).stem, sample.position))
     return model, loss, samples, seen
 

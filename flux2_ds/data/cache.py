@@ -1,0 +1,81 @@
+"""A bounded folder on a local disk for what was read from a store.
+
+Several processes may share it. Each file is one read, checked again when it is taken from here. When the
+folder is over its limit, the files that were used least recently are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from flux2_ds.data.storage import Blob, DamagedError, is_url
+from flux2_ds.errors import UserError
+
+_SLACK = 0.02
+"""A process looks at the folder after every 2 % of its limit that it writes."""
+
+
+class Cache:
+    """Reads blobs; keeps those that come from a URL in `folder`, at most about `limit` bytes of them."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._written = limit  # look before the first write
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache {folder} cannot be made: {error.strerror}.") from error
+
+    def read(self, blob: Blob, check: Callable[[bytes], None]) -> bytes:
+        """The bytes of `blob`, from the folder if they are there and pass `check`."""
+        if not is_url(blob.location):
+            return blob.read(check)
+        name = f"{blob.location}|{blob.offset}|{blob.size}"
+        path = self._folder / hashlib.sha256(name.encode()).hexdigest()[:40]
+        with contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            with contextlib.suppress(DamagedError):
+                check(data)
+                os.utime(path)
+                return data
+        data = blob.read(check)
+        self._keep(path, data)
+        return data
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        with self._lock:
+            self._written += len(data)
+            if self._written > _SLACK * self._limit:
+                self._make_room()
+                self._written = 0
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"data.cache {self._folder} cannot be written: {error.strerror}. Give another folder "
+                "or a lower data.cache_gb."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        files = []
+        for path in self._folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                facts = path.stat()
+                files.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= (1 - _SLACK) * self._limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size

@@ -1,0 +1,183 @@
+"""Real servers on loopback: what is read from a store is what is on disk, whatever happens to it."""
+
+import asyncio
+import logging
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
+
+from flux2_ds.data import storage
+from flux2_ds.data.cache import Cache
+from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
+from flux2_ds.data.shards import ShardReader, read_conditioning
+from flux2_ds.data.storage import Blob, is_url, join
+from flux2_ds.errors import UserError
+from flux2_ds.loopback import served
+from flux2_ds.prepare.sources import find_entries
+from flux2_ds.tensors import write_tensors
+
+__all__ = ["prepared"]  # the fixture
+STORES = ["http", "s3"]
+
+
+@pytest.fixture(scope="module")
+def folder(prepared) -> Path:
+    """Shards with an index, as `prepare` leaves them."""
+    path, index = prepared
+    write_index(path, index)
+    write_tensors(path / CONDITIONING_NAME, {"empty_text": EMPTY_TEXT})
+    (path / "whole.bin").write_bytes(bytes(range(256)) * 40)
+    return path
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_training_batches_are_those_from_disk(folder, kind):
+    local = make_loader((folder, read_index(folder)))
+    with served(kind, folder) as server:
+        index = read_index(server.url)
+        assert index == read_index(folder)
+        assert (read_conditioning(server.url)["empty_text"] == EMPTY_TEXT).all()
+        remote = make_loader((server.url, index))
+        for step, batches in enumerate(remote.steps(3, 12), start=3):
+            assert_same(batches, local.read(step))
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_server_killed_while_reading_is_waited_for(folder, kind, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "PAUSES_S", (0.2,) * 100)
+    caplog.set_level(logging.WARNING)
+    index = read_index(folder)
+    local = make_loader((folder, index))
+    with served(kind, folder) as server:
+        remote = make_loader((server.url, index))
+        for step, batches in enumerate(remote.steps(0, 60)):
+            assert_same(batches, local.read(step))
+            if step in (2, 20):
+                server.kill()
+                threading.Timer(0.6, server.start).start()
+                time.sleep(0.1)
+    assert "next try in" in caplog.text and server.url in caplog.text
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_server_that_stays_away_is_named_with_its_shard(folder, kind, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01))
+    index = read_index(folder)
+    with served(kind, folder) as server:
+        loader = make_loader((server.url, index))
+        loader.read(0)
+        server.kill()
+        with pytest.raises(
+            UserError, match=rf"{server.url}/\d\.tar stays out of reach after 3 tries"
+        ):
+            for step in range(1, 100):
+                loader.read(step)
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_is_not_there_is_an_error_at_once(folder, kind):
+    with served(kind, folder) as server:
+        assert Blob(join(server.url, "whole.bin"), 256, 256).read() == bytes(range(256))
+        assert len(Blob(join(server.url, "whole.bin")).read()) == 10240
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"gone\.bin cannot be read: FileNotFoundError"):
+            Blob(join(server.url, "gone.bin")).read()
+        assert time.monotonic() - started < 1  # without a pause of the retries
+
+
+def test_a_server_without_ranges_is_said(folder, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES_S", ())
+
+    async def whole(request: web.Request) -> web.Response:
+        return web.Response(body=(folder / request.match_info["name"]).read_bytes())
+
+    loop = asyncio.new_event_loop()
+    app = web.Application()
+    app.router.add_get("/{name}", whole)
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    port = runner.addresses[0][1]
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    with pytest.raises(UserError, match="does not serve parts of files"):
+        Blob(f"http://127.0.0.1:{port}/whole.bin", 256, 256).read()
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def test_a_shard_damaged_in_the_store_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01,))
+    shutil.copytree(folder, tmp_path / "copy")
+    index = read_index(folder)
+    path = tmp_path / "copy" / index.shards[0].name
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    with (
+        served("http", tmp_path / "copy") as server,
+        pytest.raises(UserError, match=r"0\.tar stays out of reach.*not what was written"),
+    ):
+        ShardReader(join(server.url, "0.tar"), index.shards[0]).latent(0)
+
+
+def test_the_cache_is_used_checked_and_bounded(folder, tmp_path):
+    index = read_index(folder)
+    local = make_loader((folder, index))
+    steps = 24
+    with served("http", folder) as server:
+        cache = Cache(tmp_path / "cache", 10**9)
+        loader = make_loader((server.url, index), fetch=cache.read)
+        for step in range(steps):
+            assert_same(loader.read(step), local.read(step))
+        assert list((tmp_path / "cache").iterdir())
+        server.kill()
+        again = make_loader((server.url, index), fetch=Cache(tmp_path / "cache", 10**9).read)
+        for step in range(steps):
+            assert_same(again.read(step), local.read(step))  # without the server
+
+        server.start()
+        for path in (tmp_path / "cache").iterdir():
+            path.write_bytes(b"damaged" * 100)
+        assert_same(make_loader((server.url, index), fetch=cache.read).read(3), local.read(3))
+
+        small = Cache(tmp_path / "small", 30_000)
+        loader = make_loader((server.url, index), fetch=small.read)
+        largest = 0
+        for step in range(steps):
+            assert_same(loader.read(step), local.read(step))
+            sizes = [path.stat().st_size for path in (tmp_path / "small").iterdir()]
+            largest = max(largest, sum(sizes))
+        assert 10_000 < largest <= 30_000 + 10_000  # one read is at most 6 kB here
+    assert not list((tmp_path / "small").glob("*.partial"))
+
+
+def test_files_on_disk_are_not_cached(folder, tmp_path):
+    cache = Cache(tmp_path / "cache", 10**6)
+    make_loader((folder, read_index(folder)), fetch=cache.read).read(0)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_tars_of_raw_pictures_in_a_store(tmp_path, kind):
+    import test_sources
+
+    tar = test_sources.tar.__wrapped__(tmp_path)
+    local = find_entries(str(tar), "text", tmp_path / "one")
+    with served(kind, tar.parent) as server:
+        remote = find_entries(f"{server.url}/{{00000..00000}}.tar", "text", tmp_path / "two")
+        assert [(e.key, e.caption, e.size) for e in remote] == [
+            (e.key, e.caption, e.size) for e in local
+        ]
+        for one, other in zip(local, remote, strict=True):
+            assert is_url(other.blob.location)
+            assert one.blob.read() == other.blob.read()
+
+
+def test_an_unknown_kind_of_store():
+    with pytest.raises(UserError, match=r"gs://bucket/x needs another package|cannot be read"):
+        Blob("gs://bucket/x").read()
