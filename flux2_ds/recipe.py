@@ -224,6 +224,8 @@ class Preview:
 
     prompts: list[str] = field(default_factory=lambda: ["a photograph"])
     """Prompts; one row of the grid each."""
+    references: list[str] = field(default_factory=list)
+    """Reference images, in this order, that every prompt edits."""
     height: int = 1024
     """In px, a multiple of 16."""
     width: int = 1024

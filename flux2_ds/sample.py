@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from PIL import Image, ImageDraw, ImageFont
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.files import model_directory
@@ -48,17 +49,18 @@ def main() -> None:
     trained = choose_export(recipe, options.step)
     step = step_of(trained)
     output = Path(options.output or Path(recipe.run_dir) / "samples" / f"step_{step:08d}.png")
+    references = [open_reference(path) for path in recipe.preview.references]
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     dtype = compute_dtype(recipe.precision)
     pipeline = load_pipeline(directory, spec, dtype)
-    before = render(pipeline, recipe)
+    before = render(pipeline, recipe, references)
     if recipe.method == "full":
         pipeline.transformer = None  # two of them need not fit into memory
         pipeline.transformer = Flux2Transformer2DModel.from_pretrained(trained, dtype=dtype)
     else:
         pipeline.load_lora_weights(str(trained.parent), weight_name=trained.name)
-    after = render(pipeline, recipe)
+    after = render(pipeline, recipe, references)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     titles = ("base model", f"{recipe.method}, step {step}")
@@ -92,7 +94,7 @@ def step_of(trained: Path) -> int:
     return int(re.findall(r"step_(\d{8})", str(trained))[-1])
 
 
-def render(pipeline: Any, recipe: Recipe) -> list[Image.Image]:
+def render(pipeline: Any, recipe: Recipe, references: list[Image.Image]) -> list[Image.Image]:
     """One picture a prompt, all from the same starting noise."""
     preview = recipe.preview
     if recipe.launch.accelerator == "cuda":
@@ -100,6 +102,7 @@ def render(pipeline: Any, recipe: Recipe) -> list[Image.Image]:
     return [
         pipeline(
             prompt=prompt,
+            image=references or None,
             height=preview.height,
             width=preview.width,
             num_inference_steps=preview.steps,
@@ -108,6 +111,21 @@ def render(pipeline: Any, recipe: Recipe) -> list[Image.Image]:
         ).images[0]
         for prompt in preview.prompts
     ]
+
+
+def open_reference(path: str) -> Image.Image:
+    """A reference image, upright and in RGB.
+
+    Raises:
+        UserError: it cannot be read, or inference does not take it.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        Flux2ImageProcessor.check_image_input(upright)
+    except (OSError, ValueError) as error:
+        raise UserError(f"preview.references: {path} cannot be used ({error}).") from error
+    return upright
 
 
 def grid(

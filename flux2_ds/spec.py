@@ -21,6 +21,8 @@ _PIPELINES: dict[str, tuple[Literal["dev", "klein"], str]] = {
     "Flux2Pipeline": ("dev", "Mistral3ForConditionalGeneration"),
     "Flux2KleinPipeline": ("klein", "Qwen3ForCausalLM"),
 }
+PADDING_SIDES = {"Flux2Pipeline": "left", "Flux2KleinPipeline": "right"}
+"""Where the tokenizer pads the prompt to `TEXT_TOKENS`; docs/numerics.md says how that is known."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
     pipeline = str(index.get("_class_name"))
     if pipeline not in _PIPELINES:
         raise UserError(
-            f"model.path {directory} holds a {pipeline}, not FLUX.2 (Flux2Pipeline or "
-            "Flux2KleinPipeline). Give the directory or hub id of a FLUX.2 model."
+            f"model.path {directory} holds a {pipeline}; a Flux2Pipeline (dev) or Flux2KleinPipeline "
+            "(klein) can be trained. Give the directory or hub id of such a model."
         )
     variant, encoder_class = _PIPELINES[pipeline]
     config = _read_json(directory / "transformer" / "config.json")

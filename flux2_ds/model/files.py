@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flux2_ds.errors import UserError
+from flux2_ds.spec import PADDING_SIDES
 
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
 _PROBES, _PROBE_BYTES = 8, 1 << 16
@@ -39,13 +40,15 @@ def model_directory(path: str, revision: str | None, parts: list[str]) -> Path:
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
-    """Digests of what shapes a prepared sample: VAE, text encoder, tokenizer, pipeline class.
+    """Digests of what shapes a prepared sample: VAE, text encoder, tokenizer, pipeline class, and the
+    side on which prompts are padded.
 
     Parts that are not on this machine are left out. Configs count without version stamps; of each
     weight file its name, size, header and some probes of its body count, which tells different
     weights apart without reading 48 GB.
     """
-    result = {"pipeline": json.loads((directory / "model_index.json").read_text())["_class_name"]}
+    pipeline = json.loads((directory / "model_index.json").read_text())["_class_name"]
+    result = {"pipeline": pipeline, "padding": PADDING_SIDES[pipeline]}
     for part in ("vae", "text_encoder", "tokenizer"):
         files = sorted(path for path in (directory / part).glob("*") if path.is_file())
         weights_here = part == "tokenizer" or any(f.suffix == ".safetensors" for f in files)

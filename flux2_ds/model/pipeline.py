@@ -22,11 +22,7 @@ from diffusers import (
 )
 from transformers import BitsAndBytesConfig
 
-from flux2_ds.spec import Spec
-
-# dev's tokenizer config names a Llama class and no side. Llama tokenizers pad left, but newer releases of
-# transformers load it as a generic tokenizer, which pads right. Padding is attended to, so it matters.
-_PADDING_SIDES = {"dev": "left", "klein": "right"}
+from flux2_ds.spec import PADDING_SIDES, Spec
 
 
 def load_text_pipeline(
@@ -82,7 +78,12 @@ def _build(
 
 
 def load_tokenizer(directory: Path, spec: Spec) -> Any:
-    """The tokenizer alone, padding on the side that the model was trained with."""
+    """The tokenizer alone, padding on the side that the model was trained with.
+
+    dev's tokenizer config names a Llama class and no side. Llama tokenizers pad left, but newer releases
+    of transformers load it as a generic tokenizer, which pads right. Padding is attended to, so it
+    matters.
+    """
     return transformers.AutoTokenizer.from_pretrained(
-        directory / "tokenizer", padding_side=_PADDING_SIDES[spec.variant]
+        directory / "tokenizer", padding_side=PADDING_SIDES[spec.pipeline]
     )

@@ -69,8 +69,8 @@ KLEIN_ENCODER = MODELS["klein"][1]
 @pytest.mark.parametrize(
     ("index", "config", "message"),
     [
-        ({"_class_name": "FluxPipeline"}, {}, "holds a FluxPipeline, not FLUX.2"),
-        ({"_class_name": None}, {}, "holds a None, not FLUX.2"),
+        ({"_class_name": "FluxPipeline"}, {}, "holds a FluxPipeline; a Flux2Pipeline"),
+        ({"_class_name": None}, {}, "holds a None; a Flux2Pipeline"),
         ({"text_encoder": KLEIN_ENCODER}, {}, "needs a Mistral3ForConditionalGeneration"),
         ({"vae": ["diffusers", "AutoencoderKL"]}, {}, "/vae is a AutoencoderKL; Flux2Pipeline"),
         ({"vae": [None, None]}, {}, "/vae is a None"),
