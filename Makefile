@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup check test test-gpu smoke-test clean
+.PHONY: help setup check test test-multinode test-gpu smoke-test clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED) ## create .venv with the pinned dependencies and this package
 
@@ -32,7 +32,10 @@ check: $(INSTALLED) ## formatting, lint, types and layering
 	$(BIN)/pytest -q tests/unit/test_layering.py
 
 test: $(INSTALLED) ## all tests that need no GPU
-	$(OFFLINE) $(BIN)/pytest -m 'not gpu'
+	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode'
+
+test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
+	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
 	$(OFFLINE) $(BIN)/pytest -m gpu

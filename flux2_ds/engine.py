@@ -96,6 +96,11 @@ def gathering(config: dict[str, Any]) -> Iterator[None]:
         del known_to_transformers
 
 
+def build_cpu_adam() -> None:
+    """Compile and load DeepSpeed's CPU Adam, which its first use would do otherwise."""
+    DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
+
+
 class Engine:
     """A model under DeepSpeed with an optimizer over its trainable parameters.
 

@@ -88,9 +88,12 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
     return failure if failure.time >= since else None
 
 
-def forget(logs: Path, first_rank: int = 0) -> None:
-    """Remove an earlier start's failure, and the places of `first_rank` and all above it."""
-    (logs / FAILURE_NAME).unlink(missing_ok=True)
+def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> None:
+    """Remove an earlier start's failure, recorded before `before`, and the places of `first_rank`
+    and all above it."""
+    failure = first_failure(logs)
+    if failure is None or failure.time < before:
+        (logs / FAILURE_NAME).unlink(missing_ok=True)
     for path in logs.glob("rank_*.json"):
         if int(path.stem.removeprefix("rank_")) >= first_rank:
             path.unlink(missing_ok=True)
@@ -112,7 +115,8 @@ class Lookout:
         self._leaving = threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            forget(logs)
+            # The others may have started earlier: what is theirs, and recent, stays.
+            forget(logs, world, before=self._started)
         self._console = keep_output(self._log(rank), rank)
 
     def __enter__(self) -> Lookout:
@@ -145,9 +149,12 @@ class Lookout:
             self._claim(place, str(error), EXIT_USER_ERROR)
         else:
             deadline = time.time() + 2 * _GRACE
+            reason = text.strip().splitlines()[-1]
             while _follows(error) and self.failure() is None and time.time() < deadline:
                 time.sleep(0.1)  # for someone to find the process that this one has lost
-            self._claim(place, text.strip().splitlines()[-1], EXIT_FAILURE, text)
+            if _follows(error):
+                text, reason = "", f"it lost another process, which left no error: {reason}"
+            self._claim(place, reason, EXIT_FAILURE, text)
         self._leave()
 
     def failure(self) -> Failure | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_ds.data.index import is_prepared
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
 from flux2_ds.plan import make_plan
 from flux2_ds.prepared import (
     build_order,
@@ -22,12 +22,13 @@ from flux2_ds.prepared import (
     check_variant,
     read_data,
 )
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Launch, Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import read_spec
-from launcher.commands import train_commands
-from launcher.hosts import Hosts, check_gpus, check_programs, find_hosts, pick_port
-from launcher.slurm import SlurmJob, slurm_script
+from launcher.commands import collective_timeout, train_commands
+from launcher.doctor import examine
+from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts, pick_port
+from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
 
 USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
@@ -36,6 +37,7 @@ commands
   prepare   encode photographs and captions into shards
   inspect   show what will be trained on: prompt, latents, timesteps, targets
   plan      print what a run will do, without starting it
+  doctor    look for what would go wrong, on all hosts
   train     train on this machine's GPUs, on CPU processes or over a hostfile
   slurm     print (or --submit) an sbatch script that trains
   export    write a checkpoint in the form diffusers loads
@@ -50,6 +52,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     commands: dict[str, Callable[[list[str]], None]] = {
         "plan": plan,
+        "doctor": doctor,
         "train": train,
         "slurm": slurm,
         "prepare": lambda argv: run_module("flux2_ds.prepare", argv),
@@ -78,6 +81,20 @@ def plan(argv: list[str]) -> None:
     index = read_data(recipe)
     order = build_order(recipe, index)
     print(f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch")
+
+
+def doctor(argv: list[str]) -> None:
+    """Look at the machines, and at the recipe if one is given."""
+    if {"-h", "--help"} & set(argv) or any(word.split("=")[0] == "--config" for word in argv):
+        recipe, options, arguments = read(argv, "doctor", "Look for what would go wrong.", add_gpus)
+        launch = recipe.launch
+        hosts = hosts_of(recipe, options.gpus)
+        sys.exit(0 if examine(recipe, launch, hosts, arguments) else EXIT_USER_ERROR)
+    if argv:
+        raise UserError(f"doctor {' '.join(argv)}: give --config RECIPE, or nothing.")
+    gpus = count_gpus()
+    launch = Launch(accelerator="cuda" if gpus else "cpu")
+    sys.exit(0 if examine(None, launch, Hosts(gpus or 1), []) else EXIT_USER_ERROR)
 
 
 def train(argv: list[str]) -> None:
@@ -140,37 +157,47 @@ def slurm(argv: list[str]) -> None:
 
     def add_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
+        add("--prepare", action="store_true", help="The script that makes the shards, instead.")
         add("--nodes", type=int, default=1, help="Number of nodes.")
         add("--gpus-per-node", type=int, default=8, help="GPUs of each node.")
         add("--time", type=str, default="24:00:00", help="Time limit.")
+        add("--save-before", type=int, default=120, help="Seconds to save before the limit.")
         add("--partition", type=str, default=None, help="Slurm partition.")
         add("--account", type=str, default=None, help="Slurm account.")
+        add("--array", type=str, default=None, help="Task N: seed N, run directory RUN_DIR-N.")
+        add("--max-restarts", type=int, default=0, help="Requeue so often after a failure.")
         add("--submit", action="store_true", help="Hand the script to sbatch.")
 
     recipe, options, arguments = read(argv, "slurm", "Write an sbatch script.", add_options)
-    if recipe.launch.accelerator != "cuda":
-        raise UserError(
-            f"launch.accelerator is {recipe.launch.accelerator}; the script asks for GPUs. Set it to "
-            "cuda."
-        )
-    for name in ("nodes", "gpus_per_node"):
+    for name in ("nodes", "gpus_per_node", "save_before"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    make_plan(recipe, options.nodes * options.gpus_per_node)
+    launch = recipe.launch
+    # CPU processes, for a trial of the cluster, are counted by the recipe.
+    tasks = options.gpus_per_node if launch.accelerator == "cuda" else launch.processes or 1
+    make_plan(recipe, options.nodes * tasks)
     job = SlurmJob(
         nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
+        tasks=tasks,
         time_limit=options.time,
         name=Path(recipe.run_dir).name,
+        accelerator=launch.accelerator,
         partition=options.partition,
         account=options.account,
+        array=None if options.prepare else options.array,
+        save_before=options.save_before,
+        max_restarts=options.max_restarts,
+        environment=tuple(collective_timeout(launch, dict(os.environ)).items()),
     )
-    script = slurm_script(job, arguments, python=sys.executable)
-    if options.submit:
-        check_inputs(recipe)
+    if options.prepare:
+        script = prepare_script(job, arguments, python=sys.executable)
     else:
+        script = train_script(job, recipe.run_dir, arguments, python=sys.executable)
+    if not options.submit:
         print(script, end="")
         return
+    if not options.prepare:
+        check_inputs(recipe)
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine. Run this on a Slurm login node.")
     sys.exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)

@@ -69,9 +69,7 @@ def train_commands(
     (remote.py).
     """
     variables: dict[str, str] = {"DS_ACCELERATOR": launch.accelerator}
-    if launch.hang_after and "DEEPSPEED_TIMEOUT" not in environment:
-        # Whole minutes. Collectives must not give up before the lookout has named the cause.
-        variables["DEEPSPEED_TIMEOUT"] = str(math.ceil(launch.hang_after / 60) + 5)
+    variables |= collective_timeout(launch, environment)
     # DeepSpeed's own log lines would bury what the user looks for.
     start = ["deepspeed", "--log_level", "critical"]
     end = ["--master_port", str(port), "--no_local_rank", "--module", module, *arguments]
@@ -95,6 +93,14 @@ def train_commands(
         )
         for rank, (name, slots) in enumerate(hosts.slots.items())
     ]
+
+
+def collective_timeout(launch: Launch, environment: dict[str, str]) -> dict[str, str]:
+    """DeepSpeed's timeout of collectives, unless the user has set it: in whole minutes, and later
+    than the lookout needs to name the process that they wait for."""
+    if not launch.hang_after or "DEEPSPEED_TIMEOUT" in environment:
+        return {}
+    return {"DEEPSPEED_TIMEOUT": str(math.ceil(launch.hang_after / 60) + 5)}
 
 
 def forwarded(environment: dict[str, str]) -> dict[str, str]:

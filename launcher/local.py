@@ -17,6 +17,7 @@ from launcher.commands import Command
 
 _POLL = 0.2  # s between looks at the commands
 PATIENCE = 15.0  # s that the others get to end by themselves after the first has failed
+_EXIT_SSH = 255
 _REPEAT = 1.0  # s after which the request to stop is repeated
 
 
@@ -63,12 +64,15 @@ class Stopper:
 
 
 def run(
-    commands: list[Command], stopper: Stopper, failed: Callable[[], bool] = lambda: False
+    commands: list[Command],
+    stopper: Stopper,
+    failed: Callable[[], bool] = lambda: False,
+    output: int | None = None,
 ) -> int:
     """Run `commands` side by side to their end; returns the exit code of the first that failed.
 
     When one has failed, or `failed` says so of the training, the others get some seconds to end by
-    themselves.
+    themselves. `output` is a descriptor to print to instead of the console's.
     """
     children: list[subprocess.Popen[bytes]] = []
     code, deadline = 0, float("inf")
@@ -82,6 +86,8 @@ def run(
                     command.program(),
                     env={**os.environ, **command.environment},
                     stdin=subprocess.PIPE if command.host else None,
+                    stdout=output,
+                    stderr=None if output is None else subprocess.STDOUT,
                     start_new_session=True,
                 )
             )
@@ -89,6 +95,7 @@ def run(
             code = code or next(filter(None, codes), 0)
             if deadline == float("inf") and (code or failed()):
                 deadline = time.monotonic() + PATIENCE
+                _say_who(commands, codes)
             if stopper.at_once or time.monotonic() > deadline:
                 break
             stopper.pass_on()
@@ -100,6 +107,14 @@ def run(
             _end(child)
     code = code or next(filter(None, (child.returncode for child in children)), 0)
     return code if code >= 0 else 128 - code
+
+
+def _say_who(commands: list[Command], codes: list[int | None]) -> None:
+    """Name the hosts whose command has ended first, unless that was on request."""
+    for command, code in zip(commands, codes, strict=True):
+        if command.host and code and code != EXIT_STOPPED:
+            why = "ssh lost it or did not reach it" if code == _EXIT_SSH else f"with code {code}"
+            say(f"{command.host} ended first: {why}")
 
 
 def _keep_alive(child: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""An sbatch script for a recipe. Pure."""
+"""sbatch scripts for a recipe. Pure."""
 
 from __future__ import annotations
 
@@ -6,69 +6,106 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from flux2_ds.errors import EXIT_STOPPED
+from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from launcher.commands import TRAIN_MODULE
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What Slurm is asked for."""
+    """What Slurm is asked for. `tasks` are processes a node, one a GPU if `accelerator` is cuda."""
 
     nodes: int
-    gpus_per_node: int
+    tasks: int
     time_limit: str
     name: str
+    accelerator: str = "cuda"
     partition: str | None = None
     account: str | None = None
+    array: str | None = None
+    save_before: int = 120
+    """Seconds before the time limit at which the trainer is told to save."""
+    max_restarts: int = 0
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def slurm_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
+def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: str) -> str:
     """The sbatch script that trains with the recipe's `arguments`.
 
-    One task a GPU, started by srun itself, so no ssh between nodes is needed and Slurm's signal
-    reaches every process: two minutes before the time limit all save and exit with code 75, and the
-    job requeues itself to continue.
+    One task a process, started by srun itself, so no ssh between nodes is needed and Slurm's signals
+    reach every process: before the time limit, and when the job is preempted, all save and exit with
+    code 75, and the job requeues itself to continue. The tasks of an array are runs of their own: task
+    N has seed N and the run directory `run_dir`-N.
     """
-    options = {
-        "job-name": re.sub(r"[^\w.-]+", "-", job.name) or "flux2-ds",
-        "nodes": job.nodes,
-        "ntasks-per-node": job.gpus_per_node,
-        "gpus-per-node": job.gpus_per_node,
-        "time": job.time_limit,
-        "signal": "USR1@120",
-        "output": "%x-%j.log",
-        "open-mode": "append",
-        "partition": job.partition,
-        "account": job.account,
-    }
-    header = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    train = shlex.join([python, "-m", TRAIN_MODULE, *arguments])
+    own = ""
+    if job.array is not None:
+        own = f' --run_dir {shlex.quote(run_dir)}-"$SLURM_ARRAY_TASK_ID" --seed "$SLURM_ARRAY_TASK_ID"'
+    train = f'{shlex.join([python, "-m", TRAIN_MODULE, *arguments])}{own} "$@"'
     # A task that stopped on request leaves the others to save; any other failure ends them all, or
     # they would wait for it in a collective.
     # The shell gets Slurm's signal, too, and has to outlive the trainer's saving.
     task = (
         f"trap : USR1 TERM INT; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {train}; code=$?; "
-        f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then "
+        f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then sleep 20; "
         "scancel --signal=KILL $SLURM_JOB_ID.$SLURM_STEP_ID; fi; exit $code"
     )
+    again = f'[ "$code" -eq {EXIT_STOPPED} ]'
+    if job.max_restarts:
+        again += (
+            f' || {{ [ "$code" -ne 0 ] && [ "$code" -ne {EXIT_USER_ERROR} ] && '
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; }}'
+        )
+    options = {"signal": f"USR1@{job.save_before}"}
     return "\n".join(
         [
-            "#!/bin/bash",
-            *header,
+            *header(job, job.name, options, nodes=job.nodes, tasks=job.tasks),
             "#SBATCH --requeue",
             "#SBATCH --exclusive",
             "",
+            *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             "# A port that two jobs on one node are unlikely to share.",
             "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-            "export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR=cuda",
-            f"threads=$((SLURM_CPUS_ON_NODE / {job.gpus_per_node}))",
+            f"export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR={job.accelerator}",
+            f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
             "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
             "",
-            f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(task)}",
+            f'srun --kill-on-bad-exit=0 bash -c {shlex.quote(task)} task "$@"',
             "code=$?",
-            f'if [ "$code" -eq {EXIT_STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            f'if {again}; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$code"',
             "",
         ]
     )
+
+
+def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
+    """The sbatch script that prepares the recipe's shards on one node; `prepare` uses all its GPUs."""
+    prepare = shlex.join([python, "-m", "flux2_ds.prepare", *arguments])
+    return "\n".join(
+        [
+            *header(job, f"{job.name}-prepare", {}, nodes=1, tasks=1),
+            "",
+            *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
+            f'srun {prepare} "$@"',
+            "",
+        ]
+    )
+
+
+def header(job: SlurmJob, name: str, more: dict[str, str], *, nodes: int, tasks: int) -> list[str]:
+    """The first line and what sbatch reads."""
+    options = {
+        "job-name": re.sub(r"[^\w.-]+", "-", name) or "flux2-ds",
+        "nodes": nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": job.tasks if job.accelerator == "cuda" else None,
+        "time": job.time_limit,
+        "output": "%x-%j.log",  # %j differs for every task of an array, too
+        "open-mode": "append",
+        "partition": job.partition,
+        "account": job.account,
+        "array": job.array,
+        **more,
+    }
+    asked = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    return ["#!/bin/bash", *asked]

@@ -21,7 +21,7 @@ from launcher import cli
 from launcher.commands import Command, train_commands
 from launcher.hosts import Hosts, check_gpus, find_hosts, free_port, read_hostfile
 from launcher.local import Stopper, run
-from launcher.slurm import SlurmJob, slurm_script
+from launcher.slurm import SlurmJob, prepare_script, train_script
 
 RECIPE = """\
 run_dir: runs/cats
@@ -222,14 +222,18 @@ def test_cores_are_shared_out_unless_the_user_did(cores, environment, threads):
 
 
 def test_slurm_is_asked_for_what_the_job_needs():
-    job = SlurmJob(nodes=2, gpus_per_node=8, time_limit="04:00:00", name="cats", partition="gpu")
-    lines = slurm_script(job, [], python="python").splitlines()
+    job = SlurmJob(nodes=2, tasks=8, time_limit="04:00:00", name="cats", partition="gpu")
+    lines = train_script(job, "runs/cats", [], python="python").splitlines()
     assert lines[0] == "#!/bin/bash"
     assert {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")} == {
         *("job-name=cats", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu"),
         *("time=04:00:00", "signal=USR1@120", "output=%x-%j.log", "open-mode=append"),
         *("requeue", "exclusive"),
     }
+    script = prepare_script(job, ["--config", "a b"], python="python")
+    assert script.endswith("srun python -m flux2_ds.prepare --config 'a b' \"$@\"\n")
+    assert "#SBATCH --job-name=cats-prepare\n#SBATCH --nodes=1\n" in script
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=8\n" in script
 
 
 @pytest.mark.parametrize(
@@ -237,32 +241,34 @@ def test_slurm_is_asked_for_what_the_job_needs():
     [("it's mine; rm -rf", "it-s-mine-rm--rf"), ("a_b-1.2", "a_b-1.2"), ("", "flux2-ds")],
 )
 def test_job_name_is_one_word(name, expected):
-    job = SlurmJob(nodes=1, gpus_per_node=1, time_limit="1", name=name)
-    assert (
-        slurm_script(job, [], python="python").splitlines()[1] == f"#SBATCH --job-name={expected}"
-    )
+    job = SlurmJob(nodes=1, tasks=1, time_limit="1", name=name)
+    lines = train_script(job, "", [], python="python").splitlines()
+    assert lines[1] == f"#SBATCH --job-name={expected}"
+
+
+JOB = SlurmJob(nodes=1, tasks=2, time_limit="1", name="x")
 
 
 def run_job(
-    folder: Path, arguments: list[str], cpus: int = 8, **stand_ins: str
+    folder: Path, arguments: list[str], cpus: int = 8, job: SlurmJob = JOB, **stand_ins: str
 ) -> subprocess.CompletedProcess[str]:
     """The script itself, run by bash with stand-ins for Slurm's programs and the trainer."""
-    job = SlurmJob(nodes=1, gpus_per_node=2, time_limit="1", name="x")
-    script = slurm_script(job, arguments, python=str(folder / "python"))
+    script = train_script(job, "my runs/x", arguments, python=str(folder / "python"))
     defaults = {
         "srun": 'shift; exec "$@"',
         "scontrol": '[ "$1" = show ] && echo node01 || echo "scontrol $*"',
         "scancel": 'echo "scancel $*"',
+        "sleep": ":",
     }
     for name, body in (defaults | stand_ins).items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"JOB_ID": "7", "JOB_NODELIST": "node01", "NTASKS": "2", "CPUS_ON_NODE": str(cpus)}
-    slurm |= {"PROCID": "1", "LOCALID": "1", "STEP_ID": "0"}
+    slurm |= {"PROCID": "1", "LOCALID": "1", "STEP_ID": "0", "ARRAY_TASK_ID": "5"}
     variables = {f"SLURM_{name}": value for name, value in slurm.items()}
     variables["PATH"] = f"{folder}:/usr/bin:/bin"
     return subprocess.run(
-        ["bash"],
+        ["bash", "-s", "--", "--steps", "a b"],
         input=script,
         env=variables,
         cwd=folder,
@@ -279,7 +285,7 @@ def test_slurm_script_is_bash_and_passes_awkward_arguments_on(tmp_path, cpus, th
     done = run_job(tmp_path, arguments, cpus, python=f'printf "%s\\n" "$@"; echo "{variables}"')
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        *["-m", "flux2_ds.train", *arguments],
+        *["-m", "flux2_ds.train", *arguments, "--steps", "a b"],
         f"1 1 2 {threads} node01 20007",
     ]
     assert done.returncode == 0
@@ -294,13 +300,31 @@ def test_slurm_job_requeues_what_was_stopped_and_ends_what_failed(tmp_path, code
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
+def test_an_arrays_task_is_a_run_of_its_own(tmp_path):
+    job = dataclasses.replace(JOB, array="0-7")
+    done = run_job(tmp_path, ["--config", "x"], job=job, python='printf "%s\\n" "$@"')
+    own = ["--run_dir", "my runs/x-5", "--seed", "5"]
+    words = ["-m", "flux2_ds.train", "--config", "x", *own, "--steps", "a b"]
+    assert done.stdout.splitlines() == words
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(1, 0, True), (1, 2, False), (2, 0, False), (75, 9, True)]
+)
+def test_slurm_job_requeues_after_failures_so_many_times(tmp_path, code, restarts, requeued):
+    job = dataclasses.replace(JOB, max_restarts=2)
+    job = dataclasses.replace(job, environment=(("SLURM_RESTART_COUNT", str(restarts)),))
+    done = run_job(tmp_path, [], job=job, python=f"exit {code}")
+    assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
 def test_slurms_signal_lets_the_trainer_save(tmp_path):
     """Slurm signals every process of a task, the shell around the trainer included."""
     done = run_job(
         tmp_path,
         [],
-        python="trap 'echo saved; exit 75' USR1; touch up; sleep 9",
-        srun='shift; set -m; "$@" & until [ -e up ]; do sleep 0.02; done; kill -USR1 -- -$!; wait $!',
+        python="trap 'echo saved; exit 75' USR1; touch up; /bin/sleep 9",
+        srun='shift; set -m; "$@" & until [ -e up ]; do /bin/sleep 0.02; done; kill -USR1 -- -$!; wait $!',
     )
     assert (done.returncode, done.stdout) == (EXIT_STOPPED, "saved\nscontrol requeue 7\n")
 
@@ -549,7 +573,6 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("plan", ["--gpus=3"], "batch.global_size 4 "),
         ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
-        ("slurm", SLURM, "launch.accelerator is cpu"),
         ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
         ("slurm", [*SLURM, *CUDA, "--submit"], "data.shards shards has no index.json"),
     ],
@@ -570,7 +593,7 @@ def test_slurm_prints_a_script_with_the_recipes_arguments(recipe, monkeypatch, c
     script = capsys.readouterr().out
     assert "#SBATCH --job-name=cats\n#SBATCH --nodes=2\n" in script
     assert "#SBATCH --account=lab" in script
-    assert f"-m flux2_ds.train --config {recipe} --launch.accelerator cuda --steps 5;" in script
+    assert f"-m flux2_ds.train --config {recipe} --launch.accelerator cuda --steps 5 " in script
 
 
 def test_script_is_handed_to_sbatch(recipe, tmp_path, monkeypatch, capsys):

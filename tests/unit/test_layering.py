@@ -15,6 +15,7 @@ ROOTS = {
     "flux2_ds.export",
     "flux2_ds.sample",
     "flux2_ds.inspection",
+    "flux2_ds.probe",
 }
 LIGHT = {
     *(

@@ -1,0 +1,163 @@
+"""`flux2-ds doctor`: everything that can be known to go wrong, before a queue slot is wasted.
+
+Every host checks itself (checks.py, over ssh for a hostfile); the hosts are compared, and then a start
+like a training's measures the bandwidth between the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from flux2_ds.recipe import Launch, Recipe
+from launcher.commands import forwarded, ssh, train_commands
+from launcher.findings import Finding, Findings, odd_ones_out
+from launcher.hosts import Hosts, pick_port
+from launcher.local import Stopper, run
+
+_LIMIT = 300.0  # s for one host's checks, the CPU Adam build included
+_SKEW = 2.0  # s by which clocks may differ
+_WITHOUT = ["--run_dir=.", "--model.path=.", "--data.images=.", "--data.shards=."]
+"""For a look at the machine alone; no check reads them."""
+
+
+def examine(recipe: Recipe | None, launch: Launch, hosts: Hosts, arguments: list[str]) -> bool:
+    """Print every finding; whether there is no failure among them."""
+    slots = hosts.slots or {"": hosts.processes}
+    token = place_token(recipe)
+    common = [*arguments, "--all-processes", str(hosts.processes)]
+    if recipe is None:
+        common += [*_WITHOUT, "--without-recipe", f"--launch.accelerator={launch.accelerator}"]
+    if token is not None:
+        common += ["--token", str(token)]
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            found = dict(
+                zip(
+                    slots,
+                    pool.map(lambda host: ask(host, slots[host], common), slots),
+                    strict=True,
+                )
+            )
+    finally:
+        if token is not None:
+            token.unlink()
+    lines = grouped({host: findings.lines for host, findings in found.items()})
+    answered = {host: findings.facts for host, findings in found.items() if findings.facts}
+    if len(slots) > 1:
+        odd = odd_ones_out(answered)
+        lines += odd or [
+            Finding("ok", "hosts", f"{len(answered)} hosts have the same of everything")
+        ]
+    show(lines)
+    if all(line.status != "failure" for line in lines):
+        measured = measure(launch, hosts)
+        show(measured)
+        lines += measured
+    counts = {
+        status: sum(line.status == status for line in lines) for status in ("failure", "warning")
+    }
+    print(f"{counts['failure']} failures, {counts['warning']} warnings")
+    return not counts["failure"]
+
+
+def ask(host: str, processes: int, common: list[str]) -> Findings:
+    """One host's findings; `host` is empty for this one."""
+    argv = [sys.executable, "-m", "launcher.checks", *common, "--processes", str(processes)]
+    if host:
+        variables = [f"{name}={value}" for name, value in forwarded(dict(os.environ)).items()]
+        argv = ssh(host, ["env", *variables, *argv])
+    started = time.time()
+    findings = Findings()
+    try:
+        asked = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_LIMIT)
+    except subprocess.TimeoutExpired:
+        findings.fail("host", f"{host or 'this host'} did not answer in {_LIMIT:.0f} s")
+        return findings
+    lines = asked.stdout.strip().splitlines()
+    if asked.returncode == 255 and host:
+        reason = (asked.stderr.strip().splitlines() or ["no word"])[-1]
+        findings.fail(
+            "ssh", f"{reason} ({host})", f"`ssh {host} true` must work without a password"
+        )
+    elif asked.returncode != 0 or not lines:
+        reason = (asked.stderr.strip().splitlines() or ["it ended in silence"])[-1]
+        findings.fail("host", reason, "the same directory and Python must be on every host")
+    else:
+        values = json.loads(lines[-1])
+        findings = Findings.of(values)
+        # The host looked at its clock at some time between start and now.
+        now = values["clock"]
+        skew = max(started - now, now - time.time(), 0.0)
+        if skew > _SKEW:
+            findings.warn("clock", f"{skew:.0f} s off from this host's", "run an NTP client")
+    return findings
+
+
+def place_token(recipe: Recipe | None) -> Path | None:
+    """A file where run_dir will be, for other hosts to see."""
+    if recipe is None:
+        return None
+    place = Path(recipe.run_dir).resolve()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        return None  # the checks say so
+    token = place / f".doctor-{uuid.uuid4().hex[:8]}"
+    token.touch()
+    return token
+
+
+def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
+    """The bandwidth between the processes, from a start like a training's."""
+    if hosts.processes == 1:
+        return []
+    commands = train_commands(
+        launch,
+        hosts,
+        ["--accelerator", launch.accelerator, "--bandwidth"],
+        cores=os.cpu_count() or 1,
+        port=pick_port(hosts),
+        environment=dict(os.environ),
+        module="flux2_ds.probe",
+    )
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "out").open("w+") as out:
+        with Stopper(Path(folder) / "stop") as stopper:
+            code = run(commands, stopper, output=out.fileno())
+        out.seek(0)
+        said = out.read().strip().splitlines()
+    found = [Finding(**json.loads(line)) for line in said if line.startswith('{"status"')]
+    if code != 0:
+        rest = [line for line in said if not line.startswith('{"status"')]
+        reason = (rest or [f"it ended with code {code}"])[-1]
+        remedy = "NCCL_DEBUG=INFO or docs/launcher.md; the command: " + str(commands[0])
+        found.append(Finding("failure", "start", f"the processes do not meet: {reason}", remedy))
+    return found
+
+
+def grouped(lines: dict[str, list[Finding]]) -> list[Finding]:
+    """One line for what all hosts say alike; a host's name before what only some say."""
+    if len(lines) == 1:
+        return next(iter(lines.values()))
+    hosts_of: dict[Finding, list[str]] = {}
+    for host, found in lines.items():
+        for line in found:
+            hosts_of.setdefault(line, []).append(host)
+    merged = []
+    for line, hosts in hosts_of.items():
+        where = f"all {len(hosts)} hosts" if len(hosts) == len(lines) else ", ".join(hosts)
+        merged.append(Finding(line.status, line.name, f"{where}: {line.text}", line.remedy))
+    return merged
+
+
+def show(lines: list[Finding]) -> None:
+    """Print, at once."""
+    for line in lines:
+        print(line, flush=True)

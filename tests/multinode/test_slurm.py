@@ -1,0 +1,96 @@
+"""The sbatch script in a real Slurm of one node, on CPU processes. Needs root; `make test-multinode`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SEED
+from slurm_machine import Slurm
+
+pytestmark = pytest.mark.multinode
+
+
+def submit(slurm: Slurm, work: Path, *options: str) -> str:
+    """`flux2-ds slurm --submit`; the job's number."""
+    program = str(Path(sys.executable).with_name("flux2-ds"))
+    argv = [program, "slurm", "--config", "tiny.yaml", "--submit", "--time", "10", *options]
+    done = subprocess.run(
+        slurm.inside(argv),
+        cwd=work,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+def wait(slurm: Slurm, job: str, fact: str, work: Path) -> None:
+    """Until `scontrol show job` says `fact`."""
+    deadline = time.monotonic() + 240
+    while fact not in (told := slurm.told("scontrol", "show", "job", job)):
+        logs = "".join(path.read_text() for path in work.glob("*.log"))
+        assert "JobState=FAILED" not in told, logs
+        assert time.monotonic() < deadline, told + logs
+        time.sleep(0.5)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    path = run_dir / "metrics.jsonl"
+    while not path.is_file() or len(path.read_text().splitlines()) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_preempted_task_of_an_array_requeues_and_continues(slurm, work, reference, losses):
+    job = submit(slurm, work, "--array", str(SEED), "--run_dir", "by_slurm")
+    run_dir = work / f"by_slurm-{SEED}"
+    wait_for_step(run_dir, 5)
+    slurm.told("scancel", "--signal=USR1", job)  # as Slurm does before the time limit
+    wait(slurm, job, "Restarts=1", work)
+    wait(slurm, job, "JobState=COMPLETED", work)
+    assert losses(run_dir) == pytest.approx(reference, rel=1e-5)
+    log = next(work.glob("by_slurm-*.log")).read_text()
+    assert "stopped by SIGUSR1 after step" in log
+    assert "continuing after step" in log
+    assert "on node01" in (run_dir / "logs" / "rank_1.log").read_text()
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, work):
+    job = submit(slurm, work, "--run_dir", "cancelled")
+    wait_for_step(work / "cancelled", 2)
+    slurm.told("scancel", job)
+    wait(slurm, job, "JobState=CANCELLED", work)
+    time.sleep(8)  # longer than a requeued job waits for its start
+    assert "JobState=CANCELLED" in slurm.told("scontrol", "show", "job", job)
+    assert list((work / "cancelled" / "checkpoints").glob("step_*"))
+
+
+def test_shards_are_prepared_by_a_job(slurm, work):
+    job = submit(slurm, work, "--prepare", "--data.shards", "by_job")
+    wait(slurm, job, "JobState=COMPLETED", work)
+    assert (work / "by_job" / "index.json").read_bytes() == (
+        work / "shards" / "index.json"
+    ).read_bytes()
+
+
+def test_a_killed_process_fails_the_job_with_its_name(slurm, work):
+    job = submit(slurm, work, "--run_dir", "killed_by_slurm")
+    wait_for_step(work / "killed_by_slurm", 2)
+    place = json.loads((work / "killed_by_slurm" / "logs" / "rank_1.json").read_text())
+    os.kill(place["pid"], 9)
+    deadline = time.monotonic() + 60
+    while "JobState=FAILED" not in slurm.told("scontrol", "show", "job", job):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    log = next(work.glob("killed_by_slurm-*.log")).read_text()
+    assert "error: rank 1 on node01" in log
+    assert "it was killed" in log

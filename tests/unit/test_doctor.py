@@ -1,0 +1,172 @@
+"""The doctor: what it makes of a machine, a recipe, and hosts that differ."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flux2_ds.recipe import Data, Launch, Log, Model, Recipe
+from launcher import checks, cli, doctor
+from launcher.findings import Finding, Findings, odd_ones_out
+from launcher.hosts import Hosts
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(
+        run_dir=str(tmp_path / "runs" / "x"),
+        model=Model(path=str(tmp_path / "model")),
+        data=Data(images="p", shards=str(tmp_path / "shards")),
+        log=Log(wandb="online"),
+    )
+
+
+def statuses(findings: Findings) -> dict[str, str]:
+    return {line.name: line.status for line in findings.lines}
+
+
+def nvidia_smi(folder: Path, body: str) -> None:
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+def test_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = Findings()
+    checks.check_gpus(missing, 1)
+    assert statuses(missing) == {"gpus": "failure"}
+    nvidia_smi(tmp_path, "echo 'H100, 570.1, 81559, 4'; echo 'H100, 570.1, 81559, 40000'")
+    findings = Findings()
+    checks.check_gpus(findings, 2)
+    assert statuses(findings) == {"gpus": "ok", "gpu memory": "warning"}
+    assert "GPU 1: 40000 of 81559 MiB" in findings.lines[1].text
+    assert findings.facts == {"gpus": "2 × H100", "driver": "570.1"}
+    few = Findings()
+    checks.check_gpus(few, 3)
+    assert "3 processes need as many" in few.lines[0].text
+    nvidia_smi(tmp_path, "echo 'driver/library version mismatch'; exit 9")
+    broken = Findings()
+    checks.check_gpus(broken, 1)
+    assert broken.lines[0].text == "driver/library version mismatch"
+
+
+def test_packages(monkeypatch):
+    good = Findings()
+    checks.check_packages(good)
+    assert statuses(good) == {"packages": "ok"}
+    monkeypatch.setattr(
+        checks.importlib.metadata,
+        "requires",
+        lambda name: ["torch>=99", "nothing-like-it", "x; extra == 'dev'"],
+    )
+    bad = Findings()
+    checks.check_packages(bad)
+    (line,) = bad.lines
+    assert line.status == "failure"
+    assert "needs >=99; nothing-like-it is missing" in line.text
+
+
+def test_a_recipe_that_nothing_is_there_for(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    findings = Findings()
+    checks.check_recipe(findings, recipe, 3, str(tmp_path / "not_there"))
+    assert statuses(findings) == {
+        "recipe": "failure",
+        "run_dir": "failure",
+        "model": "failure",
+        "shards": "failure",
+        "wandb": "warning",
+    }
+    assert "put run_dir on a file system that all hosts share" in str(findings.lines[1])
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    findings = Findings()
+    recipe = dataclasses.replace(recipe, model=Model(path="nobody/has-this"))
+    checks.check_recipe(findings, recipe, 2, None)
+    assert statuses(findings)["wandb"] == "ok"
+    assert statuses(findings)["model"] == "warning"  # it would be fetched
+    assert "secret" not in json.dumps(findings.values())
+
+
+def test_disk_for_the_checkpoints_of_a_full_fine_tune(recipe, tmp_path, monkeypatch):
+    weights = tmp_path / "model" / "transformer"
+    weights.mkdir(parents=True)
+    (weights / "a.safetensors").write_bytes(bytes(2 << 20))
+    usage = SimpleNamespace(free=30 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    full = dataclasses.replace(recipe, method="full")
+    findings = Findings()
+    checks.check_disk(findings, full, None)  # 3 × 12 MiB
+    assert statuses(findings) == {"disk": "warning"}
+    usage.free = 40 << 20
+    findings = Findings()
+    checks.check_disk(findings, full, None)
+    assert statuses(findings) == {"disk": "ok"}
+
+
+def test_the_odd_host_is_named():
+    usual = {"torch": "2.13", "driver": "570"}
+    facts = {"node01": usual, "node02": usual | {"driver": "535"}, "node03": usual}
+    (line,) = odd_ones_out(facts)
+    assert line.text == "node02 has driver 535, the others 570"
+    assert odd_ones_out({"node01": usual, "node03": usual}) == []
+    (line,) = odd_ones_out({"node01": usual, "node02": {"torch": "2.13"}})
+    assert line.text == "node02 has driver nothing, the others 570"
+
+
+def test_hosts_that_say_the_same_are_one_line():
+    ok = Finding("ok", "disk", "9 GiB")
+    bad = Finding("failure", "gpus", "7", "ask for fewer")
+    merged = doctor.grouped({"node01": [ok], "node02": [ok, bad]})
+    assert [str(line) for line in merged] == [
+        "ok       disk         all 2 hosts: 9 GiB",
+        "failure  gpus         node02: 7 -> ask for fewer",
+    ]
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, **process: object) -> None:
+    asked = SimpleNamespace(**({"stdout": "", "stderr": "", "returncode": 0} | process))
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *argv, **options: asked)
+
+
+def test_a_host_that_does_not_answer_is_a_failure(monkeypatch):
+    answer(monkeypatch, returncode=255, stderr="ssh: no route to host\n")
+    (line,) = doctor.ask("node02", 8, []).lines
+    assert (line.status, line.name) == ("failure", "ssh")
+    assert "no route to host (node02)" in line.text
+    answer(monkeypatch, returncode=1, stderr="Traceback\nNo module named launcher\n")
+    (line,) = doctor.ask("node02", 8, []).lines
+    assert line.text == "No module named launcher"
+
+
+def test_a_clock_that_is_off_is_a_warning(monkeypatch):
+    answer(monkeypatch, stdout=json.dumps({**Findings().values(), "clock": 1.0}))
+    (line,) = doctor.ask("node02", 8, []).lines
+    assert (line.status, line.name) == ("warning", "clock")
+
+
+def test_failure_is_the_exit_code_and_nothing_is_left_behind(recipe, tmp_path, monkeypatch, capsys):
+    bad = Findings()
+    bad.fail("shards", "none")
+    seen = []
+
+    def ask(host, processes, common):
+        seen.extend(tmp_path.glob(".doctor-*"))
+        return bad
+
+    monkeypatch.setattr(doctor, "ask", ask)
+    monkeypatch.setattr(doctor, "measure", lambda *call: pytest.fail("measured"))
+    assert not doctor.examine(recipe, Launch(), Hosts(2), [])
+    assert capsys.readouterr().out == "failure  shards       none\n1 failures, 0 warnings\n"
+    assert len(seen) == 1 and list(tmp_path.glob(".doctor-*")) == []
+
+
+def test_doctor_wants_a_recipe_for_more(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["flux2-ds", "doctor", "--gpus", "2"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "give --config RECIPE, or nothing" in capsys.readouterr().err
