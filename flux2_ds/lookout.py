@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import re
 import socket
@@ -31,6 +32,8 @@ import psutil
 from flux2_ds.errors import EXIT_USER_ERROR, UserError
 
 EXIT_FAILURE = 1
+log = logging.getLogger("flux2_ds")
+
 FAILURE_NAME = "failure.json"
 _POLL = 1.0  # s between looks at the others
 _BEAT = 5.0  # s between writes of one's own place
@@ -141,10 +144,11 @@ class Lookout:
     def _fail(self, error: BaseException) -> None:
         """End with this error, or with the one that it follows from."""
         text = "".join(traceback.format_exception(error))
-        self._end()
+        with contextlib.suppress(OSError):  # a full disk must not hide why
+            self._end()
+            with self._log(self._place.rank).open("a") as file:
+                file.write(text)
         place = self._place
-        with self._log(place.rank).open("a") as log:
-            log.write(text)
         if isinstance(error, UserError):
             self._claim(place, str(error), EXIT_USER_ERROR)
         else:
@@ -162,18 +166,21 @@ class Lookout:
         return first_failure(self._logs, self._started)
 
     def _look(self) -> None:
-        written = time.time()
+        complained = ""
         while not self._place.ended:
             time.sleep(_POLL)
-            if time.time() - written >= _BEAT:
-                written = time.time()
-                self._write()
-            self._look_for_the_vanished()
-            self._look_for_a_hang()
+            try:
+                if time.time() - self._place.beat >= _BEAT:
+                    self._write()
+                self._look_for_the_vanished()
+                self._look_for_a_hang()
+            except OSError as error:  # a full or stalled disk; look again, and say it once
+                if str(error) != complained:
+                    complained = str(error)
+                    log.warning("cannot look out for the other processes: %s", error)
             if self.failure() is not None:
                 time.sleep(_GRACE)  # for the main thread to log its own error
                 if not self._place.ended:
-                    self._end()
                     self._leave()
 
     def _look_for_the_vanished(self) -> None:
@@ -221,31 +228,37 @@ class Lookout:
         if self.failure() is not None:
             return
         failure = Failure(str(place), reason, code, time.time())
-        own = self._partial(FAILURE_NAME)
-        own.write_text(json.dumps(asdict(failure)))
+        own, unrecorded = self._partial(FAILURE_NAME), ""
         try:
-            if first_failure(self._logs) is not None:  # an earlier start's
+            own.write_text(json.dumps(asdict(failure)))
+            earlier = first_failure(self._logs)
+            if earlier is not None and earlier.time < self._started:
                 (self._logs / FAILURE_NAME).unlink(missing_ok=True)
             (self._logs / FAILURE_NAME).hardlink_to(own)  # fails if another one was quicker
         except FileExistsError:
             return
+        except OSError as error:
+            unrecorded = f"the other processes are not told: {error}\n"
         finally:
-            own.unlink()
+            own.unlink(missing_ok=True)
         message = f"{text}error: {failure}\n"
         if code != EXIT_USER_ERROR:
             message += f"its log: {self._log(place.rank)}\n"
-        os.write(self._console, message.encode())
+        os.write(self._console, f"{message}{unrecorded}".encode())
 
     def _leave(self) -> None:
         """End this process, from whichever thread comes first."""
         self._leaving.acquire()  # never released
         cause = self.failure()
-        with self._log(self._place.rank).open("a") as log:
-            log.write(f"error: {cause}\n")
-            if threading.current_thread() is not threading.main_thread():
-                faulthandler.dump_traceback(file=log)  # where the main thread waits
-        # Exit handlers would wait for the lost process.
-        os._exit(EXIT_FAILURE if cause is None else cause.code)
+        try:
+            self._end()
+            with self._log(self._place.rank).open("a") as file:
+                file.write(f"error: {cause}\n")
+                if threading.current_thread() is not threading.main_thread():
+                    faulthandler.dump_traceback(file=file)  # where the main thread waits
+        finally:
+            # Exit handlers would wait for the lost process.
+            os._exit(EXIT_FAILURE if cause is None else cause.code)
 
     def _end(self) -> None:
         self._place = replace(self._place, ended=True)
@@ -291,14 +304,14 @@ def keep_output(path: Path, rank: int) -> int:
     """
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     console = os.dup(2)
-    with path.open("a") as log:
-        log.write(f"== {now} process {os.getpid()} on {socket.gethostname()}\n")
-        log.flush()
+    with path.open("a") as file:
+        file.write(f"== {now} process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         if rank:
             sys.stdout.flush()
             sys.stderr.flush()
             for descriptor in (1, 2):
-                os.dup2(log.fileno(), descriptor)
+                os.dup2(file.fileno(), descriptor)
     return console
 
 

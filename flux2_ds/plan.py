@@ -202,6 +202,7 @@ def check_ranges(recipe: Recipe) -> None:
 
     token = PIXELS_PER_TOKEN
     adam = recipe.optimizer
+    require("launch.hang_after", recipe.launch.hang_after, lambda v: v >= 0, "0 or more")
     require("data.bucket_step", data.bucket_step, lambda v: v > 0 and v % token == 0,
             f"a multiple of {token}")  # fmt: skip
     require("preview.height", preview.height, lambda v: v > 0 and v % token == 0,

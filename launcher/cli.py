@@ -157,7 +157,7 @@ def slurm(argv: list[str]) -> None:
 
     def add_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        add("--prepare", action="store_true", help="The script that makes the shards, instead.")
+        add("--job", choices=["train", "prepare"], default="train", help="What the script runs.")
         add("--nodes", type=int, default=1, help="Number of nodes.")
         add("--gpus-per-node", type=int, default=8, help="GPUs of each node.")
         add("--time", type=str, default="24:00:00", help="Time limit.")
@@ -172,7 +172,7 @@ def slurm(argv: list[str]) -> None:
     for name in ("nodes", "gpus_per_node", "save_before"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    launch = recipe.launch
+    launch, prepares = recipe.launch, options.job == "prepare"
     # CPU processes, for a trial of the cluster, are counted by the recipe.
     tasks = options.gpus_per_node if launch.accelerator == "cuda" else launch.processes or 1
     make_plan(recipe, options.nodes * tasks)
@@ -184,19 +184,19 @@ def slurm(argv: list[str]) -> None:
         accelerator=launch.accelerator,
         partition=options.partition,
         account=options.account,
-        array=None if options.prepare else options.array,
+        array=None if prepares else options.array,
         save_before=options.save_before,
         max_restarts=options.max_restarts,
         environment=tuple(collective_timeout(launch, dict(os.environ)).items()),
     )
-    if options.prepare:
+    if prepares:
         script = prepare_script(job, arguments, python=sys.executable)
     else:
         script = train_script(job, recipe.run_dir, arguments, python=sys.executable)
     if not options.submit:
         print(script, end="")
         return
-    if not options.prepare:
+    if not prepares:
         check_inputs(recipe)
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine. Run this on a Slurm login node.")

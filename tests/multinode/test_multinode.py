@@ -19,6 +19,12 @@ from machines import Cluster, Machine
 pytestmark = pytest.mark.multinode
 
 
+@pytest.fixture(autouse=True)
+def hostfile(cluster: Cluster, work: Path) -> None:
+    hosts = "".join(f"{machine.name} slots=1\n" for machine in cluster.machines)
+    (work / "hostfile").write_text(hosts)
+
+
 def start(cluster: Cluster, work: Path, run_dir: str, *options: str) -> subprocess.Popen[bytes]:
     """`flux2-ds train`, as a user of the first machine types it."""
     argv = command("train", "--run_dir", run_dir, *options)

@@ -90,6 +90,10 @@ def test_malformed_hostfile_is_refused_by_line(tmp_path, text, message):
         read_hostfile(write_hostfile(tmp_path, text))
 
 
+def test_the_example_is_a_hostfile():
+    assert read_hostfile(ROOT / "examples" / "hostfile") == {"node01": 8, "node02": 8}
+
+
 def test_missing_hostfile_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"launch\.hostfile .*absent does not exist"):
         find_hosts(Launch(hostfile=str(tmp_path / "absent")))

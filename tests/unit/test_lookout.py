@@ -72,6 +72,21 @@ def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
     assert "".join(outputs) == "error: data.shards x is wrong\n"
 
 
+def test_a_full_disk_does_not_hide_the_error(tmp_path):
+    fails = """
+import pathlib
+def full(*_): raise OSError(28, 'No space left on device')
+pathlib.Path.write_text = full
+raise ValueError('what went wrong')
+"""
+    (process, other) = pair(tmp_path, fails, "pass")
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert "ValueError: what went wrong" in out
+    assert "the other processes are not told: [Errno 28] No space left on device" in out
+    other.communicate()
+
+
 def test_a_killed_process_is_named_by_the_others(tmp_path):
     codes, (first, _) = ended(pair(tmp_path, LOSES, "import os; os.kill(os.getpid(), 9)"))
     assert codes == [1, -9]
