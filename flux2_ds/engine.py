@@ -125,6 +125,9 @@ class Engine:
         else:
             fused = get_accelerator().device_name() == "cuda"
             self._optimizer = optimizers.build(settings, parameters, fused=fused)
+        self._max_norm = config["gradient_clipping"]
+        if config.get("zero_optimization", {}).get("stage", 0) == 0:
+            config = config | {"gradient_clipping": 0.0}  # see `_clip`
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
@@ -154,16 +157,27 @@ class Engine:
             group["lr"] = learning_rate
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._stage == 0:
-            # DeepSpeed looks at the gradients at stages 1 to 3 only.
-            gradients = [p.grad for p in self._named.values() if p.grad is not None]
-            self._norm = float(nn.utils.get_total_norm(gradients))
-            if not math.isfinite(self._norm):
-                self._optimizer.zero_grad(set_to_none=True)
+            self._clip()
         self._engine.step()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
         if last and math.isfinite(self._norm):
             self.state.average()
+        elif last and self._stage == 2:
+            # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a step that it has
+            # not made in its buffers, and would add those of the next steps to them.
+            buffers = self._engine.optimizer.averaged_gradients
+            buffers.update(dict.fromkeys(buffers))
+
+    def _clip(self) -> None:
+        """Clip at stage 0, where DeepSpeed would update with gradients that are not finite."""
+        parameters = [p for p in self._named.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            self._optimizer.zero_grad(set_to_none=True)  # so that no parameter is updated
+        elif self._max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
 
     def gradient_norm(self) -> float:
         """Global L2 norm before clipping, of the last step; not finite: it made no update."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import trajectory
-from test_engine import launch
+from pool import launch
 
 from flux2_ds import checkpoint
 from flux2_ds.model import transformer

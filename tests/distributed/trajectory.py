@@ -1,15 +1,21 @@
 """A worker of test_engine.py: trains a tiny transformer by `Engine` for each case it is given.
 
-    RANK=0 WORLD_SIZE=2 ... python trajectory.py CASES.json RESULTS.json
+    RANK=0 WORLD_SIZE=2 ... python trajectory.py
 
-One process group serves all cases, because starting Python takes longer than the training. The model,
-the data and the reference in plain PyTorch are here too, so that both sides share nothing but them.
+Reads folders from its standard input, runs the cases in FOLDER/cases.json and writes FOLDER/results.json;
+see pool.py. The model, the data and the reference in plain PyTorch are here too, so that both sides share
+nothing but them.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +102,12 @@ def loss_of(forward: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def reference(
-    method: str, steps: int, **settings: Any
+    method: str, steps: int, skipped: int | None = None, **settings: Any
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of plain PyTorch with clipping; AdamW, or what `settings` name."""
+    """Losses and final weights of plain PyTorch with clipping; AdamW, or what `settings` name.
+
+    `skipped`: a step without an update.
+    """
     model = build(method)
     named = transformer.trainable(model)
     if settings:
@@ -115,7 +124,8 @@ def reference(
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
-        optimizer.step()
+        if step != skipped:
+            optimizer.step()
         losses.append(loss.item())
     return losses, {name: p.detach().clone() for name, p in named.items()}
 
@@ -171,21 +181,43 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         for at in range(process.rank * own, (process.rank + 1) * own, micro):
             batch = {name: value[at : at + micro] for name, value in global_batch(step).items()}
             loss = loss_of(engine.forward, batch)
-            engine.backward(loss)
+            poisoned = (
+                step == case.get("poison") and at == GLOBAL_BATCH - own
+            )  # in the last process
+            engine.backward(loss * math.inf if poisoned else loss)
+            if [step, process.rank] == case.get("kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
             engine.step(learning_rate)
             total += loss.detach() * micro / own
         losses.append(float(engines.average(total)))
-    if "save" in case:
-        saving.save(
-            Path(case["save"]),
-            case["steps"],
-            engine.state.pieces,
-            engine.state.counters(),
-            process,
-            in_parts=engine.state.in_parts,
-        )
-        engines.barrier()
+        if "save" in case and step + 1 in (case["steps"], case.get("save_at")):
+            with killed_while_saving(case.get("kill_saving"), step + 1, process.rank):
+                saving.save(
+                    Path(case["save"]),
+                    step + 1,
+                    engine.state.pieces,
+                    engine.state.counters(),
+                    process,
+                    in_parts=engine.state.in_parts,
+                )
     return losses
+
+
+@contextmanager
+def killed_while_saving(when: list[Any] | None, step: int, rank: int) -> Iterator[None]:
+    """`when`: [step, rank, function of checkpoint.py before whose end the process kills itself]."""
+    if when is None or when[:2] != [step, rank]:
+        yield
+        return
+    inner = getattr(checkpoint, when[2])
+
+    def cut_short(*arguments: Any) -> Any:
+        result = inner(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(checkpoint, when[2], cut_short)
+    yield
 
 
 def main() -> None:
@@ -193,9 +225,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     process = engines.start_process("cpu")
-    results = [run_case(case, process) for case in json.loads(Path(sys.argv[1]).read_text())]
-    if process.first:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        cases = json.loads((folder / "cases.json").read_text())
+        results = [run_case(case, process) for case in cases]
+        if process.first:
+            (folder / "results.json").write_text(json.dumps(results))
+        engines.barrier()
+        (folder / f"done-{process.rank}").touch()
     engines.stop_process()
 
 

@@ -1,6 +1,10 @@
 """Checkpoints: all of it or none, damage is noticed, old ones go."""
 
+import itertools
 import json
+import multiprocessing
+import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,3 +193,37 @@ def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path, sav
     (leftover / "weights.safetensors").touch()
     checkpoint.remove_old(tmp_path, 1, None)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
+
+
+def test_killed_at_any_moment(tmp_path, write_checkpoint):
+    """Twenty processes that save without pause, each killed: what is there is always intact."""
+    chance = random.Random(0)
+    last = 0
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(
+            target=save_for_ever, args=(tmp_path, write_checkpoint, last)
+        )
+        process.start()
+        time.sleep(chance.uniform(0.02, 0.15))
+        process.kill()
+        process.join()
+        found, damaged = checkpoint.newest(tmp_path)
+        assert damaged == {}
+        assert (found.step if found else 0) >= last
+        if found:
+            last = found.step
+            for kind, name, tensor in tensors(last):
+                assert torch.equal(found.tensors(kind)[name], tensor)
+    assert last > 5
+    save_next(tmp_path, write_checkpoint, last)
+    assert len(list(tmp_path.iterdir())) == 2  # no leftovers beside the last two
+
+
+def save_for_ever(root: Path, write: Callable[..., Path], last: int) -> None:
+    for step in itertools.count(last):
+        save_next(root, write, step)
+
+
+def save_next(root: Path, write: Callable[..., Path], step: int) -> None:
+    write(root, step + 1, tensors(step + 1))
+    checkpoint.remove_old(root, 2, None)
