@@ -34,15 +34,16 @@ from launcher.supervise import supervise
 USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
 
 commands
-  prepare   encode photographs and captions into shards
-  inspect   show what will be trained on: prompt, latents, timesteps, targets
-  plan      print what a run will do, without starting it
-  doctor    look for what would go wrong, on all hosts
-  train     train on this machine's GPUs, on CPU processes or over a hostfile
-  slurm     print (or --submit) an sbatch script that trains
-  export    write a checkpoint in the form diffusers loads
-  sample    render prompts without and with the trained weights
-  tiny      make a tiny FLUX.2 model directory, for tests
+  prepare     encode photographs and captions into shards
+  inspect     show what will be trained on: prompt, latents, timesteps, targets
+  plan        print what a run will do, without starting it
+  doctor      look for what would go wrong, on all hosts
+  train       train on this machine's GPUs, on CPU processes or over a hostfile
+  slurm       print (or --submit) an sbatch script that trains
+  export      write a checkpoint in the form diffusers loads
+  sample      render prompts without and with the trained weights
+  bench-data  measure the loader against the disk and plain WebDataset
+  tiny        make a tiny FLUX.2 model directory, for tests
 
 `flux2-ds COMMAND --help` lists the command's options and every setting."""
 
@@ -56,6 +57,7 @@ def main() -> None:
         "train": train,
         "slurm": slurm,
         "prepare": lambda argv: run_module("flux2_ds.prepare", argv),
+        "bench-data": lambda argv: run_module("flux2_ds.bench_data", argv),
         "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
         "export": lambda argv: run_module("flux2_ds.export", argv),
         "sample": lambda argv: run_module("flux2_ds.sample", argv),

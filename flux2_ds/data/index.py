@@ -129,8 +129,20 @@ def read_index(folder: str | Path) -> Index:
             f"data.shards {folder} has no {INDEX_NAME}. Run `flux2-ds prepare` with this recipe "
             "first."
         )
+    index = parse_index(Blob(path).read(), path)
+    if not is_url(folder):
+        _check_files(Path(folder), index)
+    return index
+
+
+def parse_index(content: bytes, path: str) -> Index:
+    """The index in the contents of index.json; `path` is for the errors.
+
+    Raises:
+        UserError: another format, damaged, or no samples.
+    """
     try:
-        value: dict[str, Any] = json.loads(Blob(path).read())
+        value: dict[str, Any] = json.loads(content)
         found = value.get("format")
         if found != FORMAT:
             raise UserError(
@@ -144,8 +156,6 @@ def read_index(folder: str | Path) -> Index:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:
         raise UserError(f"{path} lists no samples. Prepare the shards again.")
-    if not is_url(folder):
-        _check_files(Path(folder), index)
     return index
 
 

@@ -11,6 +11,7 @@ ROOT = Path(flux2_ds.__file__).parents[1]
 MAX_LINES = 400
 ROOTS = {
     "flux2_ds.train",
+    "flux2_ds.bench_data",
     "flux2_ds.prepare.__main__",
     "flux2_ds.export",
     "flux2_ds.sample",
