@@ -144,6 +144,15 @@ class Engine:
         """The transformer's prediction."""
         return self._engine(**inputs, return_dict=False)[0]
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without dropout."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
         self._engine.backward(loss)

@@ -66,7 +66,7 @@ def main() -> None:
     if not is_prepared(shards):
         say("data", [f"{shards} is not prepared yet"])
         return
-    index = read_data(recipe)
+    index, _ = read_data(recipe)
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
     check_companions(recipe, index)

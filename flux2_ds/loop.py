@@ -20,6 +20,7 @@ from flux2_ds import checkpoint, saving
 from flux2_ds.data.loader import Loader
 from flux2_ds.engine import Engine, Process, any_process, average, barrier
 from flux2_ds.errors import UserError
+from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
 from flux2_ds.metrics import Metrics
 from flux2_ds.nonfinite import NonFinite
@@ -109,10 +110,11 @@ def train(
     steps_per_epoch: int,
     checkpoints: Path,
     run_state: dict[str, object],
+    evaluation: Evaluation | None = None,
 ) -> bool:
     """Run steps [first_step, cadence.steps). Returns False if a signal ended it early.
 
-    `metrics` is None in all processes but the first.
+    `metrics` is None in all processes but the first, `evaluation` if nothing is held out.
     """
     meter = Meter(torch.zeros((), device=process.device))
 
@@ -132,12 +134,18 @@ def train(
         lookout.at(done, "agreeing")
         stopping = any_process(stop.seen(process), process.device)
         ending = stopping or done == cadence.steps
-        logging_due = ending or every(cadence.log_every, done)
+        evaluating = (
+            evaluation is not None and not stopping and (ending or every(evaluation.every, done))
+        )
+        logging_due = ending or evaluating or every(cadence.log_every, done)
         saving_due = ending or every(cadence.save_every, done)
         if logging_due or saving_due:
             values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
             values["skipped_steps"] = nonfinite.skipped
+        if evaluation is not None and evaluating:
+            lookout.at(done, "evaluating")
+            values["evaluation_loss"] = evaluation.loss()
         if logging_due:
             report(values, metrics, done, cadence.steps)
         if saving_due:
@@ -212,6 +220,10 @@ def report(
         values["bucket"],
         values["epoch"],
     )
+    if "evaluation_loss" in values:
+        log.info(
+            "step %d/%d | loss on held-out samples %.4f", step, steps, values["evaluation_loss"]
+        )
 
 
 def save(

@@ -96,6 +96,9 @@ def draw_loss(run_dir: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.plot(steps, losses, linewidth=0.8, alpha=0.45, label="loss")
     axes.plot(steps, means, linewidth=1.8, label=f"mean of {window} records")
+    evaluated = [(r["step"], r["evaluation_loss"]) for r in records if "evaluation_loss" in r]
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", markersize=3, label="held-out samples")
     axes.set(xlabel="optimizer step", ylabel="flow-matching loss", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -17,7 +17,7 @@ from typing import Any
 from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Lora, Objective, Optimizer, Recipe
+from flux2_ds.recipe import Evaluation, Lora, Objective, Optimizer, Recipe
 from flux2_ds.shipped import shipped_directory
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
@@ -108,6 +108,8 @@ def ignored_settings(recipe: Recipe) -> list[str]:
         given = getattr(recipe.optimizer, name) != getattr(Optimizer(), name)
         if given and recipe.optimizer.name == "adafactor":
             found.append(f"optimizer.{name} (optimizer.name is adafactor)")
+    if recipe.evaluation != Evaluation() and not recipe.data.held_out:
+        found.append("evaluation (data.held_out is 0)")
     if recipe.data.cache and not any(
         is_url(folder) for folder in (recipe.data.shards, *recipe.data.more_shards.values())
     ):
@@ -185,6 +187,8 @@ def check_ranges(recipe: Recipe) -> None:
         "prepare.text_batch": recipe.prepare.text_batch,
         "prepare.image_batch": recipe.prepare.image_batch,
         "prepare.decode_threads": recipe.prepare.decode_threads,
+        "evaluation.every": recipe.evaluation.every,
+        "evaluation.samples": recipe.evaluation.samples,
         "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
         "checkpoint.keep_every": recipe.checkpoint.keep_every,
@@ -211,6 +215,7 @@ def check_ranges(recipe: Recipe) -> None:
             f"a multiple of {token}")  # fmt: skip
     require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
     require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
+    require("data.held_out", data.held_out, lambda v: 0 <= v <= 0.5, "between 0 and 0.5")
     require("data.cache_gb", data.cache_gb, lambda v: v > 0, "positive")
     for name, weight in data.weights.items():
         require(f"data.weights.{name}", weight, lambda v: 0 < v < math.inf, "positive")

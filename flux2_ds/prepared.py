@@ -12,11 +12,12 @@ from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 
 
-def read_data(recipe: Recipe) -> Index:
-    """The index of `data.shards` with the shards of `data.more_shards`.
+def read_data(recipe: Recipe) -> tuple[Index, Index]:
+    """The index of what is trained on and of what is held out, `data.more_shards` included.
 
     Raises:
-        UserError: an index that cannot be read, shards of different models, a weight of no source.
+        UserError: an index that cannot be read, shards of different models, a weight of no source, or
+            nothing to train on.
     """
     data = recipe.data
     index = read_index(data.shards)
@@ -38,7 +39,13 @@ def read_data(recipe: Recipe) -> Index:
             raise UserError(
                 f"data.weights.{name}: there is no such source; there are {', '.join(sorted(sources))}."
             )
-    return replace(index, shards=shards)
+    whole = replace(index, shards=shards)
+    training, held_out = whole.part(held_out=False), whole.part(held_out=True)
+    if not training.samples:
+        raise UserError(
+            f"all samples of data.shards {data.shards} are held out. Lower data.held_out."
+        )
+    return training, held_out
 
 
 def build_order(recipe: Recipe, index: Index) -> Order:

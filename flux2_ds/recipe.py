@@ -65,6 +65,9 @@ class Data:
     `fixed_caption`."""
     fixed_caption: str = ""
     """Caption of pictures that have none, with `missing_caption: fixed`."""
+    held_out: float = 0.0
+    """Share of the pictures that `prepare` holds out from training for evaluation, chosen by a hash
+    of their names, so that the choice stays when the data grows; 0..0.5."""
     samples_per_shard: int = 256
     """Largest number of samples in a shard."""
     shuffle_window: int = 8
@@ -219,6 +222,17 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The loss on pictures that are not trained on (`data.held_out`), always with the same noise and
+    timesteps, in the log and the metrics as `evaluation_loss`."""
+
+    every: int = 500
+    """Steps between evaluations; the first comes after so many, one more at the end."""
+    samples: int = 64
+    """Largest number of held-out samples that are used."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preview:
     """What `flux2-ds sample` renders."""
 
@@ -298,6 +312,8 @@ class Recipe:
     """Checkpoints."""
     log: Log = field(default_factory=Log)
     """Console, metrics.jsonl and Weights & Biases."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """The loss on pictures that are not trained on."""
     preview: Preview = field(default_factory=Preview)
     """What `flux2-ds sample` renders."""
     launch: Launch = field(default_factory=Launch)

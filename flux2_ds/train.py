@@ -9,9 +9,11 @@ the recipe or the data, 75 stopped by a signal with a checkpoint saved (start ag
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from flux2_ds.engine import (
     stop_process,
 )
 from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
+from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
 from flux2_ds.metrics import Metrics, draw_loss
@@ -89,8 +92,8 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
 
     directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    index = read_data(recipe)
-    check_shards(index, spec, directory, recipe)
+    index, held_out = read_data(recipe)
+    check_shards(replace(index, shards=index.shards + held_out.shards), spec, directory, recipe)
     order = build_order(recipe, index)
 
     barrier()  # every process has passed the checks before the first file is written
@@ -99,6 +102,8 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     if process.first:
         write_run_dir(plan)
         say_plan(plan, spec, index, order)
+        if held_out.samples:
+            log.info("held out   %d samples", held_out.samples)
 
     model = build_model(
         directory, spec, recipe, plan.deepspeed if plan.zero_stage == 3 else None, process.rank
@@ -107,7 +112,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     first_step = resume(engine, recipe, index, process)
     finished = True
     if first_step < recipe.steps:
-        finished = run(plan, spec, index, order, engine, process, stop, lookout, first_step)
+        finished = run(plan, spec, index, held_out, engine, process, stop, lookout, first_step)
     else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
     barrier()  # the launcher ends the others as soon as one process exits with EXIT_STOPPED
@@ -270,7 +275,7 @@ def build_loader(
         empty_text=conditioning["empty_text"],
         masked=recipe.objective.masked_loss,
         readers=data.readers,
-        fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).read if data.cache else Blob.read,
+        fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
     )
 
 
@@ -288,11 +293,30 @@ def build_objective(
     )
 
 
+def build_evaluation(
+    recipe: Recipe,
+    held_out: Index,
+    engine: Engine,
+    process: Process,
+    conditioning: dict[str, torch.Tensor],
+    objective: FlowObjective,
+) -> Evaluation | None:
+    """The loss on what is held out, with every caption; None if nothing is."""
+    if not held_out.samples:
+        return None
+    size = recipe.batch.global_size
+    order = Order(held_out, size, recipe.seed, recipe.data.shuffle_window)
+    recipe = replace(recipe, objective=replace(recipe.objective, caption_dropout=0.0))
+    loader = build_loader(recipe, held_out, order, process, conditioning)
+    batches = min(order.steps_per_epoch, math.ceil(recipe.evaluation.samples / size))
+    return Evaluation(engine, loader, objective, batches, recipe.evaluation.every)
+
+
 def run(
     plan: Plan,
     spec: Spec,
     index: Index,
-    order: Order,
+    held_out: Index,
     engine: Engine,
     process: Process,
     stop: StopRequest,
@@ -303,6 +327,7 @@ def run(
     recipe = plan.recipe
     run_dir = Path(recipe.run_dir)
     conditioning = read_conditioning(recipe.data.shards)
+    order = build_order(recipe, index)
     loader = build_loader(recipe, index, order, process, conditioning)
     objective = build_objective(recipe, spec, conditioning, process.device)
     metrics = None
@@ -348,6 +373,7 @@ def run(
             "index": index.digest,
             "processes": process.world,
         },
+        evaluation=build_evaluation(recipe, held_out, engine, process, conditioning, objective),
     )
     if metrics is not None:
         metrics.close()

@@ -80,9 +80,11 @@ def plan(argv: list[str]) -> None:
     if not is_prepared(recipe.data.shards):
         print(f"data       {recipe.data.shards} is not prepared yet")
         return
-    index = read_data(recipe)
+    index, held_out = read_data(recipe)
     order = build_order(recipe, index)
     print(f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch")
+    if held_out.samples:
+        print(f"held out   {held_out.samples} samples")
 
 
 def doctor(argv: list[str]) -> None:
@@ -211,7 +213,7 @@ def check_inputs(recipe: Recipe) -> None:
     A model that is not in a local directory yet is recognised when it has been fetched.
     """
     check_run_dir(recipe)
-    index = read_data(recipe)
+    index, _ = read_data(recipe)
     check_settings(recipe, index)
     check_companions(recipe, index)
     if Path(recipe.model.path).is_dir():

@@ -33,23 +33,23 @@ class Cache:
         except OSError as error:
             raise UserError(f"data.cache {folder} cannot be made: {error.strerror}.") from error
 
-    def read(self, blob: Blob, check: Callable[[bytes], None]) -> bytes:
+    def view(self, blob: Blob, check: Callable[[memoryview], None]) -> memoryview:
         """The bytes of `blob`, from the folder if they are there and pass `check`."""
         if not is_url(blob.location):
-            return blob.read(check)
+            return blob.view(check)
         name = f"{blob.location}|{blob.offset}|{blob.size}"
         path = self._folder / hashlib.sha256(name.encode()).hexdigest()[:40]
         with contextlib.suppress(FileNotFoundError):
-            data = path.read_bytes()
+            data = memoryview(path.read_bytes())
             with contextlib.suppress(DamagedError):
                 check(data)
                 os.utime(path)
                 return data
-        data = blob.read(check)
+        data = blob.view(check)
         self._keep(path, data)
         return data
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _keep(self, path: Path, data: memoryview) -> None:
         with self._lock:
             self._written += len(data)
             if self._written > _SLACK * self._limit:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Shard:
     `source` names the pictures that it was made of, as in `data.images`. `dropped`: rows of the file
     that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
     a mask. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
-    there are none, "several" if the rows differ. `toc`: the table of contents.
+    there are none, "several" if the rows differ. `toc`: the table of contents. `held_out`: not trained
+    on, but evaluated.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Shard:
     masks: int = 0
     references: str = ""
     toc: Part = Part(0, 0, "")
+    held_out: bool = False
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Shard:
@@ -93,6 +95,10 @@ class Index:
                 f"{shard.sha256}|{shard.samples}|{shard.dropped}|{shard.source}\n".encode()
             )
         return digest.hexdigest()[:16]
+
+    def part(self, *, held_out: bool) -> Index:
+        """The shards to evaluate on, or those to train on."""
+        return replace(self, shards=[s for s in self.shards if s.held_out == held_out])
 
     def bucket_counts(self) -> dict[Bucket, int]:
         """Samples in each bucket, sorted by bucket."""

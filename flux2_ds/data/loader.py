@@ -96,7 +96,7 @@ class Loader:
         empty_text: torch.Tensor,
         masked: bool = False,
         readers: int = 4,
-        fetch: Fetch = Blob.read,
+        fetch: Fetch = Blob.view,
     ) -> None:
         self._folder = str(folder)
         self._index = index

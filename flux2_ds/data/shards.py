@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from flux2_ds.data.buckets import Bucket
@@ -45,7 +44,9 @@ MASK, REFERENCES = "mask.safetensors", "references.safetensors"
 _TOC = "__toc__"
 _GAP = 4096  # members with less between them are read at once
 
-Fetch = Callable[[Blob, Callable[[bytes], None]], bytes]
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+Fetch = Callable[[Blob, Callable[[memoryview], None]], memoryview]
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,10 @@ class ShardReader:
     if the check fails; it may keep what it read.
     """
 
-    def __init__(self, location: str | Path, shard: Shard, fetch: Fetch = Blob.read) -> None:
+    def __init__(self, location: str | Path, shard: Shard, fetch: Fetch = Blob.view) -> None:
         self._location = str(location)
         self._fetch = fetch
-        rows = json.loads(self._read([shard.toc])[0])
+        rows = json.loads(bytes(self._read([shard.toc])[0]))
         gone = set(shard.dropped)
         self._rows = [
             {name: Part(*part) for name, part in members.items()}
@@ -174,40 +175,40 @@ class ShardReader:
                 f"{shard.samples}. Copy both again or prepare the shards again."
             )
 
-    def members(self, row: int, names: Sequence[str]) -> list[bytes]:
+    def members(self, row: int, names: Sequence[str]) -> list[memoryview]:
         """The contents of some members of a sample."""
         return self._read([self._rows[row][name] for name in names])
 
     def meta(self, row: int) -> dict[str, Any]:
         """Caption, source and the rest of the sample's JSON."""
-        value: dict[str, Any] = json.loads(self.members(row, [META])[0])
+        value: dict[str, Any] = json.loads(bytes(self.members(row, [META])[0]))
         return value
 
     def latent(self, row: int) -> torch.Tensor:
         """[32, H/8, W/8] fp32."""
-        return load_tensors(self.members(row, [LATENT])[0])["latent"]
+        return tensors_in(self.members(row, [LATENT])[0])["latent"]
 
     def text(self, row: int) -> torch.Tensor:
         """[512, text width]."""
-        return load_tensors(self.members(row, [TEXT])[0])["text"]
+        return tensors_in(self.members(row, [TEXT])[0])["text"]
 
     def mask(self, row: int) -> torch.Tensor | None:
         """[H/16, W/16] fp32 in [0, 1], or None if the sample has none."""
         if MASK not in self._rows[row]:
             return None
-        return load_tensors(self.members(row, [MASK])[0])["mask"]
+        return tensors_in(self.members(row, [MASK])[0])["mask"]
 
     def references(self, row: int) -> list[torch.Tensor]:
         """Reference images, [32, h, w] fp32 each."""
         if REFERENCES not in self._rows[row]:
             return []
-        tensors = load_tensors(self.members(row, [REFERENCES])[0])
+        tensors = tensors_in(self.members(row, [REFERENCES])[0])
         return [tensors[str(k)] for k in range(len(tensors))]
 
     def sample(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latent and text; they lie side by side unless the text is another sample's, too."""
         latent, text = self.members(row, [LATENT, TEXT])
-        return load_tensors(latent)["latent"], load_tensors(text)["text"]
+        return tensors_in(latent)["latent"], tensors_in(text)["text"]
 
     def text_digest(self, row: int) -> str:
         """Names the text of a sample, whatever the shard."""
@@ -218,16 +219,15 @@ class ShardReader:
         latent, text = self._rows[row][LATENT], self._rows[row][TEXT]
         return 0 <= text.offset - latent.end <= _GAP
 
-    def _read(self, parts: list[Part]) -> list[bytes]:
+    def _read(self, parts: list[Part]) -> list[memoryview]:
         """The parts, checked; those that are close to each other in one read."""
         start, end = min(part.offset for part in parts), max(part.end for part in parts)
         if end - start > sum(part.size for part in parts) + _GAP * len(parts):
             return [piece for part in parts for piece in self._read([part])]
 
-        def check(data: bytes) -> None:
-            view = memoryview(data)
+        def check(data: memoryview) -> None:
             for part in parts:
-                piece = view[part.offset - start : part.end - start]
+                piece = data[part.offset - start : part.end - start]
                 if xxhash.xxh3_128_hexdigest(piece) != part.xxh3:
                     raise DamagedError(
                         f"{part.size} bytes at {part.offset} are not what was written"
@@ -237,7 +237,25 @@ class ShardReader:
         return [data[part.offset - start : part.end - start] for part in parts]
 
 
+def tensors_in(content: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, without a copy of its contents if they may be written to.
+
+    safetensors itself offers this for files on disk alone; from memory it copies, which costs as much as
+    reading.
+    """
+    if content.readonly:
+        content = memoryview(bytearray(content))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:start]))
+    header.pop("__metadata__", None)
+    data = torch.frombuffer(content, dtype=torch.uint8)[start:]
+    return {
+        name: data[slice(*facts["data_offsets"])].view(_DTYPES[facts["dtype"]]).view(facts["shape"])
+        for name, facts in header.items()
+    }
+
+
 def read_conditioning(folder: str) -> dict[str, torch.Tensor]:
     """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards."""
-    tensors: dict[str, torch.Tensor] = load_tensors(Blob(join(folder, CONDITIONING_NAME)).read())
+    tensors: dict[str, torch.Tensor] = tensors_in(Blob(join(folder, CONDITIONING_NAME)).view())
     return tensors

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import numpy as np
 
 from flux2_ds.errors import UserError
 
@@ -41,15 +42,19 @@ class Blob:
     offset: int = 0
     size: int | None = None
 
-    def read(self, check: Callable[[bytes], None] = lambda _: None) -> bytes:
+    def read(self) -> bytes:
+        """The bytes; see `view`."""
+        return bytes(self.view())
+
+    def view(self, check: Callable[[memoryview], None] = lambda _: None) -> memoryview:
         """The bytes, after `check`, which raises `DamagedError` if they are wrong.
 
         Raises:
             UserError: the file stays out of reach, is too short or damaged.
         """
 
-        def checked() -> bytes:
-            data = self._fetch() if is_url(self.location) else self._load()
+        def checked() -> memoryview:
+            data = memoryview(self._fetch()) if is_url(self.location) else self._load()
             if self.size is not None and len(data) != self.size:
                 raise DamagedError(
                     f"{len(data)} instead of {self.size} bytes at {self.offset}"
@@ -71,11 +76,11 @@ class Blob:
                 "again."
             ) from error
 
-    def _load(self) -> bytes:
+    def _load(self) -> memoryview:
         with Path(self.location).open("rb") as stream:
-            if self.size is None:
-                return stream.read()
-            return os.pread(stream.fileno(), self.size, self.offset)
+            size = os.fstat(stream.fileno()).st_size if self.size is None else self.size
+            buffer = np.empty(size, np.uint8).data  # memory that nobody fills with zeros first
+            return buffer[: os.preadv(stream.fileno(), [buffer], self.offset)]
 
     def _fetch(self) -> bytes:
         system, path = file_system(self.location)

@@ -46,8 +46,8 @@ from flux2_ds.tensors import write_tensors
 log = logging.getLogger("flux2_ds")
 
 CONTENT_NAME = "content.json"
-CROP_SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale")
-"""The data settings that decide which part of a picture is trained on, and how large."""
+SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "held_out")
+"""The data settings that decide which pictures are trained on, which part of them, and how large."""
 _CAPTIONS_A_PROCESS = 64  # loading the text encoder once more must pay
 
 
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
         pictures = choose_buckets(seen.fresh, data, report.skipped)
         if not pictures and not seen.kept:
             raise nothing_usable(data.images)
-        jobs = ledger.plan_shards(pictures, notes, data.samples_per_shard)
+        jobs = ledger.plan_shards(pictures, notes, data.samples_per_shard, data.held_out)
         say_plan(pictures, seen)
         check_disk(folder, jobs, spec, recipe)
         report.dropped = sum(len(rows) for rows in seen.dropped.values())
@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
             for key, (_, reason) in note.skipped.items():
                 report.skipped.add(f"{note.shard.source}/{key}", reason)
 
-        settings = {name: getattr(data, name) for name in CROP_SETTINGS}
+        settings = {name: getattr(data, name) for name in SETTINGS}
         finished = sorted([*notes, *written], key=lambda note: note.shard.name)
         shards = ledger.shards_of(finished, seen.dropped)
         index = Index(spec.variant, spec.text_width, prints, settings, shards)
@@ -119,7 +119,7 @@ def content_of(recipe: Recipe, prints: dict[str, str]) -> dict[str, Any]:
     """What every sample in a folder of shards has in common."""
     dtype, quantization = text_precision(recipe)
     return {
-        "settings": {name: getattr(recipe.data, name) for name in CROP_SETTINGS},
+        "settings": {name: getattr(recipe.data, name) for name in SETTINGS},
         "encoding": {
             "text_weights": quantization or str(dtype),
             "vae_precision": recipe.prepare.vae_precision,

@@ -48,6 +48,7 @@ class Job:
     source: str
     bucket: Bucket
     pictures: list[Picture]
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,28 @@ def _same(entry: Entry, row: Row) -> bool:
     )
 
 
-def plan_shards(pictures: list[Picture], notes: list[Note], samples_per_shard: int) -> list[Job]:
-    """The shards to write, each of one source and bucket, under names not taken yet."""
-    groups: dict[tuple[str, Bucket], list[Picture]] = {}
+def is_held_out(entry: Entry, share: float) -> bool:
+    """Whether a picture is for evaluation: a function of its name, whatever else there is."""
+    digest = hashlib.sha256(f"held out|{entry.name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def plan_shards(
+    pictures: list[Picture], notes: list[Note], samples_per_shard: int, held_out: float
+) -> list[Job]:
+    """The shards to write, each of one source and bucket, for training or evaluation, under names not
+    taken yet."""
+    groups: dict[tuple[str, Bucket, bool], list[Picture]] = {}
     for picture in pictures:
-        groups.setdefault((picture.entry.source, picture.bucket), []).append(picture)
+        kind = (picture.entry.source, picture.bucket, is_held_out(picture.entry, held_out))
+        groups.setdefault(kind, []).append(picture)
     taken = {note.shard.name for note in notes}
     jobs = []
-    for (source, bucket), members in sorted(groups.items()):
-        names = _free_names(f"{source}-{bucket}", taken)
+    for (source, bucket, evaluated), members in sorted(groups.items()):
+        names = _free_names(f"{source}-{bucket}" + ("-held_out" if evaluated else ""), taken)
         for start in range(0, len(members), samples_per_shard):
             group = members[start : start + samples_per_shard]
-            jobs.append(Job(next(names), source, bucket, group))
+            jobs.append(Job(next(names), source, bucket, group, evaluated))
     return jobs
 
 

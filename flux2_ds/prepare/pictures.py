@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +70,7 @@ class PictureWorker:
             self._texts.read,
             job.source,
         )
-        note = Note(shard, rows, skipped)
+        note = Note(replace(shard, held_out=job.held_out), rows, skipped)
         write_note(self._folder, note)
         return note
 

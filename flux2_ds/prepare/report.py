@@ -43,6 +43,7 @@ class Report:
             "encoded": self.encoded,
             "dropped": self.dropped,
             "images_per_second": round(self.encoded / self.seconds, 3) if self.seconds else None,
+            "held_out": index.part(held_out=True).samples,
             "sources": dict(Counter(picture.entry.source for picture in pictures)),
             "buckets": {str(bucket): count for bucket, count in index.bucket_counts().items()},
             "with_mask": sum(picture.entry.mask is not None for picture in pictures),
@@ -57,6 +58,7 @@ class Report:
         lines = [
             f"{index.samples} samples in {len(index.shards)} shards: {self.kept} kept from before, "
             f"{self.encoded} encoded, {self.dropped} dropped because their picture is gone or changed",
+            f"{index.part(held_out=True).samples} of them held out for evaluation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
         ]
         if self.long_captions:

@@ -86,7 +86,8 @@ def test_no_processes_are_refused(processes):
 AT_LEAST_ONE = (
     "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard "
     "prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
-    "data.shuffle_window checkpoint.every checkpoint.keep_last "
+    "data.shuffle_window data.readers evaluation.every evaluation.samples "
+    "checkpoint.every checkpoint.keep_last "
     "checkpoint.keep_every log.every launch.processes preview.steps"
 )
 OUT_OF_RANGE = [
@@ -96,6 +97,8 @@ OUT_OF_RANGE = [
     *(("data.max_aspect", value) for value in (0.5, float("inf"))),
     ("data.max_upscale", 0.0),
     ("prepare.scratch_gb", 0.0),
+    ("data.cache_gb", 0.0),
+    *(("data.held_out", value) for value in (-0.1, 0.6)),
     *(("data.resolution", value) for value in (48, 0, -1024, [1024, 48])),
     *(("objective.caption_dropout", value) for value in (-0.1, 1.1)),
     *((name, 0.0) for name in ("objective.shift", "objective.std", "lora.alpha")),

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from flux2_ds.data.index import Index, read_index
 from flux2_ds.data.shards import ShardReader
+from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.model.files import check_fingerprint, fingerprint
@@ -29,13 +30,15 @@ from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.tiny import make_tiny
 from flux2_ds.prepare import __main__ as root
+from flux2_ds.prepare import ledger
 from flux2_ds.prepare import pictures as pictures_module
+from flux2_ds.prepare.entries import Entry
 from flux2_ds.recipe import Data, Launch, Model, Prepare, Recipe, recipe_values
 from flux2_ds.spec import read_spec
 
 CAPTIONS = {"a": "a red square", "b": "a wide field", "c": "a red square", "d": "a tall tower"}
 SIZES = {"a": (96, 96), "b": (128, 72), "c": (100, 96), "d": (64, 128)}
-CROP = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0}
+CROP = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0, "held_out": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +253,36 @@ def test_several_sources_and_areas(model, photos, tmp_path):
                      ("two", "32x32"): 1}  # fmt: skip
     assert report(tmp_path / "s")["sources"] == {"one": 4, "two": 1}
     assert all(shard.name.startswith(f"{shard.source}-{shard.bucket}-") for shard in index.shards)
+
+
+def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
+    for number in range(14):
+        add_photo(photos, f"more{number}", (96, 96), "a red square")
+    shards = tmp_path / "s"
+    recipe = recipe_for(model, photos, shards, held_out=0.3)
+
+    def split() -> dict[str, bool]:
+        index = read_index(shards)
+        assert [index.part(held_out=h).samples for h in (True, False)] != [0, index.samples]
+        return {
+            reader.meta(row)["source"]: shard.held_out
+            for shard in index.shards
+            for reader in [ShardReader(shards / shard.name, shard)]
+            for row in range(shard.samples)
+        }
+
+    run(recipe)
+    before = split()
+    assert 0 < sum(before.values()) < len(before) / 2
+    add_photo(photos, "0 before all others", (96, 96), "a red square")
+    run(recipe)
+    assert len(split()) == len(before) + 1
+    assert {name: held for name, held in split().items() if name in before} == before
+    assert report(shards)["held_out"] == sum(split().values())
+    # The share is met: a name is held out with that probability.
+    names = [Entry("images", f"{n}.png", "", "", Blob("")) for n in range(4000)]
+    assert abs(sum(ledger.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
+    assert all(ledger.is_held_out(e, 0.4) for e in names if ledger.is_held_out(e, 0.3))
 
 
 def test_pictures_in_tars(model, photos, tmp_path):

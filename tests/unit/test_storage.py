@@ -131,22 +131,22 @@ def test_the_cache_is_used_checked_and_bounded(folder, tmp_path):
     steps = 24
     with served("http", folder) as server:
         cache = Cache(tmp_path / "cache", 10**9)
-        loader = make_loader((server.url, index), fetch=cache.read)
+        loader = make_loader((server.url, index), fetch=cache.view)
         for step in range(steps):
             assert_same(loader.read(step), local.read(step))
         assert list((tmp_path / "cache").iterdir())
         server.kill()
-        again = make_loader((server.url, index), fetch=Cache(tmp_path / "cache", 10**9).read)
+        again = make_loader((server.url, index), fetch=Cache(tmp_path / "cache", 10**9).view)
         for step in range(steps):
             assert_same(again.read(step), local.read(step))  # without the server
 
         server.start()
         for path in (tmp_path / "cache").iterdir():
             path.write_bytes(b"damaged" * 100)
-        assert_same(make_loader((server.url, index), fetch=cache.read).read(3), local.read(3))
+        assert_same(make_loader((server.url, index), fetch=cache.view).read(3), local.read(3))
 
         small = Cache(tmp_path / "small", 30_000)
-        loader = make_loader((server.url, index), fetch=small.read)
+        loader = make_loader((server.url, index), fetch=small.view)
         largest = 0
         for step in range(steps):
             assert_same(loader.read(step), local.read(step))
@@ -158,7 +158,7 @@ def test_the_cache_is_used_checked_and_bounded(folder, tmp_path):
 
 def test_files_on_disk_are_not_cached(folder, tmp_path):
     cache = Cache(tmp_path / "cache", 10**6)
-    make_loader((folder, read_index(folder)), fetch=cache.read).read(0)
+    make_loader((folder, read_index(folder)), fetch=cache.view).read(0)
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
+from flux2_ds.evaluate import Evaluation
 from flux2_ds.loop import Cadence, StopRequest
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
@@ -136,6 +138,7 @@ def run_loop(
     steps: int,
     metrics: Any = None,
     policy: Any = "stop",
+    evaluation: Any = None,
     **cadence: int,
 ) -> bool:
     often = {"log_every": 1, "save_every": 100, "keep_last": 9, **cadence}
@@ -158,6 +161,7 @@ def run_loop(
         steps_per_epoch=3,
         checkpoints=folder / "checkpoints",
         run_state={},
+        evaluation=evaluation,
     )
 
 
@@ -173,6 +177,43 @@ def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
     written = [call.args for call in metrics.write.call_args_list]
     # Means since the line before; a checkpoint in between does not shorten them.
     assert [(step, values["loss"]) for step, values in written] == [(3, 2.0), (6, 5.0), (7, 7.0)]
+
+
+def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
+    metrics, evaluation = Mock(), SimpleNamespace(every=2, loss=Mock(side_effect=[0.5, 0.4, 0.3]))
+    assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, evaluation=evaluation, log_every=3)
+    written = {call.args[0]: call.args[1] for call in metrics.write.call_args_list}
+    found = {step: values.get("evaluation_loss") for step, values in written.items()}
+    assert found == {2: 0.5, 3: None, 4: 0.4, 5: 0.3}
+    (tmp_path / "stop").write_text("SIGTERM")
+    evaluation.loss = Mock(side_effect=AssertionError)
+    assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, Mock(), evaluation=evaluation)
+
+
+def test_an_evaluation_is_the_same_each_time_and_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr("flux2_ds.evaluate.average", lambda value: value)
+    linear, dropout = torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)
+    model = torch.nn.Sequential(linear, dropout)
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        model.eval()
+        yield
+        model.train()
+
+    engine = SimpleNamespace(forward=model, evaluating=evaluating)
+    loader = SimpleNamespace(steps=lambda first, last: ([n, n + 1] for n in range(first, last)))
+    objective = SimpleNamespace(loss=lambda forward, n: forward(torch.tensor([n, 1.0])).sum())
+    evaluation = Evaluation(engine, loader, objective, batches=3, every=1)  # type: ignore[arg-type]
+    before = torch.get_rng_state()
+    first = evaluation.loss()
+    assert evaluation.loss() == first
+    numbers = [0.0, 1.0, 1.0, 2.0, 2.0, 3.0]
+    assert first == pytest.approx(
+        sum(float(linear(torch.tensor([n, 1.0])).sum()) for n in numbers) / 6, rel=1e-5
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and linear.weight.grad is None
 
 
 def test_a_stop_file_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, caplog):
