@@ -179,7 +179,7 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     else:
         check_cache(findings, recipe)
 
-    index = refuses("shards", lambda: read_data(recipe))
+    index = refuses("shards", lambda: read_data(recipe)[0])
     if index is not None:
         refuses("shards", lambda: check_settings(recipe, index))
         refuses("shards", lambda: check_companions(recipe, index))
