@@ -16,6 +16,10 @@ from pathlib import Path
 SSHD = "/usr/sbin/sshd"
 
 
+class CannotStartError(Exception):
+    """This machine does not allow what the test needs."""
+
+
 @dataclass
 class Machine:
     """A network namespace with an ssh server."""
@@ -111,7 +115,7 @@ class Cluster:
             if told.stdout.strip() == second.name:
                 return
             time.sleep(0.2)
-        raise RuntimeError(f"ssh between the test's machines does not work: {told.stderr}")
+        raise CannotStartError(f"ssh between the test's machines does not work: {told.stderr}")
 
 
 def do(*argv: str) -> None:

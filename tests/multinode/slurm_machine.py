@@ -7,6 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from machines import CannotStartError
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 
 
@@ -60,7 +62,7 @@ class Slurm:
             time.sleep(0.5)
         logs = "".join(path.read_text() for path in folder.glob("slurm*.log"))
         self.__exit__()
-        raise RuntimeError(f"Slurm does not start:\n{logs[-3000:]}")
+        raise CannotStartError(f"Slurm does not start:\n{logs[-3000:]}")
 
     def __exit__(self, *error: object) -> None:
         for daemon in reversed(self._daemons):

@@ -111,6 +111,17 @@ def test_two_machines_train_as_one(cluster, work, reference, losses):
     assert f"on {cluster.machines[1].name}" in second
 
 
+def test_nothing_is_left_when_the_launcher_is_killed(cluster, work):
+    run = start(cluster, work, "launcher_killed")
+    wait_for_step(run, work / "launcher_killed", 1)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 20
+    while any(map(training_processes, cluster.machines)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [training_processes(machine) for machine in cluster.machines] == [[], []]
+
+
 def test_a_killed_machine_is_named_and_the_run_restarts(cluster, work, reference, losses):
     run = start(cluster, work, "killed", "--max-restarts", "1")
     wait_for_step(run, work / "killed", 6)
