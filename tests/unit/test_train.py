@@ -333,6 +333,7 @@ def recipe_for(folder: Path, **changes: Any) -> Recipe:
         ({"settings": {"max_upscale": 1.5}}, r"data.max_upscale is 1.0, .* prepared with 1\.5"),
         ({"text_width": 48}, "text width 48"),
         ({"fingerprint": {"vae": "0"}}, "made by another model"),
+        ({"fingerprint": {"padding": "none"}}, "their padding is none"),
     ],
 )
 def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_model, change, message):
