@@ -36,7 +36,7 @@ log = logging.getLogger("flux2_ds")
 
 FAILURE_NAME = "failure.json"
 _POLL = 1.0  # s between looks at the others
-_BEAT = 5.0  # s between writes of one's own place
+_BEAT = 5.0  # s between writes of one's own place, sooner when the step has changed
 _SILENT = (
     6 * _BEAT
 )  # a process whose thread has not written for so long is frozen, or its host is gone
@@ -114,6 +114,7 @@ class Lookout:
         self._started = time.time() - 2
         me = psutil.Process()
         self._place = Place(rank, socket.gethostname(), me.pid, me.create_time(), since=time.time())
+        self._written = 0  # the step in the file
         self._peers: dict[int, psutil.Process | None] = {rank: None}
         self._leaving = threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,8 @@ class Lookout:
         while not self._place.ended:
             time.sleep(_POLL)
             try:
-                if time.time() - self._place.beat >= _BEAT:
+                quiet = time.time() - self._place.beat
+                if quiet >= _BEAT or (self._place.step != self._written and quiet >= 2 * _POLL):
                     self._write()
                 self._look_for_the_vanished()
                 self._look_for_a_hang()
@@ -266,6 +268,7 @@ class Lookout:
 
     def _write(self) -> None:
         self._place = replace(self._place, beat=time.time())
+        self._written = self._place.step
         partial = self._partial(f"rank_{self._place.rank}.json")
         partial.write_text(json.dumps(asdict(self._place)))
         partial.replace(self._logs / f"rank_{self._place.rank}.json")
