@@ -164,9 +164,6 @@ class TrainingState:
 
     def _load_weights(self, saved: StoredTensors) -> None:
         own = {part.name: part for part in self._fragments}
-        persistent = getattr(self._zero, "persistent_parameters", [])
-        if persistent:  # parameters that ZeRO-3 keeps gathered between steps
-            persistent[0].partition(persistent)
         for name, parameter in self._named.items():
             part = own.get(name)
             if self._stage == 3:
@@ -180,7 +177,8 @@ class TrainingState:
             if part is not None:
                 part.weight.copy_(whole.flatten()[part.start : part.start + part.count])
         if self._stage == 3:
-            self._zero.checkpoint_event_epilogue()  # gathers the persistent ones again
+            # Drops what hpZ holds twice, and gathers what stays gathered between steps.
+            self._zero.checkpoint_event_epilogue()
 
     def _create_state(self) -> None:
         """Let the optimizer allocate its state, by a step with zero gradients and learning rate 0."""

@@ -115,6 +115,16 @@ def test_batch_holds_the_samples_of_the_order(prepared):
             assert batch.deviates[place] == drawn.deviate
 
 
+def test_a_sample_is_described_by_its_shard_and_picture(prepared):
+    loader = make_loader(prepared)
+    (batch,) = loader.read(1)
+    for number, sample in enumerate(batch.samples):
+        facts = loader.describe(sample)
+        assert facts["source"] == f"{int(batch.latents[number, 0, 0, 0])}.jpg"
+        assert facts["shard"] == f"{sample.shard}.tar"
+        assert (facts["row"], facts["position"]) == (sample.row, GLOBAL_BATCH + number)
+
+
 def test_starting_at_a_step_equals_skipping_to_it(prepared):
     whole = list(make_loader(prepared).steps(0, 9))
     later = list(make_loader(prepared).steps(6, 9))
