@@ -128,11 +128,15 @@ class Engine:
         self._max_norm = config["gradient_clipping"]
         if config.get("zero_optimization", {}).get("stage", 0) == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
+        self._clip = 0.0
+        if not config.get("zero_optimization", {}).get("stage", 0):
+            # DeepSpeed's own clipping there takes two kernels a tensor and waits for the device.
+            self._clip, config = config["gradient_clipping"], config | {"gradient_clipping": 0.0}
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
         self._stage = self._engine.zero_optimization_stage()
-        self._norm = math.nan
+        self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, in_parts
         )
@@ -166,30 +170,34 @@ class Engine:
             group["lr"] = learning_rate
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._stage == 0:
-            self._clip()
+            self._norm = self._clip_gradients()
         self._engine.step()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
-        if last and math.isfinite(self._norm):
+        if last and self.state.averages and math.isfinite(self._norm):
             self.state.average()
-        elif last and self._stage == 2:
-            # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a step that it has
-            # not made in its buffers, and would add those of the next steps to them.
-            buffers = self._engine.optimizer.averaged_gradients
-            buffers.update(dict.fromkeys(buffers))
 
-    def _clip(self) -> None:
-        """Clip at stage 0, where DeepSpeed would update with gradients that are not finite."""
-        parameters = [p for p in self._named.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._norm = float(norm)
-        if not math.isfinite(self._norm):
-            self._optimizer.zero_grad(set_to_none=True)  # so that no parameter is updated
-        elif self._max_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+    def _clip_gradients(self) -> torch.Tensor:
+        """Clip to the recipe's norm and return the norm before it; withhold an update that is not finite.
 
-    def gradient_norm(self) -> float:
-        """Global L2 norm before clipping, of the last step; not finite: it made no update."""
+        DeepSpeed looks at the gradients at stages 1 to 3 only.
+        """
+        trained = list(self._named.values())
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if self._clip:
+            nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
+        if self._optimizer.defaults.get("fused"):
+            # The kernel reads it on the device, so that the host need not wait to decide.
+            self._optimizer.found_inf = (~norm.isfinite()).float()
+        elif not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gradient_norm(self) -> torch.Tensor | float:
+        """Global L2 norm before clipping, of the last step; not finite: it made no update.
+
+        A tensor where the step may not have been computed yet; reading it waits.
+        """
         return self._norm
 
 
@@ -201,6 +209,8 @@ def average(value: torch.Tensor) -> torch.Tensor:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process. Collective, so that all of them act on it together."""
+    if distributed.get_world_size() == 1:
+        return flag  # without a wait for the device
     value = torch.tensor(int(flag), device=device)
     distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
     return bool(value)

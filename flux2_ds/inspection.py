@@ -28,7 +28,6 @@ from flux2_ds.errors import run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.model.prompt import read_prompt
-from flux2_ds.plan import check_ranges
 from flux2_ds.prepared import (
     check_companions,
     check_settings,
@@ -36,8 +35,10 @@ from flux2_ds.prepared import (
     companion_lines,
     read_data,
 )
+from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
+from flux2_ds.targets import TARGETS
 from flux2_ds.timesteps import shift_of, timesteps
 
 _BINS, _BARS = 20, "▁▂▃▄▅▆▇█"
@@ -103,7 +104,7 @@ def target_lines(directory: Path, spec: Spec, recipe: Recipe) -> list[str]:
     count = sum(p.numel() for p in named.values())
     if recipe.method == "full":
         return [f"{count:,} parameters, all"]
-    double, single = transformer.TARGETS[recipe.lora.targets]
+    double, single = TARGETS[recipe.lora.targets]
     linears = len(double) * spec.double_blocks + len(single) * spec.single_blocks
     return [
         f"{recipe.method} rank {recipe.lora.rank}, targets {recipe.lora.targets}: {count:,} "

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 import torch
 
 from flux2_ds import checkpoint, saving
-from flux2_ds.data.loader import Loader
+from flux2_ds.data.loader import Loader, MicroBatch
 from flux2_ds.engine import Engine, Process, any_process, average, barrier
 from flux2_ds.errors import UserError
 from flux2_ds.evaluate import Evaluation
@@ -92,6 +93,16 @@ class Meter:
             self.loss += loss
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A step that the device may still be working on."""
+
+    number: int
+    micro_batches: list[MicroBatch]
+    losses: list[torch.Tensor]
+    gradient_norm: torch.Tensor | float
+
+
 def train(
     engine: Engine,
     loader: Loader,
@@ -117,6 +128,7 @@ def train(
     `metrics` is None in all processes but the first, `evaluation` if nothing is held out.
     """
     meter = Meter(torch.zeros((), device=process.device))
+    queued: deque[Queued] = deque()
 
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
@@ -129,8 +141,7 @@ def train(
             losses.append(loss.detach())
 
         done = step + 1
-        updated = nonfinite.check(engine.gradient_norm(), done, micro_batches, losses)
-        meter.add(torch.stack(losses).mean(), global_batch, updated)
+        queued.append(Queued(done, micro_batches, losses, engine.gradient_norm()))
         lookout.at(done, "agreeing")
         stopping = any_process(stop.seen(process), process.device)
         ending = stopping or done == cadence.steps
@@ -139,6 +150,10 @@ def train(
         )
         logging_due = ending or evaluating or every(cadence.log_every, done)
         saving_due = ending or every(cadence.save_every, done)
+        # The device works on this step while the host prepares the next: only the one before is
+        # looked at, unless the numbers are needed now.
+        while len(queued) > (0 if logging_due or saving_due else 1):
+            settle(queued.popleft(), nonfinite, meter, global_batch)
         if logging_due or saving_due:
             values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
@@ -158,6 +173,17 @@ def train(
             return False
         lookout.at(done + 1, "waiting for data")
     return True
+
+
+def settle(step: Queued, nonfinite: NonFinite, meter: Meter, samples: int) -> None:
+    """Wait for a step, check it and count it.
+
+    Raises:
+        UserError: its gradients were not finite, and the run is to stop.
+    """
+    norm = float(step.gradient_norm)
+    updated = nonfinite.check(norm, step.number, step.micro_batches, step.losses)
+    meter.add(torch.stack(step.losses).mean(), samples, updated)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -191,7 +217,7 @@ def summarise(
     seconds = time.perf_counter() - meter.since
     return {
         "loss": loss,
-        "gradient_norm": engine.gradient_norm(),
+        "gradient_norm": float(engine.gradient_norm()),
         "learning_rate": learning_rate,
         "seconds_per_step": seconds / meter.steps,
         "samples_per_second": meter.samples / seconds,

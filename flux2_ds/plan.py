@@ -9,17 +9,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError
+from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Evaluation, Lora, Objective, Optimizer, Recipe
 from flux2_ds.shipped import shipped_directory
-from flux2_ds.spec import PIXELS_PER_TOKEN
 
 _DEEPSPEED_KEYS = frozenset(
     {
@@ -74,7 +72,8 @@ class Plan:
                 f"targets {recipe.lora.targets}"
             )
         return [
-            f"model      {recipe.model.path}, {method}, {recipe.precision}",
+            f"model      {recipe.model.path}, {method}, {recipe.precision}, "
+            f"base {recipe.base_weights or recipe.precision}",
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",
             f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples",
@@ -83,7 +82,7 @@ class Plan:
             + (f", EMA {adam.ema_decay:g}" if adam.ema_decay is not None else ""),
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offload_optimizer else "")
-            + f", activations: {recipe.activations}",
+            + f", activations: {recipe.activations}, attention: {recipe.attention}",
             *(f"ignored    {setting}" for setting in ignored_settings(recipe)),
         ]
 
@@ -133,6 +132,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     _check_precision(recipe, stage)
+    _check_base(recipe, stage)
     _check_optimizer(recipe, stage, zero)
     offload = _device(zero, "offload_optimizer") != "none"
     config |= {
@@ -144,9 +144,18 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
         "zero_allow_untested_optimizer": True,
         # Our own log line replaces DeepSpeed's.
         "steps_per_print": config.get("steps_per_print", 10**9),
+        # They would wait for the device twice in every step.
+        "timers": {"throughput": {"enabled": False}},
         **_precision_sections(recipe),
     }
     return Plan(recipe, processes, accumulation, stage, offload, config)
+
+
+def compiles(recipe: Recipe, stage: int) -> bool:
+    """Whether the blocks are compiled: by default on CUDA, where a block can be one graph."""
+    if recipe.compile is not None:
+        return recipe.compile
+    return recipe.launch.accelerator == "cuda" and stage < 3
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -166,89 +175,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         "rex": (1 - done) / (0.5 + 0.5 * (1 - done)),
     }[adam.schedule]
     return adam.learning_rate * factor
-
-
-def check_ranges(recipe: Recipe) -> None:
-    """Refuse settings that are wrong whatever the hardware.
-
-    Raises:
-        UserError: naming the setting, its value and the rule.
-    """
-    data, preview = recipe.data, recipe.preview
-    at_least_one: dict[str, int | None] = {
-        "steps": recipe.steps,
-        "batch.global_size": recipe.batch.global_size,
-        "batch.micro_size": recipe.batch.micro_size,
-        "lora.rank": recipe.lora.rank,
-        "data.samples_per_shard": data.samples_per_shard,
-        "data.shuffle_window": data.shuffle_window,
-        "data.readers": data.readers,
-        "prepare.processes": recipe.prepare.processes,
-        "prepare.text_batch": recipe.prepare.text_batch,
-        "prepare.image_batch": recipe.prepare.image_batch,
-        "prepare.decode_threads": recipe.prepare.decode_threads,
-        "evaluation.every": recipe.evaluation.every,
-        "evaluation.samples": recipe.evaluation.samples,
-        "checkpoint.every": recipe.checkpoint.every,
-        "checkpoint.keep_last": recipe.checkpoint.keep_last,
-        "checkpoint.keep_every": recipe.checkpoint.keep_every,
-        "log.every": recipe.log.every,
-        "launch.processes": recipe.launch.processes,
-        "preview.steps": preview.steps,
-    }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-
-    def require(name: str, value: Any, ok: Callable[[Any], bool], rule: str) -> None:
-        if not ok(value):
-            raise UserError(f"{name} is {value}; it must be {rule}.")
-
-    token = PIXELS_PER_TOKEN
-    adam = recipe.optimizer
-    require("launch.hang_after", recipe.launch.hang_after, lambda v: v >= 0, "0 or more")
-    require("data.bucket_step", data.bucket_step, lambda v: v > 0 and v % token == 0,
-            f"a multiple of {token}")  # fmt: skip
-    require("preview.height", preview.height, lambda v: v > 0 and v % token == 0,
-            f"a multiple of {token}")  # fmt: skip
-    require("preview.width", preview.width, lambda v: v > 0 and v % token == 0,
-            f"a multiple of {token}")  # fmt: skip
-    require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
-    require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
-    require("data.held_out", data.held_out, lambda v: 0 <= v <= 0.5, "between 0 and 0.5")
-    require("data.cache_gb", data.cache_gb, lambda v: v > 0, "positive")
-    for name, weight in data.weights.items():
-        require(f"data.weights.{name}", weight, lambda v: 0 < v < math.inf, "positive")
-    require("prepare.scratch_gb", recipe.prepare.scratch_gb, lambda v: v > 0, "positive")
-    require("prepare.reference_resolution", recipe.prepare.reference_resolution,
-            lambda v: v >= token, f"at least {token}")  # fmt: skip
-    require("objective.caption_dropout", recipe.objective.caption_dropout,
-            lambda v: 0 <= v <= 1, "between 0 and 1")  # fmt: skip
-    require("lora.dropout", recipe.lora.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
-    require("optimizer.learning_rate", adam.learning_rate, lambda v: v > 0, "positive")
-    require("optimizer.warmup_steps", adam.warmup_steps, lambda v: v >= 0, "0 or more")
-    require("optimizer.max_grad_norm", adam.max_grad_norm, lambda v: v >= 0, "0 or more")
-    require("seed", recipe.seed, lambda v: v >= 0, "0 or more")
-    require("preview.seed", preview.seed, lambda v: v >= 0, "0 or more")
-    require("optimizer.betas", adam.betas, lambda v: all(0 <= b < 1 for b in v), "in [0, 1)")
-    require("optimizer.eps", adam.eps, lambda v: v >= 0, "0 or more")
-    require("optimizer.ema_decay", adam.ema_decay, lambda v: v is None or 0 < v < 1, "in (0, 1)")
-    require("optimizer.weight_decay", adam.weight_decay, lambda v: v >= 0, "0 or more")
-    require("lora.alpha", recipe.lora.alpha, lambda v: v is None or v > 0, "positive")
-    require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
-    require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
-    require("objective.mode_scale", recipe.objective.mode_scale, lambda v: -1 <= v <= 1.75,
-            "between -1 and 1.75")  # fmt: skip
-    for resolution in resolutions(data.resolution) or [0]:
-        if not bucket_table(resolution, data.bucket_step, data.max_aspect):
-            raise UserError(
-                f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
-                "bucket. The step must not be larger than a resolution."
-            )
-    if data.missing_caption == "fixed" and not data.fixed_caption:
-        raise UserError(
-            "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
-        )
 
 
 def _accumulation(recipe: Recipe, processes: int) -> int:
@@ -275,6 +201,32 @@ def _check_precision(recipe: Recipe, stage: int) -> None:
             f"precision is {recipe.precision} with method {recipe.method}, whose fp32 masters need "
             "ZeRO, and the deepspeed config has stage 0. Set deepspeed: zero1, which costs nothing "
             "on one process, or precision: fp32."
+        )
+
+
+def _check_base(recipe: Recipe, stage: int) -> None:
+    if recipe.compile and stage == 3:
+        raise UserError(
+            "compile is true at ZeRO stage 3, whose hooks break the blocks' graphs. Remove compile, or "
+            "set deepspeed: zero2."
+        )
+    base = recipe.base_weights
+    if base is None:
+        return
+    if recipe.method == "full":
+        raise UserError(
+            f"base_weights is {base}, but method full trains the base itself. Remove base_weights, or "
+            "set method: lora."
+        )
+    if base == "bf16" and recipe.precision != "bf16":
+        raise UserError(
+            f"base_weights is bf16 and precision {recipe.precision}; an unquantised base has the dtype "
+            "of precision. Remove base_weights, or set precision: bf16."
+        )
+    if base != "bf16" and stage == 3:
+        raise UserError(
+            f"base_weights is {base} at ZeRO stage 3, which divides unquantised weights only. Set "
+            "deepspeed: zero2: a quantised base fits on every card that ZeRO-3 would share it among."
         )
 
 

@@ -286,9 +286,22 @@ class Recipe:
     """Train a LoRA or DoRA adapter, or all weights."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision: model, activations and engine follow it."""
-    activations: Literal["recompute", "keep"] = "recompute"
-    """Recompute each block's activations in the backward pass (less memory) or keep them
-    (faster)."""
+    base_weights: Literal["bf16", "fp8", "int8", "nf4", "nf4_fp8", "nf4_int8"] | None = None
+    """How an adapter's frozen base is held and multiplied. `fp8`, `int8`: both in 8 bits. `nf4`: held
+    in 4 bits, multiplied in `precision`; `nf4_fp8`, `nf4_int8`: held in 4, multiplied in 8. `bf16`:
+    neither, with `precision: bf16`. Default: as `precision`. docs/performance.md says what each
+    costs."""
+    attention: Literal[
+        "auto", "native", "cudnn", "flash", "efficient", "math", "flash_attn", "xformers"
+    ] = "auto"
+    """Attention backend: torch's (cuDNN, flash, memory-efficient, math, or `native`: its choice) or
+    an installed package. `auto`: cuDNN on Hopper, else native."""
+    compile: bool | None = None
+    """Compile each block with torch.compile. Default: on CUDA, below ZeRO stage 3."""
+    activations: Literal["auto", "recompute", "keep"] | float = "auto"
+    """Share of the blocks that keep the activations the backward pass needs, 0..1, instead of
+    recomputing them: more memory, faster. `keep` is 1, `recompute` is 0, `auto` as many as the card
+    has room for (on the CPU: all)."""
     deepspeed: str | dict[str, Any] = "zero2"
     """DeepSpeed config: the name of a shipped file (zero0, zero1, zero2, zero2_offload, zero3,
     zero3_offload), a path, or the config itself."""

@@ -22,7 +22,7 @@ from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.transformer import compute_dtype
-from flux2_ds.plan import check_ranges
+from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import export_path, trained_recipe
 from flux2_ds.spec import read_spec

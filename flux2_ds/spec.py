@@ -16,6 +16,8 @@ TEXT_TOKENS = 512
 """Length to which both pipelines pad and truncate the prompt; nothing is trimmed or masked."""
 PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token covers: 8 (VAE) × 2 (patch)."""
+TOKEN_CHANNELS = 128
+"""Latent channels of one image token: 32 (VAE) × 2 × 2 (patch)."""
 
 _PIPELINES: dict[str, tuple[Literal["dev", "klein"], str]] = {
     "Flux2Pipeline": ("dev", "Mistral3ForConditionalGeneration"),
@@ -53,6 +55,35 @@ class Spec:
             f"FLUX.2-{self.variant}, {self.double_blocks} double + {self.single_blocks} single "
             f"blocks, width {self.width}, text width {self.text_width}"
         )
+
+
+_DEV = Spec("dev", "Flux2Pipeline", 8, 48, 48, 128, 15360, guidance=True)
+_KLEIN_9B = Spec("klein", "Flux2KleinPipeline", 8, 24, 32, 128, 12288, guidance=False)
+_KLEIN_4B = Spec("klein", "Flux2KleinPipeline", 5, 20, 24, 128, 7680, guidance=False)
+RELEASED = {
+    "black-forest-labs/FLUX.2-dev": _DEV,
+    "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
+    "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B,
+    "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
+    "black-forest-labs/FLUX.2-klein-4B": _KLEIN_4B,
+}
+"""Hub id -> dimensions, to plan and to benchmark without the files. Training reads the files."""
+
+
+def planned_spec(path: str) -> Spec:
+    """The dimensions of `model.path`, a directory here or the id of a released model.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(path).is_dir():
+        return read_spec(Path(path), allow_distilled=True)
+    if path not in RELEASED:
+        raise UserError(
+            f"model.path {path!r} is neither a directory here nor one of {', '.join(RELEASED)}, so "
+            "its size is not known. Give a local directory."
+        )
+    return RELEASED[path]
 
 
 def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:

@@ -15,11 +15,11 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flux2_ds import checkpoint, loop
+from flux2_ds.assembly import build_engine, build_model, say_memory
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, Share
@@ -30,9 +30,7 @@ from flux2_ds.engine import (
     Engine,
     Process,
     barrier,
-    divided,
     from_first,
-    gathering,
     start_process,
     stop_process,
 )
@@ -41,9 +39,7 @@ from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
 from flux2_ds.metrics import Metrics, draw_loss
-from flux2_ds.model import transformer
 from flux2_ds.model.files import check_fingerprint, model_directory
-from flux2_ds.model.weights import read_parts
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, learning_rate, make_plan
@@ -105,9 +101,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
         if held_out.samples:
             log.info("held out   %d samples", held_out.samples)
 
-    model = build_model(
-        directory, spec, recipe, plan.deepspeed if plan.zero_stage == 3 else None, process.rank
-    )
+    model, expected = build_model(directory, spec, plan, process, index.largest_tokens)
     engine = build_engine(model, plan)
     first_step = resume(engine, recipe, index, process)
     finished = True
@@ -115,6 +109,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
         finished = run(plan, spec, index, held_out, engine, process, stop, lookout, first_step)
     else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
+    say_memory(expected, process.device)
     barrier()  # the launcher ends the others as soon as one process exits with EXIT_STOPPED
     stop_process()
     if lock is not None:
@@ -173,50 +168,6 @@ def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
             order.batches[bucket],
             f", {repeated} places repeat a sample" if repeated else "",
         )
-
-
-def build_model(
-    directory: Path,
-    spec: Spec,
-    recipe: Recipe,
-    zero3: dict[str, Any] | None = None,
-    rank: int = 0,
-) -> torch.nn.Module:
-    """The transformer with what the recipe trains of it.
-
-    `zero3`: the DeepSpeed config under which each process, this one being `rank`, loads its part only.
-    """
-    dtype = transformer.compute_dtype(recipe.precision)
-    if zero3 is None:
-        model = transformer.load_transformer(directory, dtype)
-    else:
-        with divided(zero3, dtype):
-            model = transformer.build_transformer(directory)
-        read_parts(model, directory / "transformer", rank)
-    if recipe.activations == "recompute":
-        model.enable_gradient_checkpointing()
-    if recipe.method == "full":
-        model.requires_grad_(True)
-    else:
-        config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
-        with gathering(zero3 or {}):
-            transformer.add_lora(model, config, recipe.seed)
-    model.train()
-    sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
-    trained = sum(sizes[name] for name in transformer.trainable(model))
-    log.info("parameters %s trained of %s", f"{trained:,}", f"{sum(sizes.values()):,}")
-    return model
-
-
-def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
-    """The model under DeepSpeed."""
-    return Engine(
-        model,
-        plan.deepspeed,
-        plan.recipe.optimizer,
-        offload_optimizer=plan.offload_optimizer,
-        in_parts=plan.recipe.method == "full",
-    )
 
 
 def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> int:

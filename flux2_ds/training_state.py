@@ -195,11 +195,15 @@ class TrainingState:
         for parameter, gradient in zip(flat, gradients, strict=True):
             parameter.grad = gradient
 
+    @property
+    def averages(self) -> bool:
+        """Whether there is an EMA."""
+        return self._settings.ema_decay is not None
+
     def average(self) -> None:
         """Move the EMA; young ones move faster, so that the start is soon forgotten."""
         decay = self._settings.ema_decay
-        if decay is None:
-            return
+        assert decay is not None
         updates = self.updates()
         decay = min(decay, (1 + updates) / (10 + updates))
         for part in self._fragments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from flux2_ds.spec import read_spec
 from launcher.commands import collective_timeout, train_commands
 from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts, pick_port
+from launcher.planning import plan_memory
 from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
 
@@ -42,6 +44,7 @@ commands
   slurm       print (or --submit) an sbatch script that trains
   export      write a checkpoint in the form diffusers loads
   sample      render prompts without and with the trained weights
+  bench       time the recipe's training step, without model files or data
   bench-data  measure the loader against the disk and plain WebDataset
   tiny        make a tiny FLUX.2 model directory, for tests
 
@@ -59,6 +62,7 @@ def main() -> None:
         "prepare": lambda argv: run_module("flux2_ds.prepare", argv),
         "bench-data": lambda argv: run_module("flux2_ds.bench_data", argv),
         "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
+        "bench": lambda argv: run_module("flux2_ds.bench", argv),
         "export": lambda argv: run_module("flux2_ds.export", argv),
         "sample": lambda argv: run_module("flux2_ds.sample", argv),
         "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv),
@@ -73,14 +77,34 @@ def main() -> None:
 
 
 def plan(argv: list[str]) -> None:
-    """Print the arithmetic of a run."""
-    recipe, options, _ = read(argv, "plan", "Print what a run will do.", add_gpus)
+    """Print the arithmetic of a run, and the memory it takes."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        add_gpus(parser)
+        add = parser.add_argument
+        add("--gpu", type=str, default=None, help="Memory of each GPU, such as 24GiB.")
+        add("--host", type=str, default=None, help="Memory of the host, such as 64GiB.")
+        add("--json", action="store_true", help="Print the memory as one JSON object.")
+
+    recipe, options, _ = read(argv, "plan", "Print what a run will do.", add_options)
     hosts = hosts_of(recipe, options.gpus)
-    print("\n".join(make_plan(recipe, hosts.processes).lines()))
-    if not is_prepared(recipe.data.shards):
+    the_plan = make_plan(recipe, hosts.processes)
+    prepared = is_prepared(recipe.data.shards)
+    index, held_out = read_data(recipe) if prepared else (None, None)
+    try:
+        memory = plan_memory(the_plan, index, options.gpu, options.host)
+    except UserError as error:
+        if options.gpu or options.host or options.json:
+            raise
+        print("\n".join([*the_plan.lines(), f"memory     not known: {error}"]))
+    else:
+        if options.json:
+            print(json.dumps(memory.values(), indent=2))
+            return
+        print("\n".join([*the_plan.lines(), *memory.lines()]))
+    if index is None or held_out is None:
         print(f"data       {recipe.data.shards} is not prepared yet")
         return
-    index, held_out = read_data(recipe)
     order = build_order(recipe, index)
     print(f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch")
     if held_out.samples:

@@ -66,6 +66,15 @@ class Shard:
         """A shard from its JSON values."""
         return cls(**{**values, "bucket": Bucket(**values["bucket"]), "toc": Part(**values["toc"])})
 
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a sample, see `Index.largest_tokens`."""
+        own = self.bucket.tokens
+        if self.references == "several":
+            return 3 * own
+        sizes = [map(int, size.split("x")) for size in self.references.split(",") if size]
+        return own + sum(Bucket(height, width).tokens for width, height in sizes)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -85,6 +94,12 @@ class Index:
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def largest_tokens(self) -> int:
+        """Image tokens of the longest sample, reference images included; of "several" sizes of
+        references twice the image's are assumed."""
+        return max(shard.tokens for shard in self.shards)
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ The layouts are diffusers' own (`Flux2Pipeline._patchify_latents`, `_pack_latent
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
@@ -40,6 +41,7 @@ def to_tokens(latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
     return Flux2Pipeline._pack_latents(normalised)
 
 
+@lru_cache(maxsize=256)  # a copy from the host in every step would wait for the device
 def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Position ids (0, y, x, 0) of a picture of `height` × `width` px: [N, 4]."""
     grid = torch.empty(1, 1, height // 16, width // 16)
@@ -52,6 +54,7 @@ def reference_ids(references: Sequence[torch.Tensor], device: torch.device) -> t
     return Flux2Pipeline._prepare_image_ids(grids)[0].to(device)
 
 
+@lru_cache(maxsize=256)
 def text_ids(length: int, device: torch.device) -> torch.Tensor:
     """Position ids (0, 0, 0, l) of the text tokens: [L, 4]."""
     return Flux2Pipeline._prepare_text_ids(torch.empty(1, length, 1))[0].to(device)

@@ -11,44 +11,13 @@ from diffusers.models.modeling_utils import no_init_weights
 from peft import LoraConfig
 from torch import nn
 
+from flux2_ds.model.adapter import LoraLinear
+from flux2_ds.model.quantize import QuantizedLinear
 from flux2_ds.recipe import Lora
 from flux2_ds.spec import Spec
+from flux2_ds.targets import target_modules
 
 ADAPTER = "default"
-
-_DOUBLE_ATTENTION = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
-_DOUBLE_FEED_FORWARD = (
-    "ff.linear_in",
-    "ff.linear_out",
-    "ff_context.linear_in",
-    "ff_context.linear_out",
-)
-_SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")
-TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "all": (_DOUBLE_ATTENTION + _DOUBLE_FEED_FORWARD, _SINGLE),
-    "attention": (_DOUBLE_ATTENTION, _SINGLE),
-    "diffusers": (_DOUBLE_ATTENTION[:4], _SINGLE),
-}
-"""Target set -> linears of a double block, linears of a single block. `diffusers` is what its
-FLUX.2 training example adapts."""
-
-
-def load_transformer(directory: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """`directory`/transformer in `dtype`, with exact timesteps (see `keep_timestep_exact`)."""
-    model = Flux2Transformer2DModel.from_pretrained(
-        directory, subfolder="transformer", dtype=dtype, use_safetensors=True
-    )
-    keep_timestep_exact(model)
-    return model
 
 
 def build_transformer(directory: Path) -> Flux2Transformer2DModel:
@@ -83,14 +52,6 @@ def keep_timestep_exact(model: Flux2Transformer2DModel) -> None:
             module.register_forward_pre_hook(cast_input)
 
 
-def target_modules(spec: Spec, targets: str) -> list[str]:
-    """Full names of the linears that a target set adapts."""
-    double, single = TARGETS[targets]
-    return [f"transformer_blocks.{i}.{n}" for i in range(spec.double_blocks) for n in double] + [
-        f"single_transformer_blocks.{i}.{n}" for i in range(spec.single_blocks) for n in single
-    ]
-
-
 def lora_config(spec: Spec, settings: Lora, *, dora: bool) -> LoraConfig:
     """PEFT's description of the adapter; A is drawn from N(0, 1/r²), B is zero."""
     return LoraConfig(
@@ -111,6 +72,7 @@ def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> N
     """
     model.requires_grad_(False)
     targeted = len(config.target_modules)  # PEFT shortens the list when it injects
+    config._register_custom_module({nn.Linear: LoraLinear, QuantizedLinear: LoraLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config, adapter_name=ADAPTER)

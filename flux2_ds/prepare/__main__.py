@@ -29,7 +29,6 @@ from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents
 from flux2_ds.model.files import fingerprint, model_directory
-from flux2_ds.plan import check_ranges
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
 from flux2_ds.prepare.entries import Picture, write_whole
@@ -39,6 +38,7 @@ from flux2_ds.prepare.report import Report, write_report
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepare.texts import TextFiles, TextWorker, copy_known
 from flux2_ds.prepare.workers import run_tasks
+from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, Spec, read_spec
 from flux2_ds.tensors import write_tensors

@@ -31,7 +31,7 @@ def recipe_for(model: Path, run_dir: Path, method: str) -> Recipe:
 
 def trained(recipe: Recipe, spec: Spec) -> Flux2Transformer2DModel:
     """The tiny transformer with some change to all that the method trains."""
-    model = transformer.load_transformer(Path(recipe.model.path), torch.float32)
+    model = Flux2Transformer2DModel.from_pretrained(recipe.model.path, subfolder="transformer")
     if recipe.method == "full":
         model.requires_grad_(True)
     else:

@@ -17,11 +17,22 @@ ROOTS = {
     "flux2_ds.sample",
     "flux2_ds.inspection",
     "flux2_ds.probe",
+    "flux2_ds.bench",
 }
 LIGHT = {
     *(
         f"flux2_ds.{name}"
-        for name in ("recipe", "plan", "spec", "shipped", "errors", "rundir", "lookout")
+        for name in (
+            "recipe",
+            "plan",
+            "spec",
+            "targets",
+            "memory",
+            "shipped",
+            "errors",
+            "rundir",
+            "lookout",
+        )
     ),
     *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order")),
 }

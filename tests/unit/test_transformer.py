@@ -9,6 +9,7 @@ from torch import nn
 from flux2_ds.model import transformer
 from flux2_ds.recipe import Lora
 from flux2_ds.spec import Spec
+from flux2_ds.targets import target_modules
 
 # With several threads the CPU kernels round differently from one memory address to the next, and bits
 # are compared here.
@@ -53,7 +54,7 @@ def inputs(spec: Spec, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
 def test_target_sets_match_the_model(variant: str, targets: str, double: int, single: int) -> None:
     spec = SPECS[variant]
     model = build(spec)
-    names = transformer.target_modules(spec, targets)
+    names = target_modules(spec, targets)
     assert (
         len(names) == len(set(names)) == double * spec.double_blocks + single * spec.single_blocks
     )

@@ -15,12 +15,14 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from flux2_ds import train
+from flux2_ds.assembly import build_model
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import draw
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.engine import Process
 from flux2_ds.model import transformer
+from flux2_ds.plan import Plan
 from flux2_ds.prepare import __main__ as prepare
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Objective, Recipe
 from flux2_ds.spec import Spec
@@ -95,7 +97,9 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
     order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
     loader = train.build_loader(recipe, index, order, process, conditioning)
     objective = train.build_objective(recipe, spec, conditioning, process.device)
-    model = train.build_model(Path(recipe.model.path), spec, recipe)
+    # Not `make_plan`, which refuses fp16 on the CPU because of DeepSpeed; there is no engine here.
+    plan = Plan(recipe, 1, 1, 0, False, {})
+    model, _ = build_model(Path(recipe.model.path), spec, plan, process, index.largest_tokens)
 
     def check_dtype(module: torch.nn.Module, args: Any, output: Any) -> None:
         streams = output if isinstance(output, tuple) else (output,)

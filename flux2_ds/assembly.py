@@ -1,0 +1,162 @@
+"""From a plan to the model that is trained."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import Flux2Transformer2DModel
+
+from flux2_ds.engine import Engine, Process, divided, gathering
+from flux2_ds.errors import UserError
+from flux2_ds.memory import GIB, Memory, estimate, largest_keep
+from flux2_ds.model import transformer
+from flux2_ds.model.blocks import arrange_blocks, kept_blocks
+from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.model.weights import read_parts, read_weights
+from flux2_ds.plan import Plan, compiles
+from flux2_ds.recipe import Recipe
+from flux2_ds.spec import Spec
+
+log = logging.getLogger("flux2_ds")
+
+_OLDEST_CARD = {"fp8": ((8, 9), "Ada and Hopper"), "int8": ((8, 0), "Ampere")}
+
+
+def build_model(
+    directory: Path, spec: Spec, plan: Plan, process: Process, image_tokens: int
+) -> tuple[Flux2Transformer2DModel, Memory]:
+    """The transformer in `directory` with what the recipe trains, and the memory this should take.
+
+    `image_tokens`: of the longest sample, reference images included.
+    """
+    model = load_model(directory, plan, process)
+    return model, finish_model(model, spec, plan, process, image_tokens)
+
+
+def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transformer2DModel:
+    """The transformer in `directory` as the plan wants its weights: divided, quantised or plain."""
+    recipe = plan.recipe
+    dtype = transformer.compute_dtype(recipe.precision)
+    if plan.zero_stage == 3:
+        with divided(plan.deepspeed, dtype):
+            model = transformer.build_transformer(directory)
+        read_parts(model, directory / "transformer", process.rank)
+        return model
+    with torch.device("meta"):
+        model = transformer.build_transformer(directory)
+    check_base(recipe, process.device)
+    quantized = BASE_WEIGHTS.get(recipe.base_weights or "")
+    read_weights(model, directory / "transformer", dtype, process.device, quantized)
+    return model
+
+
+def finish_model(
+    model: Flux2Transformer2DModel, spec: Spec, plan: Plan, process: Process, image_tokens: int
+) -> Memory:
+    """Add what the recipe trains and set how the blocks run; returns the memory this should take.
+
+    `image_tokens`: of the longest sample, reference images included.
+    """
+    recipe = plan.recipe
+    if recipe.method == "full":
+        model.requires_grad_(True)
+    else:
+        config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+        with gathering(plan.deepspeed if plan.zero_stage == 3 else {}):
+            transformer.add_lora(model, config, recipe.seed)
+    model.train()
+    sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
+    trained = sum(sizes[name] for name in transformer.trainable(model))
+    log.info("parameters %s trained", f"{trained:,}")
+    keep = keep_share(spec, plan, process.device, image_tokens)
+    attention = attention_backend(recipe, process.device)
+    compiled = compiles(recipe, plan.zero_stage)
+    arrange_blocks(model, keep=keep, compiled=compiled, attention=attention)
+    blocks = spec.double_blocks + spec.single_blocks
+    log.info(
+        "blocks     %d of %d keep their activations, %s, attention %s",
+        kept_blocks(blocks, keep),
+        blocks,
+        "compiled" if compiled else "not compiled",
+        attention or "by torch",
+    )
+    zero = plan.deepspeed.get("zero_optimization", {})
+    return estimate(spec, recipe, zero, plan.processes, image_tokens, keep)
+
+
+def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
+    """The model under DeepSpeed."""
+    return Engine(
+        model,
+        plan.deepspeed,
+        plan.recipe.optimizer,
+        offload_optimizer=plan.offload_optimizer,
+        in_parts=plan.recipe.method == "full",
+    )
+
+
+def attention_backend(recipe: Recipe, device: torch.device) -> str | None:
+    """diffusers' name for the backend, or None for torch's own choice.
+
+    `auto` is cuDNN on Hopper, where it is nearly twice as fast as flash attention.
+    """
+    if recipe.attention == "auto":
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        return "_native_cudnn" if hopper and recipe.precision != "fp32" else None
+    return {
+        "native": None,
+        "cudnn": "_native_cudnn",
+        "flash": "_native_flash",
+        "efficient": "_native_efficient",
+        "math": "_native_math",
+        "flash_attn": "flash",
+        "xformers": "xformers",
+    }[recipe.attention]
+
+
+def keep_share(spec: Spec, plan: Plan, device: torch.device, image_tokens: int) -> float:
+    """The share of the blocks that keep their activations; `auto` is what the card has room for."""
+    setting = plan.recipe.activations
+    if isinstance(setting, float | int):
+        return float(setting)
+    if setting != "auto":
+        return {"recompute": 0.0, "keep": 1.0}[setting]
+    if device.type != "cuda":
+        return 1.0
+    total = torch.cuda.get_device_properties(device).total_memory
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    zero = plan.deepspeed.get("zero_optimization", {})
+    return largest_keep(spec, plan.recipe, zero, plan.processes, image_tokens, min(free, allowed))
+
+
+def check_base(recipe: Recipe, device: torch.device) -> None:
+    """Refuse 8-bit products on a card without them.
+
+    Raises:
+        UserError: naming the card and what works on it.
+    """
+    _, compute = BASE_WEIGHTS.get(recipe.base_weights or "", ("", "bf16"))
+    if device.type != "cuda" or compute == "bf16":
+        return
+    needed, name = _OLDEST_CARD[compute]
+    if torch.cuda.get_device_capability(device) < needed:
+        raise UserError(
+            f"base_weights is {recipe.base_weights}, whose {compute} products need {name} or newer; "
+            f"this card is a {torch.cuda.get_device_name(device)}. Set base_weights: nf4, or int8 "
+            "on Ampere."
+        )
+
+
+def say_memory(expected: Memory, device: torch.device) -> None:
+    """Log the predicted peak against the measured one, at the end of a run on a card."""
+    if device.type == "cuda":
+        measured = torch.cuda.max_memory_allocated(device)
+        log.info(
+            "memory     peak %.1f GiB, predicted %.1f GiB (%+.0f %%)",
+            measured / GIB,
+            expected.on_card / GIB,
+            100 * (expected.on_card - measured) / measured,
+        )

@@ -1,0 +1,83 @@
+"""What would fit on a card: ZeRO stage × base weights × activations, the fastest first. Pure, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flux2_ds.errors import UserError
+from flux2_ds.memory import Memory, base_bytes, block_parameters, estimate
+from flux2_ds.plan import make_plan
+from flux2_ds.recipe import Recipe
+from flux2_ds.spec import TEXT_TOKENS, Spec
+
+_STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+_Base = Literal["fp8", "nf4_fp8", "int8", "nf4"] | None
+_BASES: tuple[_Base, ...] = (None, "fp8", "nf4_fp8", "int8", "nf4")
+_KEEPS = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+# TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
+_PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
+_ATTENTION = 500
+_HOST_LINK = 25e9  # bytes a second
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a recipe, and what it takes; `cost` orders the choices and is no prediction."""
+
+    deepspeed: str
+    base_weights: str | None
+    activations: float
+    memory: Memory
+    cost: float
+
+
+def choices(
+    recipe: Recipe,
+    spec: Spec,
+    processes: int,
+    image_tokens: int,
+    card_bytes: float,
+    host_bytes: float | None,
+) -> list[Choice]:
+    """All that fit on cards of so many bytes and a host shared by `processes`, the fastest first."""
+    found = []
+    for deepspeed in _STAGES:
+        for base in _BASES if recipe.method != "full" else (None,):
+            changed = dataclasses.replace(recipe, deepspeed=deepspeed, base_weights=base)
+            try:
+                zero = make_plan(changed, processes).deepspeed["zero_optimization"]
+            except UserError:
+                continue  # a combination that does not exist
+            for keep in _KEEPS:
+                memory = estimate(spec, changed, zero, processes, image_tokens, keep)
+                on_host = memory.on_host * processes
+                if memory.fits(card_bytes) and (host_bytes is None or on_host <= host_bytes):
+                    cost = _cost(changed, spec, zero, image_tokens, keep, memory)
+                    found.append(Choice(deepspeed, base, keep, memory, cost))
+                    break  # with this stage and base nothing is faster
+    return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
+
+
+def _cost(
+    recipe: Recipe,
+    spec: Spec,
+    zero: dict[str, Any],
+    image_tokens: int,
+    keep: float,
+    memory: Memory,
+) -> float:
+    sequence = image_tokens + TEXT_TOKENS
+    linear = 2 * sequence * block_parameters(spec) / 2
+    attention = 4 * sequence**2 * spec.width * (spec.double_blocks + spec.single_blocks)
+    again = 1 - keep
+    passes = (3 if recipe.method == "full" else 2) + again
+    seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
+    seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
+    if zero.get("stage") == 3:
+        seconds *= 1.35  # not compiled
+        if "base weights" in memory.host:
+            seconds += (2 + again) * base_bytes(spec, None, 2) / _HOST_LINK
+    return seconds + memory.host.get("optimizer", 0) / _HOST_LINK

@@ -1,0 +1,173 @@
+"""Bytes of a training step, by part, from dimensions alone. Pure, no torch.
+
+The sizes of weights, gradients and optimizer are arithmetic. Activations are counted in the tensors
+that a block keeps (see model/blocks.py), in units of one residual stream, tokens × width. What a
+block needs while it runs was fitted to measurements (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flux2_ds.plan import compiles
+from flux2_ds.recipe import Recipe
+from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
+from flux2_ds.targets import target_modules
+
+GIB = 2**30
+
+_NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
+_KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
+_NOT_COMPILED = 2.1  # autograd alone keeps what a compiler would recompute
+_WORKING = 34
+_TIMESTEP_FREQUENCIES = 256
+_CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
+
+_DOUBLE_LINEARS = {
+    **dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"), (1, 1)),
+    **dict.fromkeys(
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"), (1, 1)
+    ),
+    **dict.fromkeys(("ff.linear_in", "ff_context.linear_in"), (1, 6)),
+    **dict.fromkeys(("ff.linear_out", "ff_context.linear_out"), (3, 1)),
+}
+_SINGLE_LINEARS = {"attn.to_qkv_mlp_proj": (1, 9), "attn.to_out": (4, 1)}
+"""Linear -> input and output features, in widths."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of one process, in bytes, by part: on its card, and of host memory."""
+
+    card: dict[str, float]
+    host: dict[str, float]
+
+    @property
+    def on_card(self) -> float:
+        """What torch allocates at the peak."""
+        return sum(self.card.values())
+
+    @property
+    def on_host(self) -> float:
+        """Host memory of one process beside its libraries."""
+        return sum(self.host.values())
+
+    def fits(self, card_bytes: float) -> bool:
+        """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack."""
+        return self.on_card * 1.02 + _CONTEXT <= card_bytes
+
+
+def block_parameters(spec: Spec) -> int:
+    """Elements of the blocks' linears."""
+    return spec.width**2 * (26 * spec.double_blocks + 13 * spec.single_blocks)
+
+
+def other_parameters(spec: Spec) -> int:
+    """Elements of everything else: embedders, modulation and output layers."""
+    width = spec.width
+    embedders = width * (2 * TOKEN_CHANNELS + spec.text_width)
+    time = (1 + spec.guidance) * width * (_TIMESTEP_FREQUENCIES + width)
+    return embedders + time + 17 * width**2
+
+
+def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
+    """Elements of the adapter."""
+    count = 0
+    for name in target_modules(spec, recipe.lora.targets):
+        group, _, linear = name.split(".", 2)
+        shapes = _DOUBLE_LINEARS if group == "transformer_blocks" else _SINGLE_LINEARS
+        inputs, outputs = (features * spec.width for features in shapes[linear])
+        count += recipe.lora.rank * (inputs + outputs)
+        count += outputs if recipe.method == "dora" else 0
+    return count
+
+
+def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
+    """Bytes of the model's weights; `element`: bytes of one that is not quantised."""
+    per_weight: float = element
+    if base_weights in ("fp8", "int8"):
+        per_weight = 1 + _ROW_SCALE / spec.width
+    elif base_weights is not None and base_weights.startswith("nf4"):
+        per_weight = _NF4_BITS + _ROW_SCALE / spec.width
+    return block_parameters(spec) * per_weight + other_parameters(spec) * element
+
+
+def estimate(
+    spec: Spec,
+    recipe: Recipe,
+    zero: dict[str, Any],
+    processes: int,
+    image_tokens: int,
+    keep: float,
+) -> Memory:
+    """Memory of one process of a run.
+
+    `zero`: DeepSpeed's `zero_optimization`. `image_tokens`: of the largest bucket, references
+    included. `keep`: share of the blocks that keep their activations.
+    """
+    stage = zero.get("stage", 0)
+    element = 4 if recipe.precision == "fp32" else 2
+    full = recipe.method == "full"
+    base = base_bytes(spec, recipe.base_weights, element)
+    trained = (
+        block_parameters(spec) + other_parameters(spec)
+        if full
+        else adapter_parameters(spec, recipe)
+    )
+    share = trained / processes if stage else trained
+    card: dict[str, float] = {"base weights": base / (processes if stage == 3 else 1)}
+    if not full:
+        card["adapter"] = 4 * (share if stage == 3 else trained)
+    host: dict[str, float] = {}
+    optimizer_at = host if _offloaded(zero, "offload_optimizer") else card
+    if _offloaded(zero, "offload_param"):
+        host["base weights"] = card.pop("base weights")
+    state = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16}
+    masters = 4 * share if stage and (full or stage < 3) else 0
+    optimizer_at["optimizer"] = masters + state.get(recipe.optimizer.name, 8) * share
+    gradient = 4 if not full or recipe.precision != "bf16" else 6
+    optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
+    if stage in (1, 2):
+        buffers = 2 if zero.get("overlap_comm") else 1
+        card["reduction buffers"] = 4 * buffers * min(zero.get("reduce_bucket_size", 5e8), trained)
+    if recipe.optimizer.ema_decay is not None:
+        card["EMA"] = 4 * share
+
+    tokens = (image_tokens + TEXT_TOKENS) * recipe.batch.micro_size
+    stream = tokens * spec.width * element
+    blocks = spec.double_blocks + spec.single_blocks
+    kept = round(keep * blocks)
+    kept_double = max(0, kept - spec.single_blocks)
+    kept_single = kept - kept_double
+    each = 1 if compiles(recipe, stage) else _NOT_COMPILED
+    kept_streams = each * (_KEPT_DOUBLE * kept_double + _KEPT_SINGLE * kept_single)
+    card["activations"] = stream * (kept_streams + (blocks - kept))
+    # While one block runs: its intermediates, and its widest weight as the product reads it.
+    product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
+    card["working"] = _WORKING * stream + 9 * spec.width**2 * product.get(
+        recipe.base_weights or "", 26 / 9 * element if stage == 3 else 0
+    )
+    card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
+    return Memory(card, host)
+
+
+def _offloaded(zero: dict[str, Any], part: str) -> bool:
+    return (zero.get(part) or {}).get("device", "none") != "none"
+
+
+def largest_keep(
+    spec: Spec,
+    recipe: Recipe,
+    zero: dict[str, Any],
+    processes: int,
+    image_tokens: int,
+    card_bytes: float,
+) -> float:
+    """The largest share of the blocks that can keep their activations on such a card; 0 if none."""
+    blocks = spec.double_blocks + spec.single_blocks
+    for kept in range(blocks, 0, -1):
+        memory = estimate(spec, recipe, zero, processes, image_tokens, kept / blocks)
+        if memory.fits(card_bytes):
+            return kept / blocks
+    return 0.0

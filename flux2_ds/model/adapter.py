@@ -1,0 +1,69 @@
+"""PEFT's LoRA layer, computed in the dtype of its input.
+
+PEFT owns the adapter's configuration, its parameters and its file format; this replaces the
+arithmetic. PEFT multiplies in the adapter's own dtype, which is fp32 here: on a 55,296 wide output
+that is slower than the frozen product beside it. And its DoRA materialises B·A and W + B·A in every
+forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch.nn import functional
+
+from flux2_ds.model.quantize import add_low_rank
+
+
+class LoraLinear(lora.Linear):
+    """y = x Wᵀ + s·(x Aᵀ)Bᵀ; with DoRA (arXiv 2402.09353), rows scaled by m / ‖W + s·B·A‖.
+
+    A [r, K], B [N, r] and m [N] are fp32 parameters, cast to x's dtype where they multiply it.
+    """
+
+    def __init__(self, base_layer: torch.nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        if adapter_name in self.lora_magnitude_vector:
+            # B is zero now, so PEFT has just computed the norms of W's rows.
+            norm = self.lora_magnitude_vector[adapter_name].weight.detach().float().clone()
+            self.register_buffer("base_norm", norm, persistent=False)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        if self.disable_adapters or self.merged:
+            plain: torch.Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        (adapter,) = self.active_adapters
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        scaling = self.scaling[adapter]
+        base: torch.Tensor = self.base_layer(x)
+        dropped = self.lora_dropout[adapter](x)
+        narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
+        if adapter not in self.lora_magnitude_vector:
+            return _add(base, narrow, up)
+        magnitude = self.lora_magnitude_vector[adapter].weight
+        gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
+        # Like PEFT, DoRA's part of the base product sees the dropped input too.
+        inner = base if dropped is x else self.base_layer(dropped)
+        return _add(base + (gain - 1).to(x.dtype) * inner, narrow, gain[:, None] * up)
+
+    @torch.no_grad()
+    def _weight_norm(
+        self, down: torch.Tensor, up: torch.Tensor, scaling: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """‖W + s·B·A‖ by rows, [N] fp32, constant for the gradient as in the paper's section 4.3.
+
+        ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b(A Aᵀ)bᵀ needs no N × K intermediate.
+        """
+        projected = self.base_layer(down.to(dtype)).float().t()
+        cross = (projected * up).sum(-1)
+        square = ((up @ (down @ down.t())) * up).sum(-1)
+        return (self.base_norm**2 + 2 * scaling * cross + scaling**2 * square).sqrt()
+
+
+def _add(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """base + narrow · upᵀ, in one pass over the output."""
+    rows = add_low_rank(base.flatten(0, -2), narrow.flatten(0, -2), up.to(base.dtype))
+    return rows.view_as(base)

@@ -1,0 +1,89 @@
+"""How the transformer's blocks run: attention backend, compilation, and which activations are kept.
+
+Every block either *recomputes*: only its inputs outlive its forward pass; or *keeps*: the results of
+its matrix products and attention stay, and the backward pass computes again only what lies between
+them, which is cheap. The blocks that keep are the last ones, because the backward pass frees those
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from flux2_ds.model import quantize as quantize  # registers the operators named below
+
+Forward = Callable[..., Any]
+
+_aten = torch.ops.aten
+_COSTLY = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.flux2_ds.frozen_product.default,
+    torch.ops.flux2_ds.add_low_rank.default,
+}
+"""What a block that keeps its activations does not compute twice."""
+
+
+def arrange_blocks(
+    model: Flux2Transformer2DModel, *, keep: float, compiled: bool, attention: str | None
+) -> None:
+    """Set how the blocks run.
+
+    `keep`: share of the blocks that keep their activations, 0..1. `compiled`: compile each block, as
+    one graph without breaks. `attention`: name of a diffusers attention backend, or None for torch's
+    own choice.
+    """
+    if attention is not None:
+        model.set_attention_backend(attention)
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    recomputing = len(blocks) - kept_blocks(len(blocks), keep)
+    for number, block in enumerate(blocks):
+        forward = block.forward
+        if number < recomputing:
+            forward = _recomputing(forward)
+        elif compiled:
+            forward = _keeping(forward)
+        block.forward = _compiled(forward) if compiled else forward
+
+
+def _compiled(forward: Forward) -> Forward:
+    # One graph for each kind of block and each bucket, whose sizes it knows; all of them count
+    # against one limit.
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def kept_blocks(blocks: int, keep: float) -> int:
+    """How many of `blocks` keep their activations."""
+    return round(keep * blocks)
+
+
+def _recomputing(forward: Forward) -> Forward:
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=True)
+
+
+def _keeping(forward: Forward) -> Forward:
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operator in _COSTLY:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

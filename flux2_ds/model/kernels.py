@@ -1,0 +1,235 @@
+"""Triton kernels of the quantised products, for CUDA cards.
+
+They compute what the torch expressions in `quantize.py` compute, each in one pass over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_FP8_MAX, _INT8_MAX = 448.0, 127.0
+_NF4_BLOCK = 64
+_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
+
+# Found by timing on an H100.
+_CHUNK, _CHUNK_WARPS = 8192, 8
+_NF4_ROWS = 128
+_TILE = 128
+
+
+@triton.jit
+def _round(x):
+    """To the nearest integer, ties to even, for |x| < 2²²: the sum leaves no bits for a fraction."""
+    magic = 12582912.0  # 1.5 · 2²³
+    return (x + magic) - magic
+
+
+@triton.jit
+def _quantize_rows(
+    x, column_scale, values, scales, columns, largest,
+    INT8: tl.constexpr, SCALED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One row: its largest value, then, while the cache still holds it, its quantised values."""
+    row = tl.program_id(0).to(tl.int64)
+    peak = tl.zeros([CHUNK], dtype=tl.float32)
+    for start in range(0, columns, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        inside = column < columns
+        part = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            part = part * tl.load(column_scale + column, mask=inside, other=0.0)
+        peak = tl.maximum(peak, tl.abs(part))
+    scale = tl.maximum(tl.max(peak, 0), 1e-12) / largest
+    for start in range(0, columns, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        inside = column < columns
+        part = tl.load(
+            x + row * columns + column, mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(tl.float32)
+        if SCALED:
+            part = part * tl.load(column_scale + column, mask=inside, other=0.0)
+        part = part / scale
+        if INT8:
+            part = _round(part)
+        else:
+            part = tl.minimum(tl.maximum(part, -largest), largest)
+        tl.store(values + row * columns + column, part.to(values.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+def quantize_rows(
+    x: torch.Tensor, column_scale: torch.Tensor | None, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `quantize.quantize_rows`."""
+    x = x.contiguous()
+    rows, columns = x.shape
+    values = torch.empty(x.shape, device=x.device, dtype=_DTYPES[kind])
+    scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+    _quantize_rows[(rows,)](
+        x,
+        x if column_scale is None else column_scale.contiguous(),
+        values,
+        scales,
+        columns,
+        _INT8_MAX if kind == "int8" else _FP8_MAX,
+        INT8=kind == "int8",
+        SCALED=column_scale is not None,
+        CHUNK=min(_CHUNK, triton.next_power_of_2(columns)),
+        num_warps=_CHUNK_WARPS,
+    )
+    return values, scales
+
+
+@triton.jit
+def _expand_nf4(
+    codes, block_scale, row_scale, table, out, rows, columns, factor,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One block of 64 weights in each of `ROWS` rows."""
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0).to(tl.int64)
+    inside = row < rows
+    byte = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    pairs = tl.load(
+        codes + row[:, None] * (columns // 2) + byte[None, :], mask=inside[:, None], other=0
+    ).to(tl.int32)
+    high = tl.load(table + (pairs >> 4))
+    low = tl.load(table + (pairs & 15))
+    scale = tl.load(block_scale + row * (columns // BLOCK) + block, mask=inside, other=0.0)
+    weight = tl.interleave(high, low) * scale.to(tl.float32)[:, None]
+    if FORMAT == "bf16":
+        weight = weight * tl.load(row_scale + row, mask=inside, other=0.0)[:, None]
+    if FORMAT == "int8":
+        weight = _round(weight * factor)
+    weight = weight.to(out.dtype.element_ty)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    if TRANSPOSED:
+        tl.store(
+            out + column[:, None] * rows + row[None, :], tl.trans(weight), mask=inside[None, :]
+        )
+    else:
+        tl.store(out + row[:, None] * columns + column[None, :], weight, mask=inside[:, None])
+
+
+def expand_nf4(
+    values: torch.Tensor,
+    block_scale: torch.Tensor,
+    scale: torch.Tensor,
+    table: torch.Tensor,
+    kind: str,
+    *,
+    transposed: bool,
+) -> torch.Tensor:
+    """See `quantize.expand_nf4`; `table`: the sixteen levels, fp32."""
+    rows, columns = values.shape[0], values.shape[1] * 2
+    shape = (columns, rows) if transposed else (rows, columns)
+    out = torch.empty(shape, device=values.device, dtype=_DTYPES[kind])
+    _expand_nf4[(columns // _NF4_BLOCK, triton.cdiv(rows, _NF4_ROWS))](
+        values,
+        block_scale.view(torch.float8_e4m3fn),
+        scale,
+        table,
+        out,
+        rows,
+        columns,
+        _INT8_MAX / _FP8_MAX,
+        FORMAT=kind,
+        TRANSPOSED=transposed,
+        BLOCK=_NF4_BLOCK,
+        ROWS=_NF4_ROWS,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _transpose(x, out, rows, columns, TILE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.load(
+        x + row[:, None] * columns + column[None, :],
+        mask=(row < rows)[:, None] & (column < columns)[None, :],
+        other=0,
+    )
+    tl.store(
+        out + column[:, None] * rows + row[None, :],
+        tl.trans(tile),
+        mask=(column < columns)[:, None] & (row < rows)[None, :],
+    )
+
+
+def transpose(x: torch.Tensor) -> torch.Tensor:
+    """xᵀ, contiguous, of x [M, N] uint8."""
+    rows, columns = x.shape
+    out = torch.empty(columns, rows, device=x.device, dtype=x.dtype)
+    _transpose[(triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))](
+        x, out, rows, columns, TILE=_TILE, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _scale_product(product, row_scale, column_scale, out, columns, CHUNK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = column < columns
+    part = tl.load(product + row * columns + column, mask=inside, other=0).to(tl.float32)
+    part = part * tl.load(row_scale + row) * tl.load(column_scale + column, mask=inside, other=0.0)
+    tl.store(out + row * columns + column, part.to(out.dtype.element_ty), mask=inside)
+
+
+def scale_product(
+    product: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """product ∘ row_scale ∘ column_scale: [M, N] int32, [M, 1] and [1, N] fp32 -> [M, N] in `dtype`."""
+    rows, columns = product.shape
+    out = torch.empty(product.shape, device=product.device, dtype=dtype)
+    _scale_product[(triton.cdiv(columns, 2048), rows)](
+        product, row_scale, column_scale.contiguous(), out, columns, CHUNK=2048, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _add_low_rank(
+    base, narrow, up, out, rows, columns, rank, RANK: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    depth = tl.arange(0, RANK)
+    left = tl.load(
+        narrow + row[:, None] * rank + depth[None, :],
+        mask=(row < rows)[:, None] & (depth < rank)[None, :],
+        other=0.0,
+    )
+    right = tl.load(
+        up + column[None, :] * rank + depth[:, None],
+        mask=(column < columns)[None, :] & (depth < rank)[:, None],
+        other=0.0,
+    )
+    place = row[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    total = tl.load(base + place, mask=inside, other=0.0).to(tl.float32) + tl.dot(left, right)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """See `quantize.add_low_rank`; all in bf16."""
+    base, narrow, up = base.contiguous(), narrow.contiguous(), up.contiguous()
+    (rows, columns), rank = base.shape, narrow.shape[1]
+    out = torch.empty_like(base)
+    _add_low_rank[(triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))](
+        base,
+        narrow,
+        up,
+        out,
+        rows,
+        columns,
+        rank,
+        RANK=max(16, triton.next_power_of_2(rank)),
+        TILE=_TILE,
+        num_warps=8,
+    )
+    return out

@@ -1,0 +1,129 @@
+"""What `flux2-ds plan` says about memory, without torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from flux2_ds.choices import Choice, choices
+from flux2_ds.data.buckets import bucket_table, resolutions
+from flux2_ds.data.index import Index
+from flux2_ds.errors import UserError
+from flux2_ds.memory import GIB, Memory, estimate, largest_keep
+from flux2_ds.plan import Plan
+from flux2_ds.recipe import Recipe
+from flux2_ds.spec import planned_spec
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of the recipe as it stands, and what else would fit.
+
+    `keep`: share of the blocks that keep their activations. `fits`: on the given card and host; None
+    if none was given. `others`: the fastest first.
+    """
+
+    processes: int
+    image_tokens: int
+    keep: float
+    memory: Memory
+    fits: bool | None
+    others: list[Choice]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found = [
+            f"memory     {self.memory.on_card / GIB:.1f} GiB a GPU at {self.image_tokens} image tokens, "
+            f"{self.keep:.0%} of the blocks keep their activations",
+            *_parts(self.memory.card),
+        ]
+        if self.memory.host:
+            found.append(f"host       {self.memory.on_host * self.processes / GIB:.1f} GiB")
+            found += _parts(self.memory.host)
+        if self.fits is None:
+            return found
+        found.append(f"fits       {'yes' if self.fits else 'no'}")
+        if not self.others:
+            return [*found, "           nothing does: more or larger GPUs, or a smaller model"]
+        found.append("what fits, fastest first:")
+        found.append("  deepspeed      base      keep  GPU GiB  host GiB")
+        found += [
+            f"  {choice.deepspeed:13}  {choice.base_weights or '-':8}  {choice.activations:4.0%}"
+            f"  {choice.memory.on_card / GIB:7.1f}"
+            f"  {choice.memory.on_host * self.processes / GIB:8.1f}"
+            for choice in self.others
+        ]
+        return found
+
+    def values(self) -> dict[str, Any]:
+        """For programs; bytes."""
+        return {
+            "processes": self.processes,
+            "image_tokens": self.image_tokens,
+            "activations": self.keep,
+            "gpu": self.memory.card,
+            "gpu_total": self.memory.on_card,
+            "host_per_process": self.memory.host,
+            "fits": self.fits,
+            "choices": [
+                {
+                    "deepspeed": choice.deepspeed,
+                    "base_weights": choice.base_weights,
+                    "activations": choice.activations,
+                    "gpu_total": choice.memory.on_card,
+                    "host_total": choice.memory.on_host * self.processes,
+                }
+                for choice in self.others
+            ],
+        }
+
+
+def plan_memory(plan: Plan, index: Index | None, card: str | None, host: str | None) -> MemoryPlan:
+    """Estimate the recipe's memory; `card` and `host`: sizes such as 24GiB, of each GPU and host.
+
+    Raises:
+        UserError: a size that is none, or a model whose dimensions are not known.
+    """
+    recipe, spec = plan.recipe, planned_spec(plan.recipe.model.path)
+    zero = plan.deepspeed.get("zero_optimization", {})
+    tokens = index.largest_tokens if index else _largest_bucket(recipe)
+    card_bytes = None if card is None else size("--gpu", card)
+    host_bytes = None if host is None else size("--host", host)
+    keep = {"recompute": 0.0, "keep": 1.0, "auto": 0.0}.get(str(recipe.activations))
+    if keep is None:
+        keep = float(recipe.activations)
+    elif recipe.activations == "auto" and card_bytes is not None:
+        keep = largest_keep(spec, recipe, zero, plan.processes, tokens, card_bytes)
+    memory = estimate(spec, recipe, zero, plan.processes, tokens, keep)
+    if card_bytes is None:
+        return MemoryPlan(plan.processes, tokens, keep, memory, None, [])
+    fits = memory.fits(card_bytes) and (
+        host_bytes is None or memory.on_host * plan.processes <= host_bytes
+    )
+    others = choices(recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
+    return MemoryPlan(plan.processes, tokens, keep, memory, fits, others)
+
+
+def size(option: str, text: str) -> float:
+    """Bytes of a size such as 24GiB or 64 GB.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UserError(f"{option} is {text!r}; it must be a size such as 24GiB or 64GB.")
+    return float(match[1]) * _UNITS[match[2].upper()]
+
+
+def _largest_bucket(recipe: Recipe) -> int:
+    data = recipe.data
+    table = bucket_table(resolutions(data.resolution)[0], data.bucket_step, data.max_aspect)
+    return max(bucket.tokens for bucket in table)
+
+
+def _parts(parts: dict[str, float]) -> list[str]:
+    return [f"  {name:18} {value / GIB:7.2f} GiB" for name, value in parts.items()]
