@@ -9,8 +9,11 @@ import pytest
 import torch
 from test_train_gpu import ROOT, run
 
-from flux2_ds import checkpoint, train
+from flux2_ds import checkpoint
+from flux2_ds.assembly import build_model
+from flux2_ds.engine import Process
 from flux2_ds.model import transformer
+from flux2_ds.plan import make_plan
 from flux2_ds.recipe import load_recipe
 from flux2_ds.spec import read_spec
 
@@ -33,7 +36,10 @@ def moved_share(folder: Path, method: str, precision: str, accelerator: str = "c
     run("train", "--config", "recipes/smoke-cpu.yaml", *settings)
     recipe = load_recipe(ROOT / "recipes" / "smoke-cpu.yaml", settings)
     directory = Path(recipe.model.path)
-    before = transformer.trainable(train.build_model(directory, read_spec(directory), recipe))
+    plan = make_plan(recipe, 1)
+    process = Process(0, 1, torch.device("cpu"))
+    model, _ = build_model(directory, read_spec(directory), plan, process, image_tokens=100)
+    before = transformer.trainable(model)
     found, _ = checkpoint.newest(Path(recipe.run_dir) / "checkpoints")
     assert found is not None
     after = found.tensors("weights")

@@ -28,6 +28,8 @@ LIGHT = {
             "spec",
             "targets",
             "memory",
+            "choices",
+            "ranges",
             "shipped",
             "errors",
             "rundir",
@@ -91,7 +93,7 @@ def reached(module: str) -> set[str]:
 def test_the_sources_were_found():
     assert len(FILES) > 25
     assert FILES.keys() >= ROOTS | LIGHT | {"launcher.cli", "flux2_ds.model.transformer"}
-    assert IMPORTS["flux2_ds.plan"] >= {"json", "flux2_ds.recipe", "flux2_ds.data.buckets"}
+    assert IMPORTS["flux2_ds.plan"] >= {"json", "flux2_ds.recipe", "flux2_ds.ranges"}
     assert packages("flux2_ds.engine") >= {"torch", "deepspeed"}
 
 

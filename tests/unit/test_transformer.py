@@ -13,7 +13,6 @@ from flux2_ds.targets import target_modules
 
 # With several threads the CPU kernels round differently from one memory address to the next, and bits
 # are compared here.
-torch.set_num_threads(1)
 
 SPECS = {
     "klein": Spec("klein", "Flux2KleinPipeline", 2, 3, 2, 32, 48, False),

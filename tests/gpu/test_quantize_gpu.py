@@ -1,0 +1,248 @@
+"""The Triton kernels against the torch expressions of the CPU, and the products on a card."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flux2_ds.model.quantize import (
+    BASE_WEIGHTS,
+    FP8_MAX,
+    INT8_MAX,
+    QuantizedLinear,
+    add_low_rank,
+    dequantize,
+    expand_nf4,
+    nf4_table,
+    quantize,
+    quantize_rows,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+if torch.cuda.is_available():
+    from flux2_ds.model import kernels
+
+OPERAND_ERROR = {"bf16": 0.005, "int8": 0.025, "fp8": 0.06}
+"""Compute -> the error of a product of bf16 tensors: its operands' and its own rounding to bf16."""
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uneven(rows: int, columns: int) -> torch.Tensor:
+    """A gaussian weight whose rows differ in size by up to 10⁶."""
+    return gaussian(rows, columns) * torch.logspace(-4, 2, rows)[:, None]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = found.detach().cpu().double() - expected.detach().cpu().double()
+    return (difference.norm() / expected.detach().cpu().double().norm()).item()
+
+
+def assert_nearly_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to the bit, but for one value in a thousand that a division rounds to its neighbour.
+
+    e4m3 has neighbours up to 1/8 apart, integers by 1, bf16 by 1/128.
+    """
+    assert found.device.type == "cuda" and found.is_contiguous()
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    a, b = found.cpu().float(), expected.float()
+    assert (a != b).float().mean() <= 1e-3
+    apart = {torch.int8: (0, 1), torch.float8_e4m3fn: (1 / 7, 2**-9), torch.bfloat16: (1 / 64, 0)}
+    relative, absolute = apart[expected.dtype]
+    torch.testing.assert_close(a, b, rtol=relative, atol=absolute)
+
+
+def skip_without_fp8(compute: str) -> None:
+    if compute == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 products need compute capability 8.9")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    # One value, less than a chunk, odd sizes, and rows of two chunks of 8192 and a bit.
+    "shape",
+    [(1, 1), (3, 100), (300, 320), (7, 2 * 8192 + 37)],
+)
+def test_rows_are_quantised_as_on_the_cpu(shape, dtype, kind):
+    skip_without_fp8(kind)
+    x = uneven(*shape).to(dtype)
+    x[0] = 0
+    for column_scale in (None, torch.logspace(-3, 3, shape[1])[None]):
+        expected, expected_scale = quantize_rows(x, column_scale, kind)
+        given = None if column_scale is None else column_scale.cuda()
+        found, scale = quantize_rows(x.cuda(), given, kind)
+        assert_nearly_equal(found, expected)
+        assert scale.shape == (shape[0], 1) and scale.dtype == torch.float32
+        torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_rows_of_a_view_are_quantised(kind):
+    """Neither the input nor the column scales (a transpose) need be contiguous."""
+    skip_without_fp8(kind)
+    x, column_scale = gaussian(96, 40).bfloat16(), torch.logspace(-1, 1, 40)[:, None].expand(-1, 2)
+    expected, _ = quantize_rows(x[:, 8:], column_scale[8:, :1].t(), kind)
+    found, _ = quantize_rows(x.cuda()[:, 8:], column_scale.cuda()[8:, :1].t(), kind)
+    assert_nearly_equal(found, expected)
+
+
+def test_int8_rounds_halves_to_even():
+    """As torch.round does: a step of 1 makes halves exact."""
+    row = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
+    found, _ = quantize_rows(row.cuda(), None, "int8")
+    assert found.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64), (37, 128), (300, 320), (129, 64 * 33)])
+def test_nf4_is_expanded_as_on_the_cpu(shape, transposed, kind):
+    """Rows that do not fill the kernel's 128, one block of columns and many."""
+    skip_without_fp8(kind)
+    weight = uneven(*shape)
+    if shape[0] > 1:
+        weight[1] = 0
+        weight[0, :64] = 0
+    stored = quantize(weight, "nf4")
+    expected = expand_nf4(*stored, kind, transposed=transposed)
+    found = expand_nf4(*(part.cuda() for part in stored), kind, transposed=transposed)
+    assert_nearly_equal(found, expected)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
+def test_a_weight_is_quantised_as_on_the_cpu(storage):
+    skip_without_fp8(storage)
+    weight = uneven(129, 320)
+    on_cpu = quantize(weight, storage)
+    on_card = quantize(weight.cuda(), storage)
+    assert all(part is None or part.is_cuda for part in on_card)
+    expected, found = dequantize(*on_cpu, storage), dequantize(*on_card, storage)
+    assert error(found, expected) < 0.003  # a rounded tie here and there
+    assert error(found, weight) == pytest.approx(error(expected, weight), rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 5), (128, 128), (129, 300)])
+def test_a_transpose(shape):
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    found = kernels.transpose(x.cuda())
+    assert found.is_contiguous() and torch.equal(found.cpu(), x.t())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (3, 2048), (17, 2 * 2048 + 5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_scaled_product(shape, dtype):
+    """Sums as large as those of 8-bit products of 24,576 columns: 127² · 24,576 < 2³¹."""
+    product = torch.randint(-(2**28), 2**28, shape, dtype=torch.int32)
+    rows, columns = gaussian(shape[0], 1).abs(), gaussian(shape[1], 1, seed=1).abs().t()
+    found = kernels.scale_product(product.cuda(), rows.cuda(), columns.cuda(), dtype)
+    assert found.dtype == dtype
+    expected = product.double() * rows * columns
+    assert error(found, expected) < (0.003 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 24, 100])
+@pytest.mark.parametrize("shape", [(1, 8), (37, 200), (300, 129)])
+def test_a_low_rank_product_is_added(shape, rank):
+    base, narrow = gaussian(*shape).bfloat16(), gaussian(shape[0], rank, seed=1).bfloat16()
+    up = gaussian(shape[1], rank, seed=2).bfloat16()
+    expected = [t.double().requires_grad_() for t in (base, narrow, up)]
+    inputs = [t.cuda().requires_grad_() for t in (base, narrow, up)]
+    wanted = expected[0] + expected[1] @ expected[2].t()
+    found = add_low_rank(*inputs)
+    assert found.dtype == torch.bfloat16 and found.shape == shape
+    assert error(found, wanted) < 0.003
+    # Rounded once, after the sum: no value is further off than half a bf16 step.
+    torch.testing.assert_close(found.cpu().double(), wanted.detach(), rtol=0.004, atol=1e-4)
+    grad = gaussian(*shape, seed=3).bfloat16()
+    theirs = torch.autograd.grad(wanted, expected, grad.double())
+    for ours, value in zip(torch.autograd.grad(found, inputs, grad.cuda()), theirs, strict=True):
+        assert ours.dtype == torch.bfloat16 and error(ours, value) < 0.005
+
+
+def test_a_low_rank_product_of_views_is_added():
+    """As the adapter makes them: `up` may be a transpose, the base a slice."""
+    base, narrow = gaussian(40, 90).bfloat16().cuda()[:, 10:], gaussian(40, 6).bfloat16().cuda()
+    up = gaussian(6, 80).bfloat16().cuda().t()
+    expected = base.double() + narrow.double() @ up.double().t()
+    assert error(add_low_rank(base, narrow, up), expected) < 0.003
+
+
+@pytest.mark.parametrize("mode", BASE_WEIGHTS)
+@pytest.mark.parametrize(
+    # Tokens, as few as a rank or as the rows of one prompt, and sizes that fill no tile.
+    "rows",
+    [1, 4, 17, 300],
+)
+def test_the_product_and_its_gradient(rows, mode):
+    """Against the stored weight in float64; rows of W that differ in size by 10⁶ show a lost scale."""
+    storage, compute = BASE_WEIGHTS[mode]
+    skip_without_fp8(compute)
+    linear = QuantizedLinear(uneven(144, 320).cuda(), storage, compute)
+    assert all(p.is_cuda for p in linear.parameters())
+    scale = None if linear.block_scale is None else linear.block_scale.cpu()
+    exact = dequantize(linear.values.cpu(), scale, linear.scale.cpu(), storage).double()
+    x = gaussian(rows, 320, seed=1).bfloat16().cuda().requires_grad_()
+    y = linear(x)
+    assert y.dtype == torch.bfloat16 and y.shape == (rows, 144)
+    expected = x.detach().cpu().double() @ exact.t()
+    assert error(y, expected) < OPERAND_ERROR[compute]
+    assert error(y / linear.scale.t(), expected / linear.scale.t().cpu()) < OPERAND_ERROR[compute]
+    even = gaussian(rows, 144, seed=3).cuda() / linear.scale.t()
+    for incoming in (gaussian(rows, 144, seed=2).cuda(), even):
+        incoming = incoming.bfloat16()
+        (found,) = torch.autograd.grad(y, x, incoming, retain_graph=True)
+        assert found.dtype == torch.bfloat16
+        assert error(found, incoming.cpu().double() @ exact) < OPERAND_ERROR[compute]
+
+
+@pytest.mark.parametrize("mode", BASE_WEIGHTS)
+def test_the_card_computes_what_the_cpu_computes(mode):
+    """The same codes, the same operands: only sums in another order, and their rounding, remain."""
+    storage, compute = BASE_WEIGHTS[mode]
+    skip_without_fp8(compute)
+    linear = QuantizedLinear(gaussian(160, 320) * 0.02, storage, compute)
+    on_card = copy.deepcopy(linear).cuda()
+    x = gaussian(2, 33, 320, seed=1).bfloat16()
+    grad = gaussian(2, 33, 160, seed=2).bfloat16()
+    results = []
+    for layer, given, incoming in ((linear, x, grad), (on_card, x.cuda(), grad.cuda())):
+        given = given.clone().requires_grad_()
+        y = layer(given)
+        y.backward(incoming)
+        results.append((y, given.grad))
+    for expected, found in zip(*results, strict=True):
+        assert error(found, expected) < 0.006
+
+
+@pytest.mark.parametrize("mode", BASE_WEIGHTS)
+def test_a_compiled_linear(mode):
+    storage, compute = BASE_WEIGHTS[mode]
+    skip_without_fp8(compute)
+    linear = nn.Sequential(nn.SiLU(), QuantizedLinear(gaussian(96, 128).cuda(), storage, compute))
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False)
+    results = []
+    for layer in (linear, compiled):
+        x = gaussian(33, 128, seed=1).bfloat16().cuda().requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    for expected, found in zip(*results, strict=True):
+        assert error(found, expected) < OPERAND_ERROR[compute]
+
+
+def test_the_units_of_an_int8_nf4_operand():
+    """±448 of a block becomes ±127."""
+    levels = nf4_table(torch.device("cpu"))
+    stored = quantize(FP8_MAX * levels.repeat(4)[None].repeat(2, 1), "nf4")
+    found = expand_nf4(*(part.cuda() for part in stored), "int8")
+    assert torch.equal(found.cpu()[0, :16], (INT8_MAX * levels).round().to(torch.int8))
