@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
-from flux2_ds.model import blocks, transformer
+from flux2_ds.model import blocks, quantize, transformer
 from flux2_ds.model.blocks import arrange_blocks, kept_blocks
-from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.model.quantize import BASE_WEIGHTS, expand_nf4
 from flux2_ds.model.weights import place_weight
 from flux2_ds.recipe import Lora
 from flux2_ds.spec import Spec
@@ -114,19 +114,30 @@ def test_what_is_kept_changes_no_result(base: str | None, dropout: float) -> Non
         assert_same(step(model), plain, keep)
 
 
-def test_compiled_blocks_keep_what_they_are_told_to() -> None:
+def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """The results of plain autograd, and the more blocks keep, the more bytes wait for the backward
-    pass; with all of them, still less than plain autograd holds."""
+    pass; with all of them, still less than plain autograd holds, and no product is computed twice."""
+    products = []
+
+    def counted(*args: Any, transposed: bool = False) -> torch.Tensor:
+        if not transposed:  # the forward pass's
+            products.append(args)
+        return expand_nf4(*args, transposed=transposed)
+
+    monkeypatch.setattr(quantize, "expand_nf4", counted)
     plain = step(build(BOTH_KINDS, "nf4_fp8"))
-    waiting = []
+    once, waiting, computed = len(products), [], []
     for keep in KEEPS:
         model = build(BOTH_KINDS, "nf4_fp8")
         arrange_blocks(model, keep=keep, compiled=True, attention=None)
+        products.clear()
         found = step(model)
         assert_same(found, plain, keep)
         waiting.append(found.waiting)
+        computed.append(len(products))
     recomputing, half, keeping = waiting
     assert recomputing < half < keeping < 0.7 * plain.waiting, (waiting, plain.waiting)
+    assert computed[0] > computed[1] > computed[2] == once > 0, (computed, once)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 1.0])

@@ -1,0 +1,136 @@
+"""The memory plan against real parameter counts, quantised weights and measured peaks."""
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+
+from flux2_ds.choices import choices
+from flux2_ds.errors import UserError
+from flux2_ds.memory import (
+    GIB,
+    adapter_parameters,
+    base_bytes,
+    block_parameters,
+    estimate,
+    largest_keep,
+    other_parameters,
+)
+from flux2_ds.model import transformer
+from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.recipe import Batch, Data, Lora, Model, Recipe
+from flux2_ds.spec import RELEASED, Spec
+from launcher.planning import size
+
+DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"
+ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
+
+
+def recipe_for(model: str = DEV, **settings) -> Recipe:
+    settings = {"lora": Lora(rank=16, targets="diffusers"), **settings}
+    return Recipe(
+        run_dir="r",
+        model=Model(path=model),
+        data=Data(images="i", shards="s"),
+        batch=Batch(global_size=1),
+        **settings,
+    )
+
+
+def meta(spec: Spec) -> Flux2Transformer2DModel:
+    with torch.device("meta"):
+        return Flux2Transformer2DModel(
+            num_layers=spec.double_blocks,
+            num_single_layers=spec.single_blocks,
+            num_attention_heads=spec.heads,
+            joint_attention_dim=spec.text_width,
+            guidance_embeds=spec.guidance,
+        )
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_parameters_are_counted_as_they_are(name):
+    spec = RELEASED[name]
+    model = meta(spec)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert block_parameters(spec) + other_parameters(spec) == matrices
+    assert sum(p.numel() for p in model.parameters()) - matrices < 1e-5 * matrices
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("targets", ["all", "attention", "diffusers"])
+def test_adapters_are_counted_as_they_are(method, targets):
+    spec = Spec("dev", "Flux2Pipeline", 2, 3, 4, 32, 96, guidance=True)
+    recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets))
+    model = Flux2Transformer2DModel(
+        num_layers=2, num_single_layers=3, num_attention_heads=4, attention_head_dim=32,
+        joint_attention_dim=96, axes_dims_rope=(8, 8, 8, 8),
+    )  # fmt: skip
+    config = transformer.lora_config(spec, recipe.lora, dora=method == "dora")
+    transformer.add_lora(model, config, seed=0)
+    count = sum(p.numel() for p in transformer.trainable(model).values())
+    assert adapter_parameters(spec, recipe) == count
+
+
+@pytest.mark.parametrize("name", sorted(BASE_WEIGHTS))
+def test_quantised_weights_take_what_is_planned(name):
+    spec = Spec("klein", "Flux2KleinPipeline", 0, 1, 4, 64, 96, guidance=False)
+    width = spec.width
+    linears = [
+        QuantizedLinear(torch.randn(9 * width, width), *BASE_WEIGHTS[name]),
+        QuantizedLinear(torch.randn(width, 4 * width), *BASE_WEIGHTS[name]),
+    ]
+    held = sum(p.numel() * p.element_size() for each in linears for p in each.parameters())
+    assert base_bytes(spec, name, 2) - 2 * other_parameters(spec) == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "zero", "keep", "measured"),
+    [  # GiB on an H100 at 1024², from docs/performance.md
+        (DEV, "fp8", {}, 1.0, 65.85),
+        (DEV, "fp8", ZERO2, 1.0, 67.05),
+        (DEV, "nf4_fp8", {}, 0.0, 22.09),
+        (KLEIN_4B, "fp8", {}, 1.0, 12.03),
+    ],
+)
+def test_estimates_are_within_seven_percent_of_measured_peaks(model, base, zero, keep, measured):
+    memory = estimate(RELEASED[model], recipe_for(model, base_weights=base), zero, 1, 4096, keep)
+    assert memory.on_card / GIB == pytest.approx(measured, rel=0.07)
+
+
+def test_offload_moves_and_processes_divide():
+    spec, recipe = RELEASED[DEV], recipe_for(base_weights="fp8")
+    here = estimate(spec, recipe, ZERO2, 1, 4096, 0.0)
+    divided = estimate(spec, recipe, ZERO2, 4, 4096, 0.0)
+    offloaded = {**ZERO2, "offload_optimizer": {"device": "cpu"}}
+    away = estimate(spec, recipe, offloaded, 1, 4096, 0.0)
+    assert divided.card["optimizer"] == here.card["optimizer"] / 4
+    assert away.host == {part: here.card[part] for part in ("optimizer", "gradients")}
+    assert away.on_card + away.on_host == pytest.approx(here.on_card)
+
+
+def test_the_largest_keep_just_fits():
+    spec, recipe = RELEASED[DEV], recipe_for(base_weights="fp8")
+    keep = largest_keep(spec, recipe, {}, 1, 4096, 60 * GIB)
+    more = keep + 1 / 56
+    assert 0 < keep < 1
+    assert estimate(spec, recipe, {}, 1, 4096, keep).fits(60 * GIB)
+    assert not estimate(spec, recipe, {}, 1, 4096, more).fits(60 * GIB)
+    assert largest_keep(spec, recipe, {}, 1, 4096, 10 * GIB) == 0
+
+
+def test_choices_fit_and_the_fastest_is_first():
+    found = choices(recipe_for(), RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
+    assert (found[0].deepspeed, found[0].base_weights, found[0].activations) == ("zero0", "fp8", 1)
+    assert all(c.memory.fits(80 * GIB) and c.memory.on_host <= 64 * GIB for c in found)
+    assert [c.cost for c in found] == sorted(c.cost for c in found)
+    small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, None)
+    assert small[0].base_weights == "nf4_fp8"
+    assert choices(recipe_for(), RELEASED[DEV], 1, 4096, 4 * GIB, 1 * GIB) == []
+
+
+def test_sizes():
+    assert size("--gpu", "24GiB") == 24 * GIB
+    assert size("--host", "64 GB") == 64e9
+    for wrong in ("", "many", "24 parsecs", "-1GB"):
+        with pytest.raises(UserError, match="--gpu"):
+            size("--gpu", wrong)
