@@ -21,8 +21,6 @@ from flux2_ds.spec import Spec
 
 log = logging.getLogger("flux2_ds")
 
-_OLDEST_CARD = {"fp8": ((8, 9), "Ada and Hopper"), "int8": ((8, 0), "Ampere")}
-
 
 def build_model(
     directory: Path, spec: Spec, plan: Plan, process: Process, image_tokens: int
@@ -133,20 +131,24 @@ def keep_share(spec: Spec, plan: Plan, device: torch.device, image_tokens: int) 
 
 
 def check_base(recipe: Recipe, device: torch.device) -> None:
-    """Refuse 8-bit products on a card without them.
+    """Refuse a quantised base on a card that cannot compute with it.
 
     Raises:
         UserError: naming the card and what works on it.
     """
-    _, compute = BASE_WEIGHTS.get(recipe.base_weights or "", ("", "bf16"))
-    if device.type != "cuda" or compute == "bf16":
+    base = recipe.base_weights
+    if device.type != "cuda" or base not in BASE_WEIGHTS:
         return
-    needed, name = _OLDEST_CARD[compute]
+    # nf4 has fp8 scales, which Triton reads on such cards only.
+    needed, family, other = (
+        ((8, 0), "Ampere", "remove base_weights")
+        if base == "int8"
+        else ((8, 9), "Ada or Hopper", "set base_weights: int8, or remove it")
+    )
     if torch.cuda.get_device_capability(device) < needed:
         raise UserError(
-            f"base_weights is {recipe.base_weights}, whose {compute} products need {name} or newer; "
-            f"this card is a {torch.cuda.get_device_name(device)}. Set base_weights: nf4, or int8 "
-            "on Ampere."
+            f"base_weights is {base}, which needs {family} or newer; this card is a "
+            f"{torch.cuda.get_device_name(device)}. Use another card, or {other}."
         )
 
 

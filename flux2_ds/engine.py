@@ -128,10 +128,6 @@ class Engine:
         self._max_norm = config["gradient_clipping"]
         if config.get("zero_optimization", {}).get("stage", 0) == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
-        self._clip = 0.0
-        if not config.get("zero_optimization", {}).get("stage", 0):
-            # DeepSpeed's own clipping there takes two kernels a tensor and waits for the device.
-            self._clip, config = config["gradient_clipping"], config | {"gradient_clipping": 0.0}
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
@@ -170,27 +166,33 @@ class Engine:
             group["lr"] = learning_rate
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._stage == 0:
-            self._norm = self._clip_gradients()
+            self._norm = self._clip()
         self._engine.step()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
+            if self._stage == 2 and not math.isfinite(self._norm):
+                # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a step that it
+                # has not made in its buffers, and would add those of the next steps to them.
+                buffers = self._engine.optimizer.averaged_gradients
+                buffers.update(dict.fromkeys(buffers))
         if last and self.state.averages and math.isfinite(self._norm):
             self.state.average()
 
-    def _clip_gradients(self) -> torch.Tensor:
-        """Clip to the recipe's norm and return the norm before it; withhold an update that is not finite.
+    def _clip(self) -> torch.Tensor:
+        """Clip at stage 0 and return the norm before it; withhold an update that is not finite.
 
-        DeepSpeed looks at the gradients at stages 1 to 3 only.
+        DeepSpeed would make that update, and its clipping takes two kernels a tensor and waits for
+        the device.
         """
-        trained = list(self._named.values())
+        trained = [p for p in self._named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if self._clip:
-            nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
+        if self._max_norm > 0:
+            nn.utils.clip_grads_with_norm_(trained, self._max_norm, norm)
         if self._optimizer.defaults.get("fused"):
             # The kernel reads it on the device, so that the host need not wait to decide.
             self._optimizer.found_inf = (~norm.isfinite()).float()
         elif not math.isfinite(norm):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad(set_to_none=True)  # so that no parameter is updated
         return norm
 
     def gradient_norm(self) -> torch.Tensor | float:

@@ -223,6 +223,11 @@ def _check_base(recipe: Recipe, stage: int) -> None:
             f"base_weights is bf16 and precision {recipe.precision}; an unquantised base has the dtype "
             "of precision. Remove base_weights, or set precision: bf16."
         )
+    if base != "bf16" and recipe.precision == "fp16":
+        raise UserError(
+            f"base_weights is {base} with precision fp16, whose engine would round the weights' scales. "
+            "Set precision: bf16."
+        )
     if base != "bf16" and stage == 3:
         raise UserError(
             f"base_weights is {base} at ZeRO stage 3, which divides unquantised weights only. Set "

@@ -172,8 +172,8 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _scale_product(product, row_scale, column_scale, out, columns, CHUNK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = column < columns
     part = tl.load(product + row * columns + column, mask=inside, other=0).to(tl.float32)
     part = part * tl.load(row_scale + row) * tl.load(column_scale + column, mask=inside, other=0.0)
@@ -186,7 +186,7 @@ def scale_product(
     """product ∘ row_scale ∘ column_scale: [M, N] int32, [M, 1] and [1, N] fp32 -> [M, N] in `dtype`."""
     rows, columns = product.shape
     out = torch.empty(product.shape, device=product.device, dtype=dtype)
-    _scale_product[(triton.cdiv(columns, 2048), rows)](
+    _scale_product[(rows, triton.cdiv(columns, 2048))](
         product, row_scale, column_scale.contiguous(), out, columns, CHUNK=2048, num_warps=4
     )
     return out

@@ -208,7 +208,10 @@ def _multiply(
 ) -> torch.Tensor:
     """(a ∘ a_scale)(b ∘ b_scaleᵀ)ᵀ for 8-bit a [M, K], b [N, K], scales [M, 1] and [1, N] in fp32."""
     if a.dtype == torch.int8:
-        product = torch._int_mm(a, b.t())
+        # CUDA multiplies more than 16 rows only.
+        padding = max(0, 17 - a.shape[0]) if a.is_cuda else 0
+        padded = nn.functional.pad(a, (0, 0, 0, padding)) if padding else a
+        product = torch._int_mm(padded, b.t())[: a.shape[0]]
         if a.is_cuda:
             return kernels.scale_product(product, a_scale, b_scale, dtype)
         return (product * a_scale * b_scale).to(dtype)

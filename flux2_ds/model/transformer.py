@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +76,10 @@ def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> N
     config._register_custom_module({nn.Linear: LoraLinear, QuantizedLinear: LoraLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(config, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            # PEFT does not know QuantizedLinear, which LoraLinear is made for.
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            model.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     adapted = sum(1 for name in trainable(model) if name.endswith(f"lora_A.{ADAPTER}.weight"))
