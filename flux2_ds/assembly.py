@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -10,9 +11,9 @@ from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.engine import Engine, Process, divided, gathering
 from flux2_ds.errors import UserError
-from flux2_ds.memory import GIB, Memory, estimate, largest_keep
+from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
-from flux2_ds.model.blocks import arrange_blocks, kept_blocks
+from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import read_parts, read_weights
 from flux2_ds.plan import Plan, compiles
@@ -68,20 +69,18 @@ def finish_model(
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
     trained = sum(sizes[name] for name in transformer.trainable(model))
     log.info("parameters %s trained", f"{trained:,}")
-    keep = keep_share(spec, plan, process.device, image_tokens)
+    kept = kept_blocks(spec, plan, image_tokens, free_memory(process.device))
     attention = attention_backend(recipe, process.device)
     compiled = compiles(recipe, plan.zero_stage)
-    arrange_blocks(model, keep=keep, compiled=compiled, attention=attention)
-    blocks = spec.double_blocks + spec.single_blocks
+    arrange_blocks(model, kept=kept, compiled=compiled, attention=attention)
     log.info(
         "blocks     %d of %d keep their activations, %s, attention %s",
-        kept_blocks(blocks, keep),
-        blocks,
+        kept,
+        spec.blocks,
         "compiled" if compiled else "not compiled",
         attention or "by torch",
     )
-    zero = plan.deepspeed.get("zero_optimization", {})
-    return estimate(spec, recipe, zero, plan.processes, image_tokens, keep)
+    return estimate(spec, plan, image_tokens, kept)
 
 
 def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
@@ -90,7 +89,7 @@ def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
         model,
         plan.deepspeed,
         plan.recipe.optimizer,
-        offload_optimizer=plan.offload_optimizer,
+        offload_optimizer=plan.offloads("offload_optimizer"),
         in_parts=plan.recipe.method == "full",
     )
 
@@ -114,20 +113,14 @@ def attention_backend(recipe: Recipe, device: torch.device) -> str | None:
     }[recipe.attention]
 
 
-def keep_share(spec: Spec, plan: Plan, device: torch.device, image_tokens: int) -> float:
-    """The share of the blocks that keep their activations; `auto` is what the card has room for."""
-    setting = plan.recipe.activations
-    if isinstance(setting, float | int):
-        return float(setting)
-    if setting != "auto":
-        return {"recompute": 0.0, "keep": 1.0}[setting]
+def free_memory(device: torch.device) -> float:
+    """Bytes of the card that this process may still take, with what it holds in reserve; no end on a
+    CPU."""
     if device.type != "cuda":
-        return 1.0
+        return math.inf
     total = torch.cuda.get_device_properties(device).total_memory
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    zero = plan.deepspeed.get("zero_optimization", {})
-    return largest_keep(spec, plan.recipe, zero, plan.processes, image_tokens, min(free, allowed))
+    return min(free, torch.cuda.get_per_process_memory_fraction(device) * total)
 
 
 def check_base(recipe: Recipe, device: torch.device) -> None:

@@ -104,7 +104,8 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         "targets": recipe.lora.targets,
         "base_weights": recipe.base_weights or recipe.precision,
         "activations": recipe.activations,
-        "deepspeed": f"ZeRO {plan.zero_stage}" + (" offload" if plan.offload_optimizer else ""),
+        "deepspeed": f"ZeRO {plan.zero_stage}"
+        + (" offload" if plan.offloads("offload_optimizer") else ""),
         "picture": str(bucket),
         "batch": f"{plan.accumulation} × {recipe.batch.micro_size}",
         "card": torch.cuda.get_device_name(device) if on_card else "CPU",
@@ -122,7 +123,9 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         result["gemm_tflops"] = gemm_speed(device)
         torch.cuda.empty_cache()
 
-    model = random_transformer(spec, recipe, device)
+    dtype = transformer.compute_dtype(recipe.precision)
+    model = random_transformer(spec, dtype, recipe.base_weights, device)
+    transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)
     objective = FlowObjective(
@@ -165,16 +168,16 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
     return result
 
 
-def random_transformer(spec: Spec, recipe: Recipe, device: torch.device) -> Flux2Transformer2DModel:
-    """A transformer of the spec's shapes with random weights, quantised as the recipe wants it."""
-    dtype = transformer.compute_dtype(recipe.precision)
+def random_transformer(
+    spec: Spec, dtype: torch.dtype, base_weights: str | None, device: torch.device
+) -> Flux2Transformer2DModel:
+    """A transformer of the spec's shapes with random weights, quantised tensor by tensor."""
     model = empty_transformer(spec)
     for name, parameter in list(model.named_parameters()):
         weight = torch.ones(parameter.shape, device=device, dtype=dtype)
         if weight.ndim > 1:
             weight.normal_(0, 1 / math.sqrt(weight.shape[1]))
-        place_weight(model, name, weight, BASE_WEIGHTS.get(recipe.base_weights or ""))
-    transformer.keep_timestep_exact(model)
+        place_weight(model, name, weight, BASE_WEIGHTS.get(base_weights or ""))
     return model
 
 
@@ -235,16 +238,9 @@ def measure(step: Step, device: torch.device, warm_up: int, count: int) -> Timin
 
 
 def useful_flops(spec: Spec, bucket: Bucket) -> float:
-    """Floating-point operations of one sample's step with a frozen base, nothing computed twice.
-
-    Linears: 2 per weight and token forward, as many backward (no weight gradient); attention: 4·S²·width
-    forward and 2.5 times that backward, in every block.
-    """
-    sequence, width = bucket.tokens + TEXT_TOKENS, spec.width
-    double = 13 * width**2 * spec.double_blocks
-    single = 13 * width**2 * spec.single_blocks
-    linear = 2 * (double * sequence + single * sequence)
-    attention = 4 * sequence**2 * width * (spec.double_blocks + spec.single_blocks)
+    """Floating-point operations of one sample's step with a frozen base, nothing computed twice: the
+    backward pass has no weight gradients, and 2.5 times the forward pass's operations in attention."""
+    linear, attention = spec.forward_flops(bucket.tokens)
     return 2 * linear + 3.5 * attention
 
 
@@ -279,12 +275,7 @@ def costliest_kernels(step: Step, path: Path, count: int = 10) -> list[dict[str,
 def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.device) -> Step:
     """The step of diffusers' LoRA example for FLUX.2, one micro-batch: bf16 base, PEFT, gradient
     checkpointing, autocast, fused AdamW."""
-    model = empty_transformer(spec)
-    for name, parameter in list(model.named_parameters()):
-        weight = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
-        if weight.ndim > 1:
-            weight.normal_(0, 1 / math.sqrt(weight.shape[1]))
-        place_weight(model, name, weight, None)
+    model = random_transformer(spec, torch.bfloat16, None, device)
     model.requires_grad_(False)
     names = target_modules(spec, recipe.lora.targets)
     rank = recipe.lora.rank

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from flux2_ds.errors import UserError
-from flux2_ds.memory import Memory, base_bytes, block_parameters, estimate
-from flux2_ds.plan import make_plan
+from flux2_ds.memory import Memory, base_bytes, estimate
+from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe
-from flux2_ds.spec import TEXT_TOKENS, Spec
+from flux2_ds.spec import Spec
 
 _STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 _Base = Literal["fp8", "nf4_fp8", "int8", "nf4"] | None
@@ -48,35 +48,27 @@ def choices(
         for base in _BASES if recipe.method != "full" else (None,):
             changed = dataclasses.replace(recipe, deepspeed=deepspeed, base_weights=base)
             try:
-                zero = make_plan(changed, processes).deepspeed["zero_optimization"]
+                plan = make_plan(changed, processes)
             except UserError:
                 continue  # a combination that does not exist
             for keep in _KEEPS:
-                memory = estimate(spec, changed, zero, processes, image_tokens, keep)
+                memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks))
                 on_host = memory.on_host * processes
                 if memory.fits(card_bytes) and (host_bytes is None or on_host <= host_bytes):
-                    cost = _cost(changed, spec, zero, image_tokens, keep, memory)
+                    cost = _cost(spec, plan, image_tokens, keep, memory)
                     found.append(Choice(deepspeed, base, keep, memory, cost))
                     break  # with this stage and base nothing is faster
     return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
 
 
-def _cost(
-    recipe: Recipe,
-    spec: Spec,
-    zero: dict[str, Any],
-    image_tokens: int,
-    keep: float,
-    memory: Memory,
-) -> float:
-    sequence = image_tokens + TEXT_TOKENS
-    linear = 2 * sequence * block_parameters(spec) / 2
-    attention = 4 * sequence**2 * spec.width * (spec.double_blocks + spec.single_blocks)
+def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory) -> float:
+    recipe = plan.recipe
+    linear, attention = spec.forward_flops(image_tokens)
     again = 1 - keep
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
-    if zero.get("stage") == 3:
+    if plan.zero_stage == 3:
         seconds *= 1.35  # not compiled
         if "base weights" in memory.host:
             seconds += (2 + again) * base_bytes(spec, None, 2) / _HOST_LINK

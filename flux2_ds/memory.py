@@ -8,9 +8,8 @@ block needs while it runs was fitted to measurements (docs/performance.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from flux2_ds.plan import compiles
+from flux2_ds.plan import Plan, compiles
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules
@@ -93,20 +92,13 @@ def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
     return block_parameters(spec) * per_weight + other_parameters(spec) * element
 
 
-def estimate(
-    spec: Spec,
-    recipe: Recipe,
-    zero: dict[str, Any],
-    processes: int,
-    image_tokens: int,
-    keep: float,
-) -> Memory:
+def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     """Memory of one process of a run.
 
-    `zero`: DeepSpeed's `zero_optimization`. `image_tokens`: of the largest bucket, references
-    included. `keep`: share of the blocks that keep their activations.
+    `image_tokens`: of the largest bucket, references included. `kept`: number of blocks that keep
+    their activations.
     """
-    stage = zero.get("stage", 0)
+    recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
     element = 4 if recipe.precision == "fp32" else 2
     full = recipe.method == "full"
     base = base_bytes(spec, recipe.base_weights, element)
@@ -115,13 +107,13 @@ def estimate(
         if full
         else adapter_parameters(spec, recipe)
     )
-    share = trained / processes if stage else trained
-    card: dict[str, float] = {"base weights": base / (processes if stage == 3 else 1)}
+    share = trained / plan.processes if stage else trained
+    card: dict[str, float] = {"base weights": base / (plan.processes if stage == 3 else 1)}
     if not full:
         card["adapter"] = 4 * (share if stage == 3 else trained)
     host: dict[str, float] = {}
-    optimizer_at = host if _offloaded(zero, "offload_optimizer") else card
-    if _offloaded(zero, "offload_param"):
+    optimizer_at = host if plan.offloads("offload_optimizer") else card
+    if plan.offloads("offload_param"):
         host["base weights"] = card.pop("base weights")
     state = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16}
     masters = 4 * share if stage and (full or stage < 3) else 0
@@ -136,13 +128,11 @@ def estimate(
 
     tokens = (image_tokens + TEXT_TOKENS) * recipe.batch.micro_size
     stream = tokens * spec.width * element
-    blocks = spec.double_blocks + spec.single_blocks
-    kept = round(keep * blocks)
     kept_double = max(0, kept - spec.single_blocks)
     kept_single = kept - kept_double
     each = 1 if compiles(recipe, stage) else _NOT_COMPILED
     kept_streams = each * (_KEPT_DOUBLE * kept_double + _KEPT_SINGLE * kept_single)
-    card["activations"] = stream * (kept_streams + (blocks - kept))
+    card["activations"] = stream * (kept_streams + (spec.blocks - kept))
     # While one block runs: its intermediates, and its widest weight as the product reads it.
     product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
     card["working"] = _WORKING * stream + 9 * spec.width**2 * product.get(
@@ -152,22 +142,14 @@ def estimate(
     return Memory(card, host)
 
 
-def _offloaded(zero: dict[str, Any], part: str) -> bool:
-    return (zero.get(part) or {}).get("device", "none") != "none"
-
-
-def largest_keep(
-    spec: Spec,
-    recipe: Recipe,
-    zero: dict[str, Any],
-    processes: int,
-    image_tokens: int,
-    card_bytes: float,
-) -> float:
-    """The largest share of the blocks that can keep their activations on such a card; 0 if none."""
-    blocks = spec.double_blocks + spec.single_blocks
-    for kept in range(blocks, 0, -1):
-        memory = estimate(spec, recipe, zero, processes, image_tokens, kept / blocks)
-        if memory.fits(card_bytes):
-            return kept / blocks
-    return 0.0
+def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) -> int:
+    """How many blocks keep their activations, the recipe's `activations` being a share of them or a
+    word; `auto` is as many as fit into `card_bytes`."""
+    setting = plan.recipe.activations
+    if setting != "auto":
+        share = {"recompute": 0.0, "keep": 1.0}[setting] if isinstance(setting, str) else setting
+        return round(share * spec.blocks)
+    for kept in range(spec.blocks, 0, -1):
+        if estimate(spec, plan, image_tokens, kept).fits(card_bytes):
+            return kept
+    return 0

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError
@@ -57,9 +57,21 @@ class Plan:
     recipe: Recipe
     processes: int
     accumulation: int
-    zero_stage: int
-    offload_optimizer: bool
     deepspeed: dict[str, Any]
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """DeepSpeed's `zero_optimization`."""
+        return dict(self.deepspeed.get("zero_optimization", {}))
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return int(self.zero.get("stage", 0))
+
+    def offloads(self, part: Literal["offload_optimizer", "offload_param"]) -> bool:
+        """Whether that part lives in host memory."""
+        return _device(self.zero, part) != "none"
 
     def lines(self) -> list[str]:
         """The arithmetic, for people."""
@@ -81,7 +93,7 @@ class Plan:
             f"warm-up {adam.warmup_steps}, clipping {adam.max_grad_norm:g}"
             + (f", EMA {adam.ema_decay:g}" if adam.ema_decay is not None else ""),
             f"engine     ZeRO stage {self.zero_stage}"
-            + (", optimizer offloaded to the CPU" if self.offload_optimizer else "")
+            + (", optimizer offloaded to the CPU" if self.offloads("offload_optimizer") else "")
             + f", activations: {recipe.activations}, attention: {recipe.attention}",
             *(f"ignored    {setting}" for setting in ignored_settings(recipe)),
         ]
@@ -134,7 +146,6 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     _check_precision(recipe, stage)
     _check_base(recipe, stage)
     _check_optimizer(recipe, stage, zero)
-    offload = _device(zero, "offload_optimizer") != "none"
     config |= {
         "train_batch_size": recipe.batch.global_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
@@ -148,7 +159,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
         "timers": {"throughput": {"enabled": False}},
         **_precision_sections(recipe),
     }
-    return Plan(recipe, processes, accumulation, stage, offload, config)
+    return Plan(recipe, processes, accumulation, config)
 
 
 def compiles(recipe: Recipe, stage: int) -> bool:

@@ -50,6 +50,21 @@ class Spec:
         """Width of the residual stream."""
         return self.heads * self.head_dim
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of both kinds."""
+        return self.double_blocks + self.single_blocks
+
+    def forward_flops(self, image_tokens: int) -> tuple[float, float]:
+        """Floating-point operations of one sample's forward pass: of the blocks' linears, and of attention.
+
+        A linear has 2 for each weight and token; of a double block's linears each token passes half.
+        Attention has 4·S²·width in each block (two products).
+        """
+        sequence = image_tokens + TEXT_TOKENS
+        linear = 2.0 * sequence * 13 * self.width**2 * self.blocks
+        return linear, 4.0 * sequence**2 * self.width * self.blocks
+
     def __str__(self) -> str:
         return (
             f"FLUX.2-{self.variant}, {self.double_blocks} double + {self.single_blocks} single "

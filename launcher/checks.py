@@ -261,7 +261,7 @@ def probe(findings: Findings, recipe: Recipe, options: Any) -> None:
     offload = False
     with suppress(UserError):
         plan = make_plan(recipe, options.all_processes)
-        offload = plan.offload_optimizer and not options.without_recipe
+        offload = plan.offloads("offload_optimizer") and not options.without_recipe
     if offload and shutil.which("c++") is None:
         findings.fail("compiler", "optimizer offload needs a C++ compiler", "apt install g++")
         return

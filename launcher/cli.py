@@ -26,9 +26,10 @@ from flux2_ds.prepared import (
 from flux2_ds.recipe import Launch, Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import read_spec
-from launcher.commands import collective_timeout, train_commands
+from launcher.commands import collective_timeout
 from launcher.doctor import examine
-from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts, pick_port
+from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
+from launcher.local import commands_here
 from launcher.planning import plan_memory
 from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
@@ -153,14 +154,7 @@ def train(argv: list[str]) -> None:
     hosts = hosts_of(recipe, options.gpus)
     the_plan = make_plan(recipe, hosts.processes)
     if options.dry_run:
-        commands = train_commands(
-            recipe.launch,
-            hosts,
-            arguments,
-            cores=os.cpu_count() or 1,
-            port=pick_port(hosts),
-            environment=dict(os.environ),
-        )
+        commands = commands_here(recipe.launch, hosts, arguments)
         print("\n".join([*the_plan.lines(), *map(str, commands)]))
         return
     check_inputs(recipe)

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flux2_ds.recipe import Launch, Recipe
-from launcher.commands import forwarded, ssh, train_commands
+from launcher.commands import forwarded, ssh
 from launcher.findings import Finding, Findings, odd_ones_out
-from launcher.hosts import Hosts, pick_port
-from launcher.local import Stopper, run
+from launcher.hosts import Hosts
+from launcher.local import Stopper, commands_here, run
 
 _LIMIT = 300.0  # s for one host's checks, the CPU Adam build included
 _SKEW = 2.0  # s by which clocks may differ
@@ -119,15 +119,8 @@ def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
     """The bandwidth between the processes, from a start like a training's."""
     if hosts.processes == 1:
         return []
-    commands = train_commands(
-        launch,
-        hosts,
-        ["--accelerator", launch.accelerator, "--bandwidth"],
-        cores=os.cpu_count() or 1,
-        port=pick_port(hosts),
-        environment=dict(os.environ),
-        module="flux2_ds.probe",
-    )
+    arguments = ["--accelerator", launch.accelerator, "--bandwidth"]
+    commands = commands_here(launch, hosts, arguments, module="flux2_ds.probe")
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "out").open("w+") as out:
         with Stopper(Path(folder) / "stop") as stopper:
             code = run(commands, stopper, output=out.fileno())

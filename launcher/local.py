@@ -13,7 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 from flux2_ds.errors import EXIT_STOPPED
-from launcher.commands import Command
+from flux2_ds.recipe import Launch
+from launcher.commands import TRAIN_MODULE, Command, train_commands
+from launcher.hosts import Hosts, pick_port
 
 _POLL = 0.2  # s between looks at the commands
 PATIENCE = 15.0  # s that the others get to end by themselves after the first has failed
@@ -61,6 +63,21 @@ class Stopper:
         elif not self.at_once:
             self.at_once = True
             say(f"{name} again: ending at once, without a checkpoint")
+
+
+def commands_here(
+    launch: Launch, hosts: Hosts, arguments: list[str], module: str = TRAIN_MODULE
+) -> list[Command]:
+    """`train_commands` as started from this machine and this environment."""
+    return train_commands(
+        launch,
+        hosts,
+        arguments,
+        cores=os.cpu_count() or 1,
+        port=pick_port(hosts),
+        environment=dict(os.environ),
+        module=module,
+    )
 
 
 def run(

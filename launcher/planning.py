@@ -10,7 +10,7 @@ from flux2_ds.choices import Choice, choices
 from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.data.index import Index
 from flux2_ds.errors import UserError
-from flux2_ds.memory import GIB, Memory, estimate, largest_keep
+from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import planned_spec
@@ -88,16 +88,12 @@ def plan_memory(plan: Plan, index: Index | None, card: str | None, host: str | N
         UserError: a size that is none, or a model whose dimensions are not known.
     """
     recipe, spec = plan.recipe, planned_spec(plan.recipe.model.path)
-    zero = plan.deepspeed.get("zero_optimization", {})
     tokens = index.largest_tokens if index else _largest_bucket(recipe)
     card_bytes = None if card is None else size("--gpu", card)
     host_bytes = None if host is None else size("--host", host)
-    keep = {"recompute": 0.0, "keep": 1.0, "auto": 0.0}.get(str(recipe.activations))
-    if keep is None:
-        keep = float(recipe.activations)
-    elif recipe.activations == "auto" and card_bytes is not None:
-        keep = largest_keep(spec, recipe, zero, plan.processes, tokens, card_bytes)
-    memory = estimate(spec, recipe, zero, plan.processes, tokens, keep)
+    kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
+    memory = estimate(spec, plan, tokens, kept)
+    keep = kept / spec.blocks
     if card_bytes is None:
         return MemoryPlan(plan.processes, tokens, keep, memory, None, [])
     fits = memory.fits(card_bytes) and (

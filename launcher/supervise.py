@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,9 @@ from flux2_ds.lookout import first_failure, forget
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.rundir import logs_directory, newest_step, stop_file
-from launcher.commands import ssh, train_commands
-from launcher.hosts import Hosts, on_hosts, pick_port
-from launcher.local import Stopper, run
+from launcher.commands import ssh
+from launcher.hosts import Hosts, on_hosts
+from launcher.local import Stopper, commands_here, run
 
 _PAUSE = 5.0  # s before a restart, for ports and GPU memory to be free again
 
@@ -33,14 +32,7 @@ def supervise(
     now = hosts
     with Stopper(stop_file(recipe)) as stopper:
         while True:
-            commands = train_commands(
-                recipe.launch,
-                now,
-                arguments,
-                cores=os.cpu_count() or 1,
-                port=pick_port(now),
-                environment=dict(os.environ),
-            )
+            commands = commands_here(recipe.launch, now, arguments)
             for command in commands:
                 report(str(command))
             forget(logs)

@@ -40,21 +40,20 @@ _COSTLY = {
 
 
 def arrange_blocks(
-    model: Flux2Transformer2DModel, *, keep: float, compiled: bool, attention: str | None
+    model: Flux2Transformer2DModel, *, kept: int, compiled: bool, attention: str | None
 ) -> None:
     """Set how the blocks run.
 
-    `keep`: share of the blocks that keep their activations, 0..1. `compiled`: compile each block, as
+    `kept`: how many blocks keep their activations. `compiled`: compile each block, as
     one graph without breaks. `attention`: name of a diffusers attention backend, or None for torch's
     own choice.
     """
     if attention is not None:
         model.set_attention_backend(attention)
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    recomputing = len(blocks) - kept_blocks(len(blocks), keep)
     for number, block in enumerate(blocks):
         forward = block.forward
-        if number < recomputing:
+        if number < len(blocks) - kept:
             forward = _recomputing(forward)
         elif compiled:
             forward = _keeping(forward)
@@ -67,11 +66,6 @@ def _compiled(forward: Forward) -> Forward:
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 4096
     return torch.compile(forward, fullgraph=True, dynamic=False)
-
-
-def kept_blocks(blocks: int, keep: float) -> int:
-    """How many of `blocks` keep their activations."""
-    return round(keep * blocks)
 
 
 def _recomputing(forward: Forward) -> Forward:

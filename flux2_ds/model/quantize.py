@@ -15,6 +15,7 @@ the 8-bit weight serves both directions.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -127,8 +128,9 @@ def dequantize_nf4(values: torch.Tensor, block_scale: torch.Tensor) -> torch.Ten
     return (blocks * block_scale.view(torch.float8_e4m3fn).float()[..., None]).flatten(-2)
 
 
+@lru_cache
 def nf4_table(device: torch.device) -> torch.Tensor:
-    """The sixteen levels, [16] fp32."""
+    """The sixteen levels, [16] fp32; made once for each device, because copying them there waits."""
     return torch.tensor(_NF4, device=device)
 
 
@@ -270,25 +272,13 @@ def _frozen_product_gradient(
 
 
 @frozen_product.register_fake
-def _(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    block_scale: torch.Tensor | None,
-    scale: torch.Tensor,
-    storage: str,
-    compute: str,
-) -> torch.Tensor:
+def _(x: torch.Tensor, values: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], values.shape[0]))
 
 
 @_frozen_product_gradient.register_fake
 def _(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    block_scale: torch.Tensor | None,
-    scale: torch.Tensor,
-    storage: str,
-    compute: str,
+    grad: torch.Tensor, values: torch.Tensor, block_scale: Any, scale: Any, storage: str, _: str
 ) -> torch.Tensor:
     columns = values.shape[1] * 2 if storage == "nf4" else values.shape[1]
     return grad.new_empty((grad.shape[0], columns))

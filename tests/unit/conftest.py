@@ -1,6 +1,5 @@
-"""One thread for all tests, and tiny model directories, made once for all that need one."""
+"""Tiny model directories, made once for all that need one, and checkpoints without processes."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,6 @@ from typing import Any
 import pytest
 
 from flux2_ds.spec import Spec, read_spec
-
-# Before torch is imported, here and in the processes that tests start: sums over another number of
-# threads differ in their last bits, and tests compare files byte by byte.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", params=["klein", "dev"])

@@ -13,7 +13,7 @@ from diffusers import Flux2Transformer2DModel
 from torch import nn
 
 from flux2_ds.model import blocks, quantize, transformer
-from flux2_ds.model.blocks import arrange_blocks, kept_blocks
+from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.quantize import BASE_WEIGHTS, expand_nf4
 from flux2_ds.model.weights import place_weight
 from flux2_ds.recipe import Lora
@@ -93,14 +93,14 @@ def step(model: Flux2Transformer2DModel) -> Step:
     return Step(loss.detach(), gradients, sum(waiting.values()))
 
 
-KEEPS = (0.0, 0.5, 1.0)
+KEPT = (0, 1, 2)
 
 
-def assert_same(found: Step, expected: Step, keep: float) -> None:
-    assert torch.equal(found.loss, expected.loss), keep
+def assert_same(found: Step, expected: Step, kept: int) -> None:
+    assert torch.equal(found.loss, expected.loss), kept
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        assert gradient.any() and torch.equal(found.gradients[name], gradient), (keep, name)
+        assert gradient.any() and torch.equal(found.gradients[name], gradient), (kept, name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -108,10 +108,10 @@ def assert_same(found: Step, expected: Step, keep: float) -> None:
 def test_what_is_kept_changes_no_result(base: str | None, dropout: float) -> None:
     """Not compiled. With dropout, a block computed again drops the same values again."""
     plain = step(build(BOTH_KINDS, base, dropout))
-    for keep in KEEPS:
+    for kept in KEPT:
         model = build(BOTH_KINDS, base, dropout)
-        arrange_blocks(model, keep=keep, compiled=False, attention=None)
-        assert_same(step(model), plain, keep)
+        arrange_blocks(model, kept=kept, compiled=False, attention=None)
+        assert_same(step(model), plain, kept)
 
 
 def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +127,12 @@ def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(quantize, "expand_nf4", counted)
     plain = step(build(BOTH_KINDS, "nf4_fp8"))
     once, waiting, computed = len(products), [], []
-    for keep in KEEPS:
+    for kept in KEPT:
         model = build(BOTH_KINDS, "nf4_fp8")
-        arrange_blocks(model, keep=keep, compiled=True, attention=None)
+        arrange_blocks(model, kept=kept, compiled=True, attention=None)
         products.clear()
         found = step(model)
-        assert_same(found, plain, keep)
+        assert_same(found, plain, kept)
         waiting.append(found.waiting)
         computed.append(len(products))
     recomputing, half, keeping = waiting
@@ -140,8 +140,8 @@ def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPa
     assert computed[0] > computed[1] > computed[2] == once > 0, (computed, once)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 1.0])
-def test_the_last_blocks_keep(keep: float) -> None:
+@pytest.mark.parametrize("kept", [0, 2, 5])
+def test_the_last_blocks_keep(kept: int) -> None:
     """A block that recomputes runs twice in a step; one that keeps, not compiled, once."""
     spec = replace(BOTH_KINDS, double_blocks=2, single_blocks=3)
     model = build(spec)
@@ -154,29 +154,14 @@ def test_the_last_blocks_keep(keep: float) -> None:
         # In the block, because `arrange_blocks` wraps the block itself.
         first = block.norm1 if number < 2 else block.norm
         first.register_forward_pre_hook(counted)
-    arrange_blocks(model, keep=keep, compiled=False, attention=None)
+    arrange_blocks(model, kept=kept, compiled=False, attention=None)
     step(model)
-    kept = {0.0: 0, 0.3: 2, 0.5: 2, 1.0: 5}[keep]
     assert calls == [2] * (5 - kept) + [1] * kept
-
-
-@pytest.mark.parametrize(
-    ("blocks", "keep", "expected"),
-    [(56, 0.0, 0), (56, 1.0, 56), (56, 0.5, 28), (5, 0.3, 2), (5, 0.09, 0), (5, 0.91, 5)],
-)
-def test_the_nearest_number_of_blocks_keeps(blocks: int, keep: float, expected: int) -> None:
-    assert kept_blocks(blocks, keep) == expected
-
-
-def test_each_share_of_blocks_gives_their_number_back() -> None:
-    """`keep` is n / blocks where the number is what was chosen."""
-    for number in range(57):
-        assert kept_blocks(56, number / 56) == number
 
 
 def test_an_attention_backend_is_set_by_its_name() -> None:
     model = build(BOTH_KINDS)
-    arrange_blocks(model, keep=1.0, compiled=False, attention="_native_math")
+    arrange_blocks(model, kept=2, compiled=False, attention="_native_math")
     expected = step(build(BOTH_KINDS))
     found = step(model)
     assert {

@@ -1,9 +1,12 @@
 """The memory plan against real parameter counts, quantised weights and measured peaks."""
 
+import math
+
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
+from flux2_ds.bench import empty_transformer
 from flux2_ds.choices import choices
 from flux2_ds.errors import UserError
 from flux2_ds.memory import (
@@ -12,11 +15,12 @@ from flux2_ds.memory import (
     base_bytes,
     block_parameters,
     estimate,
-    largest_keep,
+    kept_blocks,
     other_parameters,
 )
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Batch, Data, Lora, Model, Recipe
 from flux2_ds.spec import RELEASED, Spec
 from launcher.planning import size
@@ -25,32 +29,28 @@ DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-
 ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
 
 
-def recipe_for(model: str = DEV, **settings) -> Recipe:
+def recipe_for(model: str = DEV, processes: int = 1, **settings) -> Recipe:
     settings = {"lora": Lora(rank=16, targets="diffusers"), **settings}
     return Recipe(
         run_dir="r",
         model=Model(path=model),
         data=Data(images="i", shards="s"),
-        batch=Batch(global_size=1),
+        batch=Batch(global_size=processes),
         **settings,
     )
 
 
-def meta(spec: Spec) -> Flux2Transformer2DModel:
-    with torch.device("meta"):
-        return Flux2Transformer2DModel(
-            num_layers=spec.double_blocks,
-            num_single_layers=spec.single_blocks,
-            num_attention_heads=spec.heads,
-            joint_attention_dim=spec.text_width,
-            guidance_embeds=spec.guidance,
-        )
+def estimate_for(model: str, kept: int, processes: int = 1, zero=None, **settings):
+    recipe = recipe_for(
+        model, deepspeed={"zero_optimization": zero or {}}, processes=processes, **settings
+    )
+    return estimate(RELEASED[model], make_plan(recipe, processes), 4096, kept)
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
 def test_parameters_are_counted_as_they_are(name):
     spec = RELEASED[name]
-    model = meta(spec)
+    model = empty_transformer(spec)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     assert block_parameters(spec) + other_parameters(spec) == matrices
     assert sum(p.numel() for p in model.parameters()) - matrices < 1e-5 * matrices
@@ -84,38 +84,46 @@ def test_quantised_weights_take_what_is_planned(name):
 
 
 @pytest.mark.parametrize(
-    ("model", "base", "zero", "keep", "measured"),
+    ("model", "base", "zero", "kept", "measured"),
     [  # GiB on an H100 at 1024², from docs/performance.md
-        (DEV, "fp8", {}, 1.0, 65.85),
-        (DEV, "fp8", ZERO2, 1.0, 67.05),
-        (DEV, "nf4_fp8", {}, 0.0, 22.09),
-        (KLEIN_4B, "fp8", {}, 1.0, 12.03),
+        (DEV, "fp8", {}, 56, 65.85),
+        (DEV, "fp8", ZERO2, 56, 67.05),
+        (DEV, "nf4_fp8", {}, 0, 22.09),
+        (KLEIN_4B, "fp8", {}, 25, 12.03),
     ],
 )
-def test_estimates_are_within_seven_percent_of_measured_peaks(model, base, zero, keep, measured):
-    memory = estimate(RELEASED[model], recipe_for(model, base_weights=base), zero, 1, 4096, keep)
+def test_estimates_are_within_seven_percent_of_measured_peaks(model, base, zero, kept, measured):
+    memory = estimate_for(model, kept, zero=zero, base_weights=base)
     assert memory.on_card / GIB == pytest.approx(measured, rel=0.07)
 
 
 def test_offload_moves_and_processes_divide():
-    spec, recipe = RELEASED[DEV], recipe_for(base_weights="fp8")
-    here = estimate(spec, recipe, ZERO2, 1, 4096, 0.0)
-    divided = estimate(spec, recipe, ZERO2, 4, 4096, 0.0)
-    offloaded = {**ZERO2, "offload_optimizer": {"device": "cpu"}}
-    away = estimate(spec, recipe, offloaded, 1, 4096, 0.0)
+    here = estimate_for(DEV, 0, zero=ZERO2)
+    divided = estimate_for(DEV, 0, processes=4, zero=ZERO2)
+    away = estimate_for(DEV, 0, zero={**ZERO2, "offload_optimizer": {"device": "cpu"}})
     assert divided.card["optimizer"] == here.card["optimizer"] / 4
     assert away.host == {part: here.card[part] for part in ("optimizer", "gradients")}
     assert away.on_card + away.on_host == pytest.approx(here.on_card)
 
 
-def test_the_largest_keep_just_fits():
-    spec, recipe = RELEASED[DEV], recipe_for(base_weights="fp8")
-    keep = largest_keep(spec, recipe, {}, 1, 4096, 60 * GIB)
-    more = keep + 1 / 56
-    assert 0 < keep < 1
-    assert estimate(spec, recipe, {}, 1, 4096, keep).fits(60 * GIB)
-    assert not estimate(spec, recipe, {}, 1, 4096, more).fits(60 * GIB)
-    assert largest_keep(spec, recipe, {}, 1, 4096, 10 * GIB) == 0
+def test_auto_keeps_as_many_blocks_as_just_fit():
+    spec = RELEASED[DEV]
+    plan = make_plan(recipe_for(base_weights="fp8", deepspeed="zero0"), 1)
+    kept = kept_blocks(spec, plan, 4096, 60 * GIB)
+    assert 0 < kept < 56
+    assert estimate(spec, plan, 4096, kept).fits(60 * GIB)
+    assert not estimate(spec, plan, 4096, kept + 1).fits(60 * GIB)
+    assert kept_blocks(spec, plan, 4096, 10 * GIB) == 0
+    assert kept_blocks(spec, plan, 4096, math.inf) == 56
+
+
+@pytest.mark.parametrize(
+    ("activations", "kept"),
+    [("recompute", 0), ("keep", 56), (0.0, 0), (1.0, 56), (0.5, 28), (0.3, 17), (0.009, 1)],
+)
+def test_a_share_keeps_the_nearest_number_of_blocks(activations, kept):
+    plan = make_plan(recipe_for(activations=activations), 1)
+    assert kept_blocks(RELEASED[DEV], plan, 4096, 0) == kept
 
 
 def test_choices_fit_and_the_fastest_is_first():

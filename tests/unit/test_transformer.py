@@ -11,9 +11,6 @@ from flux2_ds.recipe import Lora
 from flux2_ds.spec import Spec
 from flux2_ds.targets import target_modules
 
-# With several threads the CPU kernels round differently from one memory address to the next, and bits
-# are compared here.
-
 SPECS = {
     "klein": Spec("klein", "Flux2KleinPipeline", 2, 3, 2, 32, 48, False),
     "dev": Spec("dev", "Flux2Pipeline", 2, 3, 2, 32, 48, True),

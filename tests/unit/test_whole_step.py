@@ -98,7 +98,7 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
     loader = train.build_loader(recipe, index, order, process, conditioning)
     objective = train.build_objective(recipe, spec, conditioning, process.device)
     # Not `make_plan`, which refuses fp16 on the CPU because of DeepSpeed; there is no engine here.
-    plan = Plan(recipe, 1, 1, 0, False, {})
+    plan = Plan(recipe, 1, 1, {})
     model, _ = build_model(Path(recipe.model.path), spec, plan, process, index.largest_tokens)
 
     def check_dtype(module: torch.nn.Module, args: Any, output: Any) -> None:
