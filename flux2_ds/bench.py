@@ -184,15 +184,7 @@ def random_transformer(
 def empty_transformer(spec: Spec) -> Flux2Transformer2DModel:
     """A transformer of the spec's shapes on the meta device."""
     with torch.device("meta"), no_init_weights():
-        return Flux2Transformer2DModel(
-            num_layers=spec.double_blocks,
-            num_single_layers=spec.single_blocks,
-            num_attention_heads=spec.heads,
-            attention_head_dim=spec.head_dim,
-            joint_attention_dim=spec.text_width,
-            guidance_embeds=spec.guidance,
-            axes_dims_rope=(spec.head_dim // 4,) * 4,
-        )
+        return transformer.new_transformer(spec)
 
 
 def synthetic(recipe: Recipe, spec: Spec, bucket: Bucket, number: int) -> MicroBatch:

@@ -30,6 +30,19 @@ def build_transformer(directory: Path) -> Flux2Transformer2DModel:
     return model
 
 
+def new_transformer(spec: Spec) -> Flux2Transformer2DModel:
+    """A transformer of the spec's shapes, initialised as torch does."""
+    return Flux2Transformer2DModel(
+        num_layers=spec.double_blocks,
+        num_single_layers=spec.single_blocks,
+        num_attention_heads=spec.heads,
+        attention_head_dim=spec.head_dim,
+        joint_attention_dim=spec.text_width,
+        axes_dims_rope=(spec.head_dim // 4,) * 4,
+        guidance_embeds=spec.guidance,
+    )
+
+
 def keep_timestep_exact(model: Flux2Transformer2DModel) -> None:
     """Let fp32 inputs reach the timestep embedding, in a model of lower precision.
 

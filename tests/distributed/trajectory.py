@@ -38,15 +38,7 @@ CLIP = 0.05  # below the gradient norms here, so that clipping takes part
 def base() -> Flux2Transformer2DModel:
     """The same small model every time."""
     torch.manual_seed(0)
-    model = Flux2Transformer2DModel(
-        num_layers=SPEC.double_blocks,
-        num_single_layers=SPEC.single_blocks,
-        num_attention_heads=SPEC.heads,
-        attention_head_dim=SPEC.head_dim,
-        joint_attention_dim=SPEC.text_width,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=False,
-    )
+    model = transformer.new_transformer(SPEC)
     for parameter in model.parameters():
         if parameter.ndim == 2:  # well above the default, so that every block matters to the loss
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -169,15 +168,7 @@ def test_a_quantised_base(mode: str, dora: bool) -> None:
 def test_a_transformer_with_an_adapter(mode: str | None, dora: bool) -> None:
     """`add_lora` finds plain and quantised linears, in fp32, and every adapter gets a gradient."""
     torch.manual_seed(0)
-    model = Flux2Transformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=SPEC.heads,
-        attention_head_dim=SPEC.head_dim,
-        joint_attention_dim=SPEC.text_width,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=False,
-    ).bfloat16()
+    model = transformer.new_transformer(SPEC).bfloat16()
     if mode is not None:
         for name, weight in dict(model.named_parameters()).items():
             place_weight(model, name, weight.data, BASE_WEIGHTS[mode])

@@ -43,15 +43,7 @@ def _without_a_code_generator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def build(spec: Spec, base: str | None = None, dropout: float = 0.0) -> Flux2Transformer2DModel:
     """A small bf16 model with an adapter in the middle of its training."""
     torch.manual_seed(0)
-    model = Flux2Transformer2DModel(
-        num_layers=spec.double_blocks,
-        num_single_layers=spec.single_blocks,
-        num_attention_heads=spec.heads,
-        attention_head_dim=spec.head_dim,
-        joint_attention_dim=spec.text_width,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=False,
-    ).bfloat16()
+    model = transformer.new_transformer(spec).bfloat16()
     for name, weight in dict(model.named_parameters()).items():
         place_weight(model, name, weight.data, BASE_WEIGHTS[base] if base else None)
     transformer.keep_timestep_exact(model)

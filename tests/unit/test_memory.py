@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.bench import empty_transformer
 from flux2_ds.choices import choices
@@ -61,10 +60,7 @@ def test_parameters_are_counted_as_they_are(name):
 def test_adapters_are_counted_as_they_are(method, targets):
     spec = Spec("dev", "Flux2Pipeline", 2, 3, 4, 32, 96, guidance=True)
     recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets))
-    model = Flux2Transformer2DModel(
-        num_layers=2, num_single_layers=3, num_attention_heads=4, attention_head_dim=32,
-        joint_attention_dim=96, axes_dims_rope=(8, 8, 8, 8),
-    )  # fmt: skip
+    model = transformer.new_transformer(spec)
     config = transformer.lora_config(spec, recipe.lora, dora=method == "dora")
     transformer.add_lora(model, config, seed=0)
     count = sum(p.numel() for p in transformer.trainable(model).values())

@@ -22,7 +22,9 @@ from flux2_ds.model.quantize import (
     quantize,
     quantize_rows,
 )
+from flux2_ds.model.transformer import new_transformer
 from flux2_ds.model.weights import place_weight, read_weights
+from flux2_ds.spec import Spec
 
 MODES = list(BASE_WEIGHTS)
 OPERAND_ERROR = {"bf16": 1e-5, "int8": 0.02, "fp8": 0.05}
@@ -263,15 +265,8 @@ def test_a_compiled_linear_is_the_same(mode):
 def small_model() -> Flux2Transformer2DModel:
     """One block of each kind, 64 wide, so that nf4 can hold its linears."""
     torch.manual_seed(0)
-    return Flux2Transformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        joint_attention_dim=64,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=False,
-    ).requires_grad_(False)
+    spec = Spec("klein", "Flux2KleinPipeline", 1, 1, 2, 32, 64, guidance=False)
+    return new_transformer(spec).requires_grad_(False)
 
 
 def output(model: Flux2Transformer2DModel) -> torch.Tensor:

@@ -19,15 +19,7 @@ SPECS = {
 
 def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Flux2Transformer2DModel:
     torch.manual_seed(0)
-    model = Flux2Transformer2DModel(
-        num_layers=spec.double_blocks,
-        num_single_layers=spec.single_blocks,
-        num_attention_heads=spec.heads,
-        attention_head_dim=spec.head_dim,
-        joint_attention_dim=spec.text_width,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=spec.guidance,
-    )
+    model = transformer.new_transformer(spec)
     return model.to(dtype)
 
 
