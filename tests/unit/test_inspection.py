@@ -44,13 +44,22 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *opt
     return capsys.readouterr().out
 
 
-def test_the_report(settings, tiny_spec, monkeypatch, capsys) -> None:
-    out = inspect(monkeypatch, capsys, str(settings))
-    assert "shards is not prepared yet" in out
+@pytest.fixture(scope="module")
+def prepared(settings: Path, tiny_spec: Spec) -> Path:
+    """The same recipe, its shards made."""
     recipe = load_recipe(settings)
     prepare.prepare(recipe, Path(recipe.model.path), tiny_spec)
-    picture = settings.parent / "look.png"
-    out = inspect(monkeypatch, capsys, str(settings), "--picture", str(picture))
+    return settings
+
+
+def test_the_report_before_prepare(settings, monkeypatch, capsys) -> None:
+    out = inspect(monkeypatch, capsys, str(settings), "--data.shards", str(settings.parent / "no"))
+    assert "no is not prepared yet" in out
+
+
+def test_the_report(prepared, tiny_spec, monkeypatch, capsys) -> None:
+    picture = prepared.parent / "look.png"
+    out = inspect(monkeypatch, capsys, str(prepared), "--picture", str(picture))
 
     assert str(tiny_spec) in out
     width = 128  # of the tiny transformer; 3 is its feed-forward ratio, doubled for the gate
@@ -81,9 +90,9 @@ def test_the_token_ids_are_those_of_the_written_out_prompt(
     )  # fmt: skip
 
 
-def test_shards_of_another_recipe_are_refused(settings, monkeypatch, capsys) -> None:
+def test_shards_of_another_recipe_are_refused(prepared, monkeypatch, capsys) -> None:
     with pytest.raises(UserError, match=r"data\.resolution is 96"):
-        inspect(monkeypatch, capsys, str(settings), "--data.resolution", "96")
+        inspect(monkeypatch, capsys, str(prepared), "--data.resolution", "96")
 
 
 @pytest.mark.parametrize("kind", ["flux", "uniform"])
