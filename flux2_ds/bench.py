@@ -29,8 +29,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux2_ds.assembly import build_engine, check_base, finish_model
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.loader import MicroBatch
-from flux2_ds.data.order import Sample
 from flux2_ds.engine import start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.memory import GIB
@@ -42,6 +40,7 @@ from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.targets import target_modules
+from flux2_ds.warmup import synthetic
 
 log = logging.getLogger("flux2_ds")
 
@@ -136,7 +135,10 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         global_batch=recipe.batch.global_size,
         device=device,
     )
-    batches = [synthetic(recipe, spec, bucket, number) for number in range(plan.accumulation)]
+    batches = [
+        synthetic(recipe.batch.micro_size, spec.text_width, bucket, seed=number)
+        for number in range(plan.accumulation)
+    ]
 
     def step() -> torch.Tensor:
         for batch in batches:
@@ -185,25 +187,6 @@ def empty_transformer(spec: Spec) -> Flux2Transformer2DModel:
     """A transformer of the spec's shapes on the meta device."""
     with torch.device("meta"), no_init_weights():
         return transformer.new_transformer(spec)
-
-
-def synthetic(recipe: Recipe, spec: Spec, bucket: Bucket, number: int) -> MicroBatch:
-    """A micro-batch of noise, in pinned host memory where the loader's would be."""
-    size = recipe.batch.micro_size
-    generator = torch.Generator().manual_seed(number)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        tensor = torch.randn(shape, generator=generator).to(dtype)
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-    return MicroBatch(
-        bucket,
-        [Sample(0, row, number * size + row) for row in range(size)],
-        latents=normal(size, TOKEN_CHANNELS // 4, bucket.height // 8, bucket.width // 8),
-        text=normal(size, TEXT_TOKENS, spec.text_width, dtype=torch.bfloat16),
-        noise=normal(size, bucket.tokens, TOKEN_CHANNELS),
-        deviates=normal(size),
-    )
 
 
 def measure(step: Step, device: torch.device, warm_up: int, count: int) -> Timing:

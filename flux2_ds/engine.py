@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,6 +143,21 @@ class Engine:
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The transformer's prediction."""
         return self._engine(**inputs, return_dict=False)[0]
+
+    def rehearse(self, loss: Callable[[Callable[..., torch.Tensor]], torch.Tensor]) -> None:
+        """One forward and backward pass that leaves no trace; `loss` is given the model's forward.
+
+        Only the gradient of the first trained parameter is asked for. It takes the backward pass through
+        all blocks, while no parameter's gradient is accumulated, which is when DeepSpeed would count it.
+        """
+
+        def forward(**inputs: Any) -> torch.Tensor:
+            prediction: torch.Tensor = self._engine.module(**inputs, return_dict=False)[0]
+            return prediction
+
+        devices = [self._engine.device] if self._engine.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.autograd.grad(loss(forward), [next(iter(self._named.values()))])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

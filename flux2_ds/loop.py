@@ -27,6 +27,7 @@ from flux2_ds.metrics import Metrics
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.saving import SaveError
+from flux2_ds.warmup import Recompilations
 
 log = logging.getLogger("flux2_ds")
 
@@ -129,6 +130,7 @@ def train(
     """
     meter = Meter(torch.zeros((), device=process.device))
     queued: deque[Queued] = deque()
+    recompilations = Recompilations()
 
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
@@ -141,6 +143,7 @@ def train(
             losses.append(loss.detach())
 
         done = step + 1
+        recompilations.check(done, micro_batches[0].bucket)
         queued.append(Queued(done, micro_batches, losses, engine.gradient_norm()))
         lookout.at(done, "agreeing")
         stopping = any_process(stop.seen(process), process.device)

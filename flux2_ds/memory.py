@@ -142,6 +142,14 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     return Memory(card, host)
 
 
+def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
+    """Bytes of the card that the first forward pass finds free and later ones do not: stage 0's
+    optimizer state, and gradients that wait for the next micro-batch's."""
+    state = plan.zero_stage == 0 and not resumed
+    parts = ["optimizer"] * state + ["gradients"] * (plan.accumulation > 1)
+    return sum(memory.card.get(part, 0.0) for part in parts)
+
+
 def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) -> int:
     """How many blocks keep their activations, the recipe's `activations` being a share of them or a
     word; `auto` is as many as fit into `card_bytes`."""

@@ -268,7 +268,7 @@ class Launch:
     hang_after: float = 600.0
     """Seconds that a process may stay at the same point of a step before the run is ended and the
     process that the others wait for is named; 0 turns it off. It must be longer than the longest
-    forward and backward pass, the first (with compilation) included, and than a checkpoint takes."""
+    forward and backward pass, than compiling for one bucket before step 1, and than a checkpoint takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from flux2_ds.data.storage import Blob
 from flux2_ds.engine import (
     Engine,
     Process,
+    any_process,
     barrier,
     from_first,
     start_process,
@@ -38,11 +39,12 @@ from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
+from flux2_ds.memory import Memory, not_yet_allocated
 from flux2_ds.metrics import Metrics, draw_loss
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
-from flux2_ds.plan import Plan, learning_rate, make_plan
+from flux2_ds.plan import Plan, compiles, learning_rate, make_plan
 from flux2_ds.prepared import (
     build_order,
     check_companions,
@@ -61,6 +63,7 @@ from flux2_ds.rundir import (
     write_run_dir,
 )
 from flux2_ds.spec import Spec, read_spec
+from flux2_ds.warmup import warm_up
 
 log = logging.getLogger("flux2_ds")
 
@@ -106,7 +109,9 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     first_step = resume(engine, recipe, index, process)
     finished = True
     if first_step < recipe.steps:
-        finished = run(plan, spec, index, held_out, engine, process, stop, lookout, first_step)
+        finished = run(
+            plan, spec, index, held_out, engine, expected, process, stop, lookout, first_step
+        )
     else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
     say_memory(expected, process.device)
@@ -269,6 +274,7 @@ def run(
     index: Index,
     held_out: Index,
     engine: Engine,
+    expected: Memory,
     process: Process,
     stop: StopRequest,
     lookout: Lookout,
@@ -281,6 +287,18 @@ def run(
     order = build_order(recipe, index)
     loader = build_loader(recipe, index, order, process, conditioning)
     objective = build_objective(recipe, spec, conditioning, process.device)
+    warm_up(
+        engine,
+        objective,
+        index,
+        held_out,
+        recipe,
+        every_length=compiles(recipe, plan.zero_stage),
+        room=not_yet_allocated(plan, expected, resumed=first_step > 0),
+        step=first_step + 1,
+        lookout=lookout,
+        stopping=lambda: any_process(stop.seen(process), process.device),
+    )
     metrics = None
     if process.first:
         metrics = Metrics(

@@ -67,13 +67,17 @@ class Shard:
         return cls(**{**values, "bucket": Bucket(**values["bucket"]), "toc": Part(**values["toc"])})
 
     @property
-    def tokens(self) -> int:
-        """Image tokens of a sample, see `Index.largest_tokens`."""
-        own = self.bucket.tokens
+    def reference_sizes(self) -> list[Bucket]:
+        """Of every row's reference images; of "several" sizes two like the image are assumed."""
         if self.references == "several":
-            return 3 * own
+            return 2 * [self.bucket]
         sizes = [map(int, size.split("x")) for size in self.references.split(",") if size]
-        return own + sum(Bucket(height, width).tokens for width, height in sizes)
+        return [Bucket(height, width) for width, height in sizes]
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a sample, reference images included."""
+        return self.bucket.tokens + sum(size.tokens for size in self.reference_sizes)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,7 @@ class Index:
 
     @property
     def largest_tokens(self) -> int:
-        """Image tokens of the longest sample, reference images included; of "several" sizes of
-        references twice the image's are assumed."""
+        """Image tokens of the longest sample, reference images included."""
         return max(shard.tokens for shard in self.shards)
 
     @property

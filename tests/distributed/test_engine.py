@@ -194,6 +194,20 @@ def test_a_checkpoint_continues_on_any_stage_and_world_size(
                 assert error < 1e-4, f"{case['save']}: {name} differs by {error:.1e}"
 
 
+def test_a_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
+    """The same losses to the last bit, with accumulation."""
+    kinds = [("lora", "zero0"), ("lora", "zero2"), ("lora", "zero3"), ("full", "zero1")]
+    if shutil.which("c++") is not None:
+        kinds.append(("full", "zero2_offload"))
+    cases = [
+        {"method": method, "name": name, "deepspeed": configs()[name], "micro": 1, "steps": 3}
+        for method, name in kinds
+    ]
+    losses = launch(2, [*cases, *({**case, "rehearse": True} for case in cases)], tmp_path)
+    for case, plain, rehearsed in zip(cases, losses, losses[len(cases) :], strict=False):
+        assert rehearsed == plain, f"{case['method']} {case['name']}"
+
+
 EXACT = [
     ("lora", "zero0", {}),
     ("lora", "zero2", {}),

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def learning_rate_of(settings: dict[str, Any]) -> float:
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
     """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
 
-    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread` and `recompute` replace the defaults.
+    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread` and `recompute` replace the defaults;
+    `rehearse`: two passes before the first step that are none of the training's.
     """
     from flux2_ds import engine as engines
     from flux2_ds import saving
@@ -166,6 +168,11 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         assert found is not None
         engine.state.load(found)
         first = found.step
+    if case.get("rehearse"):
+        generator = torch.get_rng_state()
+        for number in (100, 101):
+            engine.rehearse(partial(loss_of, batch=global_batch(number)))
+        assert torch.equal(torch.get_rng_state(), generator)
     own = GLOBAL_BATCH // process.world
     losses = []
     for step in range(first, case["steps"]):

@@ -1,6 +1,7 @@
 """The memory plan against real parameter counts, quantised weights and measured peaks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flux2_ds.memory import (
     block_parameters,
     estimate,
     kept_blocks,
+    not_yet_allocated,
     other_parameters,
 )
 from flux2_ds.model import transformer
@@ -138,3 +140,19 @@ def test_sizes():
     for wrong in ("", "many", "24 parsecs", "-1GB"):
         with pytest.raises(UserError, match="--gpu"):
             size("--gpu", wrong)
+
+
+def test_what_the_first_step_adds_is_known_before_it():
+    """Adam's two moments at stage 0, and gradients between micro-batches; ZeRO has its state earlier."""
+    spec = RELEASED[KLEIN_4B]
+
+    def added(stage: int, micro_batches: int, *, resumed: bool = False) -> float:
+        recipe = replace(
+            recipe_for(KLEIN_4B, deepspeed=f"zero{stage}"), batch=Batch(global_size=micro_batches)
+        )
+        plan = make_plan(recipe, 1)
+        memory = estimate(spec, plan, 4096, 0)
+        return not_yet_allocated(plan, memory, resumed=resumed) / adapter_parameters(spec, recipe)
+
+    assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2)] == [8, 12, 0, 4]
+    assert added(0, 1, resumed=True) == 0
