@@ -1,6 +1,6 @@
 """Measure the loader: against the raw read of the same bytes and a plain WebDataset pipeline.
 
-    flux2-ds bench-data [--json] [--gb 1] [--model dev klein-4b] [--from disk http s3] [--work FOLDER]
+    flux2-ds bench-data [--json] [--gb 1] [--rounds 3] [--model dev klein-4b] [--from disk http s3] [--work DIR]
 
 Writes shards of random samples of true sizes at 1024², reads them from the disk (dropped from the page
 cache before each reading) and from servers on loopback, and simulates an index of 10^8 samples. Nothing
@@ -40,7 +40,7 @@ from flux2_ds.spec import TEXT_TOKENS
 BUCKET = Bucket(1024, 1024)
 MODELS = {"dev": (15360, 0.80), "klein-9b": (12288, 0.24), "klein-4b": (7680, 0.13)}
 """Text width, and the seconds that a GPU is meant to take for a sample."""
-_SAMPLES_PER_SHARD, _ROUNDS, _WAITED_STEPS, _SHARD_OF_INDEX = 16, 3, 24, 256
+_SAMPLES_PER_SHARD, _WAITED_STEPS, _SHARD_OF_INDEX = 16, 24, 256
 Values = dict[str, object]
 
 
@@ -53,6 +53,7 @@ def main() -> None:
     add("--model", nargs="+", choices=MODELS, default=["dev", "klein-4b"])
     add("--from", nargs="+", choices=["disk", "http", "s3"], default=["disk", "http"], dest="kinds")
     add("--readers", type=int, default=4, help="data.readers of the loader")
+    add("--rounds", type=int, default=3, help="readings of each, in turns; the best counts")
     add("--work", type=Path, help="folder on the disk to measure; default: the temporary one")
     options = parser.parse_args()
     results: Values = {"machine": {"cpus": os.cpu_count(), "torch": torch.__version__}}
@@ -61,7 +62,7 @@ def main() -> None:
             folder = Path(work) / model
             index = make_shards(folder, MODELS[model][0], int(options.gb * 1e9))
             for kind in options.kinds:
-                found = measure(kind, folder, index, options.readers, MODELS[model][1])
+                found = measure(kind, folder, index, options, MODELS[model][1])
                 results[f"{model} from {kind}"] = found
                 say(options.json, f"{model} from {kind}", found)
     for samples in (10**6, 10**8):
@@ -96,7 +97,9 @@ def make_shards(folder: Path, text_width: int, size: int) -> Index:
     return Index("dev", text_width, {}, {}, shards)
 
 
-def measure(kind: str, folder: Path, index: Index, readers: int, seconds: float) -> Values:
+def measure(
+    kind: str, folder: Path, index: Index, options: argparse.Namespace, seconds: float
+) -> Values:
     """The three readings and the wait at a GPU's pace."""
     size = sum(shard.size for shard in index.shards)
     with nullcontext() if kind == "disk" else served(kind, folder) as server:
@@ -106,16 +109,20 @@ def measure(kind: str, folder: Path, index: Index, readers: int, seconds: float)
             order = Order(index, 1, seed=0, window=2)
             empty = torch.zeros(0)
             return Loader(location, index, order, Share(0, 1, 1, 1), seed=0, caption_dropout=0.0,
-                          empty_text=empty, readers=readers)  # fmt: skip
+                          empty_text=empty, readers=options.readers)  # fmt: skip
 
-        def timed(read: Callable[[], int]) -> float:
+        def timed(read: Callable[[], int]) -> tuple[float, float, float]:
+            """Seconds by the clock, of processors here, and of processors in the server."""
             drop_from_page_cache(folder)
-            started = time.perf_counter()
+            started, used, served = time.perf_counter(), time.process_time(), busy(server)
             count = read()
-            elapsed = time.perf_counter() - started
             if count != index.samples:
                 raise RuntimeError(f"{count} samples read of {index.samples}")
-            return elapsed
+            return (
+                time.perf_counter() - started,
+                time.process_time() - used,
+                busy(server) - served,
+            )
 
         readings: dict[str, Callable[[], int]] = {
             "raw read": lambda: read_raw(server, folder, index),
@@ -124,18 +131,30 @@ def measure(kind: str, folder: Path, index: Index, readers: int, seconds: float)
         if kind != "s3":  # WebDataset reads S3 through the AWS command line, which is not at hand
             readings["plain WebDataset"] = lambda: sum(1 for _ in plain_pipeline(location, index))
         # In turns, the best of each: a machine is never quiet all the time.
-        times = [{name: timed(read) for name, read in readings.items()} for _ in range(_ROUNDS)]
-        best = {name: min(each[name] for each in times) for name in readings}
+        times = [
+            {name: timed(read) for name, read in readings.items()} for _ in range(options.rounds)
+        ]
+        best = {name: min(each[name][0] for each in times) for name in readings}
+        cost = {name: min(each[name][1:] for each in times) for name in readings}
         found: Values = {"MB a sample": round(size / index.samples / 1e6, 1)}
         found |= {f"{name}, MB/s": round(size / best[name] / 1e6) for name in readings}
         found["loader, samples/s"] = round(index.samples / best["loader"], 1)
         for name in sorted(readings.keys() - {"loader"}):
             found[f"loader / {name}"] = round(best[name] / best["loader"], 2)
+        for name, (here, there) in cost.items():
+            found[f"{name}, CPU ms a sample"] = round(1e3 * here / index.samples, 1)
+            if server is not None:
+                found[f"{name}, server's CPU ms"] = round(1e3 * there / index.samples, 1)
         drop_from_page_cache(folder)
         first, wait = waits(loader(), seconds)
         found["time to first batch, s"] = round(first, 3)
         found[f"wait at {seconds} s a step"] = f"{100 * wait / seconds:.2f} %"
     return found
+
+
+def busy(server: Server | None) -> float:
+    """Seconds of processors that the server has used so far."""
+    return 0.0 if server is None else sum(psutil.Process(server.pid).cpu_times()[:2])
 
 
 def drop_from_page_cache(folder: Path) -> None:

@@ -76,6 +76,12 @@ class Server:
                 raise RuntimeError(f"{' '.join(command)} ended with {self._process.returncode}")
             time.sleep(0.05)
 
+    @property
+    def pid(self) -> int:
+        """The process that serves."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """End it without notice."""
         if self._process is not None:

@@ -86,7 +86,8 @@ class Prepare:
     """How `prepare` encodes."""
 
     processes: int | None = None
-    """Processes, one GPU each. Default: one for each visible GPU; one on the CPU."""
+    """Processes of each machine, one GPU each. Default: one for each visible GPU, or for each slot of
+    `launch.hostfile`; one on the CPU."""
     text_device: Literal["accelerator", "cpu"] = "accelerator"
     """Where the text encoder runs; the VAE is always on the accelerator."""
     text_weights: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"

@@ -231,6 +231,7 @@ def build_loader(
         empty_text=conditioning["empty_text"],
         masked=recipe.objective.masked_loss,
         readers=data.readers,
+        pinned=process.device.type == "cuda",
         fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
     )
 

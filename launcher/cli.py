@@ -31,6 +31,7 @@ from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
 from launcher.local import commands_here
 from launcher.planning import plan_memory
+from launcher.preparing import PREPARE_MODULE, prepare_on_hosts
 from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
 
@@ -60,7 +61,7 @@ def main() -> None:
         "doctor": doctor,
         "train": train,
         "slurm": slurm,
-        "prepare": lambda argv: run_module("flux2_ds.prepare", argv),
+        "prepare": prepare,
         "bench-data": lambda argv: run_module("flux2_ds.bench_data", argv),
         "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
         "bench": lambda argv: run_module("flux2_ds.bench", argv),
@@ -75,6 +76,16 @@ def main() -> None:
         print(f"error: no command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)
     run_root(lambda: commands[arguments[0]](arguments[1:]))
+
+
+def prepare(argv: list[str]) -> None:
+    """Prepare on this machine, or on those of the hostfile."""
+    recipe, _, arguments = read(
+        argv, "prepare", "Encode photographs and captions into shards.", lambda _: None
+    )
+    if recipe.launch.hostfile is None:
+        run_module(PREPARE_MODULE, arguments)
+    sys.exit(prepare_on_hosts(recipe, arguments))
 
 
 def plan(argv: list[str]) -> None:
@@ -197,7 +208,7 @@ def slurm(argv: list[str]) -> None:
     launch, prepares = recipe.launch, options.job == "prepare"
     # CPU processes, for a trial of the cluster, are counted by the recipe.
     tasks = options.gpus_per_node if launch.accelerator == "cuda" else launch.processes or 1
-    make_plan(recipe, options.nodes * tasks)
+    make_plan(recipe, 1 if prepares else options.nodes * tasks)
     job = SlurmJob(
         nodes=options.nodes,
         tasks=tasks,

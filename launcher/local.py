@@ -29,35 +29,44 @@ class Stopper:
     The request is `stop_file`, which the training processes look for after every step, on whatever
     host they are. It is repeated until they have ended, because a trainer that is just starting
     removes what it takes for an earlier request. DeepSpeed's own launchers would signal the processes
-    one after the other and kill those still saving after 30 s, so they are left out of this.
+    one after the other and kill those still saving after 30 s, so they are left out of this. Without a
+    `stop_file` there is nothing to save, and the first signal ends at once.
     """
 
-    def __init__(self, stop_file: Path) -> None:
+    def __init__(self, stop_file: Path | None) -> None:
         self._file = stop_file
         self._repeated = 0.0
         self.reason: str | None = None
         self.at_once = False
 
     def __enter__(self) -> Stopper:
-        self._file.unlink(missing_ok=True)
+        self._forget()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.unlink(missing_ok=True)
+        self._forget()
 
     def pass_on(self) -> None:
         """Repeat the request, if there is one."""
-        if self.reason is not None and time.monotonic() - self._repeated > _REPEAT:
+        due = time.monotonic() - self._repeated > _REPEAT
+        if self._file is not None and self.reason is not None and due:
             self._repeated = time.monotonic()
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_text(self.reason)
 
+    def _forget(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.reason is None:
+        if self._file is None:
+            self.reason, self.at_once = name, True
+            say(f"{name}: ending at once")
+        elif self.reason is None:
             self.reason = name
             say(f"{name}: after this step, save a checkpoint and stop (again: end at once)")
         elif not self.at_once:

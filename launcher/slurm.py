@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from launcher.commands import TRAIN_MODULE
+from launcher.preparing import PREPARE_MODULE
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,17 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
 
 
 def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
-    """The sbatch script that prepares the recipe's shards on one node; `prepare` uses all its GPUs."""
-    prepare = shlex.join([python, "-m", "flux2_ds.prepare", *arguments])
+    """The sbatch script that prepares the recipe's shards: one task a node, which uses all its GPUs."""
+    prepare = shlex.join([python, "-m", PREPARE_MODULE, *arguments])
+    task = f'FLUX2_DS_NODE=$SLURM_NODEID exec {prepare} "$@"'
+    start = "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
     return "\n".join(
         [
-            *header(job, f"{job.name}-prepare", {}, nodes=1, tasks=1),
+            *header(job, f"{job.name}-prepare", {}, nodes=job.nodes, tasks=1),
             "",
             *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
-            f'srun {prepare} "$@"',
+            f"export FLUX2_DS_NODES=$SLURM_NNODES FLUX2_DS_START={start}",
+            f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(task)} task "$@"',
             "",
         ]
     )

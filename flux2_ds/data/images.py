@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -14,8 +16,32 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+UNREAD = frozenset(
+    [
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".gif",
+        ".jp2",
+        ".svg",
+        ".psd",
+        ".xcf",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".raf",
+        ".orf",
+        ".rw2",
+    ]
+)
+"""Of pictures that are not read: they are named, where other files are passed over in silence."""
 _LINES, _LINE_HEIGHT = 3, 14
 _SAME_ASPECT = 0.02
+# What Pillow warns of is an error here (`_open`): filters of warnings are not for threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableImageError(Exception):
@@ -121,22 +147,28 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _open(content: bytes | str) -> Image.Image:
     if not content:
         raise UnreadableImageError("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-        except Image.UnidentifiedImageError as error:
-            raise UnreadableImageError("not a picture that Pillow can identify") from error
-        except OSError as error:
-            raise UnreadableImageError(error.strerror or str(error)) from error
-        except (SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
-            raise UnreadableImageError(str(error)) from error
-        except Image.DecompressionBombError as error:
-            raise UnreadableImageError(str(error)) from error
+    try:
+        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImageError("not a picture that Pillow can identify") from error
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(_too_large()) from error
+    except (SyntaxError, ValueError) as error:
+        raise UnreadableImageError(str(error)) from error
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        image.close()
+        raise UnreadableImageError(_too_large())
     if image.format in ("PNG", "WEBP", "GIF") and getattr(image, "n_frames", 1) > 1:
         image.close()  # TIFF and MPO have pages: there the first is the picture
         raise UnreadableImageError("animated")
     return image
+
+
+def _too_large() -> str:
+    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+    return f"more than {limit:.0f} megapixels, as decompression bombs have: make it smaller"
 
 
 def contact_sheet(
@@ -150,7 +182,8 @@ def contact_sheet(
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(11)
+    # Pillow's own font has no letters beyond English.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
     for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row, column = divmod(place, columns)
         x = column * width + (width - picture.shape[1]) // 2

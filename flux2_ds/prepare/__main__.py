@@ -17,31 +17,25 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2
-from tqdm import tqdm
 
-from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
+from flux2_ds.data.index import Index, write_index
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.model import latents
 from flux2_ds.model.files import fingerprint, model_directory
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
+from flux2_ds.prepare.encode import Encoding, encode, text_bytes, text_precision
 from flux2_ds.prepare.entries import Picture, write_whole
-from flux2_ds.prepare.ledger import Job, Note
-from flux2_ds.prepare.pictures import PictureWorker, in_chunks, load_vae
+from flux2_ds.prepare.ledger import Job
 from flux2_ds.prepare.report import Report, write_report
 from flux2_ds.prepare.sources import find_entries
-from flux2_ds.prepare.texts import TextFiles, TextWorker, copy_known
-from flux2_ds.prepare.workers import run_tasks
+from flux2_ds.prepare.team import Team
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, Spec, read_spec
-from flux2_ds.tensors import write_tensors
+from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
 
@@ -63,23 +57,41 @@ def main() -> None:
     directory = model_directory(
         recipe.model.path, recipe.model.revision, ["vae", "text_encoder", "tokenizer", "scheduler"]
     )
-    prepare(recipe, directory, read_spec(directory, allow_distilled=True))
+    spec, team = read_spec(directory, allow_distilled=True), Team.of_environment()
+    if team.node == 0:
+        prepare(recipe, directory, spec, team)
+    else:
+        assist(recipe, directory, spec, team)
 
 
-def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
-    """Write shards, index.json and report; returns the index.
+def assist(recipe: Recipe, directory: Path, spec: Spec, team: Team) -> None:
+    """What all machines but the first do: encode, until the first is done.
+
+    Raises:
+        UserError: this machine has other settings or another model than the first.
+    """
+    encoding = Encoding(recipe, directory, spec)
+    content = content_of(recipe, fingerprint(directory))
+    for kind, work in team.phases(encoding.folder):
+        check_folder(encoding.folder, content)
+        work(encoding.worker(kind), encoding.devices(kind))
+
+
+def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = None) -> Index:
+    """Write shards, index.json and report; returns the index. Other machines of the team assist.
 
     Raises:
         UserError: no usable pictures, a folder of something else, or a full disk.
     """
     data, folder = recipe.data, Path(recipe.data.shards)
+    team = team or Team()
     report = Report()
     prints = fingerprint(directory)
     content = content_of(recipe, prints)
     check_folder(folder, content)
     entries = find_entries(data.images, data.caption_column, folder / ledger.FOLDER / "tars")
     entries = with_captions(entries, data, report.skipped)
-    with claimed(folder, content), full_disk_explained(folder):
+    with claimed(folder, content), full_disk_explained(folder), team.gathered(folder):
         notes = ledger.read_notes(folder)
         seen = ledger.compare(entries, notes)
         if notes and not seen.kept:
@@ -98,7 +110,7 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec) -> Index:
         report.kept = len(seen.kept)
 
         started = time.monotonic()
-        written = encode(recipe, directory, spec, folder, jobs, notes, report)
+        written = encode(Encoding(recipe, directory, spec), team, jobs, notes, report)
         report.seconds = time.monotonic() - started
         report.encoded = sum(len(note.rows) for note in written)
         for note in written:
@@ -233,115 +245,6 @@ def tokens_of(picture: Picture, recipe: Recipe) -> int:
     """Image tokens of a picture and, at most, of its references."""
     largest = (recipe.prepare.reference_resolution // PIXELS_PER_TOKEN) ** 2
     return picture.bucket.tokens + largest * len(picture.entry.references)
-
-
-def encode(
-    recipe: Recipe,
-    directory: Path,
-    spec: Spec,
-    folder: Path,
-    jobs: list[Job],
-    notes: list[Note],
-    report: Report,
-) -> list[Note]:
-    """Write the shards, in rounds of as many as their captions fit into the scratch space."""
-    settings, texts = recipe.prepare, TextFiles(folder / ".texts")
-    written: list[Note] = []
-    total = sum(len(job.pictures) for job in jobs)
-    make_pictures = partial(PictureWorker, directory, settings, texts, folder)
-    limit = int(settings.scratch_gb * 1e9 / text_bytes(spec, recipe))
-    for round_ in rounds(jobs, limit):
-        captions = {picture.caption for job in round_ for picture in job.pictures}
-        unconditioned = not (folder / CONDITIONING_NAME).is_file()
-        if unconditioned:
-            captions.add("")
-        copy_known(texts, captions, folder, [*notes, *written])
-        encode_texts(recipe, directory, spec, texts, captions, report)
-        if unconditioned:
-            write_conditioning(folder, load_vae(directory, settings, torch.device("cpu")), texts)
-        with tqdm(desc="pictures", total=total, unit="img") as progress:
-            progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
-            devices = devices_of(recipe)[: len(round_)]
-            written += run_tasks(make_pictures, round_, devices, progress)
-        shutil.rmtree(folder / ".texts")
-    return written
-
-
-def encode_texts(
-    recipe: Recipe,
-    directory: Path,
-    spec: Spec,
-    texts: TextFiles,
-    captions: set[str],
-    report: Report,
-) -> None:
-    """Encode the captions that have no file in `texts` yet, then free the encoder."""
-    missing = sorted(caption for caption in captions if not texts.has(caption))
-    if not missing:
-        return
-    make = partial(TextWorker, directory, spec, *text_precision(recipe), texts)
-    devices = ["cpu"] if recipe.prepare.text_device == "cpu" else devices_of(recipe)
-    devices = devices[: -(-len(missing) // _CAPTIONS_A_PROCESS)]
-    batches = list(in_chunks(missing, recipe.prepare.text_batch))
-    with tqdm(desc="captions", total=len(missing), unit="txt") as progress:
-        for long in run_tasks(make, batches, devices, progress):
-            report.long_captions |= long
-
-
-def write_conditioning(folder: Path, vae: AutoencoderKLFlux2, texts: TextFiles) -> None:
-    """Write the latent statistics and the encoded empty caption."""
-    mean, std = latents.statistics(vae)
-    tensors = {"latent_mean": mean, "latent_std": std, "empty_text": texts.read("")}
-    partial_path = folder / f"{CONDITIONING_NAME}.partial"
-    write_tensors(partial_path, tensors)
-    partial_path.replace(folder / CONDITIONING_NAME)
-
-
-def rounds(jobs: list[Job], captions: int) -> Iterator[list[Job]]:
-    """Consecutive shards with at most about `captions` distinct captions, and at least one shard."""
-    round_: list[Job] = []
-    distinct: set[str] = set()
-    for job in jobs:
-        own = {picture.caption for picture in job.pictures}
-        if round_ and len(distinct | own) > captions:
-            yield round_
-            round_, distinct = [], set()
-        round_.append(job)
-        distinct |= own
-    if round_:
-        yield round_
-
-
-def devices_of(recipe: Recipe) -> list[str]:
-    """The device of each process.
-
-    Raises:
-        UserError: more processes than GPUs.
-    """
-    wanted = recipe.prepare.processes
-    if recipe.launch.accelerator == "cpu":
-        return ["cpu"] * (wanted or 1)
-    visible = torch.cuda.device_count()
-    if (wanted or 1) > visible:
-        raise UserError(
-            f"prepare.processes is {wanted or 1}, and {visible} GPUs are visible here. Lower it, or "
-            "set launch.accelerator to cpu."
-        )
-    return [f"cuda:{number}" for number in range(wanted or visible)]
-
-
-def text_precision(recipe: Recipe) -> tuple[torch.dtype, Literal["int8", "nf4"] | None]:
-    """The dtype in which captions are encoded, and how the encoder's weights are quantised."""
-    weights = recipe.prepare.text_weights
-    if weights == "int8" or weights == "nf4":
-        return torch.bfloat16, weights
-    fp32 = weights == "fp32" or (weights == "auto" and recipe.precision == "fp32")
-    return (torch.float32 if fp32 else torch.bfloat16), None
-
-
-def text_bytes(spec: Spec, recipe: Recipe) -> int:
-    """Size of one encoded caption."""
-    return TEXT_TOKENS * spec.text_width * text_precision(recipe)[0].itemsize
 
 
 def finish(folder: Path, index: Index, pictures: list[Picture], report: Report) -> None:

@@ -21,6 +21,7 @@ from flux2_ds.errors import UserError
 from flux2_ds.prepare.entries import Entry, Picture, Skipped
 from flux2_ds.recipe import Data
 
+_NAMED = 5
 _THREADS = 16  # reading a header is waiting, on network file systems above all
 
 
@@ -41,10 +42,12 @@ def with_captions(entries: list[Entry], data: Data, skipped: Skipped) -> list[En
         else:
             usable.append(replace(entry, caption=entry.caption or data.fixed_caption))
     if bare:
-        reason = bare[0].problem or "no text in a .txt file beside it or in metadata"
+        named = [each.name + f" ({each.problem})" * bool(each.problem) for each in bare[:_NAMED]]
+        more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
         raise UserError(
-            f"{len(bare)} of {len(entries)} pictures have no caption, the first is {bare[0].name} "
-            f"({reason}). Write the captions, or set data.missing_caption to skip or fixed."
+            f"{len(bare)} of {len(entries)} pictures have no caption, that is, no text in a .txt file "
+            f"beside them or in metadata: {', '.join(named)}{more}. Write the captions, or set "
+            "data.missing_caption to skip or fixed."
         )
     return usable
 
@@ -71,7 +74,9 @@ def choose_buckets(entries: list[Entry], data: Data, skipped: Skipped) -> list[P
                 continue
             bucket = fitting_bucket(*size, tables, data.max_upscale)
             if bucket is not None:
-                chosen.append(Picture(entry, entry.caption or "", bucket))
+                kept = size[0] / size[1] / bucket.aspect
+                lost = 1 - min(kept, 1 / kept)
+                chosen.append(Picture(entry, entry.caption or "", bucket, round(lost, 3)))
                 continue
             smallest = choose_bucket(*size, tables[-1])
             skipped.add(

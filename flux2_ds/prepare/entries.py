@@ -42,11 +42,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture to be encoded: where it is, what it is called in training, how it is cropped."""
+    """A picture to be encoded: where it is, what it is called in training, how it is cropped.
+
+    `lost` is the share of it that the crop cuts away; 0 also if it was encoded earlier.
+    """
 
     entry: Entry
     caption: str
     bucket: Bucket
+    lost: float = 0.0
 
 
 @dataclass

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Shard
@@ -70,23 +71,29 @@ def caption_digest(caption: str) -> str:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def note_values(note: Note) -> dict[str, Any]:
+    """A note as JSON values."""
+    rows = [[row.key, row.stamp, row.sha256, row.caption] for row in note.rows]
+    return {"shard": asdict(note.shard), "rows": rows, "skipped": note.skipped}
+
+
+def note_of(values: dict[str, Any]) -> Note:
+    """The note that `note_values` wrote."""
+    rows = [Row(*row) for row in values["rows"]]
+    skipped = {key: (stamp, reason) for key, (stamp, reason) in values["skipped"].items()}
+    return Note(Shard.of(values["shard"]), rows, skipped)
+
+
 def read_notes(folder: Path) -> list[Note]:
     """All finished shards, sorted by name."""
-    notes = []
-    for path in sorted((folder / FOLDER).glob("*.tar.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        shard = Shard.of(facts["shard"])
-        rows = [Row(*row) for row in facts["rows"]]
-        notes.append(Note(shard, rows, {k: (s, r) for k, (s, r) in facts["skipped"].items()}))
-    return notes
+    paths = sorted((folder / FOLDER).glob("*.tar.json"))
+    return [note_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def write_note(folder: Path, note: Note) -> None:
     """Remember a finished shard; it is finished when this file is there."""
-    rows = [[row.key, row.stamp, row.sha256, row.caption] for row in note.rows]
-    facts = {"shard": asdict(note.shard), "rows": rows, "skipped": note.skipped}
     (folder / FOLDER).mkdir(exist_ok=True)
-    write_whole(folder / FOLDER / f"{note.shard.name}.json", json.dumps(facts))
+    write_whole(folder / FOLDER / f"{note.shard.name}.json", json.dumps(note_values(note)))
 
 
 def compare(entries: list[Entry], notes: list[Note]) -> Comparison:

@@ -22,6 +22,8 @@ from flux2_ds.spec import TEXT_TOKENS
 REPORT_NAME, SUMMARY_NAME, SHEETS = "report.json", "report.txt", "contact_sheets"
 _SHEET_PICTURES, _SHEET_SIDE = 36, 192
 _EXAMPLES = 5
+_MUCH = 0.3
+"""Pictures that lose so much to the crop are named: their captions may tell of what is cut away."""
 
 
 @dataclass
@@ -50,10 +52,11 @@ class Report:
             "with_references": sum(bool(picture.entry.references) for picture in pictures),
             "captions": len({picture.caption for picture in pictures}),
             "captions_cut": self.long_captions,
+            "cropped_much": cropped_much(pictures),
             "skipped": self.skipped.reasons,
         }
 
-    def summary(self, index: Index) -> str:
+    def summary(self, index: Index, pictures: list[Picture]) -> str:
         """The report for people."""
         lines = [
             f"{index.samples} samples in {len(index.shards)} shards: {self.kept} kept from before, "
@@ -61,6 +64,14 @@ class Report:
             f"{index.part(held_out=True).samples} of them held out for evaluation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
         ]
+        if cropped := cropped_much(pictures):
+            some = ", ".join(
+                f"{name} ({lost:.0%})" for name, lost in list(cropped.items())[:_EXAMPLES]
+            )
+            lines.append(
+                f"{len(cropped)} pictures lose more than {_MUCH:.0%} to the crop; crop them yourself or "
+                f"raise data.max_aspect: {some}"
+            )
         if self.long_captions:
             lines.append(
                 f"{len(self.long_captions)} captions are longer than {TEXT_TOKENS} tokens with the "
@@ -78,6 +89,13 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
+def cropped_much(pictures: list[Picture]) -> dict[str, float]:
+    """The share that the crop cuts away, by name, most first."""
+    much = [picture for picture in pictures if picture.lost > _MUCH]
+    much.sort(key=lambda picture: -picture.lost)
+    return {picture.entry.name: picture.lost for picture in much}
+
+
 def _kind(reason: str) -> str:
     """The reason without what differs from picture to picture."""
     if "must be enlarged" in reason:
@@ -88,7 +106,7 @@ def _kind(reason: str) -> str:
 def write_report(folder: Path, report: Report, index: Index, pictures: list[Picture]) -> str:
     """Write report.json, report.txt and the contact sheets; returns the summary."""
     values = json.dumps(report.values(index, pictures), indent=1, ensure_ascii=False)
-    summary = report.summary(index)
+    summary = report.summary(index, pictures)
     write_whole(folder / REPORT_NAME, values + "\n")
     write_whole(folder / SUMMARY_NAME, summary)
     write_contact_sheets(folder / SHEETS, pictures)

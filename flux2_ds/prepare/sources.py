@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.images import SUFFIXES
+from flux2_ds.data.images import SUFFIXES, UNREAD
 from flux2_ds.data.storage import Blob, is_url
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.companions import attach
@@ -82,11 +82,20 @@ def _folder(source: str, folder: str, caption_column: str) -> Iterator[Entry]:
     """The pictures below a folder on disk."""
     listed: dict[str, str | None] = {}
     pictures: list[os.DirEntry[str]] = []
+    texts: set[str] = set()
     for file in _walk(folder):
+        suffix = Path(file.name).suffix.lower()
         if file.name in _METADATA:
             listed |= _metadata(file.path, caption_column)
-        elif Path(file.name).suffix.lower() in SUFFIXES and not file.name.startswith("."):
+        elif suffix in SUFFIXES | UNREAD and not file.name.startswith("."):
             pictures.append(file)
+        elif suffix == ".txt":
+            texts.add(str(Path(file.path)))
+    texts -= {str(Path(file.path).with_suffix(".txt")) for file in pictures}
+    if texts:
+        log.warning(
+            "%d .txt files belong to no picture, the first is %s", len(texts), printable(min(texts))
+        )
     for file in pictures:
         key = printable(os.path.relpath(file.path, folder))
         facts = file.stat()
@@ -94,6 +103,8 @@ def _folder(source: str, folder: str, caption_column: str) -> Iterator[Entry]:
         caption, problem = listed.pop(os.path.normpath(file.path), None), None
         if caption is None:
             caption, problem = _text_beside(file.path)
+        if (suffix := Path(file.name).suffix.lower()) in UNREAD:
+            problem = f"{suffix} is not read: convert it to JPEG or PNG"
         yield Entry(source, key, stamp, caption, Blob(file.path), problem)
     for path in listed:
         missing = "named in the metadata, but there is no such picture"

@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import program
 from machines import Cluster, Machine
+
+from flux2_ds.data.index import read_index
 
 pytestmark = pytest.mark.multinode
 
@@ -39,9 +41,8 @@ def start(cluster: Cluster, work: Path, run_dir: str, *options: str) -> subproce
 
 
 def command(name: str, *options: str) -> list[str]:
-    program = str(Path(sys.executable).with_name("flux2-ds"))
     over_both = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
-    return [program, name, "--config", "tiny.yaml", *over_both, *options]
+    return [program(), name, "--config", "tiny.yaml", *over_both, *options]
 
 
 def doctor(cluster: Cluster, work: Path) -> tuple[int, str]:
@@ -66,16 +67,21 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) ->
 
 def training_processes(machine: Machine) -> list[int]:
     """Everything that a machine runs of the training."""
+    return processes_of(machine, b"launcher.remote", b"flux2_ds.train")
+
+
+def processes_of(machine: Machine, *words: bytes) -> list[int]:
+    """Processes on a machine whose command has one of the words."""
     listed = subprocess.run(
         ["ip", "netns", "pids", machine.name], capture_output=True, text=True, check=True
     )
     found = []
     for pid in map(int, listed.stdout.split()):
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"launcher.remote" in words or b"flux2_ds.train" in words:
+        if any(word in line for word in words):
             found.append(pid)
     return found
 
@@ -94,6 +100,34 @@ def test_doctor_looks_at_both_machines(cluster, work):
         cluster.link("up")
     assert code == 2
     assert re.search(rf"failure +ssh +{second}: ", out)
+
+
+def test_two_machines_prepare_as_one(cluster, work):
+    """After the second machine's end, which ends both, the same command goes on."""
+    argv = command("prepare", "--data.shards", "by_both", "--data.samples_per_shard", "1")
+    environment = cluster.environment | {"OMP_NUM_THREADS": "1"}
+    notes = work / "by_both" / "prepared"
+    for killed in (True, False):
+        with (work / "by_both.out").open("w") as out:
+            prepare = subprocess.Popen(cluster.machines[0].inside(argv), cwd=work, env=environment,
+                                       stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
+        deadline = time.monotonic() + 240
+        while killed and not list(notes.glob("*.tar.json")):
+            assert prepare.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        if killed:
+            for pid in processes_of(cluster.machines[1], b"flux2_ds.prepare"):
+                os.kill(pid, signal.SIGKILL)
+        assert (prepare.wait(timeout=240) != 0) == killed, (work / "by_both.out").read_text()
+    alone = [program(), "prepare", "--config", "tiny.yaml", "--data.shards", "by_one",
+             "--data.samples_per_shard", "1"]  # fmt: skip
+    subprocess.run(alone, cwd=work, check=True)
+    one, both = (
+        {path.name: path.read_bytes() for path in (work / name).glob("*.tar")}
+        for name in ("by_one", "by_both")
+    )
+    assert one == both
+    assert read_index(work / "by_one") == read_index(work / "by_both")
 
 
 def test_two_machines_train_as_one(cluster, work, reference, losses):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -10,9 +11,18 @@ from flux2_ds import bench_data
 
 def test_the_report(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_data, "MODELS", {"tiny": (16, 0.001)})
-    monkeypatch.setattr(bench_data, "_ROUNDS", 1)
     monkeypatch.setattr(bench_data, "_SHARD_OF_INDEX", 100_000)
-    arguments = ["--json", "--gb", "0.01", "--model", "tiny", "--work", str(tmp_path)]
+    arguments = [
+        "--json",
+        "--gb",
+        "0.01",
+        "--rounds",
+        "1",
+        "--model",
+        "tiny",
+        "--work",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["bench-data", *arguments, "--from", "disk", "http", "s3"])
     monkeypatch.setattr(bench_data.argparse.ArgumentParser, "error", pytest.fail)
     bench_data.main()
@@ -21,6 +31,8 @@ def test_the_report(monkeypatch, capsys, tmp_path):
     assert list(found)[1:4] == sources
     for source in sources:
         assert all(found[source][f"{name}, MB/s"] > 0 for name in ("raw read", "loader"))
+        assert found[source]["loader, CPU ms a sample"] > 0
+        assert ("loader, server's CPU ms" in found[source]) == ("disk" not in source)
         assert ("plain WebDataset, MB/s" in found[source]) == ("s3" not in source)
         assert found[source]["wait at 0.001 s a step"].endswith(" %")
     assert found["index of 100,000,000 samples"]["shards"] == 1000
@@ -31,4 +43,4 @@ def test_a_reading_that_misses_samples_is_no_figure(monkeypatch, tmp_path):
     index = bench_data.make_shards(tmp_path / "x", 16, 1)
     monkeypatch.setattr(bench_data, "plain_pipeline", lambda *_: iter([1]))
     with pytest.raises(RuntimeError, match="1 samples read of 2"):
-        bench_data.measure("disk", tmp_path / "x", index, 1, 0.0)
+        bench_data.measure("disk", tmp_path / "x", index, Namespace(readers=1, rounds=1), 0.0)

@@ -21,7 +21,7 @@ from launcher import cli
 from launcher.commands import Command, train_commands
 from launcher.hosts import Hosts, check_gpus, find_hosts, free_port, read_hostfile
 from launcher.local import Stopper, run
-from launcher.slurm import SlurmJob, prepare_script, train_script
+from launcher.slurm import SlurmJob, train_script
 
 RECIPE = """\
 run_dir: runs/cats
@@ -234,10 +234,6 @@ def test_slurm_is_asked_for_what_the_job_needs():
         *("time=04:00:00", "signal=USR1@120", "output=%x-%j.log", "open-mode=append"),
         *("requeue", "exclusive"),
     }
-    script = prepare_script(job, ["--config", "a b"], python="python")
-    assert script.endswith("srun python -m flux2_ds.prepare --config 'a b' \"$@\"\n")
-    assert "#SBATCH --job-name=cats-prepare\n#SBATCH --nodes=1\n" in script
-    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=8\n" in script
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, MicroBatch, Share, draw
+from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, normals
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.errors import UserError
@@ -181,8 +182,35 @@ def test_pinned_draw():
     drawn = draw(7, 5, 1)
     found = [drawn.deviate, drawn.drop, *drawn.noise[0, :3].tolist()]
     assert found == pytest.approx(
-        [-0.7684310, 0.1992646, 1.9844949, 2.0175052, -0.5920360], abs=1e-6
+        [0.2827757, 0.1196154, -1.1226215, -0.9864067, 1.1221752], abs=1e-6
     )
+
+
+def test_noise_is_the_transform_of_its_bits():
+    count = 2**16
+    found = normals(np.random.SFC64(3), count).astype(np.float64)
+    words = np.random.SFC64(3).random_raw(count // 2).view(np.uint32) >> 1
+    radius, angle = (words.astype(np.float64) + 0.5).reshape(2, -1) / 2**31
+    length = np.sqrt(-2 * np.log(radius))
+    turned = 2 * np.pi * angle
+    expected = np.concatenate([length * np.cos(turned), length * np.sin(turned)])
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_noise_is_normal_to_its_tails():
+    count = 2**21
+    noise = normals(np.random.SFC64(SEED), count)
+    values = torch.from_numpy(noise).double()
+    below = torch.special.ndtr(values.sort().values)
+    assert (below - torch.arange(count) / count).abs().max() < 1.95 / count**0.5
+    for bound in (1.0, 2.0, 3.0, 4.0, 5.0):
+        expected = 2 * NormalDist().cdf(-bound) * count
+        assert abs((values.abs() > bound).sum() - expected) < 5 * expected**0.5
+    # The two numbers of a pair share their radius, neighbours nothing; none depends on another.
+    for one, other in (values.view(2, -1), (values[1:], values[:-1])):
+        for power in (1, 2):
+            both = torch.corrcoef(torch.stack([one**power, other**power]))
+            assert abs(both[0, 1]) < 5 / len(one) ** 0.5
 
 
 def kolmogorov_distance(values: list[float], cdf) -> float:

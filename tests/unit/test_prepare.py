@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,6 +172,33 @@ def test_unusable_pictures_are_skipped_named_and_counted(model, photos, tmp_path
     assert all(name in caplog.text for name in reasons)
     summary = (shards / "report.txt").read_text()
     assert "4 pictures skipped" in summary and "3 unreadable: images/" in summary
+
+
+def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
+    shutil.copy(photos / "a.png", photos / "phone.HEIC")
+    (photos / "phone.txt").write_text("a phone's picture")
+    (photos / "a.png.txt").write_text("misnamed")
+    add_photo(photos, "wide", (640, 80), "a panorama")
+    shards = tmp_path / "shards"
+    index = run(recipe_for(model, photos, shards))
+    assert index.samples == 5
+    said = (shards / "report.txt").read_text()
+    assert report(shards)["skipped"] == {
+        "images/phone.HEIC": ".heic is not read: convert it to JPEG or PNG"
+    }
+    assert re.search(r"1 \.txt files belong to no picture, the first is .*a\.png\.txt", caplog.text)
+    wide = next(shard.bucket for shard in index.shards if shard.bucket.aspect > 1.5)
+    assert report(shards)["cropped_much"] == {"images/wide.png": round(1 - wide.aspect / 8, 3)}
+    assert "1 pictures lose more than 30% to the crop" in said and "images/wide.png (7" in said
+
+
+def test_pictures_without_captions_are_named(model, photos, tmp_path):
+    for number in range(7):
+        shutil.copy(photos / "a.png", photos / f"n{number}.png")
+    (photos / "n1.txt").write_bytes(b"caf\xe9")
+    named = r"7 of 11 pictures .* images/n0\.png, images/n1\.png \(caption n1\.txt is not UTF-8"
+    with pytest.raises(UserError, match=rf"{named}.* images/n4\.png and 2 more\. Write"):
+        run(recipe_for(model, photos, tmp_path / "s"))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_folder_without_pictures(tmp_path, name, reason):
 
 
 def test_pictures_are_found_below_in_order_with_captions(folder, tmp_path):
-    for name in ("b/été 猫.JPG", "a.png", "c.webp", "d.jpeg", "ignored.gif", "._a.png"):
+    for name in ("b/été 猫.JPG", "a.png", "c.webp", "d.jpeg", "ignored.doc", "._a.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     (folder / "b/été 猫.txt").write_text("  une chatte, 猫\n", encoding="utf-8")

@@ -1,0 +1,152 @@
+"""Captions and pictures into shards, with all machines and their devices."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from tqdm import tqdm
+
+from flux2_ds.data.index import CONDITIONING_NAME
+from flux2_ds.errors import UserError
+from flux2_ds.model import latents
+from flux2_ds.prepare.ledger import Job, Note
+from flux2_ds.prepare.pictures import PictureWorker, in_chunks, load_vae
+from flux2_ds.prepare.report import Report
+from flux2_ds.prepare.team import CAPTIONS, PICTURES, Kind, Make, Team
+from flux2_ds.prepare.texts import TextFiles, TextWorker, copy_known
+from flux2_ds.recipe import Recipe
+from flux2_ds.spec import TEXT_TOKENS, Spec
+from flux2_ds.tensors import write_tensors
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How captions and pictures are encoded: on every machine alike."""
+
+    recipe: Recipe
+    directory: Path
+    spec: Spec
+
+    @property
+    def folder(self) -> Path:
+        """Of the shards."""
+        return Path(self.recipe.data.shards)
+
+    @property
+    def texts(self) -> TextFiles:
+        """The captions that wait for their shard."""
+        return TextFiles(self.folder / ".texts")
+
+    def worker(self, kind: Kind) -> Make:
+        """What does tasks of a kind, for a device."""
+        if kind is CAPTIONS:
+            precision = text_precision(self.recipe)
+            return partial(TextWorker, self.directory, self.spec, *precision, self.texts)
+        return partial(PictureWorker, self.directory, self.recipe.prepare, self.texts, self.folder)
+
+    def devices(self, kind: Kind) -> list[str]:
+        """The devices of this machine for tasks of a kind."""
+        if kind is CAPTIONS and self.recipe.prepare.text_device == "cpu":
+            return ["cpu"]
+        return devices_of(self.recipe)
+
+
+def encode(
+    encoding: Encoding, team: Team, jobs: list[Job], notes: list[Note], report: Report
+) -> list[Note]:
+    """Write the shards, in rounds of as many as their captions fit into the scratch space."""
+    folder, texts, settings = encoding.folder, encoding.texts, encoding.recipe.prepare
+    written: list[Note] = []
+    total = sum(len(job.pictures) for job in jobs)
+    limit = int(settings.scratch_gb * 1e9 / text_bytes(encoding.spec, encoding.recipe))
+    for round_ in rounds(jobs, limit):
+        captions = {picture.caption for job in round_ for picture in job.pictures}
+        unconditioned = not (folder / CONDITIONING_NAME).is_file()
+        if unconditioned:
+            captions.add("")
+        copy_known(texts, captions, folder, [*notes, *written])
+        encode_texts(encoding, team, captions, report)
+        if unconditioned:
+            vae = load_vae(encoding.directory, settings, torch.device("cpu"))
+            write_conditioning(folder, vae, texts)
+        with tqdm(desc="pictures", total=total, unit="img") as progress:
+            progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
+            make, devices = encoding.worker(PICTURES), encoding.devices(PICTURES)
+            written += team.run(PICTURES, make, devices, round_, progress)
+        shutil.rmtree(folder / ".texts")
+    return written
+
+
+def encode_texts(encoding: Encoding, team: Team, captions: set[str], report: Report) -> None:
+    """Encode the captions that have no file yet, then free the encoder."""
+    missing = sorted(caption for caption in captions if not encoding.texts.has(caption))
+    if not missing:
+        return
+    make, devices = encoding.worker(CAPTIONS), encoding.devices(CAPTIONS)
+    batches = list(in_chunks(missing, encoding.recipe.prepare.text_batch))
+    with tqdm(desc="captions", total=len(missing), unit="txt") as progress:
+        for long in team.run(CAPTIONS, make, devices, batches, progress):
+            report.long_captions |= long
+
+
+def write_conditioning(folder: Path, vae: AutoencoderKLFlux2, texts: TextFiles) -> None:
+    """Write the latent statistics and the encoded empty caption."""
+    mean, std = latents.statistics(vae)
+    tensors = {"latent_mean": mean, "latent_std": std, "empty_text": texts.read("")}
+    partial_path = folder / f"{CONDITIONING_NAME}.partial"
+    write_tensors(partial_path, tensors)
+    partial_path.replace(folder / CONDITIONING_NAME)
+
+
+def rounds(jobs: list[Job], captions: int) -> Iterator[list[Job]]:
+    """Consecutive shards with at most about `captions` distinct captions, and at least one shard."""
+    round_: list[Job] = []
+    distinct: set[str] = set()
+    for job in jobs:
+        own = {picture.caption for picture in job.pictures}
+        if round_ and len(distinct | own) > captions:
+            yield round_
+            round_, distinct = [], set()
+        round_.append(job)
+        distinct |= own
+    if round_:
+        yield round_
+
+
+def devices_of(recipe: Recipe) -> list[str]:
+    """The device of each process.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    wanted = recipe.prepare.processes
+    if recipe.launch.accelerator == "cpu":
+        return ["cpu"] * (wanted or 1)
+    visible = torch.cuda.device_count()
+    if (wanted or 1) > visible:
+        raise UserError(
+            f"prepare.processes is {wanted or 1}, and {visible} GPUs are visible here. Lower it, or "
+            "set launch.accelerator to cpu."
+        )
+    return [f"cuda:{number}" for number in range(wanted or visible)]
+
+
+def text_precision(recipe: Recipe) -> tuple[torch.dtype, Literal["int8", "nf4"] | None]:
+    """The dtype in which captions are encoded, and how the encoder's weights are quantised."""
+    weights = recipe.prepare.text_weights
+    if weights == "int8" or weights == "nf4":
+        return torch.bfloat16, weights
+    fp32 = weights == "fp32" or (weights == "auto" and recipe.precision == "fp32")
+    return (torch.float32 if fp32 else torch.bfloat16), None
+
+
+def text_bytes(spec: Spec, recipe: Recipe) -> int:
+    """Size of one encoded caption."""
+    return TEXT_TOKENS * spec.text_width * text_precision(recipe)[0].itemsize
