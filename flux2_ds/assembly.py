@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds.engine import Engine, Process, divided, gathering
+from flux2_ds.engine import Engine, Process, divider, gathering
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
@@ -36,18 +36,17 @@ def build_model(
 
 def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transformer2DModel:
     """The transformer in `directory` as the plan wants its weights: divided, quantised or plain."""
-    recipe = plan.recipe
+    recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
-    if plan.zero_stage == 3:
-        with divided(plan.deepspeed, dtype):
-            model = transformer.build_transformer(directory)
-        read_parts(model, directory / "transformer", process.rank)
-        return model
+    check_base(recipe, device)
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
-    check_base(recipe, process.device)
-    quantized = BASE_WEIGHTS.get(recipe.base_weights or "")
-    read_weights(model, directory / "transformer", dtype, process.device, quantized)
+    files, quantized = directory / "transformer", BASE_WEIGHTS.get(recipe.base_weights or "")
+    if plan.zero_stage == 3:
+        divide = divider(plan.deepspeed)
+        read_parts(model, files, dtype, device, divide, process.rank, quantized)
+    else:
+        read_weights(model, files, dtype, device, quantized)
     return model
 
 

@@ -24,12 +24,13 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.modeling_utils import no_init_weights
 from peft import LoraConfig
+from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from flux2_ds.assembly import build_engine, check_base, finish_model
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.engine import start_process, stop_process
+from flux2_ds.engine import divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.memory import GIB
 from flux2_ds.model import latents, transformer
@@ -91,8 +92,6 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / total), device)
     plan = make_plan(recipe, process.world)
-    if plan.zero_stage == 3:
-        raise UserError("bench does not know ZeRO stage 3. Set deepspeed: zero2 or zero0.")
     spec = planned_spec(recipe.model.path)
     check_base(recipe, device)
 
@@ -123,7 +122,8 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
     dtype = transformer.compute_dtype(recipe.precision)
-    model = random_transformer(spec, dtype, recipe.base_weights, device)
+    divide = divider(plan.deepspeed) if plan.zero_stage == 3 else None
+    model = random_transformer(spec, dtype, recipe.base_weights, device, divide)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)
@@ -171,15 +171,21 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
 
 
 def random_transformer(
-    spec: Spec, dtype: torch.dtype, base_weights: str | None, device: torch.device
+    spec: Spec,
+    dtype: torch.dtype,
+    base_weights: str | None,
+    device: torch.device,
+    divide: Callable[[nn.Module], None] | None = None,
 ) -> Flux2Transformer2DModel:
-    """A transformer of the spec's shapes with random weights, quantised tensor by tensor."""
+    """A transformer of the spec's shapes with random weights, quantised and divided one by one."""
     model = empty_transformer(spec)
     for name, parameter in list(model.named_parameters()):
         weight = torch.ones(parameter.shape, device=device, dtype=dtype)
         if weight.ndim > 1:
             weight.normal_(0, 1 / math.sqrt(weight.shape[1]))
-        place_weight(model, name, weight, BASE_WEIGHTS.get(base_weights or ""))
+        module = place_weight(model, name, weight, BASE_WEIGHTS.get(base_weights or ""))
+        if divide is not None:
+            divide(module)
     return model
 
 

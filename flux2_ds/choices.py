@@ -8,7 +8,7 @@ from typing import Literal
 
 from flux2_ds.errors import UserError
 from flux2_ds.memory import Memory, base_bytes, estimate
-from flux2_ds.plan import Plan, make_plan
+from flux2_ds.plan import Plan, compiles, make_plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 
@@ -68,8 +68,8 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
-    if plan.zero_stage == 3:
-        seconds *= 1.35  # not compiled
-        if "base weights" in memory.host:
-            seconds += (2 + again) * base_bytes(spec, None, 2) / _HOST_LINK
+    if not compiles(recipe, plan.zero_stage):
+        seconds *= 1.35
+    if "base weights" in memory.host:
+        seconds += (2 + again) * base_bytes(spec, recipe.base_weights, 2) / _HOST_LINK
     return seconds + memory.host.get("optimizer", 0) / _HOST_LINK

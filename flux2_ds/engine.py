@@ -69,21 +69,21 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
     return Process(distributed.get_rank(), distributed.get_world_size(), device)
 
 
-@contextmanager
-def divided(config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
-    """Modules built inside keep this process's part of each parameter only (ZeRO-3), in `dtype`."""
+def divider(config: dict[str, Any]) -> Callable[[nn.Module], None]:
+    """A function that leaves of a module's parameters this process's part of each (ZeRO-3).
+
+    Collective. Dtypes are kept.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         # On its own glibc would soon keep freed tensors in its heap, where they leave holes as large
         # as the model. M_MMAP_THRESHOLD: from this size on they go back to the system.
         libc.mallopt(-3, 4 << 20)
-    # Without fp16 on the machine, zero.Init takes its own `dtype` argument for bf16, whatever it is.
-    sections = {
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.half},
-    }
-    with deepspeed.zero.Init(config_dict_or_path=config | sections):
-        yield
+
+    def divide(module: nn.Module) -> None:
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+    return divide
 
 
 @contextmanager

@@ -7,6 +7,7 @@ block needs while it runs was fitted to measurements (docs/performance.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flux2_ds.plan import Plan, compiles
@@ -33,6 +34,7 @@ _DOUBLE_LINEARS = {
 }
 _SINGLE_LINEARS = {"attn.to_qkv_mlp_proj": (1, 9), "attn.to_out": (4, 1)}
 """Linear -> input and output features, in widths."""
+_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,20 @@ class Memory:
         return self.on_card * 1.02 + _CONTEXT <= card_bytes
 
 
-def block_parameters(spec: Spec) -> int:
-    """Elements of the blocks' linears."""
-    return spec.width**2 * (26 * spec.double_blocks + 13 * spec.single_blocks)
+def block_matrices(spec: Spec) -> list[int]:
+    """Elements of each of the blocks' linears."""
+    double, single = _DOUBLE_LINEARS.values(), _SINGLE_LINEARS.values()
+    widths = [*double] * spec.double_blocks + [*single] * spec.single_blocks
+    return [spec.width**2 * inputs * outputs for inputs, outputs in widths]
 
 
-def other_parameters(spec: Spec) -> int:
-    """Elements of everything else: embedders, modulation and output layers."""
+def other_matrices(spec: Spec) -> list[int]:
+    """Elements of each of the other linears: embedders, modulation and output layers."""
     width = spec.width
-    embedders = width * (2 * TOKEN_CHANNELS + spec.text_width)
-    time = (1 + spec.guidance) * width * (_TIMESTEP_FREQUENCIES + width)
-    return embedders + time + 17 * width**2
+    embedders = [width * TOKEN_CHANNELS, width * spec.text_width]
+    time = [width * _TIMESTEP_FREQUENCIES, width**2] * (1 + spec.guidance)
+    modulation = [6 * width**2, 6 * width**2, 3 * width**2]
+    return [*embedders, *time, *modulation, 2 * width**2, width * TOKEN_CHANNELS]
 
 
 def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
@@ -82,14 +87,24 @@ def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
     return count
 
 
-def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
-    """Bytes of the model's weights; `element`: bytes of one that is not quantised."""
+def base_bytes(
+    spec: Spec, base_weights: str | None, element: int, processes: int = 1, *, pinned: bool = False
+) -> float:
+    """Bytes of the model's weights, or of one process's part of each.
+
+    `element`: bytes of a weight that is not quantised. `pinned`: page-locked in host memory, where torch
+    rounds each tensor up to a power of two.
+    """
     per_weight: float = element
     if base_weights in ("fp8", "int8"):
         per_weight = 1 + _ROW_SCALE / spec.width
     elif base_weights is not None and base_weights.startswith("nf4"):
         per_weight = _NF4_BITS + _ROW_SCALE / spec.width
-    return block_parameters(spec) * per_weight + other_parameters(spec) * element
+    sizes = [
+        *(elements * per_weight / processes for elements in block_matrices(spec)),
+        *(elements * element / processes for elements in other_matrices(spec)),
+    ]
+    return sum(2.0 ** math.ceil(math.log2(size)) if pinned else size for size in sizes)
 
 
 def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
@@ -101,20 +116,26 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
     element = 4 if recipe.precision == "fp32" else 2
     full = recipe.method == "full"
-    base = base_bytes(spec, recipe.base_weights, element)
-    trained = (
-        block_parameters(spec) + other_parameters(spec)
-        if full
-        else adapter_parameters(spec, recipe)
-    )
+    trained = adapter_parameters(spec, recipe)
+    if full:
+        trained = sum(block_matrices(spec) + other_matrices(spec))
     share = trained / plan.processes if stage else trained
-    card: dict[str, float] = {"base weights": base / (plan.processes if stage == 3 else 1)}
+    card: dict[str, float] = {}
+    host: dict[str, float] = {}
+    offload = zero.get("offload_param") if plan.offloads("offload_param") else None
+    pinned = bool(offload and offload.get("pin_memory"))
+    parts = plan.processes if stage == 3 else 1
+    base = base_bytes(spec, recipe.base_weights, element, parts, pinned=pinned)
+    (host if offload else card)["base weights"] = base
+    if stage == 3:
+        # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
+        stored = element if recipe.base_weights in (None, "bf16") else 1
+        whole = base_bytes(spec, recipe.base_weights, element)
+        live = zero.get("stage3_max_live_parameters", _LIVE)
+        card["gathered weights"] = min(whole, live * stored)
     if not full:
         card["adapter"] = 4 * (share if stage == 3 else trained)
-    host: dict[str, float] = {}
     optimizer_at = host if plan.offloads("offload_optimizer") else card
-    if plan.offloads("offload_param"):
-        host["base weights"] = card.pop("base weights")
     state = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16}
     masters = 4 * share if stage and (full or stage < 3) else 0
     optimizer_at["optimizer"] = masters + state.get(recipe.optimizer.name, 8) * share
@@ -136,7 +157,7 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     # While one block runs: its intermediates, and its widest weight as the product reads it.
     product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
     card["working"] = _WORKING * stream + 9 * spec.width**2 * product.get(
-        recipe.base_weights or "", 26 / 9 * element if stage == 3 else 0
+        recipe.base_weights or "", 0
     )
     card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     return Memory(card, host)

@@ -239,11 +239,6 @@ def _check_base(recipe: Recipe, stage: int) -> None:
             f"base_weights is {base} with precision fp16, whose engine would round the weights' scales. "
             "Set precision: bf16."
         )
-    if base != "bf16" and stage == 3:
-        raise UserError(
-            f"base_weights is {base} at ZeRO stage 3, which divides unquantised weights only. Set "
-            "deepspeed: zero2: a quantised base fits on every card that ZeRO-3 would share it among."
-        )
 
 
 def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ BASE_WEIGHTS: dict[str, tuple[Storage, Compute]] = {
 
 FP8_MAX, INT8_MAX = 448.0, 127.0
 NF4_BLOCK = 64
+_AT_ONCE = 1 << 21  # elements
 
 # The 16 quantiles of N(0, 1) scaled to [-1, 1], as published with QLoRA.
 _NF4 = (
@@ -88,9 +89,23 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(values uint8, block scales uint8 or None, row scales fp32 [N, 1]) of `weight` [N, K].
 
+    Some rows at a time, because the work takes several times their size.
+
     Raises:
         ValueError: K is not a multiple of what the format needs.
     """
+    at_once = max(1, _AT_ONCE // weight.shape[1])
+    values, block_scale, scale = zip(
+        *(_quantize_together(rows, storage) for rows in weight.split(at_once)), strict=True
+    )
+    whole = None if storage != "nf4" else torch.cat(block_scale)
+    return torch.cat(values), whole, torch.cat(scale)
+
+
+def _quantize_together(
+    weight: torch.Tensor, storage: Storage
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """`quantize`, all rows at once."""
     if storage != "nf4":
         values, scale = quantize_rows(weight, None, storage)
         return values.view(torch.uint8), None, scale

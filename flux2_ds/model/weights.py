@@ -7,6 +7,7 @@ straight from the files: no process ever holds more than one tensor beside its o
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,65 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from flux2_ds.errors import UserError
-from flux2_ds.model.quantize import Compute, QuantizedLinear, Storage
+from flux2_ds.model.quantize import Compute, QuantizedLinear, Storage, quantize
 
 _NAME = "diffusion_pytorch_model.safetensors"
 
 
-def read_parts(model: nn.Module, directory: Path, rank: int) -> None:
-    """Fill the parameters of `model`, built under `engine.divided`, from `directory`'s files.
+def read_parts(
+    model: nn.Module,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    divide: Callable[[nn.Module], None],
+    rank: int,
+    quantized: tuple[Storage, Compute] | None = None,
+) -> None:
+    """As `read_weights`, each parameter divided among processes as soon as it exists.
 
-    `rank`: this process's place among those that share each parameter.
+    `divide`: see `engine.divider`. `rank`: this process's place among those that share each parameter;
+    it reads and quantises the rows of its own part only.
 
     Raises:
         UserError: files are missing, or their tensors are not those of the model.
     """
     files = _checked_files(model, directory)
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        shape, part = tuple(parameter.ds_shape), parameter.ds_tensor.data
-        start = rank * part.numel()
-        stop = min(start + part.numel(), parameter.ds_numel)
+    for name, parameter in list(model.named_parameters()):
+        # Nothing in FLUX.2 has a bias: a module's parameters are those of one weight.
+        module = place_weight(model, name, parameter.to(dtype), quantized).to_empty(device=device)
+        divide(module)
         # Opened anew for each tensor: pages of the file stay resident only while it is open.
         with open_file(files[name]) as file:
             stored = file.get_slice(name)
-            _check_shape(files[name], name, tuple(stored.get_shape()), shape)
-            part.zero_()  # what pads the last process's part
-            if stop > start:
-                part[: stop - start].copy_(flat_range(stored, shape, start, stop))
+            _check_shape(files[name], name, tuple(stored.get_shape()), tuple(parameter.shape))
+            _fill(module, stored, dtype, device, rank)
+
+
+def _fill(
+    module: nn.Module, stored: Any, dtype: torch.dtype, device: torch.device, rank: int
+) -> None:
+    """Fill this process's part of a divided module's parameters from `stored`, a safetensors slice.
+
+    A part is a run of a parameter's flattened elements, and each row of a parameter comes from one row
+    of the stored weight.
+    """
+    parameters: list[Any] = list(module.parameters())
+    runs = []
+    for parameter in parameters:
+        size = parameter.ds_tensor.numel()
+        start = min(rank * size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)
+        runs.append((start, stop, parameter.ds_numel // parameter.ds_shape[0]))
+    first = min(start // row for start, _, row in runs)
+    last = max(-(-stop // row) for _, stop, row in runs)
+    weight = stored[first:last].to(device, dtype)
+    tensors: Any = (weight,)
+    if isinstance(module, QuantizedLinear):
+        tensors = filter(torch.is_tensor, quantize(weight, module.storage))
+    for parameter, tensor, (start, stop, row) in zip(parameters, tensors, runs, strict=True):
+        part = parameter.ds_tensor
+        part.zero_()  # what pads the last process's part
+        part[: stop - start].copy_(tensor.flatten()[start - first * row : stop - first * row])
 
 
 def read_weights(
@@ -69,13 +103,14 @@ def read_weights(
 
 def place_weight(
     model: nn.Module, name: str, weight: torch.Tensor, quantized: tuple[Storage, Compute] | None
-) -> None:
-    """Put one weight where it belongs, quantised if it is a block's linear."""
+) -> nn.Module:
+    """Put one weight where it belongs, quantised if it is a block's linear; returns its module."""
     path, _, leaf = name.rpartition(".")
     if quantized is not None and "transformer_blocks." in name and weight.ndim == 2:
         model.set_submodule(path, QuantizedLinear(weight, *quantized))
     else:
         setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
+    return model.get_submodule(path)
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
@@ -108,19 +143,6 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}). Download the model again.") from error
-
-
-def flat_range(stored: Any, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a stored tensor of `shape`, flattened; reads only their rows.
-
-    `stored`: a slice object of safetensors.
-    """
-    row = 1
-    for size in shape[1:]:
-        row *= size
-    first, last = start // row, -(-stop // row)
-    rows: torch.Tensor = stored[first:last]
-    return rows.flatten()[start - first * row : stop - first * row]
 
 
 def _checked_files(model: nn.Module, directory: Path) -> dict[str, Path]:

@@ -5,16 +5,17 @@ RANK=0 WORLD_SIZE=2 ... python memory.py DIRECTORY RESULTS.json
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import distributed
 
 from flux2_ds import engine as engines
 from flux2_ds.model import transformer, weights
+from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.plan import read_deepspeed
 
 
@@ -24,31 +25,40 @@ def resident(line: str) -> int:
     return int(status.split(f"{line}:")[1].split()[0]) * 1024
 
 
-def main() -> None:
-    directory = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    process = engines.start_process("cpu")
+def load(directory: Path, base_weights: str | None, process: engines.Process) -> dict[str, object]:
+    """Bytes by which this process rose while it loaded, bytes of its own part, and wrong parameters."""
     config = read_deepspeed("zero3") | {"train_batch_size": process.world}
-    distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
+    files, cpu, dtype = directory / "transformer", torch.device("cpu"), torch.bfloat16
+    quantized = BASE_WEIGHTS.get(base_weights or "")
+    gc.collect()  # what DeepSpeed adds to parameters refers to them
     Path("/proc/self/clear_refs").write_text("5")  # the highest is counted from here
     before = resident("VmRSS")
-    with engines.divided(config, torch.bfloat16):
+    with torch.device("meta"):
         model = transformer.build_transformer(directory)
-    weights.read_parts(model, directory / "transformer", process.rank)
+        whole = transformer.build_transformer(directory)
+    divide = engines.divider(config)
+    weights.read_parts(model, files, dtype, cpu, divide, process.rank, quantized)
     used = resident("VmHWM") - before
 
-    files = weights.tensor_files(directory / "transformer")
+    weights.read_weights(whole, files, dtype, cpu, quantized)
+    expected = dict(whole.named_parameters())
     wrong, own = [], 0
     for name, parameter in model.named_parameters():
-        with safe_open(files[name], framework="pt") as file:
-            whole = file.get_tensor(name).flatten()
         part = parameter.ds_tensor
-        expected = whole[process.rank * part.numel() :][: part.numel()]
+        run = expected[name].flatten()[process.rank * part.numel() :][: part.numel()]
         own += part.numel() * part.element_size()
-        if not torch.equal(part[: expected.numel()], expected):
+        if part.dtype != run.dtype or not torch.equal(part[: run.numel()], run):
             wrong.append(name)
+    return {"used": used, "own": own, "wrong": wrong}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    process = engines.start_process("cpu")
+    distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
+    found = {str(base): load(Path(sys.argv[1]), base, process) for base in (None, "nf4")}
     results: list[object] = [None] * process.world
-    distributed.all_gather_object(results, {"used": used, "own": own, "wrong": wrong})
+    distributed.all_gather_object(results, found)
     if process.first:
         Path(sys.argv[2]).write_text(json.dumps(results))
     engines.stop_process()

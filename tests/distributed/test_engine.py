@@ -74,7 +74,7 @@ def test_every_config_follows_plain_pytorch(
     for case in [case for case in cases if case["name"] in ("zero2", "zero3")]:
         if case["method"] == "full":
             cases.append({**case, "micro": 4 // world})
-            cases.append({**case, "recompute": True})
+            cases.append({**case, "blocks": {"kept": 0, "compiled": False}})
         else:
             cases.append({**case, "method": "dora"})
     for case, losses in zip(cases, launch(world, cases, tmp_path), strict=True):
@@ -145,14 +145,16 @@ def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> N
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     whole, largest = sum(sizes), max(sizes)
     assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
-    for result in run_once(2, memory.__file__, tmp_path, tmp_path):
-        assert result["wrong"] == []
-        assert result["own"] == pytest.approx(whole / 2, rel=1e-3)
-        # A tensor is held three times at most: built whole, its rows in the file, its rows read.
-        # What the process allocates beside them, threads' arenas above all, varies by some MB.
-        bound = result["own"] + 3 * largest + 24e6
-        assert bound < 0.9 * whole
-        assert result["used"] < bound, result
+    for results in run_once(2, memory.__file__, tmp_path, tmp_path):
+        for base, result in results.items():
+            assert result["wrong"] == [], base
+            # A tensor is held three times at most: built whole, its rows in the file, its rows read;
+            # what quantising its rows takes is in fp32, for half of them in each of two processes.
+            # What the process allocates beside them, threads' arenas above all, varies by some MB.
+
+            assert result["used"] < result["own"] + 3 * largest + 24e6, (base, result)
+        assert results["None"]["own"] == pytest.approx(whole / 2, rel=1e-3)
+        assert results["None"]["own"] + 3 * largest + 24e6 < 0.9 * whole
 
 
 def test_a_checkpoint_continues_on_any_stage_and_world_size(

@@ -25,7 +25,9 @@ from diffusers import Flux2Transformer2DModel
 
 from flux2_ds import checkpoint, optimizers
 from flux2_ds.model import transformer
-from flux2_ds.model.weights import read_parts
+from flux2_ds.model.blocks import arrange_blocks
+from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.model.weights import place_weight, read_parts
 from flux2_ds.recipe import Lora, Optimizer
 from flux2_ds.spec import Spec
 
@@ -51,13 +53,20 @@ def build(
     method: str,
     model: Flux2Transformer2DModel | None = None,
     *,
-    recompute: bool = False,
+    base_weights: str | None = None,
+    blocks: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     rank: int = 3,
     spread: float = 0.2,
 ) -> torch.nn.Module:
-    """`model` or `base()` made trainable. A LoRA's B is spread about zero, so that A has gradients."""
-    model = model or base().to(dtype)
+    """`model` or `base()` made trainable. A LoRA's B is spread about zero, so that A has gradients.
+
+    `blocks`: how they run, if not as diffusers runs them.
+    """
+    if model is None:
+        model = base().to(dtype)
+        for name, weight in list(model.named_parameters()):
+            place_weight(model, name, weight.data, BASE_WEIGHTS.get(base_weights or ""))
     if method == "full":
         model.requires_grad_(True)
     else:
@@ -67,8 +76,8 @@ def build(
         for name, parameter in transformer.trainable(model).items():
             if "lora_B" in name:
                 parameter.data.normal_(0, spread, generator=generator)
-    if recompute:
-        model.enable_gradient_checkpointing()
+    if blocks is not None:
+        arrange_blocks(model, **blocks, attention=None)
     return model.train()
 
 
@@ -131,7 +140,7 @@ def learning_rate_of(settings: dict[str, Any]) -> float:
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
     """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
 
-    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread` and `recompute` replace the defaults;
+    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's.
     """
     from flux2_ds import engine as engines
@@ -148,13 +157,16 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     }
     offload = "offload_optimizer" in config.get("zero_optimization", {})
     dtype = getattr(torch, case.get("dtype", "bfloat16" if "bf16" in config else "float32"))
-    chosen = {name: case[name] for name in ("recompute", "rank", "spread") if name in case}
+    options = ("base_weights", "blocks", "rank", "spread")
+    chosen = {name: case[name] for name in options if name in case}
     loaded = None
     with engines.gathering(config):
         if "files" in case:  # the way train.py builds a model at stage 3
-            with engines.divided(config, dtype):
+            with torch.device("meta"):
                 loaded = transformer.build_transformer(Path(case["files"]))
-            read_parts(loaded, Path(case["files"], "transformer"), process.rank)
+            quantized = BASE_WEIGHTS.get(case.get("base_weights", ""))
+            files, divide = Path(case["files"], "transformer"), engines.divider(config)
+            read_parts(loaded, files, dtype, process.device, divide, process.rank, quantized)
         model = build(case["method"], loaded, dtype=dtype, **chosen)
     chosen_optimizer = case.get("optimizer", {})
     settings = Optimizer(**{**ADAM, **chosen_optimizer})

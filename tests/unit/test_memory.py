@@ -13,11 +13,11 @@ from flux2_ds.memory import (
     GIB,
     adapter_parameters,
     base_bytes,
-    block_parameters,
+    block_matrices,
     estimate,
     kept_blocks,
     not_yet_allocated,
-    other_parameters,
+    other_matrices,
 )
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
@@ -52,9 +52,9 @@ def estimate_for(model: str, kept: int, processes: int = 1, zero=None, **setting
 def test_parameters_are_counted_as_they_are(name):
     spec = RELEASED[name]
     model = empty_transformer(spec)
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    assert block_parameters(spec) + other_parameters(spec) == matrices
-    assert sum(p.numel() for p in model.parameters()) - matrices < 1e-5 * matrices
+    sizes = [p.numel() for p in model.parameters() if p.ndim > 1]
+    assert sorted(block_matrices(spec) + other_matrices(spec)) == sorted(sizes)
+    assert sum(p.numel() for p in model.parameters()) - sum(sizes) < 1e-5 * sum(sizes)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -78,7 +78,9 @@ def test_quantised_weights_take_what_is_planned(name):
         QuantizedLinear(torch.randn(width, 4 * width), *BASE_WEIGHTS[name]),
     ]
     held = sum(p.numel() * p.element_size() for each in linears for p in each.parameters())
-    assert base_bytes(spec, name, 2) - 2 * other_parameters(spec) == pytest.approx(held, rel=0.01)
+    assert base_bytes(spec, name, 2) - 2 * sum(other_matrices(spec)) == pytest.approx(
+        held, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,31 @@ def test_offload_moves_and_processes_divide():
     assert divided.card["optimizer"] == here.card["optimizer"] / 4
     assert away.host == {part: here.card[part] for part in ("optimizer", "gradients")}
     assert away.on_card + away.on_host == pytest.approx(here.on_card)
+
+
+def test_stage_3_divides_the_base_and_gathers_some_of_it():
+    zero: dict = {"stage": 3, "stage3_max_live_parameters": 500_000_000}
+    for base, stored in ((None, 2), ("fp8", 1), ("nf4", 1)):
+        whole = estimate_for(DEV, 0, base_weights=base)
+        parts = estimate_for(DEV, 0, processes=4, zero=zero, base_weights=base)
+        assert parts.card["base weights"] == pytest.approx(whole.card["base weights"] / 4)
+        assert parts.card["gathered weights"] == 5e8 * stored
+        assert parts.card["working"] == whole.card["working"]
+    small = estimate_for(KLEIN_4B, 0, zero=zero | {"stage3_max_live_parameters": 10**12})
+    assert small.card["gathered weights"] == small.card["base weights"]  # never more than all of it
+
+
+def test_a_pinned_base_takes_powers_of_two_of_host_memory():
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    loose = estimate_for(DEV, 0, zero=zero)
+    assert "base weights" not in loose.card
+    assert loose.host["base weights"] == pytest.approx(2 * 32.22e9, rel=0.001)
+    zero["offload_param"]["pin_memory"] = True
+    sizes = [p.numel() * 2 for p in empty_transformer(RELEASED[DEV]).parameters() if p.ndim > 1]
+    rounded = sum(1 << (size - 1).bit_length() for size in sizes)
+    pinned = estimate_for(DEV, 0, zero=zero)
+    assert rounded > 1.4 * sum(sizes)
+    assert pinned.host["base weights"] == rounded
 
 
 def test_auto_keeps_as_many_blocks_as_just_fit():

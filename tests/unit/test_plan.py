@@ -402,6 +402,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
         {"optimizer.name": "adafactor", "deepspeed": "zero0"},
         {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0, "deepspeed": "zero0"},
         {"optimizer.name": "adamw8bit", "deepspeed": "zero3"},
+        {"base_weights": "nf4_fp8", "precision": "bf16", "deepspeed": "zero3_offload"},
         {"optimizer.name": "adamw8bit_paged", "method": "full"},
         {"method": "full", "precision": "fp32", "deepspeed": "zero0"},
         {"precision": "fp16", "deepspeed": "zero1"},

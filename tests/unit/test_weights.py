@@ -5,70 +5,114 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from flux2_ds.errors import UserError
-from flux2_ds.model.weights import flat_range, read_parts
+from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.model.weights import read_parts, read_weights
 
 NAME = "diffusion_pytorch_model.safetensors"
 SHAPES = {"norm": (5,), "linear": (3, 4)}
 
 
-def divided(world: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> nn.Module:
-    """Parameters as ZeRO-3 leaves them: a part each, padded to equal length."""
+class Divider:
+    """Leaves of each parameter what ZeRO-3 does in one of `world` processes, with nothing in it yet."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+
+    def __call__(self, module: nn.Module) -> None:
+        parameter: Any
+        for parameter in module.parameters():
+            parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+            size = -(-parameter.numel() // self.world)
+            parameter.ds_tensor = torch.full((size,), 77, dtype=parameter.dtype)
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def empty(shapes: dict[str, tuple[int, ...]] = SHAPES) -> nn.Module:
+    """A module for each weight, on the meta device."""
     model = nn.Module()
-    for name, shape in shapes.items():
-        parameter: Any = nn.Parameter(torch.empty(0))
-        parameter.ds_shape, parameter.ds_numel = torch.Size(shape), torch.Size(shape).numel()
-        parameter.ds_tensor = torch.full((-(-parameter.ds_numel // world),), torch.nan)
-        model.register_parameter(name, parameter)
+    for path, shape in shapes.items():
+        *parents, name = path.split(".")
+        parent = model
+        for each in parents:
+            if each not in dict(parent.named_children()):
+                parent.add_module(each, nn.Module())
+            parent = parent.get_submodule(each)
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.empty(shape, device="meta"))
+        parent.add_module(name, module)
     return model
 
 
-def write(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {"norm": torch.arange(5.0), "linear": torch.arange(12.0).view(3, 4) + 100}
+def read(
+    model: nn.Module, folder: Path, world: int = 2, rank: int = 0, quantized: Any = None
+) -> nn.Module:
+    cpu = torch.device("cpu")
+    read_parts(model, folder, torch.float32, cpu, Divider(world), rank, quantized)
+    return model
+
+
+def joined(models: list[nn.Module], name: str, whole: torch.Tensor) -> torch.Tensor:
+    """A parameter from all processes' parts of it; what pads it must be zero."""
+    parts: list[Any] = [model.get_parameter(name) for model in models]
+    flat = torch.cat([part.ds_tensor for part in parts])
+    assert not flat[whole.numel() :].any()
+    return flat[: whole.numel()].view(parts[0].ds_shape)
+
+
+def write(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     save_file(tensors, folder / NAME)
     return tensors
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 25])
 def test_the_parts_of_all_processes_are_the_model(tmp_path, world):
-    tensors = write(tmp_path)
-    models = [divided(world) for _ in range(world)]
-    for rank, model in enumerate(models):
-        read_parts(model, tmp_path, rank)
+    tensors = write(tmp_path, {**SHAPES, "column": (12, 1), "row": (1, 12), "block": (2, 3, 2)})
+    shapes = {name.removesuffix(".weight"): tuple(value.shape) for name, value in tensors.items()}
+    models = [read(empty(shapes), tmp_path, world, rank) for rank in range(world)]
     for name, value in tensors.items():
-        joined = torch.cat([model.get_parameter(name).ds_tensor for model in models])
-        assert torch.equal(joined[: value.numel()], value.flatten())
-        assert not joined[value.numel() :].any()  # the padding
+        assert torch.equal(joined(models, name, value), value), name
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 2), (1, 12)])
-def test_every_range_of_a_stored_tensor(tmp_path, shape):
-    value = torch.arange(float(torch.Size(shape).numel())).view(shape)
-    save_file({"a": value}, tmp_path / "a.safetensors")
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        stored = file.get_slice("a")
-        for start in range(value.numel()):
-            for stop in range(start + 1, value.numel() + 1):
-                found = flat_range(stored, shape, start, stop)
-                assert torch.equal(found, value.flatten()[start:stop])
+@pytest.mark.parametrize("base", sorted(BASE_WEIGHTS))
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_the_parts_of_a_quantised_model_are_those_of_a_whole_one(tmp_path, world, base):
+    """Bit for bit, whichever rows a process has read; also where its values and its scales are of
+    different rows."""
+    shapes = {"norm": (5,), "transformer_blocks.linear": (7, 128), "transformer_blocks.norm": (6,)}
+    write(tmp_path, shapes)
+    whole = empty(shapes)
+    read_weights(whole, tmp_path, torch.float32, torch.device("cpu"), BASE_WEIGHTS[base])
+    models = [read(empty(shapes), tmp_path, world, r, BASE_WEIGHTS[base]) for r in range(world)]
+    expected = dict(whole.named_parameters())
+    assert "transformer_blocks.linear.scale" in expected
+    for name, value in expected.items():
+        assert dict(models[0].named_parameters())[name].dtype == value.dtype
+        assert torch.equal(joined(models, name, value), value), name
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"norm": (5,)}, "1 tensors are in only one of .* the first is linear"),
+        ({"norm": (5,)}, "1 tensors are in only one of .* the first is linear.weight"),
         ({**SHAPES, "more": (2,)}, "the first is more"),
-        ({**SHAPES, "norm": (6,)}, r"norm has the shape \(5,\), config.json asks for \(6,\)"),
+        (
+            {**SHAPES, "norm": (6,)},
+            r"norm.weight has the shape \(5,\), config.json asks for \(6,\)",
+        ),
     ],
 )
 def test_files_that_do_not_fit_the_model(tmp_path, shapes, message):
     write(tmp_path)
     with pytest.raises(UserError, match=message):
-        read_parts(divided(2, shapes), tmp_path, 0)
+        read(empty(shapes), tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0damaged!"])
@@ -76,10 +120,12 @@ def test_files_that_cannot_be_read(tmp_path, content):
     if content is not None:
         (tmp_path / NAME).write_bytes(content)
     with pytest.raises(UserError, match=r"holds no readable .* Download the model again"):
-        read_parts(divided(2), tmp_path, 0)
+        read(empty(), tmp_path)
 
 
 def test_an_index_that_names_a_missing_file(tmp_path):
-    (tmp_path / f"{NAME}.index.json").write_text('{"weight_map": {"norm": "x", "linear": "x"}}')
+    (tmp_path / f"{NAME}.index.json").write_text(
+        '{"weight_map": {"norm.weight": "x", "linear.weight": "x"}}'
+    )
     with pytest.raises(UserError, match="x cannot be read"):
-        read_parts(divided(2), tmp_path, 0)
+        read(empty(), tmp_path)
