@@ -5,6 +5,8 @@ Nothing of it reaches the training: no gradient, no dropout, no random number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from flux2_ds.data.loader import Loader
@@ -23,12 +25,14 @@ class Evaluation:
         self.every = every
 
     @torch.no_grad()
-    def loss(self) -> float:
-        """The loss now, averaged over all processes. Collective."""
+    def loss(self, moving: Callable[[], None] = lambda: None) -> float:
+        """The loss now, averaged over all processes; `moving` is called at each batch. Collective."""
+        losses = []
+        moving()
         with self._engine.evaluating():
-            losses = [
-                self._objective.loss(self._engine.forward, micro_batch)
-                for micro_batches in self._loader.steps(0, self._batches)
-                for micro_batch in micro_batches
-            ]
+            for micro_batches in self._loader.steps(0, self._batches):
+                moving()
+                losses += [
+                    self._objective.loss(self._engine.forward, batch) for batch in micro_batches
+                ]
         return float(average(torch.stack(losses).mean()))

@@ -67,10 +67,10 @@ def main() -> None:
     if not is_prepared(shards):
         say("data", [f"{shards} is not prepared yet"])
         return
-    index, _ = read_data(recipe)
+    index, held_out = read_data(recipe)
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
-    check_companions(recipe, index)
+    check_companions(recipe, index, held_out)
     check_fingerprint(index.fingerprint, directory, Path(shards))
     say("latents", latent_lines(shards, index, options.samples))
     say("sample", sample_lines(directory, spec, shards, index))

@@ -41,7 +41,8 @@ _SILENT = (
     6 * _BEAT
 )  # a process whose thread has not written for so long is frozen, or its host is gone
 _GRACE = 3.0  # s that a process gets to fail by itself after another one's failure
-_DOING = ("waiting for data", "computing", "agreeing", "saving")  # in the order within a step
+_DOING = ("waiting for data", "computing", "agreeing", "evaluating", "rendering", "saving")
+"""What a process does within a step, in this order."""
 _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|Socket Timeout", re.I)
 
 
@@ -139,7 +140,11 @@ class Lookout:
         self._end()
 
     def at(self, step: int, doing: str) -> None:
-        """Say where this process is. Costs nothing; the thread writes it down."""
+        """Say where this process is. Costs nothing; the thread writes it down.
+
+        Said again at the same place it means that something moves there. What belongs to no step
+        (0) may take as long as it likes.
+        """
         self._place = replace(self._place, step=step, doing=doing, since=time.time())
 
     def _fail(self, error: BaseException) -> None:
@@ -152,6 +157,7 @@ class Lookout:
         place = self._place
         if isinstance(error, UserError):
             self._claim(place, str(error), EXIT_USER_ERROR)
+            self._leave(EXIT_USER_ERROR)
         else:
             deadline = time.time() + 2 * _GRACE
             reason = text.strip().splitlines()[-1]
@@ -160,7 +166,7 @@ class Lookout:
             if _follows(error):
                 text, reason = "", f"it lost another process, which left no error: {reason}"
             self._claim(place, reason, EXIT_FAILURE, text)
-        self._leave()
+            self._leave()
 
     def failure(self) -> Failure | None:
         """The first cause, if the run has failed."""
@@ -213,7 +219,7 @@ class Lookout:
                 self._peers[rank] = process
 
     def _look_for_a_hang(self) -> None:
-        """Name the process that the others wait for, if this one has not moved for too long."""
+        """Name the process that the others wait for, if none has moved for too long."""
         # The first process speaks first; the others only if it does not.
         patience = self._hang_after + (3 * _BEAT if self._place.rank else 0)
         stood = time.time() - self._place.since
@@ -221,6 +227,9 @@ class Lookout:
             return
         self._write()
         places = [place for rank in range(self._world) if (place := self._read(rank))]
+        moved = max((place.since for place in places if not place.ended), default=time.time())
+        if time.time() - moved < patience:
+            return  # one of them moves, such as the one that writes for all
         behind, why = diagnose(places, time.time())
         why = f"no progress for {stood:.0f} s (launch.hang_after is {self._hang_after:g}): {why}"
         self._claim(behind, why, EXIT_FAILURE)
@@ -248,8 +257,9 @@ class Lookout:
             message += f"its log: {self._log(place.rank)}\n"
         os.write(self._console, f"{message}{unrecorded}".encode())
 
-    def _leave(self) -> None:
-        """End this process, from whichever thread comes first."""
+    def _leave(self, code: int = EXIT_FAILURE) -> None:
+        """End this process, from whichever thread comes first; with `code` if no failure is on
+        record."""
         self._leaving.acquire()  # never released
         cause = self.failure()
         try:
@@ -260,7 +270,7 @@ class Lookout:
                     faulthandler.dump_traceback(file=file)  # where the main thread waits
         finally:
             # Exit handlers would wait for the lost process.
-            os._exit(EXIT_FAILURE if cause is None else cause.code)
+            os._exit(code if cause is None else cause.code)
 
     def _end(self) -> None:
         self._place = replace(self._place, ended=True)
@@ -320,6 +330,8 @@ def keep_output(path: Path, rank: int) -> int:
 
 def _follows(error: BaseException) -> bool:
     """Whether this is what a process says that lost another one."""
+    if "EADDRINUSE" in str(error):
+        return False
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     return of_torch or _LOST.search(str(error)) is not None
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +28,7 @@ from flux2_ds.metrics import Metrics
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.saving import SaveError
+from flux2_ds.stored import Piece
 from flux2_ds.warmup import Recompilations
 
 log = logging.getLogger("flux2_ds")
@@ -132,6 +134,7 @@ def train(
     queued: deque[Queued] = deque()
     recompilations = Recompilations()
 
+    lookout.at(first_step + 1, "waiting for data")
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
         seed_dropout(seed, step, process.rank)
@@ -162,13 +165,12 @@ def train(
             values["bucket"] = str(micro_batches[0].bucket)
             values["skipped_steps"] = nonfinite.skipped
         if evaluation is not None and evaluating:
-            lookout.at(done, "evaluating")
-            values["evaluation_loss"] = evaluation.loss()
+            values["evaluation_loss"] = evaluation.loss(partial(lookout.at, done, "evaluating"))
         if logging_due:
             report(values, metrics, done, cadence.steps)
         if saving_due:
-            lookout.at(done, "saving")
-            save(engine, checkpoints, done, run_state, process, cadence, ending=ending)
+            moving = partial(lookout.at, done, "saving")
+            save(engine, checkpoints, done, run_state, process, cadence, moving, ending=ending)
         if logging_due:
             meter = Meter(torch.zeros((), device=process.device))
         if stopping and done < cadence.steps:
@@ -262,20 +264,33 @@ def save(
     run_state: dict[str, object],
     process: Process,
     cadence: Cadence,
+    moving: Callable[[], None],
     *,
     ending: bool,
 ) -> None:
-    """Write a checkpoint; all processes go on together once it is complete.
+    """Write a checkpoint; all processes go on together once it is complete. `moving` is called at each
+    tensor.
 
     A run that goes on survives one that cannot be written: stopping would lose what it has trained.
 
     Raises:
         SaveError: it was the last chance.
     """
+
+    def followed(piece: Piece) -> Piece:
+        moving()
+        return piece
+
+    moving()
     state = {**run_state, **engine.state.counters()}
     try:
         path = saving.save(
-            checkpoints, step, engine.state.pieces, state, process, in_parts=engine.state.in_parts
+            checkpoints,
+            step,
+            lambda: map(followed, engine.state.pieces()),
+            state,
+            process,
+            in_parts=engine.state.in_parts,
         )
     except SaveError as error:
         if ending:
@@ -283,6 +298,9 @@ def save(
         log.error("%s Training goes on, with the next attempt at the next checkpoint.", error)
         return
     if process.first:
-        checkpoint.remove_old(checkpoints, cadence.keep_last, cadence.keep_every)
         log.info("saved %s", path)
+        try:
+            checkpoint.remove_old(checkpoints, cadence.keep_last, cadence.keep_every)
+        except OSError as error:
+            log.warning("old checkpoints cannot be removed (%s); training goes on", error)
     barrier()

@@ -87,6 +87,22 @@ def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
     return count
 
 
+def trained_parameters(spec: Spec, recipe: Recipe) -> int:
+    """Elements of what is trained: the model, or the adapter."""
+    if recipe.method == "full":
+        return sum(block_matrices(spec) + other_matrices(spec))
+    return adapter_parameters(spec, recipe)
+
+
+def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
+    """Bytes of a checkpoint on disk: fp32 weights, the optimizer's state, the average."""
+    # With each element of the 8-bit optimizers' state its scale is stored.
+    state = {"adamw8bit": 10, "adamw8bit_paged": 10, "adafactor": 0.1, "prodigy": 16}
+    average = 0 if recipe.optimizer.ema_decay is None else 4
+    each = 4 + state.get(recipe.optimizer.name, 8) + average
+    return each * trained_parameters(spec, recipe)
+
+
 def base_bytes(
     spec: Spec, base_weights: str | None, element: int, processes: int = 1, *, pinned: bool = False
 ) -> float:
@@ -116,9 +132,7 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
     element = 4 if recipe.precision == "fp32" else 2
     full = recipe.method == "full"
-    trained = adapter_parameters(spec, recipe)
-    if full:
-        trained = sum(block_matrices(spec) + other_matrices(spec))
+    trained = trained_parameters(spec, recipe)
     share = trained / plan.processes if stage else trained
     card: dict[str, float] = {}
     host: dict[str, float] = {}

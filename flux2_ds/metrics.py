@@ -1,11 +1,13 @@
 """Where numbers go: the console, metrics.jsonl, Weights & Biases and a picture of the loss.
 
-The only file that imports wandb. W&B gets what metrics.jsonl gets and never decides whether a run
-goes on: without a key it stays offline.
+The only file that imports wandb, and only where it is switched on. W&B gets what metrics.jsonl gets.
+Neither decides whether a run goes on: without a key W&B stays offline, and a full disk costs records,
+which is said.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -13,15 +15,28 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-import wandb
-
-matplotlib.use("Agg")  # no display on a training machine
-from matplotlib import pyplot
+from flux2_ds.errors import UserError
 
 log = logging.getLogger("flux2_ds")
 
+Mode = Literal["online", "offline", "disabled"]
+
 METRICS_NAME = "metrics.jsonl"
+_FINISH = 120.0
+"""s that W&B gets to send its last records before the run ends without them; they stay in wandb/."""
+
+
+def check_wandb(mode: Mode) -> None:
+    """Refuse W&B where it is not installed.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"log.wandb is {mode}, but the package wandb is not installed. Install it, or set "
+            "log.wandb: disabled."
+        )
 
 
 class Metrics:
@@ -31,50 +46,41 @@ class Metrics:
         self,
         run_dir: Path,
         *,
-        mode: Literal["online", "offline", "disabled"],
+        mode: Mode,
         project: str,
         config: dict[str, Any],
         resumed_at: int,
     ) -> None:
-        self._path = run_dir / METRICS_NAME
-        _cut_after(self._path, resumed_at)
-        self._stream = self._path.open("a")
-        if mode == "online" and not _has_wandb_key():
-            log.warning("log.wandb is online but no W&B API key is set; the W&B run stays offline")
-            mode = "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")
-
-        def start(mode: Literal["online", "offline", "disabled"]) -> Any:
-            return wandb.init(
-                project=project,
-                name=run_dir.name,
-                id=_wandb_id(run_dir),
-                resume="allow",
-                dir=run_dir,
-                config=config,
-                mode=mode,
-                settings=wandb.Settings(console="off", init_timeout=60),
-            )
-
-        try:
-            self._run = start(mode)
-        except wandb.errors.Error as error:
-            log.warning("W&B does not start (%s); the W&B run stays offline", error)
-            self._run = start("offline")
-        # Our own step axis: W&B's would drop what a run repeats after a kill.
-        self._run.define_metric("*", step_metric="optimizer_step")
+        self._run_dir = run_dir
+        path = run_dir / METRICS_NAME
+        _cut_after(path, resumed_at)
+        self._stream = path.open("a")
+        self._full = False
+        self._run = None if mode == "disabled" else _start_wandb(run_dir, mode, project, config)
 
     def write(self, step: int, values: dict[str, float | str | None]) -> None:
-        """Record values for `step`, on disk at once."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        known = {name: value for name, value in values.items() if value is not None}
-        self._run.log({"optimizer_step": step, **known})
+        """Record values for `step`, on disk at once; on a full disk when there is room again."""
+        try:
+            self._stream.write(json.dumps({"step": step, **values}) + "\n")
+            self._stream.flush()  # what it cannot write it keeps for later, whole, up to 8 KiB
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                log.warning("%s cannot be written (%s); training goes on", self._stream.name, error)
+            self._full = True
+        if self._run is not None:
+            known = {name: value for name, value in values.items() if value is not None}
+            self._run.log({"optimizer_step": step, **known})
 
     def close(self) -> None:
-        """Finish the W&B run and close the file."""
-        self._stream.close()
-        self._run.finish()
+        """Finish the W&B run, close the file and draw the loss."""
+        try:
+            self._stream.close()
+            log.info("loss curve in %s", draw_loss(self._run_dir))
+        except OSError as error:
+            log.warning("the last records or the loss curve cannot be written: %s", error)
+        if self._run is not None:
+            self._run.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -85,6 +91,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(run_dir: Path) -> Path:
     """Draw loss.png from metrics.jsonl: each record, and a running mean over the last tenth."""
+    from matplotlib.figure import Figure  # half a second, not needed until the end
+
     # Between two log lines every step may have been skipped.
     records = [r for r in read_metrics(run_dir / METRICS_NAME) if r["loss"] is not None]
     steps = [record["step"] for record in records]
@@ -93,7 +101,8 @@ def draw_loss(run_dir: Path) -> Path:
     means = [
         sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))
     ]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.subplots()
     axes.plot(steps, losses, linewidth=0.8, alpha=0.45, label="loss")
     axes.plot(steps, means, linewidth=1.8, label=f"mean of {window} records")
     evaluated = [(r["step"], r["evaluation_loss"]) for r in records if "evaluation_loss" in r]
@@ -105,8 +114,38 @@ def draw_loss(run_dir: Path) -> Path:
     figure.tight_layout()
     path = run_dir / "loss.png"
     figure.savefig(path)
-    pyplot.close(figure)
     return path
+
+
+def _start_wandb(run_dir: Path, mode: Mode, project: str, config: dict[str, Any]) -> Any:
+    """The W&B run, offline where it cannot be online."""
+    import wandb
+
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        log.warning("log.wandb is online but no W&B API key is set; the W&B run stays offline")
+        mode = "offline"
+    os.environ.setdefault("WANDB_SILENT", "true")
+
+    def start(mode: Mode) -> Any:
+        return wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=_wandb_id(run_dir),
+            resume="allow",
+            dir=run_dir,
+            config=config,
+            mode=mode,
+            settings=wandb.Settings(console="off", init_timeout=60, finish_timeout=_FINISH),
+        )
+
+    try:
+        run = start(mode)
+    except wandb.errors.Error as error:
+        log.warning("W&B does not start (%s); the W&B run stays offline", error)
+        run = start("offline")
+    # Our own step axis: W&B's would drop what a run repeats after a kill.
+    run.define_metric("*", step_metric="optimizer_step")
+    return run
 
 
 def _cut_after(path: Path, step: int) -> None:
@@ -124,7 +163,3 @@ def _wandb_id(run_dir: Path) -> str:
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:8])
     return path.read_text().strip()
-
-
-def _has_wandb_key() -> bool:
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

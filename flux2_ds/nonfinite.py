@@ -53,11 +53,12 @@ class NonFinite:
         if self.scaled and all(math.isfinite(loss) for loss in losses):
             return False
         self.in_a_row += 1
-        path = self.write(norm, step, batches, losses)
-        what = (
-            f"the gradient norm is {norm} at step {step}; no update was made. {path} has this "
-            f"process's samples and their statistics. "
-        )
+        try:
+            path = self.write(norm, step, batches, losses)
+            where = f"{path} has this process's samples and their statistics."
+        except OSError as error:
+            where = f"What was in it could not be written: {error}."
+        what = f"the gradient norm is {norm} at step {step}; no update was made. {where} "
         if self.policy == "stop":
             raise UserError(
                 f"{what}The last checkpoint is untouched. Look for a broken sample there, lower "

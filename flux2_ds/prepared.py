@@ -69,8 +69,9 @@ def check_settings(recipe: Recipe, index: Index) -> None:
             )
 
 
-def check_companions(recipe: Recipe, index: Index) -> None:
-    """Refuse masks that are wanted and not there, and reference images that cannot be batched.
+def check_companions(recipe: Recipe, index: Index, held_out: Index) -> None:
+    """Refuse masks that are wanted and not there, and reference images that cannot be batched, also
+    among what is held out.
 
     Raises:
         UserError: naming the setting.
@@ -83,14 +84,15 @@ def check_companions(recipe: Recipe, index: Index) -> None:
         )
     if recipe.batch.micro_size == 1:
         return
-    for bucket in index.bucket_counts():
-        sizes = {shard.references for shard in index.shards if shard.bucket == bucket}
-        if len(sizes) > 1 or "several" in sizes:
-            raise UserError(
-                f"the pictures of bucket {bucket} in data.shards {shards} have reference images of "
-                f"different number or size, and batch.micro_size is {recipe.batch.micro_size}. Set it "
-                "to 1: such samples cannot share a forward pass."
-            )
+    for which, part in (("pictures", index), ("held-out pictures", held_out)):
+        for bucket in part.bucket_counts():
+            sizes = {shard.references for shard in part.shards if shard.bucket == bucket}
+            if len(sizes) > 1 or "several" in sizes:
+                raise UserError(
+                    f"the {which} of bucket {bucket} in data.shards {shards} have reference images "
+                    f"of different number or size, and batch.micro_size is {recipe.batch.micro_size}. "
+                    "Set it to 1: such samples cannot share a forward pass."
+                )
 
 
 def companion_lines(recipe: Recipe, index: Index) -> list[str]:

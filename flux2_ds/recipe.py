@@ -267,9 +267,9 @@ class Launch:
     """How a hostfile's machines are reached: one ssh each, or DeepSpeed's own way with pdsh, which
     passes no environment on."""
     hang_after: float = 600.0
-    """Seconds that a process may stay at the same point of a step before the run is ended and the
-    process that the others wait for is named; 0 turns it off. It must be longer than the longest
-    forward and backward pass, than compiling for one bucket before step 1, and than a checkpoint takes."""
+    """Seconds in which no process moves on in a step, an evaluation or a checkpoint, after which the
+    run is ended and the process that the others wait for is named; 0 turns it off. It must be longer
+    than the longest forward and backward pass, and than compiling for one bucket before step 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

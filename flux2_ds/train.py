@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,10 +36,11 @@ from flux2_ds.engine import (
 )
 from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
 from flux2_ds.evaluate import Evaluation
+from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
 from flux2_ds.memory import Memory, not_yet_allocated
-from flux2_ds.metrics import Metrics, draw_loss
+from flux2_ds.metrics import Metrics, check_wandb
 from flux2_ds.model.files import check_fingerprint, model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
@@ -86,13 +86,15 @@ def main() -> None:
 
 def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     """Train as this process's part of the run; False if it was asked to stop."""
+    lookout.at(0, "meeting the other processes")
     process = start_process(recipe.launch.accelerator)
     plan = make_plan(recipe, process.world)
 
     directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     index, held_out = read_data(recipe)
-    check_shards(replace(index, shards=index.shards + held_out.shards), spec, directory, recipe)
+    check_shards(index, held_out, spec, directory, recipe)
+    check_wandb(recipe.log.wandb)
     order = build_order(recipe, index)
 
     barrier()  # every process has passed the checks before the first file is written
@@ -104,8 +106,10 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
         if held_out.samples:
             log.info("held out   %d samples", held_out.samples)
 
+    lookout.at(0, "loading the model")
     model, expected = build_model(directory, spec, plan, process, index.largest_tokens)
     engine = build_engine(model, plan)
+    lookout.at(0, "reading the checkpoint")
     first_step = resume(engine, recipe, index, process)
     finished = True
     if first_step < recipe.steps:
@@ -114,6 +118,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
         )
     else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
+    lookout.at(0, "ending")
     say_memory(expected, process.device)
     barrier()  # the launcher ends the others as soon as one process exits with EXIT_STOPPED
     stop_process()
@@ -122,30 +127,17 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     return finished
 
 
-def set_up_log(logs: Path, rank: int) -> None:
-    """Log lines and Python's warnings of the first process, on the console and in its log; of the
-    others the warnings, in theirs (lookout.py has sent their output there)."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if rank == 0:
-        handlers.append(logging.FileHandler(logs / "rank_0.log"))
-    logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
-    log.setLevel(logging.WARNING if rank else logging.INFO)
-    logging.captureWarnings(True)
-    # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-def check_shards(index: Index, spec: Spec, directory: Path, recipe: Recipe) -> None:
-    """Refuse shards that another model made.
+def check_shards(
+    index: Index, held_out: Index, spec: Spec, directory: Path, recipe: Recipe
+) -> None:
+    """Refuse shards that another model made, or that do not fit the recipe.
 
     Raises:
         UserError: another variant, text width, or other weights of VAE or text encoder.
     """
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
-    check_companions(recipe, index)
+    check_companions(recipe, index, held_out)
     shards = Path(recipe.data.shards)
     unchecked = check_fingerprint(index.fingerprint, directory, shards)
     if unchecked:
@@ -330,6 +322,7 @@ def run(
             engine.skips_overflows,
             loader.describe,
             process.rank,
+            skipped=first_step - engine.state.updates(),
         ),
         first_step=first_step,
         seed=recipe.seed,
@@ -346,8 +339,8 @@ def run(
         evaluation=build_evaluation(recipe, held_out, engine, process, conditioning, objective),
     )
     if metrics is not None:
+        lookout.at(0, "closing the metrics")
         metrics.close()
-        log.info("loss curve in %s", draw_loss(run_dir))
     return finished
 
 

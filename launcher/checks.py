@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import netrc
 import os
 import platform
@@ -25,11 +26,12 @@ from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.memory import checkpoint_bytes
 from flux2_ds.plan import make_plan
 from flux2_ds.prepared import check_companions, check_settings, check_variant, read_data
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir
-from flux2_ds.spec import read_spec
+from flux2_ds.spec import RELEASED, Spec, read_spec
 from launcher.findings import Findings
 
 _GIB = 1 << 30
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--without-recipe", action="store_true")
     recipe, options = parse_recipe(parser)
     findings = Findings()
-    check_packages(findings)
+    check_packages(findings, without=("wandb",) if recipe.log.wandb == "disabled" else ())
     check_machine(findings)
     if recipe.launch.accelerator == "cuda":
         check_gpus(findings, options.processes)
@@ -58,8 +60,9 @@ def main() -> None:
     print(json.dumps({**findings.values(), "clock": time.time()}))
 
 
-def check_packages(findings: Findings) -> None:
-    """Python's and the packages' versions against the ranges that flux2-ds declares."""
+def check_packages(findings: Findings, without: tuple[str, ...] = ()) -> None:
+    """Python's and the packages' versions against the ranges that flux2-ds declares; those in
+    `without` may be missing."""
     findings.facts["python"] = platform.python_version()
     wrong = []
     for line in importlib.metadata.requires("flux2-ds") or []:
@@ -69,7 +72,8 @@ def check_packages(findings: Findings) -> None:
         try:
             version = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{needed.name} is missing")
+            if needed.name not in without:
+                wrong.append(f"{needed.name} is missing")
             continue
         findings.facts[needed.name] = version
         if not needed.specifier.contains(version, prereleases=True):
@@ -166,7 +170,6 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     if plan is not None:
         findings.ok("recipe", plan.lines()[1].removeprefix("batch").strip())
     refuses("run_dir", lambda: check_run_dir(recipe))
-    check_disk(findings, recipe, token)
 
     model = Path(recipe.model.path)
     spec = None
@@ -178,11 +181,14 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
             findings.ok("model", f"{spec} in {model}")
     else:
         check_cache(findings, recipe)
+        spec = RELEASED.get(recipe.model.path)
+    check_disk(findings, recipe, spec, token)
 
-    index = refuses("shards", lambda: read_data(recipe)[0])
-    if index is not None:
+    data = refuses("shards", lambda: read_data(recipe))
+    if data is not None:
+        index, held_out = data
         refuses("shards", lambda: check_settings(recipe, index))
-        refuses("shards", lambda: check_companions(recipe, index))
+        refuses("shards", lambda: check_companions(recipe, index, held_out))
         if spec is not None:
             refuses("shards", lambda: check_variant(recipe, index, spec))
         findings.facts["shards"] = index.digest
@@ -215,7 +221,7 @@ def check_cache(findings: Findings, recipe: Recipe) -> None:
         )
 
 
-def check_disk(findings: Findings, recipe: Recipe, token: str | None) -> None:
+def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str | None) -> None:
     """Whether checkpoints fit beside run_dir, and whether it is the launcher's file system."""
     place = Path(recipe.run_dir).resolve()
     while not place.exists():
@@ -231,22 +237,28 @@ def check_disk(findings: Findings, recipe: Recipe, token: str | None) -> None:
         findings.fail("run_dir", f"{place} cannot be written", "correct its owner, or run_dir")
         return
     free = shutil.disk_usage(place).free / _GIB
-    needed = 20.0
-    what = "20 GiB for checkpoints and samples"
-    weights = list((Path(recipe.model.path) / "transformer").glob("*.safetensors"))
-    if recipe.method == "full" and weights:
-        # fp32 weights and two moments of a model that is stored in bf16, and one more while saving.
-        one = sum(file.stat().st_size for file in weights) / 2 * 12 / _GIB
-        needed = one * (recipe.checkpoint.keep_last + 1)
-        what = (
-            f"{needed:.0f} GiB for {recipe.checkpoint.keep_last} + 1 checkpoints of {one:.0f} GiB"
+    if spec is None:
+        findings.ok(
+            "disk", f"{free:.0f} GiB free in {place}; the model tells what a checkpoint takes"
         )
-    if free < needed:
-        findings.warn(
-            "disk", f"{free:.0f} GiB free in {place}, want {what}", "free some, or move run_dir"
-        )
+        return
+    count = checkpoints_to_come(recipe)
+    one = checkpoint_bytes(spec, recipe) / _GIB
+    text = f"{free:.0f} GiB free in {place}, for {count} checkpoints of {one:.2g} GiB"
+    if free < count * one:
+        findings.warn("disk", text, "free some, keep fewer, or move run_dir")
     else:
-        findings.ok("disk", f"{free:.0f} GiB free in {place}")
+        findings.ok("disk", text)
+
+
+def checkpoints_to_come(recipe: Recipe) -> int:
+    """The most checkpoints that the run will have at a time, one while it is written included, less
+    those that it has."""
+    settings, steps = recipe.checkpoint, recipe.steps
+    for_good = steps // settings.keep_every if settings.keep_every else 0
+    most = min(math.ceil(steps / settings.every), settings.keep_last + for_good + 1)
+    there = len(list((Path(recipe.run_dir) / "checkpoints").glob("step_*")))
+    return max(1, most - there)
 
 
 def has_netrc_key() -> bool:

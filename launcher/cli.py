@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
+from flux2_ds.metrics import check_wandb
 from flux2_ds.plan import make_plan
 from flux2_ds.prepared import (
     build_order,
@@ -156,6 +158,13 @@ def train(argv: list[str]) -> None:
             action="store_true",
             help="Restart without the hosts of the hostfile that do not answer.",
         )
+        add(
+            "--node-rank",
+            type=int,
+            default=None,
+            help="Run the part of the hostfile's host N (from 0) here, without ssh: something else, "
+            "such as Kubernetes, runs this command on every host.",
+        )
 
     recipe, options, arguments = read(argv, "train", "Start training.", add_options)
     if options.max_restarts < 0:
@@ -163,26 +172,50 @@ def train(argv: list[str]) -> None:
     if options.elastic and not (recipe.launch.hostfile and options.max_restarts):
         raise UserError("--elastic needs launch.hostfile and --max-restarts of at least 1.")
     hosts = hosts_of(recipe, options.gpus)
+    if options.node_rank is not None:
+        check_node(recipe, hosts, options.node_rank, options.max_restarts)
     the_plan = make_plan(recipe, hosts.processes)
     if options.dry_run:
-        commands = commands_here(recipe.launch, hosts, arguments)
+        commands = commands_here(recipe.launch, hosts, arguments, node=options.node_rank)
         print("\n".join([*the_plan.lines(), *map(str, commands)]))
         return
     check_inputs(recipe)
-    check_programs(recipe.launch)
+    if options.node_rank is None:
+        check_programs(recipe.launch)
     if recipe.launch.accelerator == "cuda":
         check_gpus(hosts)
-    # Held to the end: the trainer takes its own lock only after it has imported torch.
-    with lock_run_dir(recipe, ".launcher.lock"):
-        lock_run_dir(recipe).close()  # a trainer that was started by hand
+    with ExitStack() as held:
+        if not options.node_rank:  # elsewhere the first host's launcher holds them
+            # To the end: the trainer takes its own lock only after it has imported torch.
+            held.enter_context(lock_run_dir(recipe, ".launcher.lock"))
+            lock_run_dir(recipe).close()  # a trainer that was started by hand
         code = supervise(
             recipe,
             hosts,
             arguments,
             max_restarts=options.max_restarts,
             elastic=options.elastic,
+            node=options.node_rank,
         )
     sys.exit(code)
+
+
+def check_node(recipe: Recipe, hosts: Hosts, node: int, max_restarts: int) -> None:
+    """Refuse a `--node-rank` that names no host, or with what it cannot be combined.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if hosts.hostfile is None or recipe.launch.over != "ssh" or max_restarts:
+        raise UserError(
+            f"--node-rank {node} needs launch.hostfile, and neither launch.over: pdsh nor "
+            "--max-restarts: whoever starts the hosts starts them again."
+        )
+    if not 0 <= node < len(hosts.slots):
+        raise UserError(
+            f"--node-rank is {node}; launch.hostfile {hosts.hostfile} has the hosts 0 to "
+            f"{len(hosts.slots) - 1}."
+        )
 
 
 def slurm(argv: list[str]) -> None:
@@ -242,9 +275,10 @@ def check_inputs(recipe: Recipe) -> None:
     A model that is not in a local directory yet is recognised when it has been fetched.
     """
     check_run_dir(recipe)
-    index, _ = read_data(recipe)
+    check_wandb(recipe.log.wandb)
+    index, held_out = read_data(recipe)
     check_settings(recipe, index)
-    check_companions(recipe, index)
+    check_companions(recipe, index, held_out)
     if Path(recipe.model.path).is_dir():
         spec = read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
         check_variant(recipe, index, spec)

@@ -36,14 +36,16 @@ class Command:
         return f"{self.host}$ {line}" if self.host else line
 
     def program(self) -> list[str]:
-        """What to execute: the program installed beside this Python, here or over ssh."""
+        """What to execute: the program installed beside this Python, under a keeper (keeper.py), here
+        or over ssh."""
         beside = Path(sys.executable).with_name(self.argv[0])
         argv = [str(beside) if beside.exists() else self.argv[0], *self.argv[1:]]
+        silence = "inf" if self.host is None else "60"
+        kept = [sys.executable, "-m", "launcher.keeper", silence, *argv]
         if self.host is None:
-            return argv
+            return kept
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        over = [sys.executable, "-m", "launcher.remote", *argv]
-        return ssh(self.host, ["env", *variables, *over])
+        return ssh(self.host, ["env", *variables, *kept])
 
 
 def ssh(host: str, argv: list[str]) -> list[str]:
@@ -66,7 +68,7 @@ def train_commands(
 
     `cores` of this machine are shared out to the processes (DeepSpeed's CPU Adam and gloo use
     threads) unless `environment` already sets OMP_NUM_THREADS; other hosts do so for themselves
-    (remote.py).
+    (keeper.py).
     """
     variables: dict[str, str] = {"DS_ACCELERATOR": launch.accelerator}
     variables |= collective_timeout(launch, environment)

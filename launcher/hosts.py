@@ -162,16 +162,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def pick_port(hosts: Hosts) -> int:
-    """A port for the first process. On another machine it cannot be tried, so it is drawn anew for
-    every start."""
-    return free_port() if hosts.hostfile is None else random.randrange(20000, 30000)
+    """A port for the first process, drawn anew for every start: until it listens there, some ten
+    seconds, another run may look for one, too."""
+    while not is_free(port := random.randrange(20000, 30000)) and hosts.hostfile is None:
+        pass
+    return port
 
 
-def free_port(preferred: int = 29500) -> int:
-    """`preferred`, or a free port if another run has it."""
+def is_free(port: int) -> bool:
+    """Whether nothing on this machine listens on it."""
     with socket.socket() as probe:
         try:
-            probe.bind(("127.0.0.1", preferred))
+            probe.bind(("127.0.0.1", port))
         except OSError:
-            probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+            return False
+        return True

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ from launcher.hosts import Hosts, pick_port
 _POLL = 0.2  # s between looks at the commands
 PATIENCE = 15.0  # s that the others get to end by themselves after the first has failed
 _EXIT_SSH = 255
+_FAREWELL = 5.0  # s for a keeper to end its command; over a link that is cut it never hears of it
 _REPEAT = 1.0  # s after which the request to stop is repeated
 
 
@@ -54,8 +56,13 @@ class Stopper:
         due = time.monotonic() - self._repeated > _REPEAT
         if self._file is not None and self.reason is not None and due:
             self._repeated = time.monotonic()
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(self.reason)
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                self._file.write_text(self.reason)
+            except OSError as error:
+                # A full disk has room for an empty file, which is enough.
+                if not self._file.exists():
+                    say(f"the training cannot be asked to stop: {error} (again: end at once)")
 
     def _forget(self) -> None:
         if self._file is not None:
@@ -75,29 +82,36 @@ class Stopper:
 
 
 def commands_here(
-    launch: Launch, hosts: Hosts, arguments: list[str], module: str = TRAIN_MODULE
+    launch: Launch,
+    hosts: Hosts,
+    arguments: list[str],
+    module: str = TRAIN_MODULE,
+    node: int | None = None,
 ) -> list[Command]:
-    """`train_commands` as started from this machine and this environment."""
-    return train_commands(
+    """`train_commands` as started from this machine and this environment; `node`: only the part of
+    this host, without ssh, at a port that all hosts know."""
+    port = pick_port(hosts) if node is None else int(os.environ.get("MASTER_PORT", "29500"))
+    commands = train_commands(
         launch,
         hosts,
         arguments,
         cores=os.cpu_count() or 1,
-        port=pick_port(hosts),
+        port=port,
         environment=dict(os.environ),
         module=module,
     )
+    return commands if node is None else [replace(commands[node], host=None)]
 
 
 def run(
     commands: list[Command],
     stopper: Stopper,
-    failed: Callable[[], bool] = lambda: False,
+    failed: Callable[[], object] = lambda: None,
     output: int | None = None,
 ) -> int:
     """Run `commands` side by side to their end; returns the exit code of the first that failed.
 
-    When one has failed, or `failed` says so of the training, the others get some seconds to end by
+    When one has failed, or `failed` gives a failure of the training, the others get some seconds to end by
     themselves. `output` is a descriptor to print to instead of the console's.
     """
     children: list[subprocess.Popen[bytes]] = []
@@ -111,7 +125,8 @@ def run(
                 subprocess.Popen(
                     command.program(),
                     env={**os.environ, **command.environment},
-                    stdin=subprocess.PIPE if command.host else None,
+                    stdin=subprocess.PIPE,
+                    bufsize=0,
                     stdout=output,
                     stderr=None if output is None else subprocess.STDOUT,
                     start_new_session=True,
@@ -129,8 +144,7 @@ def run(
                 _keep_alive(child)
             time.sleep(_POLL)
     finally:
-        for child in children:
-            _end(child)
+        _end(children)
     code = code or next(filter(None, (child.returncode for child in children)), 0)
     return code if code >= 0 else 128 - code
 
@@ -144,18 +158,24 @@ def _say_who(commands: list[Command], codes: list[int | None]) -> None:
 
 
 def _keep_alive(child: subprocess.Popen[bytes]) -> None:
-    """Tell a command on another host that this launcher is still there; see remote.py."""
-    if child.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(b"\n")
-            child.stdin.flush()
+    """Tell a command's keeper that this launcher is still there; see keeper.py."""
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.write(b"\n")
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a command and of all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    """Have their keepers kill what is left of the commands and of all that they started."""
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.close()
+    deadline = time.monotonic() + _FAREWELL
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def say(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from flux2_ds.lookout import first_failure, forget
@@ -19,26 +20,35 @@ _PAUSE = 5.0  # s before a restart, for ports and GPU memory to be free again
 
 
 def supervise(
-    recipe: Recipe, hosts: Hosts, arguments: list[str], *, max_restarts: int, elastic: bool
+    recipe: Recipe,
+    hosts: Hosts,
+    arguments: list[str],
+    *,
+    max_restarts: int,
+    elastic: bool,
+    node: int | None = None,
 ) -> int:
     """Train, and train again after a failure; returns the last exit code.
 
     At most `max_restarts` failures in a row are answered that came before the next checkpoint. With
     `elastic`, hosts of the hostfile that do not answer are left out of a restart, and back in a later
-    one.
+    one. `node`: only this host's part, here.
     """
     logs = logs_directory(recipe)
     answered = 0
     now = hosts
     with Stopper(stop_file(recipe)) as stopper:
         while True:
-            commands = commands_here(recipe.launch, now, arguments)
+            commands = commands_here(recipe.launch, now, arguments, node=node)
             for command in commands:
                 report(str(command))
-            forget(logs)
+            if not node:
+                forget(logs)
             before, started = newest_step(recipe), time.time()
-            code = run(commands, stopper, lambda: first_failure(logs) is not None)
-            failure = first_failure(logs)
+            # The first host's launcher, which may start later, forgets an earlier start's failure.
+            failed = partial(first_failure, logs, started if node else 0.0)
+            code = run(commands, stopper, failed)
+            failure = failed()
             if failure is not None:
                 code = failure.code
             elif code not in (0, EXIT_STOPPED, EXIT_USER_ERROR) and not stopper.reason:

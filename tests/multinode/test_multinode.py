@@ -27,12 +27,14 @@ def hostfile(cluster: Cluster, work: Path) -> None:
     (work / "hostfile").write_text(hosts)
 
 
-def start(cluster: Cluster, work: Path, run_dir: str, *options: str) -> subprocess.Popen[bytes]:
-    """`flux2-ds train`, as a user of the first machine types it."""
+def start(
+    cluster: Cluster, work: Path, run_dir: str, *options: str, machine: int = 0
+) -> subprocess.Popen[bytes]:
+    """`flux2-ds train`, as a user of a machine types it."""
     argv = command("train", "--run_dir", run_dir, *options)
     with (work / f"{run_dir}.out").open("a") as out:
         return subprocess.Popen(
-            cluster.machines[0].inside(argv),
+            cluster.machines[machine].inside(argv),
             cwd=work,
             env=cluster.environment | {"OMP_NUM_THREADS": "1"},
             stdout=out,
@@ -67,7 +69,7 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) ->
 
 def training_processes(machine: Machine) -> list[int]:
     """Everything that a machine runs of the training."""
-    return processes_of(machine, b"launcher.remote", b"flux2_ds.train")
+    return processes_of(machine, b"launcher.keeper", b"flux2_ds.train")
 
 
 def processes_of(machine: Machine, *words: bytes) -> list[int]:
@@ -143,6 +145,23 @@ def test_two_machines_train_as_one(cluster, work, reference, losses):
     assert losses(work / "both") == pytest.approx(reference, rel=1e-5)
     second = (work / "both" / "logs" / "rank_1.log").read_text()
     assert f"on {cluster.machines[1].name}" in second
+
+
+def test_each_machine_starts_its_own_part_and_all_stop_when_one_is_asked_to(
+    cluster, work, reference, losses
+):
+    """As the pods of a Kubernetes Job, of which one is evicted."""
+
+    def parts() -> list[subprocess.Popen[bytes]]:
+        ranks = range(len(cluster.machines))
+        return [start(cluster, work, "parts", "--node-rank", str(n), machine=n) for n in ranks]
+
+    runs = parts()
+    wait_for_step(runs[0], work / "parts", 2)
+    runs[1].send_signal(signal.SIGTERM)
+    assert [run.wait(timeout=60) for run in runs] == [75, 75]
+    assert [run.wait(timeout=300) for run in parts()] == [0, 0]
+    assert losses(work / "parts") == pytest.approx(reference, rel=1e-5)
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(cluster, work):

@@ -241,12 +241,18 @@ def index_with(*shards: tuple[int, str]) -> Index:
 def test_what_cannot_be_trained_on_is_refused(
     micro: int, masked: bool, shards: list[tuple[int, str]], message: str | None
 ) -> None:
-    recipe, index = recipe_with(micro, masked=masked), index_with(*shards)
+    recipe, index, none = recipe_with(micro, masked=masked), index_with(*shards), index_with()
     if message is None:
-        check_companions(recipe, index)
+        check_companions(recipe, index, none)
     else:
         with pytest.raises(UserError, match=message):
-            check_companions(recipe, index)
+            check_companions(recipe, index, none)
+
+
+def test_held_out_references_that_differ_are_refused() -> None:
+    held_out = index_with((0, "64x64"), (0, ""))
+    with pytest.raises(UserError, match="the held-out pictures of bucket 96x64"):
+        check_companions(recipe_with(2, masked=False), index_with((0, "")), held_out)
 
 
 def test_what_is_there_is_said_and_whether_it_is_used() -> None:

@@ -8,10 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux2_ds.recipe import Data, Launch, Log, Model, Recipe
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
+from flux2_ds.memory import checkpoint_bytes
+from flux2_ds.recipe import Batch, Checkpoint, Data, Launch, Log, Model, Recipe
+from flux2_ds.spec import RELEASED
 from launcher import checks, cli, doctor
 from launcher.findings import Finding, Findings, odd_ones_out
 from launcher.hosts import Hosts
+
+DEV = RELEASED["black-forest-labs/FLUX.2-dev"]
 
 
 @pytest.fixture
@@ -67,6 +73,9 @@ def test_packages(monkeypatch):
     (line,) = bad.lines
     assert line.status == "failure"
     assert "needs >=99; nothing-like-it is missing" in line.text
+    less = Findings()
+    checks.check_packages(less, without=("nothing-like-it",))
+    assert less.lines[0].text.endswith("needs >=99")
 
 
 def test_a_recipe_that_nothing_is_there_for(recipe, tmp_path, monkeypatch):
@@ -81,7 +90,7 @@ def test_a_recipe_that_nothing_is_there_for(recipe, tmp_path, monkeypatch):
         "shards": "failure",
         "wandb": "warning",
     }
-    assert "put run_dir on a file system that all hosts share" in str(findings.lines[1])
+    assert "put run_dir on a file system that all hosts share" in str(findings.lines[2])
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
     findings = Findings()
@@ -92,20 +101,43 @@ def test_a_recipe_that_nothing_is_there_for(recipe, tmp_path, monkeypatch):
     assert "secret" not in json.dumps(findings.values())
 
 
-def test_disk_for_the_checkpoints_of_a_full_fine_tune(recipe, tmp_path, monkeypatch):
-    weights = tmp_path / "model" / "transformer"
-    weights.mkdir(parents=True)
-    (weights / "a.safetensors").write_bytes(bytes(2 << 20))
-    usage = SimpleNamespace(free=30 << 20)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_disk_for_checkpoints(recipe, monkeypatch, method):
+    usage = SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    full = dataclasses.replace(recipe, method="full")
+    keep = Checkpoint(every=10, keep_last=2, keep_every=20)
+    recipe = dataclasses.replace(recipe, method=method, steps=80, checkpoint=keep)
+    one = checkpoint_bytes(DEV, recipe)
+    found = []
+    for there in (0, 5):  # of 2 + 1 + 4 for good
+        for step in range(there):
+            (Path(recipe.run_dir) / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        for usage.free in ((7 - there) * one - 1, (7 - there) * one + 1):
+            findings = Findings()
+            checks.check_disk(findings, recipe, DEV, None)
+            found.append((findings.lines[0].status, findings.lines[0].text.split(", ")[-1]))
+    size = {"lora": "2.2", "full": "3.6e+02"}[method]
+    text = "for {} checkpoints of " + size + " GiB"
+    assert found == [
+        ("warning", text.format(7)),
+        ("ok", text.format(7)),
+        ("warning", text.format(2)),
+        ("ok", text.format(2)),
+    ]
+
+
+def test_what_is_held_out_is_looked_at_like_what_is_trained_on(recipe, tmp_path):
+    shard = Shard("x.tar", Bucket(32, 32), 3, 5, "")
+    other = dataclasses.replace(shard, name="y.tar", held_out=True, references="several")
+    (tmp_path / "shards").mkdir()
+    for name in (CONDITIONING_NAME, "x.tar", "y.tar"):
+        (tmp_path / "shards" / name).write_bytes(b"12345")
+    write_index(tmp_path / "shards", Index("dev", 8, {}, {}, [shard, other]))
+    recipe = dataclasses.replace(recipe, batch=Batch(micro_size=2))
     findings = Findings()
-    checks.check_disk(findings, full, None)  # 3 × 12 MiB
-    assert statuses(findings) == {"disk": "warning"}
-    usage.free = 40 << 20
-    findings = Findings()
-    checks.check_disk(findings, full, None)
-    assert statuses(findings) == {"disk": "ok"}
+    checks.check_recipe(findings, recipe, 2, None)
+    said = [line.text for line in findings.lines if line.name == "shards"]
+    assert said[0].startswith("the held-out pictures of bucket 32x32")
 
 
 def test_the_odd_host_is_named():

@@ -19,7 +19,7 @@ from flux2_ds.recipe import Launch, load_recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import lock_run_dir
 from launcher import cli
 from launcher.commands import Command, train_commands
-from launcher.hosts import Hosts, check_gpus, find_hosts, free_port, read_hostfile
+from launcher.hosts import Hosts, check_gpus, find_hosts, pick_port, read_hostfile
 from launcher.local import Stopper, run
 from launcher.slurm import SlurmJob, train_script
 
@@ -140,16 +140,20 @@ def test_without_the_variable_nvidia_smi_is_asked(tmp_path, monkeypatch):
         check_gpus(Hosts(3))
 
 
-def test_free_port_is_the_preferred_one_if_it_can_be():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        preferred = taken.getsockname()[1]
-        port = free_port(preferred)
-        assert port != preferred
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-    assert free_port(port) == port
+def test_a_port_that_is_taken_is_not_picked(monkeypatch):
+    with socket.socket() as taken, socket.socket() as other:
+        for each in (taken, other):
+            each.bind(("127.0.0.1", 0))
+            each.listen()
+        ports = [each.getsockname()[1] for each in (taken, other)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+        drawn = iter(ports)
+        monkeypatch.setattr("random.randrange", lambda low, high: next(drawn))
+        assert pick_port(Hosts(2)) == ports[2]
+        drawn = iter(ports)
+        assert pick_port(NODES) == ports[0]  # on another machine nobody can tell
 
 
 # Commands
@@ -196,7 +200,7 @@ def test_commands_for_a_hostfile_carry_the_environment_but_no_secret(monkeypatch
     shown = program[-1].replace("exec env", "printf '%s\\n'")
     words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True).stdout
     assert words.splitlines()[-2:] == ["--preview.prompts", '["a $b"]']
-    assert [sys.executable, "-m", "launcher.remote"] == words.splitlines()[4:7]
+    assert [sys.executable, "-m", "launcher.keeper", "60"] == words.splitlines()[4:8]
 
 
 def test_command_for_pdsh_is_deepspeeds_own():
@@ -422,6 +426,33 @@ def test_second_signal_ends_everything_at_once(tmp_path):
     assert launched.returncode == 128 + 9
 
 
+def test_nothing_is_left_when_the_launcher_is_killed(tmp_path):
+    launched = launch(tmp_path / "stop", IGNORES)
+    launched.kill()
+    launched.communicate(
+        timeout=30
+    )  # ends only when the grandchild, which has the same output, does
+
+
+def test_a_keeper_ends_its_command_when_its_launcher_is_silent():
+    argv = [sys.executable, "-m", "launcher.keeper", "0.5", "sleep", "60"]
+    keeper = subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT)
+    assert keeper.wait(timeout=30) == 128 + 9
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+
+
+def test_a_full_disk_does_not_keep_the_launcher_from_asking(stopper, monkeypatch, capfd):
+    def full(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    stopper.reason = "SIGINT"
+    stopper.pass_on()
+    assert (tmp := Path(stopper._file)).exists() and tmp.read_text() == ""
+
+
 def test_nohup_is_respected(tmp_path):
     launched = launch(tmp_path / "stop", OBEYS, "nohup")
     launched.send_signal(signal.SIGHUP)
@@ -537,6 +568,41 @@ def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys
             assert call(monkeypatch, "train", "--config", recipe) == 2
         assert "another process is training in run_dir runs/cats" in capsys.readouterr().err
     assert call(monkeypatch, "train", "--config", recipe) == 75
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--node-rank", "2"], "--node-rank is 2; launch.hostfile hostfile has the hosts 0 to 1"),
+        (["--node-rank", "0", "--max-restarts", "1"], "nor --max-restarts"),
+        (["--node-rank", "0", "--launch.over", "pdsh"], "neither launch.over: pdsh"),
+    ],
+)
+def test_a_part_that_cannot_be_started_is_refused(recipe, monkeypatch, capsys, options, message):
+    Path("hostfile").write_text("node01 slots=1\nnode02 slots=1\n")
+    hosts = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
+    assert call(monkeypatch, "train", "--config", recipe, *hosts, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_host_starts_its_own_part(recipe, tmp_path, monkeypatch):
+    prepare(tmp_path)
+    Path("hostfile").write_text("node01 slots=1\nnode02 slots=1\n")
+    hosts = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
+    started = []
+    monkeypatch.setattr(
+        "launcher.supervise.run", lambda commands, *call: started.append(commands) or 75
+    )
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    # The first host's launcher holds the run directory.
+    with lock_run_dir(load_recipe(tmp_path / recipe), ".launcher.lock"):
+        argv = ["train", "--config", recipe, *hosts, "--node-rank"]
+        assert call(monkeypatch, *argv, "0") == 2
+        assert call(monkeypatch, *argv, "1") == 75
+    ((command,),) = started
+    assert command.host is None and command.environment["FLUX2_DS_SLOTS"] == "1"
+    where = ["--node_rank", "1", "--master_addr", "node01", "--master_port", "29511"]
+    assert command.argv[command.argv.index("--no_ssh") + 1 :][:6] == where
 
 
 def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, capsys):

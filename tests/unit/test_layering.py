@@ -34,6 +34,8 @@ LIGHT = {
             "errors",
             "rundir",
             "lookout",
+            "logs",
+            "metrics",
         )
     ),
     *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order")),

@@ -65,6 +65,13 @@ def test_the_first_cause_alone_reaches_the_console(tmp_path, other):
     assert "rank 1" in str(first_failure(tmp_path))
 
 
+def test_a_port_that_is_taken_is_no_lost_process(tmp_path):
+    taken = "class DistError(Exception): pass\nraise DistError('port: 29500, name: EADDRINUSE')"
+    codes, outputs = ended(pair(tmp_path, taken, WAITS))
+    assert codes == [1, 1]
+    assert "lost another" not in outputs[0] and "EADDRINUSE" in outputs[0]
+
+
 def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
     refuse = "raise UserError('data.shards x is wrong')"
     codes, outputs = ended(pair(tmp_path, refuse, refuse))
@@ -72,17 +79,18 @@ def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
     assert "".join(outputs) == "error: data.shards x is wrong\n"
 
 
-def test_a_full_disk_does_not_hide_the_error(tmp_path):
-    fails = """
+@pytest.mark.parametrize(("kind", "code"), [("ValueError", 1), ("UserError", 2)])
+def test_a_full_disk_does_not_hide_the_error(tmp_path, kind, code):
+    fails = f"""
 import pathlib
 def full(*_): raise OSError(28, 'No space left on device')
 pathlib.Path.write_text = full
-raise ValueError('what went wrong')
+raise {kind}('what went wrong')
 """
     (process, other) = pair(tmp_path, fails, "pass")
     out = process.communicate(timeout=30)[0]
-    assert process.returncode == 1
-    assert "ValueError: what went wrong" in out
+    assert process.returncode == code
+    assert "what went wrong" in out
     assert "the other processes are not told: [Errno 28] No space left on device" in out
     other.communicate()
 
@@ -110,6 +118,22 @@ def test_the_process_that_the_others_wait_for_is_named(tmp_path):
     assert "waiting for data in step 8: no progress for 1 s" in outputs[0]
     # Where it was, for whoever looks into it.
     assert "most recent call first" in (tmp_path / "rank_1.log").read_text()
+
+
+def test_a_process_that_moves_keeps_the_others_waiting(tmp_path):
+    """One writes a checkpoint for all, tensor by tensor; then it is stuck."""
+    waits = "me.at(8, 'saving'); time.sleep(60)"
+    writes = "for _ in range(20): me.at(8, 'saving'); time.sleep(0.1)\ntime.sleep(60)"
+    started = time.monotonic()
+    codes, (first, _) = ended(pair(tmp_path, waits, writes, hang_after=1))
+    assert codes == [1, 1]
+    assert "saving in step 8: no progress for" in first
+    assert time.monotonic() - started > 3  # 2 of writing and 1 of standing still
+
+
+def test_what_belongs_to_no_step_is_no_hang(tmp_path):
+    ends = "me.at(0, 'closing the metrics'); time.sleep(2)"
+    assert ended(pair(tmp_path, ends, ends, hang_after=0.5)) == ([0, 0], ["", ""])
 
 
 def test_a_frozen_process_is_named(tmp_path):

@@ -2,6 +2,11 @@
 
 import json
 import logging
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,7 +15,8 @@ import pytest
 import wandb
 from PIL import Image
 
-from flux2_ds.metrics import METRICS_NAME, Metrics, draw_loss, read_metrics
+from flux2_ds.errors import UserError
+from flux2_ds.metrics import METRICS_NAME, Metrics, check_wandb, draw_loss, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +82,60 @@ def test_line_that_a_crash_cut_short_does_not_stop_the_run(run_dir):
     assert steps_in(run_dir) == [10, 20]
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that has so many bytes for a file, as far as the file's writer can tell."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_said_once_and_records_come_when_there_is_room(run_dir, caplog):
+    metrics = start(run_dir)
+    record(metrics, 10)
+    size = (run_dir / METRICS_NAME).stat().st_size
+    with files_of_at_most(size + 20):  # the next record is cut in two
+        record(metrics, 20, 30)
+        assert steps_in(run_dir) == [10]
+    assert caplog.text.count("cannot be written") == 1
+    record(metrics, 40)
+    assert steps_in(run_dir) == [10, 20, 30, 40]
+    with files_of_at_most(0):
+        record(metrics, *range(50, 5000, 10))  # more than can be kept
+    assert caplog.text.count("cannot be written") == 2
+    record(metrics, 5000)
+    steps = steps_in(run_dir)
+    assert steps == sorted(set(steps)) and steps[-1] == 5000
+    with files_of_at_most(0):
+        metrics.close()
+    assert "the loss curve cannot be written" in caplog.text
+
+
+def test_nothing_is_imported_that_is_not_switched_on(run_dir):
+    """wandb may be missing; matplotlib is for the end."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom flux2_ds.metrics import Metrics\n"
+        "m = Metrics(Path(sys.argv[1]), mode='disabled', project='', config={}, resumed_at=0)\n"
+        "m.write(1, {'loss': 1.0})\n"
+        "print([name for name in ('wandb', 'matplotlib') if name in sys.modules])"
+    )
+    argv = [sys.executable, "-c", program, str(run_dir)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout == "[]\n"
+
+
+def test_wandb_that_is_missing_is_refused_where_it_is_wanted(monkeypatch):
+    check_wandb("online")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_wandb("disabled")
+    with pytest.raises(UserError, match=r"log\.wandb is offline, but the package wandb is not"):
+        check_wandb("offline")
+
+
 def draw(run_dir: Path, losses: list[float]) -> np.ndarray:
     (run_dir / METRICS_NAME).write_text(
         "".join(json.dumps({"step": n, "loss": x}) + "\n" for n, x in enumerate(losses))
@@ -133,16 +193,18 @@ def test_wandb_that_does_not_start_leaves_the_run_offline(run_dir, caplog, monke
 def test_wandb_is_told_the_step_as_a_value(run_dir, monkeypatch):
     run = Mock()
     monkeypatch.setattr(wandb, "init", lambda **arguments: run)
-    metrics = start(run_dir)
+    metrics = start(run_dir, mode="offline")
     record(metrics, 10, loss=0.5)
     metrics.close()
     run.define_metric.assert_called_once_with("*", step_metric="optimizer_step")
     run.log.assert_called_once_with({"optimizer_step": 10, "loss": 0.5, "bucket": "64x64"})
 
 
-def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path):
+def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **arguments: Mock())
+
     def identity() -> str:
-        start(run_dir).close()
+        start(run_dir, mode="offline").close()
         return (run_dir / "wandb_id").read_text()
 
     first = identity()
@@ -150,5 +212,5 @@ def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path):
     assert identity() == first
     other = tmp_path / "dogs"
     other.mkdir()
-    start(other).close()
+    start(other, mode="offline").close()
     assert (other / "wandb_id").read_text() != first

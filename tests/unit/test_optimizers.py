@@ -1,9 +1,16 @@
-"""8-bit optimizer state that is cut into other blocks than those it was quantised in."""
+"""8-bit optimizer state that is cut into other blocks than those it was quantised in; what a checkpoint
+takes on disk."""
 
+import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
+from flux2_ds import optimizers
+from flux2_ds.fragments import Fragment
+from flux2_ds.memory import checkpoint_bytes, trained_parameters
 from flux2_ds.optimizers import join_blocks
+from flux2_ds.recipe import Data, Model, Optimizer, Recipe
+from flux2_ds.spec import RELEASED
 
 QMAP = create_dynamic_map(signed=True)
 
@@ -40,3 +47,26 @@ def test_elements_never_updated_are_zero():
     values = QMAP[joined.int()] * absmax.repeat_interleave(256)[:300]
     assert torch.equal(values[:10], QMAP[200].expand(10) * 3)
     assert not values[10:].any()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy"])
+def test_checkpoints_take_what_is_planned(name):
+    settings = Optimizer(name=name)
+    weight = torch.nn.Parameter(torch.ones(96, 96))
+    weight.grad = torch.ones_like(weight)
+    optimizer = optimizers.build(settings, [weight], fused=False)
+    optimizer.step()
+    if name in optimizers.ELEMENTWISE:
+        whole = Fragment("w", (96, 96), 0, weight.numel(), weight, 0)
+        state = optimizer.state[weight]
+        kinds = optimizers.ELEMENTWISE[name]
+        stored = [optimizers.elements(state, kind, whole) for kind in kinds]
+    else:
+        stored = [value for _, _, value in optimizers.whole_state(optimizer, {"w": weight})]
+    taken = sum(tensor.nbytes for tensor in [weight, *stored]) / weight.numel()
+    recipe = Recipe(
+        run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"), optimizer=settings
+    )
+    spec = RELEASED["black-forest-labs/FLUX.2-dev"]
+    planned = checkpoint_bytes(spec, recipe) / trained_parameters(spec, recipe)
+    assert planned == pytest.approx(taken, abs=0.1)

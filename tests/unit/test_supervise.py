@@ -67,7 +67,7 @@ def test_restarts_are_counted_from_the_last_progress(
 
 def test_the_recorded_failure_decides_the_code(monkeypatch, recipe, capsys):
     failure = SimpleNamespace(code=EXIT_USER_ERROR)
-    monkeypatch.setattr(supervise, "first_failure", lambda logs: failure)
+    monkeypatch.setattr(supervise, "first_failure", lambda logs, since: failure)
     assert attempts(monkeypatch, recipe, [(137, 0)], 3) == (EXIT_USER_ERROR, 1)
     assert "left no error" not in capsys.readouterr().out
 

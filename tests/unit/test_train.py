@@ -27,8 +27,10 @@ from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.loop import Cadence, StopRequest
+from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
+from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Data, Model, Recipe
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
@@ -139,6 +141,7 @@ def run_loop(
     metrics: Any = None,
     policy: Any = "stop",
     evaluation: Any = None,
+    lookout: Any = None,
     **cadence: int,
 ) -> bool:
     often = {"log_every": 1, "save_every": 100, "keep_last": 9, **cadence}
@@ -150,7 +153,7 @@ def run_loop(
         FIRST,
         Cadence(steps=steps, keep_every=None, **often),
         StopRequest(folder / "stop"),
-        Mock(),
+        lookout or Mock(),
         NonFinite(
             folder / "nonfinite", policy, engine.skips_overflows, lambda s: {"row": s.row}, rank=1
         ),
@@ -263,6 +266,31 @@ def test_skipped_steps_are_counted_and_their_losses_are_not(tmp_path, caplog):
     assert len(list(tmp_path.glob("nonfinite/*"))) == 3
 
 
+def test_what_cannot_be_written_down_does_not_end_a_run_that_skips(tmp_path, caplog):
+    (tmp_path / "nonfinite").touch()  # no folder can be made
+    assert run_loop(tmp_path, StandIn([1.0] * 3, [1.0, math.nan, 1.0]), 3, policy="skip")
+    assert "What was in it could not be written: [Errno 17]" in caplog.text
+
+
+def test_old_checkpoints_that_stay_do_not_end_a_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "remove_old", Mock(side_effect=OSError(39, "not empty")))
+    assert run_loop(tmp_path, StandIn([1.0] * 4), 4, save_every=2)
+    assert saved(tmp_path) == [2, 4]
+    assert caplog.text.count("old checkpoints cannot be removed") == 2
+
+
+def test_slow_work_outside_the_step_moves(tmp_path):
+    lookout = Mock()
+    evaluation = SimpleNamespace(every=2, loss=lambda moving: moving() or 0.5)
+    assert run_loop(tmp_path, StandIn([1.0] * 2), 2, evaluation=evaluation, lookout=lookout)
+    places = [call.args for call in lookout.at.call_args_list]
+    assert places == [
+        *((1, "waiting for data"), (1, "computing"), (1, "agreeing")),
+        *((2, "waiting for data"), (2, "computing"), (2, "agreeing")),
+        *((2, "evaluating"), (2, "saving"), (2, "saving"), (3, "waiting for data")),
+    ]
+
+
 def test_a_run_that_only_skips_stops(tmp_path):
     norms = [1.0] + 9 * [math.nan] + [1.0] + 10 * [math.nan]
     with pytest.raises(UserError, match=r"norm is nan at step 21; .* the 10th such step in a row"):
@@ -343,10 +371,10 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
     index = Index(spec.variant, spec.text_width, fingerprint(tiny_model), settings)
     index = dataclasses.replace(index, **change)
     if message is None:
-        train.check_shards(index, spec, tiny_model, recipe)
+        train.check_shards(index, index, spec, tiny_model, recipe)
     else:
         with pytest.raises(UserError, match=message):
-            train.check_shards(index, spec, tiny_model, recipe)
+            train.check_shards(index, index, spec, tiny_model, recipe)
 
 
 def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
@@ -371,6 +399,19 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog, write
     assert (loaded.kinds(), loaded.state()["updates"]) == (sorted(KINDS), 19)
     assert not last.exists()
     assert last.with_name(f"{last.name}.damaged").is_dir()
+
+
+def test_steps_that_an_earlier_start_skipped_are_counted_on(tmp_path, monkeypatch):
+    for name in ("read_conditioning", "build_loader", "build_objective", "warm_up", "Metrics"):
+        monkeypatch.setattr(train, name, Mock())
+    monkeypatch.setattr(loop, "train", trained := Mock())
+    engine = Mock(skips_overflows=False)
+    engine.state.updates.return_value = 7
+    plan, none = make_plan(recipe_for(tmp_path), 1), dataclasses.replace(INDEX, shards=[])
+    expected = Memory({}, {})
+    train.run(plan, Mock(), INDEX, none, engine, expected, FIRST, Mock(), Mock(), first_step=10)
+    (nonfinite,) = (each for each in trained.call_args.args if isinstance(each, NonFinite))
+    assert nonfinite.skipped == 3
 
 
 def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_checkpoint):

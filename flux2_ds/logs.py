@@ -1,0 +1,36 @@
+"""Log lines: of the first process on the console and in its log, of the others in theirs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+
+class LogFile(logging.FileHandler):
+    """A log that loses lines when its disk is full, and says so once."""
+
+    _lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called where a line cannot be written."""
+        if not self._lost:
+            self._lost = True
+            error = sys.exc_info()[1]
+            sys.stderr.write(f"lines are missing in {self.baseFilename} from here on: {error}\n")
+
+
+def set_up_log(logs: Path, rank: int) -> None:
+    """Log lines and Python's warnings of the first process, on the console and in its log; of the
+    others the warnings, in theirs (lookout.py has sent their output there)."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if rank == 0:
+        handlers.append(LogFile(logs / "rank_0.log"))
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
+    logging.getLogger("flux2_ds").setLevel(logging.WARNING if rank else logging.INFO)
+    logging.captureWarnings(True)
+    # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
