@@ -340,7 +340,12 @@ def recipe_parser(prog: str, description: str) -> ArgumentParser:
     Commands add their own options to it. Unknown keys and wrong types are errors that name the
     setting and the value.
     """
-    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=prog,
+        usage="%(prog)s --config RECIPE [--SETTING VALUE ...]",  # not its hundred settings
+        description=description,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="Recipe in YAML.")
     # DeepSpeed's launcher passes the local rank as an option; the environment has it too.
     parser.add_argument("--local_rank", type=int | None, default=None, help=SUPPRESS)

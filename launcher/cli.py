@@ -69,7 +69,7 @@ def main() -> None:
         "bench": lambda argv: run_module("flux2_ds.bench", argv),
         "export": lambda argv: run_module("flux2_ds.export", argv),
         "sample": lambda argv: run_module("flux2_ds.sample", argv),
-        "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv),
+        "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv, DS_ACCELERATOR="cpu"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -312,6 +312,7 @@ def read(
     return recipe, options, own.parse_known_args(argv)[1]
 
 
-def run_module(module: str, argv: list[str]) -> None:
+def run_module(module: str, argv: list[str], **variables: str) -> None:
     """Run another command in its own process, because this one does not import torch."""
-    sys.exit(subprocess.run([sys.executable, "-m", module, *argv], check=False).returncode)
+    command = [sys.executable, "-m", module, *argv]
+    sys.exit(subprocess.run(command, check=False, env={**os.environ, **variables}).returncode)

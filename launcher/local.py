@@ -132,11 +132,14 @@ def run(
                     start_new_session=True,
                 )
             )
-        while None in (codes := [child.poll() for child in children]):
+        while True:
+            codes = [child.poll() for child in children]
             code = code or next(filter(None, codes), 0)
             if deadline == float("inf") and (code or failed()):
                 deadline = time.monotonic() + PATIENCE
                 _say_who(commands, codes)
+            if None not in codes:
+                break
             if stopper.at_once or time.monotonic() > deadline:
                 break
             stopper.pass_on()

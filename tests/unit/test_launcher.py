@@ -356,6 +356,12 @@ def test_the_first_failure_ends_the_other_commands(stopper, monkeypatch):
     assert run([hangs], stopper, lambda: True) == 128 + 9
 
 
+def test_a_host_that_is_not_reached_is_named_even_if_no_other_is(stopper, monkeypatch, capfd):
+    monkeypatch.setattr(Command, "program", lambda self: ["sh", "-c", "exit 255"])
+    assert run([Command([], {}, "node01")], stopper) == 255
+    assert capfd.readouterr().out == "node01 ended first: ssh lost it or did not reach it\n"
+
+
 def test_a_signal_before_the_start_starts_nothing(stopper, tmp_path):
     stopper.reason = "SIGTERM"
     assert run([Command(["touch", str(tmp_path / "started")], {})], stopper) == EXIT_STOPPED
