@@ -49,6 +49,7 @@ commands
   export      write a checkpoint in the form diffusers loads
   sample      render prompts without and with the trained weights
   bench       time the recipe's training step, without model files or data
+  quality     compare training over quantised bases with training over the plain one
   bench-data  measure the loader against the disk and plain WebDataset
   tiny        make a tiny FLUX.2 model directory, for tests
 
@@ -67,6 +68,7 @@ def main() -> None:
         "bench-data": lambda argv: run_module("flux2_ds.bench_data", argv),
         "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
         "bench": lambda argv: run_module("flux2_ds.bench", argv),
+        "quality": lambda argv: run_module("flux2_ds.quality", argv),
         "export": lambda argv: run_module("flux2_ds.export", argv),
         "sample": lambda argv: run_module("flux2_ds.sample", argv),
         "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv, DS_ACCELERATOR="cpu"),

@@ -18,6 +18,7 @@ ROOTS = {
     "flux2_ds.inspection",
     "flux2_ds.probe",
     "flux2_ds.bench",
+    "flux2_ds.quality",
 }
 LIGHT = {
     *(

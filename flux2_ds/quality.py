@@ -1,0 +1,315 @@
+"""Quality: how near a quantised base stays to the plain one, on the recipe's own model and shards.
+
+    flux2-ds quality --config RECIPE [--steps 300] [--modes '[fp8, nf4]'] [--json]
+
+An adapter is trained over the plain base. With that adapter, gradients of the same global batches are taken
+over the plain base and over each quantised one, and compared block by block. Then an adapter is
+trained over each, from the same start with the same samples, noise and timesteps. One process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from flux2_ds.assembly import build_engine, build_model
+from flux2_ds.data.index import Index
+from flux2_ds.data.loader import Loader, MicroBatch, Share
+from flux2_ds.data.shards import read_conditioning
+from flux2_ds.engine import Engine, Process, start_process, stop_process
+from flux2_ds.errors import UserError, run_root
+from flux2_ds.loop import seed_dropout
+from flux2_ds.model import transformer
+from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.objective import FlowObjective
+from flux2_ds.plan import learning_rate, make_plan
+from flux2_ds.prepared import (
+    build_order,
+    check_companions,
+    check_settings,
+    check_variant,
+    read_data,
+)
+from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.spec import Spec, read_spec
+
+log = logging.getLogger("flux2_ds")
+
+DRIFT = 0.01
+"""A mode whose loss, over the last quarter of the steps, is higher by more than this share is labelled."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """Of gradients to those over the plain base, over all blocks and global batches.
+
+    `cosine`: between the two; `error`: norm of the difference over the norm of the plain one.
+    """
+
+    cosine_median: float
+    cosine_worst: float
+    error_median: float
+    error_worst: float
+    worst_block: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of training over one base; `losses`: of each step."""
+
+    mode: str
+    losses: list[float]
+    nearness: Nearness | None
+
+    @property
+    def loss(self) -> float:
+        """Mean over the last quarter of the steps."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 4) :])
+
+
+class Experiment:
+    """The model directory and the data that all modes share."""
+
+    def __init__(self, recipe: Recipe, process: Process, batches: int) -> None:
+        self.recipe, self.process = recipe, process
+        self.directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
+        self.spec = read_spec(self.directory, allow_distilled=recipe.model.allow_distilled)
+        self.index, held_out = read_data(recipe)
+        check_data(recipe, self.index, held_out, self.spec, self.directory)
+        conditioning = read_conditioning(recipe.data.shards)
+        self.loader = Loader(
+            recipe.data.shards,
+            self.index,
+            build_order(recipe, self.index),
+            Share(0, 1, recipe.batch.global_size, recipe.batch.micro_size),
+            seed=recipe.seed,
+            caption_dropout=recipe.objective.caption_dropout,
+            empty_text=conditioning["empty_text"],
+            masked=recipe.objective.masked_loss,
+            readers=recipe.data.readers,
+        )
+        self.objective = FlowObjective(
+            recipe.objective,
+            mean=conditioning["latent_mean"].to(process.device),
+            std=conditioning["latent_std"].to(process.device),
+            guidance=self.spec.guidance,
+            global_batch=recipe.batch.global_size,
+            device=process.device,
+        )
+        self.measured = list(self.loader.steps(recipe.steps, recipe.steps + batches))
+        """The global batches after the last one of the training, in micro-batches."""
+
+    def build(self, mode: str) -> tuple[torch.nn.Module, Recipe]:
+        """A model with its base in `mode` and a new adapter, and the recipe that it follows."""
+        recipe = replace(self.recipe, base_weights=None)
+        if mode == "fp32":
+            recipe = replace(recipe, precision="fp32")
+        elif mode in BASE_WEIGHTS:
+            recipe = replace(recipe, base_weights=cast(Any, mode))
+        plan = make_plan(recipe, 1)
+        model, _ = build_model(
+            self.directory, self.spec, plan, self.process, self.index.largest_tokens
+        )
+        return model, recipe
+
+    def train(self, model: torch.nn.Module, recipe: Recipe) -> list[float]:
+        """Train as the recipe says; the loss of each step."""
+        engine: Engine = build_engine(model, make_plan(recipe, 1))
+        losses = []
+        for step, micro_batches in enumerate(self.loader.steps(0, recipe.steps)):
+            seed_dropout(recipe.seed, step, 0)
+            for micro_batch in micro_batches:
+                loss = self.objective.loss(engine.forward, micro_batch)
+                engine.backward(loss)
+                engine.step(learning_rate(recipe, step))
+                losses.append(loss.detach())
+        return torch.stack(losses).view(recipe.steps, -1).mean(1).tolist()
+
+    def gradients(self, model: torch.nn.Module) -> Iterator[Tensors]:
+        """For each measured batch the gradient of each block, flat, on the host."""
+        for micro_batches in self.measured:
+            seed_dropout(self.recipe.seed, self.recipe.steps, 0)
+            yield self._gradient(model, micro_batches)
+
+    def _gradient(self, model: torch.nn.Module, micro_batches: list[MicroBatch]) -> Tensors:
+        named = transformer.trainable(model)
+
+        def forward(**inputs: Any) -> torch.Tensor:
+            prediction: torch.Tensor = model(**inputs, return_dict=False)[0]
+            return prediction
+
+        total = {name: torch.zeros_like(p) for name, p in named.items()}
+        for micro_batch in micro_batches:
+            loss = self.objective.loss(forward, micro_batch)
+            found = torch.autograd.grad(loss, list(named.values()))
+            for name, gradient in zip(named, found, strict=True):
+                total[name] += gradient
+        blocks: dict[str, list[torch.Tensor]] = {}
+        for name, gradient in total.items():
+            blocks.setdefault(".".join(name.split(".")[:2]), []).append(gradient.flatten().cpu())
+        return {block: torch.cat(parts).double() for block, parts in blocks.items()}
+
+
+def main() -> None:
+    """Entry point of `flux2-ds quality`."""
+    parser = recipe_parser("flux2-ds quality", "Compare quantised bases with the plain one.")
+    add = parser.add_argument
+    add("--modes", type=list[str], default=list(BASE_WEIGHTS), help="Of base_weights; or fp32.")
+    add("--picture", type=str, default=None, help="Draw the losses' distance from the plain one.")
+    add("--batches", type=int, default=4, help="Global batches whose gradients are compared.")
+    add(
+        "--json", action="store_true", help="Print one JSON object, the loss of each step included."
+    )
+    recipe, options = parse_recipe(parser)
+    logging.basicConfig(format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    unknown = set(options.modes) - {*BASE_WEIGHTS, "fp32"}
+    if unknown or not options.modes:
+        raise UserError(
+            f"--modes is {options.modes}; it must name some of {', '.join(BASE_WEIGHTS)} and fp32."
+        )
+    if options.batches < 1:
+        raise UserError(f"--batches is {options.batches}; it must be at least 1.")
+    if recipe.method == "full":
+        raise UserError("method is full, which trains the base itself. Set method: lora.")
+    results = compare(recipe, options.modes, options.batches)
+    if options.picture is not None:
+        draw(results, Path(options.picture))
+    if options.json:
+        print(json.dumps([asdict(each) for each in results], indent=2))
+    else:
+        print("\n".join(table(results)))
+
+
+def compare(recipe: Recipe, modes: list[str], batches: int) -> list[Trained]:
+    """The plain base's result, then that of each mode."""
+    process = start_process(recipe.launch.accelerator)
+    if process.world > 1 or make_plan(recipe, 1).zero_stage == 3:
+        raise UserError(
+            "quality measures one process with a whole model: start it with flux2-ds quality, and set "
+            "deepspeed: zero2 or zero0."
+        )
+    experiment = Experiment(recipe, process, batches)
+    plain = recipe.precision
+    model, changed = experiment.build(plain)
+    start = copied(model)
+    results = [Trained(plain, experiment.train(model, changed), None)]
+    say(results[0])
+    adapter, expected = copied(model), list(experiment.gradients(model))
+    for mode in modes:
+        del model
+        forget()
+        model, changed = experiment.build(mode)
+        put(model, adapter)
+        nearness = compared(list(experiment.gradients(model)), expected)
+        put(model, start)
+        results.append(Trained(mode, experiment.train(model, changed), nearness))
+        say(results[-1])
+    stop_process()
+    return results
+
+
+def compared(found: list[Tensors], expected: list[Tensors]) -> Nearness:
+    """All blocks of all batches."""
+    cosines, errors = [], []
+    for ours, plain in zip(found, expected, strict=True):
+        for block, gradient in plain.items():
+            cosine = torch.nn.functional.cosine_similarity(ours[block], gradient, dim=0)
+            cosines.append((float(cosine), block))
+            errors.append(float((ours[block] - gradient).norm() / gradient.norm()))
+    worst, block = min(cosines)
+    return Nearness(
+        statistics.median(cosine for cosine, _ in cosines),
+        worst,
+        statistics.median(errors),
+        max(errors),
+        block,
+    )
+
+
+def check_data(recipe: Recipe, index: Index, held_out: Index, spec: Spec, directory: Path) -> None:
+    """Refuse shards that another model or another recipe made."""
+    check_variant(recipe, index, spec)
+    check_settings(recipe, index)
+    check_companions(recipe, index, held_out)
+    check_fingerprint(index.fingerprint, directory, Path(recipe.data.shards))
+
+
+def copied(model: torch.nn.Module) -> Tensors:
+    """The adapter's weights, on the host."""
+    return {name: p.detach().cpu().clone() for name, p in transformer.trainable(model).items()}
+
+
+@torch.no_grad()
+def put(model: torch.nn.Module, adapter: Tensors) -> None:
+    """Set the adapter's weights."""
+    for name, parameter in transformer.trainable(model).items():
+        parameter.copy_(adapter[name])
+
+
+def forget() -> None:
+    """Give back what a model before this one held."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def say(trained: Trained) -> None:
+    """Progress."""
+    log.info("%s: loss %.4f at the end", trained.mode, trained.loss)
+
+
+def table(results: list[Trained]) -> list[str]:
+    """The results as a Markdown table."""
+    plain, *others = results
+    lines = [
+        "| base_weights | gradient's cosine, median | worst | relative error, median | worst | worst block "
+        "| loss | against plain |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| plain {plain.mode} | | | | | | {plain.loss:.4f} | |",
+    ]
+    for each in others:
+        assert each.nearness is not None
+        near, drift = each.nearness, each.loss / plain.loss - 1
+        lines.append(
+            f"| {each.mode} | {near.cosine_median:.4f} | {near.cosine_worst:.4f} "
+            f"| {near.error_median:.3f} | {near.error_worst:.3f} | {near.worst_block} "
+            f"| {each.loss:.4f} | {drift:+.2%}{' drifts' if drift > DRIFT else ''} |"
+        )
+    return lines
+
+
+def draw(results: list[Trained], path: Path) -> None:
+    """How far each mode's loss lies above the plain one's, as running means over a tenth of the steps."""
+    plain, *others = results
+    window = max(1, len(plain.losses) // 10)
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.subplots()
+    for each in others:
+        above = np.subtract(each.losses, plain.losses)
+        means = np.convolve(above, np.full(window, 1 / window), mode="valid")
+        axes.plot(np.arange(window, len(above) + 1), means, label=each.mode)
+    axes.set(xlabel="optimizer step", ylabel=f"loss above plain {plain.mode}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    run_root(main)
