@@ -13,7 +13,7 @@ from flux2_ds.engine import Engine, Process, divider, gathering
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
-from flux2_ds.model.blocks import arrange_blocks
+from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import read_parts, read_weights
 from flux2_ds.plan import Plan, compiles
@@ -71,7 +71,13 @@ def finish_model(
     kept = kept_blocks(spec, plan, image_tokens, free_memory(process.device))
     attention = attention_backend(recipe, process.device)
     compiled = compiles(recipe, plan.zero_stage)
-    arrange_blocks(model, kept=kept, compiled=compiled, attention=attention)
+    arrange_blocks(
+        model,
+        kept=kept,
+        compiled=compiled,
+        attention=attention,
+        divided=plan.zero_stage == 3,
+    )
     log.info(
         "blocks     %d of %d keep their activations, %s, attention %s",
         kept,
@@ -82,7 +88,7 @@ def finish_model(
     return estimate(spec, plan, image_tokens, kept)
 
 
-def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
+def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
     """The model under DeepSpeed."""
     return Engine(
         model,
@@ -90,6 +96,7 @@ def build_engine(model: torch.nn.Module, plan: Plan) -> Engine:
         plan.recipe.optimizer,
         offload_optimizer=plan.offloads("offload_optimizer"),
         in_parts=plan.recipe.method == "full",
+        compiled=blocks_of(model) if compiles(plan.recipe, plan.zero_stage) else (),
     )
 
 

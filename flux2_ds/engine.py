@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import set_z3_leaf_module
 from torch import distributed, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -105,6 +106,7 @@ class Engine:
     """A model under DeepSpeed with an optimizer over its trainable parameters.
 
     `in_parts`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
+    `compiled`: modules that are one graph each, whose parameters ZeRO-3 must gather all together.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Engine:
         *,
         offload_optimizer: bool = False,
         in_parts: bool = False,
+        compiled: Sequence[nn.Module] = (),
     ) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(self._named.values())
@@ -128,6 +131,11 @@ class Engine:
         self._max_norm = config["gradient_clipping"]
         if config.get("zero_optimization", {}).get("stage", 0) == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
+        divided = config.get("zero_optimization", {}).get("stage", 0) == 3
+        self._gathers_whole_modules = divided and bool(compiled)
+        if self._gathers_whole_modules:
+            for module in compiled:
+                set_z3_leaf_module(module, True)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
@@ -142,7 +150,14 @@ class Engine:
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The transformer's prediction."""
-        return self._engine(**inputs, return_dict=False)[0]
+        return self._predict(self._engine, inputs)
+
+    def _predict(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if self._gathers_whole_modules:
+            # DeepSpeed counts a module's gradients by its inputs, so the first one needs such an input.
+            inputs["hidden_states"] = inputs["hidden_states"].detach().requires_grad_()
+        prediction: torch.Tensor = module(**inputs, return_dict=False)[0]
+        return prediction
 
     def rehearse(self, loss: Callable[[Callable[..., torch.Tensor]], torch.Tensor]) -> None:
         """One forward and backward pass that leaves no trace; `loss` is given the model's forward.
@@ -152,12 +167,15 @@ class Engine:
         """
 
         def forward(**inputs: Any) -> torch.Tensor:
-            prediction: torch.Tensor = self._engine.module(**inputs, return_dict=False)[0]
-            return prediction
+            return self._predict(self._engine.module, inputs)
 
         devices = [self._engine.device] if self._engine.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.autograd.grad(loss(forward), [next(iter(self._named.values()))])
+            value = loss(forward)
+            # DeepSpeed would count the gradients of modules that it gathers whole. Their graphs are
+            # compiled for both directions now, so forward is enough for them.
+            if not self._gathers_whole_modules:
+                torch.autograd.grad(value, [next(iter(self._named.values()))])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -146,6 +146,14 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     _check_precision(recipe, stage)
     _check_base(recipe, stage)
     _check_optimizer(recipe, stage, zero)
+    if stage == 3 and compiles(recipe, stage):
+        # DeepSpeed's own linear looks at what it has gathered, which no graph can.
+        if zero.get("memory_efficient_linear"):
+            raise UserError(
+                "the deepspeed config sets memory_efficient_linear, which cannot be compiled, and compile "
+                "is true. Remove one of them."
+            )
+        config["zero_optimization"] = zero | {"memory_efficient_linear": False}
     config |= {
         "train_batch_size": recipe.batch.global_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
@@ -163,7 +171,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
 
 
 def compiles(recipe: Recipe, stage: int) -> bool:
-    """Whether the blocks are compiled: by default on CUDA, where a block can be one graph."""
+    """Whether the blocks are compiled: by default on CUDA, below stage 3, where no GPU has tried it."""
     if recipe.compile is not None:
         return recipe.compile
     return recipe.launch.accelerator == "cuda" and stage < 3
@@ -216,11 +224,6 @@ def _check_precision(recipe: Recipe, stage: int) -> None:
 
 
 def _check_base(recipe: Recipe, stage: int) -> None:
-    if recipe.compile and stage == 3:
-        raise UserError(
-            "compile is true at ZeRO stage 3, whose hooks break the blocks' graphs. Remove compile, or "
-            "set deepspeed: zero2."
-        )
     base = recipe.base_weights
     if base is None:
         return

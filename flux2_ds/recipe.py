@@ -298,7 +298,8 @@ class Recipe:
     """Attention backend: torch's (cuDNN, flash, memory-efficient, math, or `native`: its choice) or
     an installed package. `auto`: cuDNN on Hopper, else native."""
     compile: bool | None = None
-    """Compile each block with torch.compile. Default: on CUDA, below ZeRO stage 3."""
+    """Compile each block with torch.compile. Default: on CUDA, below ZeRO stage 3; there it works on
+    the CPU and has not been tried on a GPU."""
     activations: Literal["auto", "recompute", "keep"] | float = "auto"
     """Share of the blocks that keep the activations the backward pass needs, 0..1, instead of
     recomputing them: more memory, faster. `keep` is 1, `recompute` is 0, `auto` as many as the card

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -39,18 +40,31 @@ _COSTLY = {
 """What a block that keeps its activations does not compute twice."""
 
 
+def blocks_of(model: Flux2Transformer2DModel) -> list[nn.Module]:
+    """All blocks, in the order in which they run."""
+    return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+
 def arrange_blocks(
-    model: Flux2Transformer2DModel, *, kept: int, compiled: bool, attention: str | None
+    model: Flux2Transformer2DModel,
+    *,
+    kept: int,
+    compiled: bool,
+    attention: str | None,
+    divided: bool = False,
 ) -> None:
     """Set how the blocks run.
 
     `kept`: how many blocks keep their activations. `compiled`: compile each block, as
     one graph without breaks. `attention`: name of a diffusers attention backend, or None for torch's
-    own choice.
+    own choice. `divided`: ZeRO-3 gathers a compiled block's parameters when the block is called.
     """
     if attention is not None:
         model.set_attention_backend(attention)
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    if divided and compiled:
+        # ZeRO-3 sees arguments by position only, and this is what makes diffusers pass them so.
+        model.enable_gradient_checkpointing(lambda block, *arguments: block(*arguments))
+    blocks = blocks_of(model)
     for number, block in enumerate(blocks):
         forward = block.forward
         if number < len(blocks) - kept:

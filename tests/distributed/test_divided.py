@@ -50,3 +50,24 @@ def test_a_divided_quantised_base_follows_stage_0(tmp_path: Path) -> None:
         # Where what is multiplied is rounded to 8 bits, the last bit of an update changes roundings.
         exact = BASE_WEIGHTS[kind["base_weights"]][1] == "bf16"
         assert found == pytest.approx(same, rel=1e-5 if exact else 1e-2), kind
+
+
+def test_compiled_blocks_follow_stage_2(tmp_path: Path) -> None:
+    """Each kind of block is one graph, traced once, and ZeRO-3 gathers what it reads, whether it keeps
+    its activations or recomputes."""
+    trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    # The first kind of block recomputes; of the second, one recomputes and one keeps: three graphs.
+    common = {"micro": 1, "steps": STEPS, "blocks": {"kept": 1, "compiled": True}}
+    kinds: list[dict[str, Any]] = [
+        {"method": "lora", "rehearse": True, "graphs": 6},  # on batches of another size
+        {"method": "dora", "base_weights": "nf4", "graphs": 3},
+        {"method": "full", "graphs": 3},
+    ]
+    kinds = [kind | common for kind in kinds]
+    config = zero3()
+    config["zero_optimization"]["memory_efficient_linear"] = False  # as the plan sets it
+    whole = launch(2, [kind | {"deepspeed": read_deepspeed("zero2")} for kind in kinds], tmp_path)
+    divided = {"deepspeed": config, "files": str(tmp_path)}
+    parts = launch(2, [kind | divided for kind in kinds], tmp_path)
+    for kind, found, expected in zip(kinds, parts, whole, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5), kind

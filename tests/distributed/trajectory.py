@@ -25,7 +25,7 @@ from diffusers import Flux2Transformer2DModel
 
 from flux2_ds import checkpoint, optimizers
 from flux2_ds.model import transformer
-from flux2_ds.model.blocks import arrange_blocks
+from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight, read_parts
 from flux2_ds.recipe import Lora, Optimizer
@@ -55,6 +55,7 @@ def build(
     *,
     base_weights: str | None = None,
     blocks: dict[str, Any] | None = None,
+    divided: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 3,
     spread: float = 0.2,
@@ -77,7 +78,7 @@ def build(
             if "lora_B" in name:
                 parameter.data.normal_(0, spread, generator=generator)
     if blocks is not None:
-        arrange_blocks(model, **blocks, attention=None)
+        arrange_blocks(model, **blocks, attention=None, divided=divided)
     return model.train()
 
 
@@ -167,12 +168,21 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             quantized = BASE_WEIGHTS.get(case.get("base_weights", ""))
             files, divide = Path(case["files"], "transformer"), engines.divider(config)
             read_parts(loaded, files, dtype, process.device, divide, process.rank, quantized)
-        model = build(case["method"], loaded, dtype=dtype, **chosen)
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        model = build(case["method"], loaded, divided=stage == 3, dtype=dtype, **chosen)
     chosen_optimizer = case.get("optimizer", {})
     settings = Optimizer(**{**ADAM, **chosen_optimizer})
     learning_rate = case.get("learning_rate", learning_rate_of(chosen_optimizer))
+    compiled = case.get("blocks", {}).get("compiled", False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     engine = engines.Engine(
-        model, config, settings, offload_optimizer=offload, in_parts=case["method"] == "full"
+        model,
+        config,
+        settings,
+        offload_optimizer=offload,
+        in_parts=case["method"] == "full",
+        compiled=blocks_of(model) if compiled else (),
     )
     first = 0
     if "load" in case:
@@ -211,6 +221,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                     process,
                     in_parts=engine.state.in_parts,
                 )
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == case["graphs"]
     return losses
 
 
@@ -235,6 +247,8 @@ def main() -> None:
     from flux2_ds import engine as engines
 
     torch.set_num_threads(1)
+    # Traced, differentiated and divided into passes as ever, but run by torch's own kernels.
+    torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     process = engines.start_process("cpu")
     for line in sys.stdin:
         folder = Path(line.strip())

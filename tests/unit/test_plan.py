@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flux2_ds.errors import UserError
-from flux2_ds.plan import ignored_settings, learning_rate, make_plan
+from flux2_ds.plan import compiles, ignored_settings, learning_rate, make_plan
 from flux2_ds.recipe import (
     Batch,
     Data,
@@ -411,3 +411,17 @@ def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
 )
 def test_what_deepspeed_can_do(changes):
     assert make_plan(make_recipe(**changes), 2).recipe.optimizer.name
+
+
+def test_stage_3_is_compiled_when_asked_to():
+    """Then without DeepSpeed's own linear, which cannot be."""
+    key = "memory_efficient_linear"
+    asked = make_plan(make_recipe(compile=True, deepspeed="zero3"), 2)
+    assert compiles(asked.recipe, 3) and asked.zero[key] is False
+    for changes in ({"deepspeed": "zero3"}, {"compile": True, "deepspeed": "zero2"}):
+        plan = make_plan(make_recipe(**changes), 2)
+        assert compiles(plan.recipe, plan.zero_stage) == ("compile" in changes)
+        assert key not in plan.zero
+    own = {"zero_optimization": {"stage": 3, key: True}}
+    with pytest.raises(UserError, match=f"sets {key}, .* compile is true"):
+        make_plan(make_recipe(compile=True, deepspeed=own), 2)
