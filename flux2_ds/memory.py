@@ -97,7 +97,7 @@ def trained_parameters(spec: Spec, recipe: Recipe) -> int:
 def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
     """Bytes of a checkpoint on disk: fp32 weights, the optimizer's state, the average."""
     # With each element of the 8-bit optimizers' state its scale is stored.
-    state = {"adamw8bit": 10, "adamw8bit_paged": 10, "adafactor": 0.1, "prodigy": 16}
+    state = {"adamw8bit": 10, "adamw8bit_paged": 10, "adafactor": 0.1, "prodigy": 16, "muon": 4}
     average = 0 if recipe.optimizer.ema_decay is None else 4
     each = 4 + state.get(recipe.optimizer.name, 8) + average
     return each * trained_parameters(spec, recipe)
@@ -150,7 +150,7 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     if not full:
         card["adapter"] = 4 * (share if stage == 3 else trained)
     optimizer_at = host if plan.offloads("offload_optimizer") else card
-    state = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16}
+    state = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
     masters = 4 * share if stage and (full or stage < 3) else 0
     optimizer_at["optimizer"] = masters + state.get(recipe.optimizer.name, 8) * share
     gradient = 4 if not full or recipe.precision != "bf16" else 6

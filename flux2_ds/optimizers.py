@@ -1,7 +1,7 @@
 """Optimizers by name, and their state by parameter name.
 
-AdamW and its 8-bit forms keep one value an element, so their state divides like the weights. Adafactor
-and Prodigy look at whole parameters, or at all of them at once, and run without ZeRO only.
+AdamW and its 8-bit forms keep one value an element, so their state divides like the weights. Adafactor,
+Prodigy and Muon look at whole parameters, or at all of them at once, and run without ZeRO only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def build(settings: Optimizer, parameters: list[nn.Parameter], *, fused: bool) -
         return torch.optim.AdamW(parameters, fused=fused, **adam)
     if settings.name == "adafactor":
         return torch.optim.Adafactor(parameters, weight_decay=decay)
+    if settings.name == "muon":
+        # Updates as large as AdamW's, so that its learning rates hold (Liu et al. 2025, arXiv:2502.16982).
+        return Muon(parameters, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     # Imported where they are used: bitsandbytes takes seconds.
     if settings.name == "prodigy":
         from prodigyopt import Prodigy
@@ -47,6 +50,19 @@ def build(settings: Optimizer, parameters: list[nn.Parameter], *, fused: bool) -
     kind = PagedAdamW8bit if settings.name == "adamw8bit_paged" else AdamW8bit
     # Small tensors, too: ZeRO has joined them into large ones.
     return kind(parameters, min_8bit_size=0, **adam)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, with the count of updates that the other optimizers keep."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+        return loss
 
 
 def elements(state: dict[str, Any], kind: str, fragment: Fragment) -> torch.Tensor:

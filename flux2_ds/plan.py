@@ -117,8 +117,8 @@ def ignored_settings(recipe: Recipe) -> list[str]:
             found.append(f"objective.{name} (timesteps is {objective.timesteps})")
     for name in ("betas", "eps"):
         given = getattr(recipe.optimizer, name) != getattr(Optimizer(), name)
-        if given and recipe.optimizer.name == "adafactor":
-            found.append(f"optimizer.{name} (optimizer.name is adafactor)")
+        if given and recipe.optimizer.name in ("adafactor", "muon"):
+            found.append(f"optimizer.{name} (optimizer.name is {recipe.optimizer.name})")
     if recipe.evaluation != Evaluation() and not recipe.data.held_out:
         found.append("evaluation (data.held_out is 0)")
     if recipe.data.cache and not any(
@@ -247,14 +247,20 @@ def _check_base(recipe: Recipe, stage: int) -> None:
 def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:
     """Refuse what DeepSpeed cannot do, with the nearest thing that works."""
     adam = recipe.optimizer
-    if adam.name in ("adafactor", "prodigy") and stage > 0:
+    if adam.name in ("adafactor", "prodigy", "muon") and stage > 0:
         reason = {
             "adafactor": "factors each matrix, and ZeRO flattens the matrices",
+            "muon": "orthogonalises each matrix, and ZeRO flattens the matrices",
             "prodigy": "finds one step size from all weights, and ZeRO gives each process a part",
         }[adam.name]
         raise UserError(
             f"optimizer.name is {adam.name}, which {reason} (stage {stage}). Set deepspeed: zero0, "
             "or optimizer.name: adamw8bit, which needs as little memory and works at every stage."
+        )
+    if adam.name == "muon" and recipe.method != "lora":
+        raise UserError(
+            f"optimizer.name is muon, which updates matrices only, and method {recipe.method} trains "
+            "vectors, too. Set method: lora, or optimizer.name: adamw."
         )
     if adam.name == "prodigy" and adam.learning_rate < 0.1:
         raise UserError(

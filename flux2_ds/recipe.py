@@ -172,10 +172,10 @@ class Objective:
 class Optimizer:
     """The optimizer. Trainable weights have fp32 masters in every precision."""
 
-    name: Literal["adamw", "adamw8bit", "adamw8bit_paged", "adafactor", "prodigy"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adamw8bit_paged", "adafactor", "prodigy", "muon"] = "adamw"
     """`adamw`: fused on CUDA; DeepSpeed's CPU Adam when the ZeRO config offloads the optimizer.
     `adamw8bit`: bitsandbytes, moments in 8 bits; `_paged`: they move to host memory when the card is
-    full. `adafactor` and `prodigy` need `deepspeed: zero0`."""
+    full. `adafactor`, `prodigy` and `muon` (adapters of `method: lora` only) need `deepspeed: zero0`."""
     learning_rate: float = 1e-4
     """Peak learning rate. Prodigy finds its own step size and multiplies it by this: set 1."""
     schedule: Literal["constant", "cosine", "linear", "rex"] = "constant"
@@ -183,9 +183,9 @@ class Optimizer:
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment; not used by adafactor."""
+    """Decay of the first and second moment; not used by adafactor and muon."""
     eps: float = 1e-8
-    """Added to the denominator; not used by adafactor."""
+    """Added to the denominator; not used by adafactor and muon."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0

@@ -219,6 +219,7 @@ EXACT = [
     ("full", "zero3 bf16", {}),
     ("lora", "zero0", {"name": "adafactor"}),
     ("lora", "zero0", {"name": "prodigy"}),
+    ("lora", "zero0", {"name": "muon"}),
     ("lora", "zero0", {"name": "adamw8bit"}),
     ("full", "zero2 bf16", {"name": "adamw8bit"}),
     ("full", "zero3 bf16", {"name": "adamw8bit_paged"}),
@@ -249,7 +250,7 @@ def test_resuming_on_the_same_configuration_is_exact(tmp_path: Path) -> None:
         assert counters[0] == counters[1], what
         assert counters[0]["updates"] == STEPS
         assert one.kinds() == two.kinds()
-        assert len(one.kinds()) >= 3
+        assert len(one.kinds()) >= 2  # weights, and what the optimizer keeps
         for kind in one.kinds():
             for parameter, value in one.tensors(kind).items():
                 same = torch.equal(value, two.tensors(kind)[parameter])
@@ -266,7 +267,7 @@ def test_optimizers_follow_themselves_without_deepspeed(
     cases = [
         *(
             {**common, "deepspeed": configs()["zero0"], "optimizer": {"name": name}, "steps": STEPS}
-            for name in ("adafactor", "prodigy", "adamw8bit")
+            for name in ("adafactor", "prodigy", "muon", "adamw8bit")
         ),
         {**common, "deepspeed": configs()["zero2"], "optimizer": eight_bit, "steps": half,
          "save": str(tmp_path / "half")},
@@ -276,8 +277,9 @@ def test_optimizers_follow_themselves_without_deepspeed(
     *without_zero, first_half, second_half = launch(2, cases, tmp_path)
     for case, losses in zip(cases, without_zero, strict=False):
         expected, _ = trajectory.reference("lora", STEPS, **case["optimizer"])
-        # What lies on the edge of two 8-bit codes falls to either side.
-        tolerance = 1e-4 if "8bit" in case["optimizer"]["name"] else TOLERANCE
+        # What lies on the edge of two 8-bit codes falls to either side; Muon iterates in bf16.
+        rounds = case["optimizer"]["name"] in ("adamw8bit", "muon")
+        tolerance = 1e-4 if rounds else TOLERANCE
         assert losses == pytest.approx(expected, rel=tolerance), case["optimizer"]
         assert losses != pytest.approx(references["lora"][0], rel=TOLERANCE)  # it is another one
     expected, _ = references["lora"]

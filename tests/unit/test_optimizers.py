@@ -49,7 +49,7 @@ def test_elements_never_updated_are_zero():
     assert not values[10:].any()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy", "muon"])
 def test_checkpoints_take_what_is_planned(name):
     settings = Optimizer(name=name)
     weight = torch.nn.Parameter(torch.ones(96, 96))

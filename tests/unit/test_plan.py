@@ -369,6 +369,11 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
     [
         ({"optimizer.name": "adafactor"}, r"adafactor, which factors .* \(stage 2\).* zero0"),
         ({"optimizer.name": "prodigy"}, r"prodigy, which finds .* \(stage 2\).* zero0"),
+        ({"optimizer.name": "muon"}, r"muon, which orthogonalises .* \(stage 2\).* zero0"),
+        (
+            {"optimizer.name": "muon", "deepspeed": "zero0", "method": "dora"},
+            "muon, .* method dora trains vectors, .* method: lora",
+        ),
         ({"optimizer.name": "prodigy", "deepspeed": "zero0"}, "learning_rate is 0.0001; Prodigy"),
         (
             {"optimizer.name": "adamw8bit", "deepspeed": "zero2_offload"},
@@ -400,6 +405,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
     "changes",
     [
         {"optimizer.name": "adafactor", "deepspeed": "zero0"},
+        {"optimizer.name": "muon", "deepspeed": "zero0"},
         {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0, "deepspeed": "zero0"},
         {"optimizer.name": "adamw8bit", "deepspeed": "zero3"},
         {"base_weights": "nf4_fp8", "precision": "bf16", "deepspeed": "zero3_offload"},
