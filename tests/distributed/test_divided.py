@@ -13,7 +13,7 @@ from pool import launch
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.plan import read_deepspeed
 
-STEPS = 4
+STEPS = 3
 pytestmark = pytest.mark.dist
 
 
@@ -28,9 +28,10 @@ def test_a_divided_quantised_base_follows_stage_0(tmp_path: Path) -> None:
     """Each process quantises its rows of the files; adapters, DoRA's norms and recomputation read
     what is gathered."""
     trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    # One of each storage and product; test_weights.py compares the parts of all five bit by bit.
     kinds: list[dict[str, Any]] = [
         {"method": "lora", "base_weights": base, "micro": 1, "steps": STEPS}
-        for base in BASE_WEIGHTS
+        for base in ("fp8", "nf4_int8", "nf4")
     ]
     kinds.append({**kinds[2], "method": "dora"})
     divided = [kind | {"deepspeed": zero3()} for kind in kinds]
