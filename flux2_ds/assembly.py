@@ -1,4 +1,4 @@
-"""From a plan to the model that is trained."""
+"""From a plan to the model that is trained, and from its shards to what it is trained on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from pathlib import Path
 import torch
 from diffusers import Flux2Transformer2DModel
 
+from flux2_ds.data.cache import Cache
+from flux2_ds.data.index import Index
+from flux2_ds.data.loader import Loader, Share
+from flux2_ds.data.order import Order
+from flux2_ds.data.storage import Blob
 from flux2_ds.engine import Engine, Process, divider, gathering
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
+from flux2_ds.model.files import check_fingerprint
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import read_parts, read_weights
+from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, compiles
+from flux2_ds.prepared import check_companions, check_settings, check_variant
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 
@@ -97,6 +105,61 @@ def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
         offload_optimizer=plan.offloads("offload_optimizer"),
         in_parts=plan.recipe.method == "full",
         compiled=blocks_of(model) if compiles(plan.recipe, plan.zero_stage) else (),
+    )
+
+
+def check_shards(
+    index: Index, held_out: Index, spec: Spec, directory: Path, recipe: Recipe
+) -> None:
+    """Refuse shards that another model made, or that do not fit the recipe.
+
+    Raises:
+        UserError: another variant, text width, or other weights of VAE or text encoder.
+    """
+    check_variant(recipe, index, spec)
+    check_settings(recipe, index)
+    check_companions(recipe, index, held_out)
+    shards = Path(recipe.data.shards)
+    unchecked = check_fingerprint(index.fingerprint, directory, shards)
+    if unchecked:
+        log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
+
+
+def build_loader(
+    recipe: Recipe,
+    index: Index,
+    order: Order,
+    process: Process,
+    conditioning: dict[str, torch.Tensor],
+) -> Loader:
+    """This process's part of the data."""
+    data = recipe.data
+    return Loader(
+        data.shards,
+        index,
+        order,
+        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
+        seed=recipe.seed,
+        caption_dropout=recipe.objective.caption_dropout,
+        empty_text=conditioning["empty_text"],
+        masked=recipe.objective.masked_loss,
+        readers=data.readers,
+        pinned=process.device.type == "cuda",
+        fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
+    )
+
+
+def build_objective(
+    recipe: Recipe, spec: Spec, conditioning: dict[str, torch.Tensor], device: torch.device
+) -> FlowObjective:
+    """Flow matching with the shards' latent statistics."""
+    return FlowObjective(
+        settings=recipe.objective,
+        mean=conditioning["latent_mean"].to(device),
+        std=conditioning["latent_std"].to(device),
+        guidance=spec.guidance,
+        global_batch=recipe.batch.global_size,
+        device=device,
     )
 
 

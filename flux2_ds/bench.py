@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_ds.assembly import build_engine, check_base, finish_model
+from flux2_ds.assembly import build_engine, build_objective, check_base, finish_model
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.engine import divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
@@ -36,7 +36,6 @@ from flux2_ds.memory import GIB
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight
-from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec, planned_spec
@@ -127,14 +126,11 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)
-    objective = FlowObjective(
-        recipe.objective,
-        mean=torch.zeros(TOKEN_CHANNELS, device=device),
-        std=torch.ones(TOKEN_CHANNELS, device=device),
-        guidance=spec.guidance,
-        global_batch=recipe.batch.global_size,
-        device=device,
-    )
+    conditioning = {
+        "latent_mean": torch.zeros(TOKEN_CHANNELS),
+        "latent_std": torch.ones(TOKEN_CHANNELS),
+    }
+    objective = build_objective(recipe, spec, conditioning, device)
     batches = [
         synthetic(recipe.batch.micro_size, spec.text_width, bucket, seed=number)
         for number in range(plan.accumulation)

@@ -40,7 +40,7 @@ def choices(
     processes: int,
     image_tokens: int,
     card_bytes: float,
-    host_bytes: float | None,
+    host_bytes: float,
 ) -> list[Choice]:
     """All that fit on cards of so many bytes and a host shared by `processes`, the fastest first."""
     found = []
@@ -53,8 +53,7 @@ def choices(
                 continue  # a combination that does not exist
             for keep in _KEEPS:
                 memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks))
-                on_host = memory.on_host * processes
-                if memory.fits(card_bytes) and (host_bytes is None or on_host <= host_bytes):
+                if memory.fits(card_bytes, host_bytes / processes):
                     cost = _cost(spec, plan, image_tokens, keep, memory)
                     found.append(Choice(deepspeed, base, keep, memory, cost))
                     break  # with this stage and base nothing is faster

@@ -129,17 +129,16 @@ class Engine:
             fused = get_accelerator().device_name() == "cuda"
             self._optimizer = optimizers.build(settings, parameters, fused=fused)
         self._max_norm = config["gradient_clipping"]
-        if config.get("zero_optimization", {}).get("stage", 0) == 0:
+        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        if self._stage == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
-        divided = config.get("zero_optimization", {}).get("stage", 0) == 3
-        self._gathers_whole_modules = divided and bool(compiled)
+        self._gathers_whole_modules = self._stage == 3 and bool(compiled)
         if self._gathers_whole_modules:
             for module in compiled:
                 set_z3_leaf_module(module, True)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
-        self._stage = self._engine.zero_optimization_stage()
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, in_parts

@@ -35,6 +35,9 @@ _DOUBLE_LINEARS = {
 _SINGLE_LINEARS = {"attn.to_qkv_mlp_proj": (1, 9), "attn.to_out": (4, 1)}
 """Linear -> input and output features, in widths."""
 _LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
+_STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
+"""Optimizer -> bytes of its state for each trained element; the others have two fp32 moments."""
+_MOMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ class Memory:
         """Host memory of one process beside its libraries."""
         return sum(self.host.values())
 
-    def fits(self, card_bytes: float) -> bool:
-        """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack."""
-        return self.on_card * 1.02 + _CONTEXT <= card_bytes
+    def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
+        """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack, and
+        such a part of the host's memory."""
+        return self.on_card * 1.02 + _CONTEXT <= card_bytes and self.on_host <= host_bytes
 
 
 def block_matrices(spec: Spec) -> list[int]:
@@ -96,10 +100,11 @@ def trained_parameters(spec: Spec, recipe: Recipe) -> int:
 
 def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
     """Bytes of a checkpoint on disk: fp32 weights, the optimizer's state, the average."""
-    # With each element of the 8-bit optimizers' state its scale is stored.
-    state = {"adamw8bit": 10, "adamw8bit_paged": 10, "adafactor": 0.1, "prodigy": 16, "muon": 4}
+    name = recipe.optimizer.name
+    # With each element of an 8-bit optimizer's two moments its scale is stored.
+    scales = 8 if "8bit" in name else 0
     average = 0 if recipe.optimizer.ema_decay is None else 4
-    each = 4 + state.get(recipe.optimizer.name, 8) + average
+    each = 4 + _STATE.get(name, _MOMENTS) + scales + average
     return each * trained_parameters(spec, recipe)
 
 
@@ -150,9 +155,8 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     if not full:
         card["adapter"] = 4 * (share if stage == 3 else trained)
     optimizer_at = host if plan.offloads("offload_optimizer") else card
-    state = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
     masters = 4 * share if stage and (full or stage < 3) else 0
-    optimizer_at["optimizer"] = masters + state.get(recipe.optimizer.name, 8) * share
+    optimizer_at["optimizer"] = masters + _STATE.get(recipe.optimizer.name, _MOMENTS) * share
     gradient = 4 if not full or recipe.precision != "bf16" else 6
     optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
     if stage in (1, 2):

@@ -22,27 +22,25 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from flux2_ds.assembly import build_engine, build_model
-from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, MicroBatch, Share
+from flux2_ds.assembly import (
+    build_engine,
+    build_loader,
+    build_model,
+    build_objective,
+    check_shards,
+)
+from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
 from flux2_ds.engine import Engine, Process, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.loop import seed_dropout
 from flux2_ds.model import transformer
-from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.model.files import model_directory
 from flux2_ds.model.quantize import BASE_WEIGHTS
-from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import learning_rate, make_plan
-from flux2_ds.prepared import (
-    build_order,
-    check_companions,
-    check_settings,
-    check_variant,
-    read_data,
-)
+from flux2_ds.prepared import build_order, read_data
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.spec import Spec, read_spec
+from flux2_ds.spec import read_spec
 
 log = logging.getLogger("flux2_ds")
 
@@ -88,27 +86,11 @@ class Experiment:
         self.directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
         self.spec = read_spec(self.directory, allow_distilled=recipe.model.allow_distilled)
         self.index, held_out = read_data(recipe)
-        check_data(recipe, self.index, held_out, self.spec, self.directory)
+        check_shards(self.index, held_out, self.spec, self.directory, recipe)
         conditioning = read_conditioning(recipe.data.shards)
-        self.loader = Loader(
-            recipe.data.shards,
-            self.index,
-            build_order(recipe, self.index),
-            Share(0, 1, recipe.batch.global_size, recipe.batch.micro_size),
-            seed=recipe.seed,
-            caption_dropout=recipe.objective.caption_dropout,
-            empty_text=conditioning["empty_text"],
-            masked=recipe.objective.masked_loss,
-            readers=recipe.data.readers,
-        )
-        self.objective = FlowObjective(
-            recipe.objective,
-            mean=conditioning["latent_mean"].to(process.device),
-            std=conditioning["latent_std"].to(process.device),
-            guidance=self.spec.guidance,
-            global_batch=recipe.batch.global_size,
-            device=process.device,
-        )
+        order = build_order(recipe, self.index)
+        self.loader = build_loader(recipe, self.index, order, process, conditioning)
+        self.objective = build_objective(recipe, self.spec, conditioning, process.device)
         self.measured = list(self.loader.steps(recipe.steps, recipe.steps + batches))
         """The global batches after the last one of the training, in micro-batches."""
 
@@ -238,14 +220,6 @@ def compared(found: list[Tensors], expected: list[Tensors]) -> Nearness:
         max(errors),
         block,
     )
-
-
-def check_data(recipe: Recipe, index: Index, held_out: Index, spec: Spec, directory: Path) -> None:
-    """Refuse shards that another model or another recipe made."""
-    check_variant(recipe, index, spec)
-    check_settings(recipe, index)
-    check_companions(recipe, index, held_out)
-    check_fingerprint(index.fingerprint, directory, Path(recipe.data.shards))
 
 
 def copied(model: torch.nn.Module) -> Tensors:

@@ -18,13 +18,17 @@ from pathlib import Path
 import torch
 
 from flux2_ds import checkpoint, loop
-from flux2_ds.assembly import build_engine, build_model, say_memory
-from flux2_ds.data.cache import Cache
+from flux2_ds.assembly import (
+    build_engine,
+    build_loader,
+    build_model,
+    build_objective,
+    check_shards,
+    say_memory,
+)
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning
-from flux2_ds.data.storage import Blob
 from flux2_ds.engine import (
     Engine,
     Process,
@@ -41,15 +45,12 @@ from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
 from flux2_ds.memory import Memory, not_yet_allocated
 from flux2_ds.metrics import Metrics, check_wandb
-from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, compiles, learning_rate, make_plan
 from flux2_ds.prepared import (
     build_order,
-    check_companions,
-    check_settings,
-    check_variant,
     companion_lines,
     read_data,
 )
@@ -127,23 +128,6 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     return finished
 
 
-def check_shards(
-    index: Index, held_out: Index, spec: Spec, directory: Path, recipe: Recipe
-) -> None:
-    """Refuse shards that another model made, or that do not fit the recipe.
-
-    Raises:
-        UserError: another variant, text width, or other weights of VAE or text encoder.
-    """
-    check_variant(recipe, index, spec)
-    check_settings(recipe, index)
-    check_companions(recipe, index, held_out)
-    shards = Path(recipe.data.shards)
-    unchecked = check_fingerprint(index.fingerprint, directory, shards)
-    if unchecked:
-        log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
-
-
 def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
     """Log the arithmetic of the run."""
     for line in [f"variant    {spec}", *plan.lines()]:
@@ -202,44 +186,6 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     engine.state.load(chosen)
     log.info("continuing after step %d from %s", step, chosen.path)
     return step
-
-
-def build_loader(
-    recipe: Recipe,
-    index: Index,
-    order: Order,
-    process: Process,
-    conditioning: dict[str, torch.Tensor],
-) -> Loader:
-    """This process's part of the data."""
-    data = recipe.data
-    return Loader(
-        data.shards,
-        index,
-        order,
-        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
-        seed=recipe.seed,
-        caption_dropout=recipe.objective.caption_dropout,
-        empty_text=conditioning["empty_text"],
-        masked=recipe.objective.masked_loss,
-        readers=data.readers,
-        pinned=process.device.type == "cuda",
-        fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
-    )
-
-
-def build_objective(
-    recipe: Recipe, spec: Spec, conditioning: dict[str, torch.Tensor], device: torch.device
-) -> FlowObjective:
-    """Flow matching with the shards' latent statistics."""
-    return FlowObjective(
-        settings=recipe.objective,
-        mean=conditioning["latent_mean"].to(device),
-        std=conditioning["latent_std"].to(device),
-        guidance=spec.guidance,
-        global_batch=recipe.batch.global_size,
-        device=device,
-    )
 
 
 def build_evaluation(

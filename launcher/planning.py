@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -90,15 +91,13 @@ def plan_memory(plan: Plan, index: Index | None, card: str | None, host: str | N
     recipe, spec = plan.recipe, planned_spec(plan.recipe.model.path)
     tokens = index.largest_tokens if index else _largest_bucket(recipe)
     card_bytes = None if card is None else size("--gpu", card)
-    host_bytes = None if host is None else size("--host", host)
+    host_bytes = math.inf if host is None else size("--host", host)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept)
     keep = kept / spec.blocks
     if card_bytes is None:
         return MemoryPlan(plan.processes, tokens, keep, memory, None, [])
-    fits = memory.fits(card_bytes) and (
-        host_bytes is None or memory.on_host * plan.processes <= host_bytes
-    )
+    fits = memory.fits(card_bytes, host_bytes / plan.processes)
     others = choices(recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
     return MemoryPlan(plan.processes, tokens, keep, memory, fits, others)
 

@@ -7,7 +7,6 @@ import math
 import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -16,27 +15,10 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-UNREAD = frozenset(
-    [
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".gif",
-        ".jp2",
-        ".svg",
-        ".psd",
-        ".xcf",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".raf",
-        ".orf",
-        ".rw2",
-    ]
-)
+UNREAD = frozenset({
+    ".heic", ".heif", ".avif", ".jxl", ".gif", ".jp2", ".svg", ".psd", ".xcf",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+})  # fmt: skip
 """Of pictures that are not read: they are named, where other files are passed over in silence."""
 _LINES, _LINE_HEIGHT = 3, 14
 _SAME_ASPECT = 0.02
@@ -182,7 +164,8 @@ def contact_sheet(
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    # Pillow's own font has no letters beyond English.
+    import matplotlib  # for its fonts: Pillow's own has no letters beyond English
+
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
     for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row, column = divmod(place, columns)

@@ -156,7 +156,7 @@ def test_choices_fit_and_the_fastest_is_first():
     assert (found[0].deepspeed, found[0].base_weights, found[0].activations) == ("zero0", "fp8", 1)
     assert all(c.memory.fits(80 * GIB) and c.memory.on_host <= 64 * GIB for c in found)
     assert [c.cost for c in found] == sorted(c.cost for c in found)
-    small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, None)
+    small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, math.inf)
     assert small[0].base_weights == "nf4_fp8"
     assert choices(recipe_for(), RELEASED[DEV], 1, 4096, 4 * GIB, 1 * GIB) == []
 
