@@ -270,5 +270,9 @@ def barrier() -> None:
 
 
 def stop_process() -> None:
-    """Leave the process group."""
+    """Wait for all processes and leave the process group."""
+    # Not only for each other: a gloo thread that still returns the tensor of the last collective when
+    # Python shuts down aborts a process that has done all its work ("terminate called without an
+    # active exception").
+    barrier()
     distributed.destroy_process_group()

@@ -121,8 +121,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
     lookout.at(0, "ending")
     say_memory(expected, process.device)
-    barrier()  # the launcher ends the others as soon as one process exits with EXIT_STOPPED
-    stop_process()
+    stop_process()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
     if lock is not None:
         lock.close()
     return finished

@@ -61,6 +61,7 @@ def main() -> None:
     distributed.all_gather_object(results, found)
     if process.first:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    gc.collect()  # gloo's threads end with the last reference to the process group
     engines.stop_process()
 
 
