@@ -84,12 +84,14 @@ def finish_model(
         kept=kept,
         compiled=compiled,
         attention=attention,
+        offload=recipe.offload_activations,
         divided=plan.zero_stage == 3,
     )
     log.info(
-        "blocks     %d of %d keep their activations, %s, attention %s",
+        "blocks     %d of %d keep their activations, %s%s, attention %s",
         kept,
         spec.blocks,
+        "the others' inputs wait in host memory, " if recipe.offload_activations else "",
         "compiled" if compiled else "not compiled",
         attention or "by torch",
     )

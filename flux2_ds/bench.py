@@ -101,6 +101,7 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         "targets": recipe.lora.targets,
         "base_weights": recipe.base_weights or recipe.precision,
         "activations": recipe.activations,
+        "offload_activations": recipe.offload_activations,
         "deepspeed": f"ZeRO {plan.zero_stage}"
         + (" offload" if plan.offloads("offload_optimizer") else ""),
         "picture": str(bucket),

@@ -15,7 +15,8 @@ from flux2_ds.spec import Spec
 _STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 _Base = Literal["fp8", "nf4_fp8", "int8", "nf4"] | None
 _BASES: tuple[_Base, ...] = (None, "fp8", "nf4_fp8", "int8", "nf4")
-_KEEPS = (1.0, 0.75, 0.5, 0.25, 0.0)
+_ACTIVATIONS = [(keep, False) for keep in (1.0, 0.75, 0.5, 0.25, 0.0)] + [(0.0, True)]
+"""Share of the blocks that keep theirs, and whether the others' inputs wait in host memory."""
 
 # TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
 _PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
@@ -30,6 +31,7 @@ class Choice:
     deepspeed: str
     base_weights: str | None
     activations: float
+    offload_activations: bool
     memory: Memory
     cost: float
 
@@ -47,15 +49,20 @@ def choices(
     for deepspeed in _STAGES:
         for base in _BASES if recipe.method != "full" else (None,):
             changed = dataclasses.replace(recipe, deepspeed=deepspeed, base_weights=base)
-            try:
-                plan = make_plan(changed, processes)
-            except UserError:
-                continue  # a combination that does not exist
-            for keep in _KEEPS:
+            for keep, offload in _ACTIVATIONS:
+                changed = dataclasses.replace(
+                    changed, offload_activations=offload or recipe.offload_activations
+                )
+                try:
+                    plan = make_plan(changed, processes)
+                except UserError:
+                    break  # a combination that does not exist
                 memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks))
                 if memory.fits(card_bytes, host_bytes / processes):
                     cost = _cost(spec, plan, image_tokens, keep, memory)
-                    found.append(Choice(deepspeed, base, keep, memory, cost))
+                    found.append(
+                        Choice(deepspeed, base, keep, changed.offload_activations, memory, cost)
+                    )
                     break  # with this stage and base nothing is faster
     return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
 
@@ -71,4 +78,5 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory
         seconds *= 1.35
     if "base weights" in memory.host:
         seconds += (2 + again) * base_bytes(spec, recipe.base_weights, 2) / _HOST_LINK
-    return seconds + memory.host.get("optimizer", 0) / _HOST_LINK
+    moved = memory.host.get("optimizer", 0) + 2 * memory.host.get("activations", 0)
+    return seconds + moved / _HOST_LINK

@@ -125,7 +125,11 @@ def base_bytes(
         *(elements * per_weight / processes for elements in block_matrices(spec)),
         *(elements * element / processes for elements in other_matrices(spec)),
     ]
-    return sum(2.0 ** math.ceil(math.log2(size)) if pinned else size for size in sizes)
+    return sum(_page_locked(size) if pinned else size for size in sizes)
+
+
+def _page_locked(size: float) -> float:
+    return 2.0 ** math.ceil(math.log2(size))
 
 
 def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
@@ -171,7 +175,15 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     kept_single = kept - kept_double
     each = 1 if compiles(recipe, stage) else _NOT_COMPILED
     kept_streams = each * (_KEPT_DOUBLE * kept_double + _KEPT_SINGLE * kept_single)
-    card["activations"] = stream * (kept_streams + (spec.blocks - kept))
+    card["activations"] = stream * kept_streams
+    if recipe.offload_activations:
+        text = _page_locked(stream * TEXT_TOKENS / (image_tokens + TEXT_TOKENS))
+        image = _page_locked(stream * image_tokens / (image_tokens + TEXT_TOKENS))
+        double = spec.double_blocks - kept_double
+        single = spec.single_blocks - kept_single
+        host["activations"] = double * (text + image) + single * _page_locked(stream)
+    else:
+        card["activations"] += stream * (spec.blocks - kept)
     # While one block runs: its intermediates, and its widest weight as the product reads it.
     product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
     card["working"] = _WORKING * stream + 9 * spec.width**2 * product.get(

@@ -119,6 +119,8 @@ def ignored_settings(recipe: Recipe) -> list[str]:
         given = getattr(recipe.optimizer, name) != getattr(Optimizer(), name)
         if given and recipe.optimizer.name in ("adafactor", "muon"):
             found.append(f"optimizer.{name} (optimizer.name is {recipe.optimizer.name})")
+    if recipe.offload_activations and recipe.activations in ("keep", 1.0):
+        found.append(f"offload_activations (activations is {recipe.activations})")
     if recipe.evaluation != Evaluation() and not recipe.data.held_out:
         found.append("evaluation (data.held_out is 0)")
     if recipe.data.cache and not any(

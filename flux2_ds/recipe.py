@@ -304,6 +304,9 @@ class Recipe:
     """Share of the blocks that keep the activations the backward pass needs, 0..1, instead of
     recomputing them: more memory, faster. `keep` is 1, `recompute` is 0, `auto` as many as the card
     has room for (on the CPU: all)."""
+    offload_activations: bool = False
+    """Keep what the blocks that recompute need, their inputs, in page-locked host memory until the
+    backward pass: less memory on the card, for larger pictures and micro-batches."""
     deepspeed: str | dict[str, Any] = "zero2"
     """DeepSpeed config: the name of a shipped file (zero0, zero1, zero2, zero2_offload, zero3,
     zero3_offload), a path, or the config itself."""

@@ -120,6 +120,8 @@ def too_small(recipe: Recipe, names: str, error: Exception) -> str:
     ways = []
     if recipe.activations not in ("recompute", 0.0):
         ways.append(f"activations: recompute (it is {recipe.activations})")
+    elif not recipe.offload_activations:
+        ways.append("offload_activations: true")
     if recipe.batch.micro_size > 1:
         ways.append(f"a smaller batch.micro_size (it is {recipe.batch.micro_size})")
     if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):

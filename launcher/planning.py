@@ -50,9 +50,10 @@ class MemoryPlan:
         if not self.others:
             return [*found, "           nothing does: more or larger GPUs, or a smaller model"]
         found.append("what fits, fastest first:")
-        found.append("  deepspeed      base      keep  GPU GiB  host GiB")
+        found.append("  deepspeed      base      keep  inputs  GPU GiB  host GiB")
         found += [
             f"  {choice.deepspeed:13}  {choice.base_weights or '-':8}  {choice.activations:4.0%}"
+            f"  {'host' if choice.offload_activations else 'card':6}"
             f"  {choice.memory.on_card / GIB:7.1f}"
             f"  {choice.memory.on_host * self.processes / GIB:8.1f}"
             for choice in self.others
@@ -74,6 +75,7 @@ class MemoryPlan:
                     "deepspeed": choice.deepspeed,
                     "base_weights": choice.base_weights,
                     "activations": choice.activations,
+                    "offload_activations": choice.offload_activations,
                     "gpu_total": choice.memory.on_card,
                     "host_total": choice.memory.on_host * self.processes,
                 }

@@ -3,13 +3,14 @@
 Every block either *recomputes*: only its inputs outlive its forward pass; or *keeps*: the results of
 its matrix products and attention stay, and the backward pass computes again only what lies between
 them, which is cheap. The blocks that keep are the last ones, because the backward pass frees those
-first.
+first. The inputs of those that recompute may wait in host memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,11 +52,13 @@ def arrange_blocks(
     kept: int,
     compiled: bool,
     attention: str | None,
+    offload: bool = False,
     divided: bool = False,
 ) -> None:
     """Set how the blocks run.
 
-    `kept`: how many blocks keep their activations. `compiled`: compile each block, as
+    `kept`: how many blocks keep their activations. `offload`: the token streams that the others take in
+    wait for the backward pass in page-locked host memory. `compiled`: compile each block, as
     one graph without breaks. `attention`: name of a diffusers attention backend, or None for torch's
     own choice. `divided`: ZeRO-3 gathers a compiled block's parameters when the block is called.
     """
@@ -71,7 +74,10 @@ def arrange_blocks(
             forward = _recomputing(forward)
         elif compiled:
             forward = _keeping(forward)
-        block.forward = _compiled(forward) if compiled else forward
+        forward = _compiled(forward) if compiled else forward
+        if offload and number < len(blocks) - kept:
+            forward = _offloading(forward, block.forward)
+        block.forward = forward
 
 
 def _compiled(forward: Forward) -> Forward:
@@ -89,6 +95,44 @@ def _recomputing(forward: Forward) -> Forward:
 def _keeping(forward: Forward) -> Forward:
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+
+
+def _offloading(forward: Forward, original: Forward) -> Forward:
+    """`forward`, which recomputes `original`, with its token streams kept in host memory meanwhile.
+
+    The copies are queued with the step's other work: the card waits for each, some milliseconds a block,
+    and nothing is overwritten while it is read.
+    """
+    parameters = signature(original)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = parameters.bind(*args, **kwargs)
+        streams = {
+            stream.untyped_storage().data_ptr()
+            for name in ("hidden_states", "encoder_hidden_states")
+            if (stream := arguments.arguments[name]) is not None
+        }
+
+        def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+            device = tensor.device
+            if tensor.untyped_storage().data_ptr() in streams:
+                tensor = _to_host(tensor)
+            return device, tensor
+
+        def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+            device, tensor = packed
+            return tensor.to(device, non_blocking=True)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            # By position: of named arguments a checkpoint keeps the tensors themselves.
+            return forward(*arguments.args, **arguments.kwargs)
+
+    return run
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -130,6 +131,32 @@ def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPa
     recomputing, half, keeping = waiting
     assert recomputing < half < keeping < 0.7 * plain.waiting, (waiting, plain.waiting)
     assert computed[0] > computed[1] > computed[2] == once > 0, (computed, once)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_inputs_of_blocks_that_recompute_wait_in_host_memory(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token stream once, and nothing holds the card's copy; weights and modulation stay."""
+    plain, to_host = step(build(BOTH_KINDS, "nf4_fp8")), blocks._to_host
+    moved: list[tuple[tuple[int, ...], weakref.ref[torch.Tensor]]] = []
+
+    def recorded(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append((tuple(tensor.shape), weakref.ref(tensor)))
+        return to_host(tensor)
+
+    monkeypatch.setattr(blocks, "_to_host", recorded)
+    image, text, both = (1, 32, 64), (1, 8, 64), (1, 40, 64)
+    for kept, expected in (0, [image, text, both]), (1, [image, text]), (2, []):
+        moved.clear()
+        model = build(BOTH_KINDS, "nf4_fp8")
+        arrange_blocks(model, kept=kept, compiled=compiled, attention=None, offload=True)
+        loss = predict(model).float().square().mean()
+        assert sorted(shape for shape, _ in moved) == sorted(expected)
+        assert all(tensor() is None for _, tensor in moved)
+        loss.backward()
+        gradients = {name: p.grad for name, p in transformer.trainable(model).items()}
+        assert_same(Step(loss.detach(), gradients, 0), plain, kept)
 
 
 @pytest.mark.parametrize("kept", [0, 2, 5])

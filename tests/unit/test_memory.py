@@ -118,6 +118,29 @@ def test_stage_3_divides_the_base_and_gathers_some_of_it():
     assert small.card["gathered weights"] == small.card["base weights"]  # never more than all of it
 
 
+def test_offloaded_inputs_leave_the_card_for_the_host():
+    """Page-locked powers of two: 54 MiB of 4608 tokens take 64, 48 and 6 MiB of a double block's 64 and 8."""
+    for kept, singles, doubles in (0, 48, 8), (20, 28, 8), (50, 0, 6), (56, 0, 0):
+        here = estimate_for(DEV, kept)
+        away = estimate_for(DEV, kept, offload_activations=True)
+        assert away.host == {"activations": (64 * singles + (64 + 8) * doubles) * 2**20}
+        stream = 4608 * 6144 * 2
+        saved = here.on_card - away.on_card
+        assert saved == pytest.approx((singles + doubles) * stream)
+
+
+def test_inputs_are_offloaded_where_nothing_else_fits():
+    """A 24 GiB card holds dev at 1536² (9216 image tokens) only so, if the base stays on it."""
+    found = choices(recipe_for(), RELEASED[DEV], 1, 9216, 24 * GIB, 64 * GIB)
+    assert (found[0].deepspeed, found[0].base_weights) == ("zero0", "nf4_fp8")
+    assert all(c.offload_activations == ("base weights" in c.memory.card) for c in found)
+    roomy = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, 64 * GIB)
+    assert not roomy[0].offload_activations
+    given = recipe_for(offload_activations=True)
+    found = choices(given, RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
+    assert all(choice.offload_activations for choice in found)
+
+
 def test_a_pinned_base_takes_powers_of_two_of_host_memory():
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
     loose = estimate_for(DEV, 0, zero=zero)

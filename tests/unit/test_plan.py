@@ -283,6 +283,11 @@ def test_plan_says_the_arithmetic():
         ({"lora.rank": 4, "objective.mean": 0.5, "objective.max_shift_tokens": 64}, []),
         ({"lora.rank": 4, "method": "full"}, ["lora (method is full)"]),
         ({"method": "full"}, []),
+        ({"offload_activations": True}, []),
+        (
+            {"offload_activations": True, "activations": "keep"},
+            ["offload_activations (activations is keep)"],
+        ),
         ({"objective.shift": 2.0}, ["objective.shift (timesteps is flux)"]),
         ({"objective.shift": 2.0, "objective.timesteps": "shift"}, []),
         (

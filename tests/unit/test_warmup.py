@@ -157,9 +157,9 @@ def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
     ("change", "advice"),
     [
         ({}, "Set activations: recompute (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
-        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8"}, "Set base_weights: nf4, or a smaller"),
+        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
         ({"activations": 0.5, "method": "full"}, "Set activations: recompute (it is 0.5), or a smaller batch.micro_size (it is 2), or a smaller data"),
-        ({"activations": 0.0, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
+        ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
     ],
 )  # fmt: skip
 def test_a_card_that_is_too_small_is_said_before_step_1(monkeypatch, change, advice):
