@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: training was stopped, a checkpoint was saved, the same command continues it."""
@@ -17,13 +18,21 @@ class UserError(Exception):
     traceback; every other exception keeps its traceback, because it is a defect of ours.
     """
 
+    code = EXIT_USER_ERROR
+
+
+class OutageError(UserError):
+    """Something outside is out of reach; the same command may work later, so restarts try it again."""
+
+    code = EXIT_FAILURE
+
 
 def run_root(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a `UserError` becomes one clear message and exit code 2."""
+    """Run a command's `main`; a `UserError` becomes one clear message and its exit code."""
     try:
         main()
     except UserError as error:
         # One write, so that the lines of several processes do not run into each other.
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.code)

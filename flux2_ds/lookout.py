@@ -29,9 +29,8 @@ from types import TracebackType
 
 import psutil
 
-from flux2_ds.errors import EXIT_USER_ERROR, UserError
+from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
 
-EXIT_FAILURE = 1
 log = logging.getLogger("flux2_ds")
 
 FAILURE_NAME = "failure.json"
@@ -72,12 +71,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first cause of a run's end: where, why, and the exit code it leads to."""
+    """The first cause of a start's end: where, why, the exit code it leads to, and of which start."""
 
     where: str
     reason: str
     code: int
     time: float
+    start: str = ""
 
     def __str__(self) -> str:
         return self.reason if self.code == EXIT_USER_ERROR else f"{self.where}: {self.reason}"
@@ -103,16 +103,28 @@ def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> Non
             path.unlink(missing_ok=True)
 
 
+def this_start() -> str:
+    """Names this start of the run: the same in all its processes and, as far as they can tell, in no
+    other, such as one in the same run_dir that is refused while its other processes still wait for it."""
+    environment = os.environ
+    here = environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE"))
+    if "SLURM_JOB_ID" not in environment and here == environment.get("WORLD_SIZE"):
+        return f"process {os.getppid()}"  # the launcher that started all of them
+    names = ("SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+    return " ".join(environment.get(name, "") for name in names)
+
+
 class Lookout:
     """This process's place, and its eye on the others; a context around all that may fail.
 
-    An exception ends the process inside the context: with code 2 after a `UserError`, else 1.
+    An exception ends the process inside the context: with a `UserError`'s code, else 1.
     """
 
     def __init__(self, logs: Path, rank: int, world: int, *, hang_after: float) -> None:
         self._logs, self._world, self._hang_after = logs, world, hang_after
         # Records of an earlier start are older than this by what it takes to import torch.
         self._started = time.time() - 2
+        self._start = this_start()
         me = psutil.Process()
         self._place = Place(rank, socket.gethostname(), me.pid, me.create_time(), since=time.time())
         self._written = 0  # the step in the file
@@ -156,8 +168,8 @@ class Lookout:
                 file.write(text)
         place = self._place
         if isinstance(error, UserError):
-            self._claim(place, str(error), EXIT_USER_ERROR)
-            self._leave(EXIT_USER_ERROR)
+            self._claim(place, str(error), error.code)
+            self._leave(error.code)
         else:
             deadline = time.time() + 2 * _GRACE
             reason = text.strip().splitlines()[-1]
@@ -169,8 +181,9 @@ class Lookout:
             self._leave()
 
     def failure(self) -> Failure | None:
-        """The first cause, if the run has failed."""
-        return first_failure(self._logs, self._started)
+        """The first cause, if this start of the run has failed."""
+        failure = first_failure(self._logs, self._started)
+        return failure if failure and failure.start == self._start else None
 
     def _look(self) -> None:
         complained = ""
@@ -238,12 +251,12 @@ class Lookout:
         """Record and print the first cause, unless another process has."""
         if self.failure() is not None:
             return
-        failure = Failure(str(place), reason, code, time.time())
+        failure = Failure(str(place), reason, code, time.time(), self._start)
         own, unrecorded = self._partial(FAILURE_NAME), ""
         try:
             own.write_text(json.dumps(asdict(failure)))
             earlier = first_failure(self._logs)
-            if earlier is not None and earlier.time < self._started:
+            if earlier and (earlier.time < self._started or earlier.start != self._start):
                 (self._logs / FAILURE_NAME).unlink(missing_ok=True)
             (self._logs / FAILURE_NAME).hardlink_to(own)  # fails if another one was quicker
         except FileExistsError:

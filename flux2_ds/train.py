@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,10 +78,13 @@ def main() -> None:
     stop = StopRequest(stop_file(recipe))
     stop.listen()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with Lookout(
-        logs_directory(recipe), rank, world, hang_after=recipe.launch.hang_after
-    ) as lookout:
-        set_up_log(logs_directory(recipe), rank)
+    logs = logs_directory(recipe)
+    with (
+        # Before this start writes to the logs, which the processes of a running one look into.
+        lock_run_dir(recipe) if rank == 0 else nullcontext(),
+        Lookout(logs, rank, world, hang_after=recipe.launch.hang_after) as lookout,
+    ):
+        set_up_log(logs, rank)
         finished = train(recipe, stop, lookout)
     if not finished:
         sys.exit(EXIT_STOPPED)
@@ -94,13 +99,12 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     index, held_out = read_data(recipe)
+    check_same(index, recipe, process)
     check_shards(index, held_out, spec, directory, recipe)
     check_wandb(recipe.log.wandb)
     order = build_order(recipe, index)
 
     barrier()  # every process has passed the checks before the first file is written
-    # Held until this process ends.
-    lock = lock_run_dir(recipe) if process.first else None
     if process.first:
         write_run_dir(plan)
         say_plan(plan, spec, index, order)
@@ -122,9 +126,22 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     lookout.at(0, "ending")
     say_memory(expected, process.device)
     stop_process()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
-    if lock is not None:
-        lock.close()
     return finished
+
+
+def check_same(index: Index, recipe: Recipe, process: Process) -> None:
+    """Refuse an index that is not the first process's, with which each would follow its own order.
+    Collective.
+
+    Raises:
+        UserError: it is another one.
+    """
+    own = int(index.digest, 16) >> 1  # 63 bits
+    if from_first(own, process.device) != own:
+        raise UserError(
+            f"the index of data.shards {recipe.data.shards} on {socket.gethostname()} is not the first "
+            "process's. Wait until prepare and all copies are finished, and start again."
+        )
 
 
 def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:

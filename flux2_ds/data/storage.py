@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 
 log = logging.getLogger("flux2_ds")
 
@@ -69,7 +69,8 @@ class Blob:
         try:
             return checked()
         except OSError as error:
-            raise UserError(f"{self.location} cannot be read: {error.strerror}.") from error
+            kind = UserError if isinstance(error, _FINAL) else OutageError
+            raise kind(f"{self.location} cannot be read: {error.strerror}.") from error
         except DamagedError as error:
             raise UserError(
                 f"{self.location} is incomplete or damaged ({error}). Copy it again, or prepare it "
@@ -118,7 +119,7 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
     """The value of `read`, which may fail for a while.
 
     Raises:
-        UserError: naming the location and the cause.
+        UserError: naming the location and the cause; an `OutageError` if it may pass.
     """
     for pause in (*PAUSES_S, None):
         try:
@@ -131,7 +132,8 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
             raise
         except Exception as error:  # every store has errors of its own; all end in a UserError
             if pause is None:
-                raise UserError(
+                kind = UserError if isinstance(error, DamagedError) else OutageError
+                raise kind(
                     f"{location} stays out of reach after {len(PAUSES_S) + 1} tries: "
                     f"{_reason(error)}. Check the address, the network and the credentials."
                 ) from error

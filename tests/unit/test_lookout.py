@@ -18,7 +18,7 @@ PROCESS = """\
 import sys, time
 from pathlib import Path
 from flux2_ds import lookout
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 lookout._POLL, lookout._BEAT, lookout._SILENT, lookout._GRACE = 0.05, 0.1, 1.0, 0.5
 logs, rank, hang_after, program = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 with lookout.Lookout(logs, rank, 2, hang_after=hang_after) as me:
@@ -77,6 +77,46 @@ def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
     codes, outputs = ended(pair(tmp_path, refuse, refuse))
     assert codes == [2, 2]
     assert "".join(outputs) == "error: data.shards x is wrong\n"
+
+
+def test_an_outage_is_one_line_that_a_restart_may_mend(tmp_path):
+    codes, outputs = ended(pair(tmp_path, "raise OutageError('the store is away')", WAITS))
+    assert codes == [1, 1]
+    assert "Traceback" not in outputs[0]
+    assert outputs[0].startswith("error: rank 0 on ") and "the store is away\n" in outputs[0]
+
+
+def test_another_starts_failure_ends_nothing_and_hides_nothing(tmp_path):
+    foreign = """
+from dataclasses import asdict
+import json
+failure = lookout.Failure('rank 1', 'connection refused', 1, time.time(), 'another start')
+(logs / lookout.FAILURE_NAME).write_text(json.dumps(asdict(failure)))
+time.sleep(1)
+"""
+    codes, outputs = ended(pair(tmp_path, foreign, "time.sleep(1)"))
+    assert (codes, outputs) == ([0, 0], ["", ""])
+    codes, outputs = ended(pair(tmp_path, foreign + "raise ValueError('own')", WAITS))
+    assert codes == [1, 1] and "ValueError: own" in outputs[0]
+    found = first_failure(tmp_path)
+    assert found is not None and "own" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("variables", "same"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, f"process {os.getppid()}"),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "MASTER_PORT": "5"}, " here 5"),
+        ({"WORLD_SIZE": "4", "MASTER_PORT": "5"}, " here 5"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "9"}, "9 here "),
+    ],
+)
+def test_all_processes_of_a_start_name_it_alike(monkeypatch, variables, same):
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"MASTER_ADDR": "here"} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert lookout.this_start() == same
 
 
 @pytest.mark.parametrize(("kind", "code"), [("ValueError", 1), ("UserError", 2)])

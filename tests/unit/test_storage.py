@@ -1,7 +1,9 @@
 """Real servers on loopback: what is read from a store is what is on disk, whatever happens to it."""
 
 import asyncio
+import errno
 import logging
+import os
 import shutil
 import threading
 import time
@@ -16,7 +18,7 @@ from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob, is_url, join
-from flux2_ds.errors import UserError
+from flux2_ds.errors import EXIT_USER_ERROR, OutageError, UserError
 from flux2_ds.loopback import served
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.tensors import write_tensors
@@ -73,10 +75,23 @@ def test_a_server_that_stays_away_is_named_with_its_shard(folder, kind, monkeypa
         loader.read(0)
         server.kill()
         with pytest.raises(
-            UserError, match=rf"{server.url}/\d\.tar stays out of reach after 3 tries"
+            OutageError, match=rf"{server.url}/\d\.tar stays out of reach after 3 tries"
         ):
             for step in range(1, 100):
                 loader.read(step)
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.ESTALE, True), (errno.EACCES, False)])
+def test_a_disk_that_may_come_back_is_no_mistake_of_the_user(folder, monkeypatch, number, passes):
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.os, "preadv", fails)
+    with pytest.raises(
+        UserError, match=rf"whole\.bin cannot be read: {os.strerror(number)}"
+    ) as error:
+        Blob(str(folder / "whole.bin")).read()
+    assert isinstance(error.value, OutageError) == passes
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -120,9 +135,10 @@ def test_a_shard_damaged_in_the_store_is_refused(folder, tmp_path, monkeypatch):
     path.write_bytes(content)
     with (
         served("http", tmp_path / "copy") as server,
-        pytest.raises(UserError, match=r"0\.tar stays out of reach.*not what was written"),
+        pytest.raises(UserError, match=r"0\.tar stays out of reach.*not what was written") as error,
     ):
         ShardReader(join(server.url, "0.tar"), index.shards[0]).latent(0)
+    assert error.value.code == EXIT_USER_ERROR  # starting again would not help
 
 
 def test_the_cache_is_used_checked_and_bounded(folder, tmp_path):

@@ -31,7 +31,8 @@ from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Data, Model, Recipe
+from flux2_ds.recipe import Data, Model, Recipe, load_recipe
+from flux2_ds.rundir import lock_run_dir
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
 
@@ -48,6 +49,33 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "barrier", lambda: None)
     monkeypatch.setattr(train, "from_first", lambda value, device: value)
     monkeypatch.setattr(saving, "exchange", lambda value: [value])
+
+
+# Starting
+
+
+def test_a_second_start_touches_nothing_of_a_running_one(tmp_path, monkeypatch):
+    """Its refusal must not look like a failure of the processes that train."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {path: m}\ndata: {images: i, shards: s}\n")
+    monkeypatch.setattr(
+        "sys.argv", ["train", "--config", str(recipe), "--run_dir", str(tmp_path / "r")]
+    )
+    monkeypatch.setattr(StopRequest, "listen", lambda self: None)
+    with (
+        lock_run_dir(load_recipe(recipe, [f"--run_dir={tmp_path / 'r'}"])),
+        pytest.raises(UserError, match="another process is training"),
+    ):
+        train.main()
+    assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
+
+
+def test_processes_that_read_different_indexes_are_refused(monkeypatch):
+    recipe = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
+    train.check_same(INDEX, recipe, SECOND)
+    monkeypatch.setattr(train, "from_first", lambda value, device: value + 1)
+    with pytest.raises(UserError, match=r"index of data.shards s on .* is not the first process's"):
+        train.check_same(INDEX, recipe, SECOND)
 
 
 # Asking it to stop
