@@ -121,8 +121,7 @@ def check_shards(
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
     check_companions(recipe, index, held_out)
-    shards = Path(recipe.data.shards)
-    unchecked = check_fingerprint(index.fingerprint, directory, shards)
+    unchecked = check_fingerprint(index.fingerprint, directory, recipe.data.shards)
     if unchecked:
         log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
 

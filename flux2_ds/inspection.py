@@ -71,7 +71,7 @@ def main() -> None:
     check_variant(recipe, index, spec)
     check_settings(recipe, index)
     check_companions(recipe, index, held_out)
-    check_fingerprint(index.fingerprint, directory, Path(shards))
+    check_fingerprint(index.fingerprint, directory, shards)
     say("latents", latent_lines(shards, index, options.samples))
     say("sample", sample_lines(directory, spec, shards, index))
     say("companions", companion_lines(recipe, index))

@@ -75,8 +75,8 @@ class Data:
     readers: int = 4
     """Threads of each process that read samples ahead; a distant store needs more."""
     cache: str | None = None
-    """Folder on a local disk for what was read from a URL. Default: none, so that every epoch reads
-    everything again."""
+    """Folder on a local disk for what was read from a URL, in `flux2-ds-cache` within it. Default: none,
+    so that every epoch reads everything again."""
     cache_gb: float = 50.0
     """Largest size of `cache`; what was used least recently goes first. In GB."""
 

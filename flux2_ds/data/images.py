@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,21 @@ UNREAD = frozenset({
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
 })  # fmt: skip
 """Of pictures that are not read: they are named, where other files are passed over in silence."""
+_BROKEN = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
+    struct.error,
+)  # fmt: skip
+"""What Pillow raises where a file is not as it should be."""
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _LINES, _LINE_HEIGHT = 3, 14
 _SAME_ASPECT = 0.02
 # What Pillow warns of is an error here (`_open`): filters of warnings are not for threads.
@@ -37,9 +53,10 @@ def image_size(content: bytes | str) -> tuple[int, int]:
     """
     with _open(content) as image:
         width, height = image.size
-        # Pillow decodes a whole PNG to look for EXIF behind the pixels, where nobody writes it.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        turned = has_exif and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Pillow turns a TIFF itself, and decodes a whole PNG to look for EXIF behind the pixels,
+        # where nobody writes it.
+        as_stored = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = as_stored and _orientation(image) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
@@ -104,9 +121,18 @@ def _upright(content: bytes | str) -> Image.Image:
     with _open(content) as image:
         try:
             image.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except _BROKEN as error:
             raise UnreadableImageError(str(error)) from error
-        return ImageOps.exif_transpose(image)
+        turn = _TURNS.get(_orientation(image))
+        return image.copy() if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """By the EXIF; 1, upright, if that is damaged, for the pixels need not be."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except _BROKEN:
+        return 1
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -137,7 +163,7 @@ def _open(content: bytes | str) -> Image.Image:
         raise UnreadableImageError(error.strerror or str(error)) from error
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(_too_large()) from error
-    except (SyntaxError, ValueError) as error:
+    except _BROKEN as error:
         raise UnreadableImageError(str(error)) from error
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         image.close()

@@ -60,7 +60,7 @@ def fingerprint(directory: Path) -> dict[str, str]:
     return result
 
 
-def check_fingerprint(prepared: dict[str, str], directory: Path, shards: Path) -> list[str]:
+def check_fingerprint(prepared: dict[str, str], directory: Path, shards: str) -> list[str]:
     """Compare the shards' fingerprint with the model's; returns the parts that could not be.
 
     Raises:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from flux2_ds.data.index import Index, write_index
+from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.files import fingerprint, model_directory
 from flux2_ds.prepare import ledger
@@ -42,7 +43,6 @@ log = logging.getLogger("flux2_ds")
 CONTENT_NAME = "content.json"
 SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "held_out")
 """The data settings that decide which pictures are trained on, which part of them, and how large."""
-_CAPTIONS_A_PROCESS = 64  # loading the text encoder once more must pay
 
 
 def main() -> None:
@@ -53,6 +53,7 @@ def main() -> None:
         recipe_parser("flux2-ds prepare", "Encode photographs and captions into shards.")
     )
     check_ranges(recipe)
+    check_target(recipe.data.shards)
     torch.backends.cudnn.allow_tf32 = False  # fp32 encoding means fp32 on a GPU too
     directory = model_directory(
         recipe.model.path, recipe.model.revision, ["vae", "text_encoder", "tokenizer", "scheduler"]
@@ -140,6 +141,19 @@ def content_of(recipe: Recipe, prints: dict[str, str]) -> dict[str, Any]:
         },
         "model": prints,
     }
+
+
+def check_target(shards: str) -> None:
+    """Check that the output folder is one of a file system.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    if is_url(shards):
+        raise UserError(
+            f"data.shards {shards} is a URL, and prepare writes to a file system. Give a folder, copy it "
+            "to the store when it is finished, index.json last, and train from the URL."
+        )
 
 
 def check_folder(folder: Path, content: dict[str, Any]) -> None:

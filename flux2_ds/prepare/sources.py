@@ -15,6 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,21 @@ def find_entries(images: str | dict[str, str], caption_column: str, scratch: Pat
                 f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
                 "are named after it."
             )
-        entries = attach(list(_source(name, location, caption_column, scratch)))
+        entries = list(_source(name, location, caption_column, scratch))
         if not entries:
             raise UserError(
                 f"data.images {location} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither "
                 "in itself nor below. Give the folder of your pictures."
             )
-        found += sorted(entries, key=lambda entry: entry.key)
+        entries.sort(key=lambda entry: entry.key)
+        for one, other in pairwise(entries):
+            if one.key == other.key:
+                raise UserError(
+                    f"data.images {location} has {one.key} twice, in {one.blob.location} and in "
+                    f"{other.blob.location}. Give them as two sources, data.images: "
+                    f"{{one: {one.blob.location}, other: {other.blob.location}}}."
+                )
+        found += attach(entries)
     return found
 
 
@@ -155,7 +164,7 @@ def _metadata(path: str, caption_column: str) -> dict[str, str | None]:
         if path.endswith(".csv"):
             rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         folder = Path(path).parent
         captions: dict[str, str | None] = {}
         for number, row in enumerate(rows, start=1):

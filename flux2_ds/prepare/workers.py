@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -75,8 +77,17 @@ _own: tuple[Worker[Any], Any] | None = None
 def _start(make: Callable[[torch.device], Worker[Any]], free: Any, done: Any) -> None:
     """First thing in a process of the pool: build its worker on a free device."""
     global _own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.backends.cudnn.allow_tf32 = False
     _own = make(torch.device(free.get())), done
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its pool, which would write on and keep its GPUs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: Any) -> Any:

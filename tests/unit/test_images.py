@@ -1,5 +1,6 @@
 """Pictures and captions from disk: odd files become RGB, broken ones an error with a reason."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,35 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     stored = np.ascontiguousarray(HOW_A_CAMERA_STORES_IT[orientation](upright))
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    path = tmp_path / "été 猫.png"
-    Image.fromarray(stored).save(path, exif=exif)
+    for name in ("été 猫.png", "scan.tif"):
+        path = tmp_path / name
+        Image.fromarray(stored).save(path, exif=exif)
+        assert image_size(path) == (48, 32)
+        np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
 
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (0x100, 1, 1, b"\0\0\0\1"),  # struct.error when Pillow writes it again
+        (0x10F, 5, 1, b"\0\0\0\1"),  # AttributeError
+        (0x11A, 2, 1, b"\0\0\0\1"),  # TypeError
+    ],
+)
+def test_exif_that_is_damaged_elsewhere_still_turns(tmp_path, other):
+    upright = noise_picture(32, 48)
+    entries = sorted([other, (ORIENTATION, 3, 1, b"\0\6\0\0")])
+    directory = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + directory + bytes(4)
+    path = tmp_path / "turned.webp"
+    Image.fromarray(HOW_A_CAMERA_STORES_IT[6](upright)).save(path, lossless=True, exif=exif)
+    assert image_size(path) == (48, 32)
+    np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
+
+
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
+    upright, path = noise_picture(32, 48), tmp_path / "damaged.webp"
+    Image.fromarray(upright).save(path, lossless=True, exif=b"Exif\0\0no TIFF header")
     assert image_size(path) == (48, 32)
     np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -500,11 +501,27 @@ def test_a_folder_of_something_else_is_left_alone(model, photos, tmp_path):
     assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
 
 
+def test_a_store_is_refused_before_anything_else(photos, tmp_path, monkeypatch):
+    recipe = recipe_for(tmp_path / "no model", photos, Path("unused"))
+    recipe = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, shards="s3://bucket/shards")
+    )
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe_values(recipe)))
+    monkeypatch.setattr(sys, "argv", ["prepare", "--config", str(config)])
+    monkeypatch.setattr(root, "log", logging.getLogger("unused"))  # whose level `main` sets
+    with pytest.raises(UserError, match=r"^data\.shards s3://bucket/shards is a URL"):
+        root.main()
+
+
 def test_shards_of_another_model_are_refused(model, tmp_path):
     other = tmp_path / "other"
     make_tiny(other, "klein", seed=1)
-    with pytest.raises(UserError, match=r"made by another model: their vae is \w+, .* is \w+"):
-        check_fingerprint(fingerprint(model), other, tmp_path / "shards")
+    with pytest.raises(
+        UserError,
+        match=r"^data\.shards s3://bucket/shards were made by another model: their vae is \w+, .* is \w+",
+    ):
+        check_fingerprint(fingerprint(model), other, "s3://bucket/shards")
     shutil.rmtree(other / "text_encoder")
     shutil.copytree(model / "vae", other / "vae", dirs_exist_ok=True)
-    assert check_fingerprint(fingerprint(model), other, tmp_path) == ["text_encoder"]
+    assert check_fingerprint(fingerprint(model), other, "shards") == ["text_encoder"]

@@ -86,17 +86,19 @@ def test_metadata_of_an_imagefolder(folder, tmp_path, kind):
     picture(folder / "c.png")
     (folder / "train" / "b.txt").write_text("the file beside it")
     (folder / "c.txt").write_text("c has a file only")
-    rows = [("a.png", "a, with a comma\nand a line"), ("b.png", "from the table"), ("x.png", "?")]
+    separated = "from the\u2028table"  # of lines to Unicode, not to JSON
+    rows = [("a.png", "a, with a comma\nand a line"), ("b.png", separated), ("x.png", "?")]
     if kind == "csv":
         lines = ["file_name,text", *(f'{name},"{text}"' for name, text in rows)]
     else:
-        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
-    (folder / "train" / f"metadata.{kind}").write_text("\n".join(lines))
+        lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
+                 for name, text in rows]  # fmt: skip
+    (folder / "train" / f"metadata.{kind}").write_text("\n".join(lines), encoding="utf-8")
     found = entries_of(folder, tmp_path / "s")
     assert captions(found) == {
         "c.png": "c has a file only",
         "train/a.png": "a, with a comma\nand a line",
-        "train/b.png": "from the table",
+        "train/b.png": separated,
         "train/x.png": "",
     }
     problems = {entry.key: entry.problem for entry in found if entry.problem}
@@ -195,6 +197,17 @@ def test_patterns_name_several_tars(tar, tmp_path):
     (tar.parent / "00001.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(UserError, match=r"00001\.tar cannot be read as a tar"):
         entries_of(tar.parent, tmp_path / "s")
+
+
+def test_tars_of_one_name_are_two_sources(tar, tmp_path):
+    other = tmp_path / "more" / tar.name
+    other.parent.mkdir()
+    other.write_bytes(tar.read_bytes())
+    with pytest.raises(UserError, match=r"has 00000\.tar/\S+ twice") as caught:
+        entries_of(f"{tmp_path}/{{tars,more}}/00000.tar", tmp_path / "s")
+    assert f"data.images: {{one: {tar}, other: {other}}}" in str(caught.value)
+    alone = entries_of(tar, tmp_path / "s")
+    assert len(entries_of({"one": str(tar), "other": str(other)}, tmp_path / "s")) == 2 * len(alone)
 
 
 def test_several_sources_keep_their_names(folder, tmp_path):

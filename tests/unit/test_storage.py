@@ -8,13 +8,14 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from aiohttp import web
 from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
 
 from flux2_ds.data import storage
-from flux2_ds.data.cache import Cache
+from flux2_ds.data.cache import FOLDER, Cache
 from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob, is_url, join
@@ -150,32 +151,57 @@ def test_the_cache_is_used_checked_and_bounded(folder, tmp_path):
         loader = make_loader((server.url, index), fetch=cache.view)
         for step in range(steps):
             assert_same(loader.read(step), local.read(step))
-        assert list((tmp_path / "cache").iterdir())
+        assert list((tmp_path / "cache" / FOLDER).iterdir())
         server.kill()
         again = make_loader((server.url, index), fetch=Cache(tmp_path / "cache", 10**9).view)
         for step in range(steps):
             assert_same(again.read(step), local.read(step))  # without the server
 
         server.start()
-        for path in (tmp_path / "cache").iterdir():
+        for path in (tmp_path / "cache" / FOLDER).iterdir():
             path.write_bytes(b"damaged" * 100)
         assert_same(make_loader((server.url, index), fetch=cache.view).read(3), local.read(3))
 
         small = Cache(tmp_path / "small", 30_000)
         loader = make_loader((server.url, index), fetch=small.view)
+        mine = [tmp_path / "small" / "thesis.txt", tmp_path / "small" / FOLDER / "folder" / "x"]
+        for path in mine:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(bytes(50_000))
+            os.utime(path, (0, 0))
         largest = 0
         for step in range(steps):
             assert_same(loader.read(step), local.read(step))
-            sizes = [path.stat().st_size for path in (tmp_path / "small").iterdir()]
+            sizes = [path.stat().st_size for path in (tmp_path / "small" / FOLDER).glob("?" * 40)]
             largest = max(largest, sum(sizes))
         assert 10_000 < largest <= 30_000 + 10_000  # one read is at most 6 kB here
-    assert not list((tmp_path / "small").glob("*.partial"))
+    assert not list((tmp_path / "small" / FOLDER).glob("*.partial"))
+    assert all(path.is_file() for path in mine)
+
+
+def test_training_goes_on_without_a_cache_that_is_full_or_damaged(
+    folder, tmp_path, monkeypatch, caplog
+):
+    index = read_index(folder)
+    local = make_loader((folder, index))
+    with served("http", folder) as server:
+        kept = Cache(tmp_path, 10**9)
+        make_loader((server.url, index), fetch=kept.view).read(0)
+        for path in (tmp_path / FOLDER).iterdir():
+            path.unlink()
+            path.mkdir()  # reading it is an OSError
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=full))
+        loader = make_loader((server.url, index), fetch=kept.view)
+        for step in range(4):
+            assert_same(loader.read(step), local.read(step))
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
 
 
 def test_files_on_disk_are_not_cached(folder, tmp_path):
     cache = Cache(tmp_path / "cache", 10**6)
     make_loader((folder, read_index(folder)), fetch=cache.view).read(0)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache" / FOLDER).iterdir())
 
 
 @pytest.mark.parametrize("kind", STORES)
