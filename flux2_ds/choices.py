@@ -44,7 +44,7 @@ def choices(
     card_bytes: float,
     host_bytes: float,
 ) -> list[Choice]:
-    """All that fit on cards of so many bytes and a host shared by `processes`, the fastest first."""
+    """All that fit with so many bytes of card and of host memory for each process, the fastest first."""
     found = []
     for deepspeed in _STAGES:
         for base in _BASES if recipe.method != "full" else (None,):
@@ -58,7 +58,7 @@ def choices(
                 except UserError:
                     break  # a combination that does not exist
                 memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks))
-                if memory.fits(card_bytes, host_bytes / processes):
+                if memory.fits(card_bytes, host_bytes):
                     cost = _cost(spec, plan, image_tokens, keep, memory)
                     found.append(
                         Choice(deepspeed, base, keep, changed.offload_activations, memory, cost)

@@ -34,6 +34,8 @@ _FREE = ("run_dir", "accept_changes", "activations", "offload_activations", "att
 """Settings that may change between two starts of a run: they do not change what is computed."""
 _BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs"}
 """What a start that was refused may leave."""
+DOCTOR_TOKEN = ".doctor-"
+"""So begins the name of a file that `doctor` lets the other hosts look for."""
 
 
 def check_run_dir(recipe: Recipe) -> None:
@@ -47,7 +49,10 @@ def check_run_dir(recipe: Recipe) -> None:
     if not run_dir.exists():
         return
     if not stored.is_file():
-        if run_dir.is_dir() and not {path.name for path in run_dir.iterdir()} - _BEFORE_A_RUN:
+        if run_dir.is_dir() and all(
+            path.name in _BEFORE_A_RUN or path.name.startswith(DOCTOR_TOKEN)
+            for path in run_dir.iterdir()
+        ):
             return
         raise UserError(
             f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "

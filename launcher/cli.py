@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
@@ -33,7 +33,7 @@ from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
 from launcher.local import commands_here
 from launcher.planning import plan_memory
-from launcher.preparing import PREPARE_MODULE, prepare_on_hosts
+from launcher.preparing import prepare_here, prepare_on_hosts
 from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
 
@@ -88,7 +88,7 @@ def prepare(argv: list[str]) -> None:
         argv, "prepare", "Encode photographs and captions into shards.", lambda _: None
     )
     if recipe.launch.hostfile is None:
-        run_module(PREPARE_MODULE, arguments)
+        sys.exit(prepare_here(arguments))
     sys.exit(prepare_on_hosts(recipe, arguments))
 
 
@@ -99,7 +99,13 @@ def plan(argv: list[str]) -> None:
         add_gpus(parser)
         add = parser.add_argument
         add("--gpu", type=str, default=None, help="Memory of each GPU, such as 24GiB.")
-        add("--host", type=str, default=None, help="Memory of the host, such as 64GiB.")
+        add(
+            "--host",
+            type=str,
+            default=None,
+            help="Memory of each host, such as 64GiB. It is shared by the processes of the hostfile's "
+            "largest host; without a hostfile by launch.processes, or 8.",
+        )
         add("--json", action="store_true", help="Print the memory as one JSON object.")
 
     recipe, options, _ = read(argv, "plan", "Print what a run will do.", add_options)
@@ -108,7 +114,7 @@ def plan(argv: list[str]) -> None:
     prepared = is_prepared(recipe.data.shards)
     index, held_out = read_data(recipe) if prepared else (None, None)
     try:
-        memory = plan_memory(the_plan, index, options.gpu, options.host)
+        memory = plan_memory(the_plan, hosts, index, options.gpu, options.host)
     except UserError as error:
         if options.gpu or options.host or options.json:
             raise
@@ -227,9 +233,14 @@ def slurm(argv: list[str]) -> None:
         add = parser.add_argument
         add("--job", choices=["train", "prepare"], default="train", help="What the script runs.")
         add("--nodes", type=int, default=1, help="Number of nodes.")
-        add("--gpus-per-node", type=int, default=8, help="GPUs of each node.")
+        add(
+            "--gpus-per-node",
+            type=int,
+            default=None,
+            help="GPUs of each node. Default: the processes of a machine that the recipe names, or 8.",
+        )
         add("--time", type=str, default="24:00:00", help="Time limit.")
-        add("--save-before", type=int, default=120, help="Seconds to save before the limit.")
+        add("--save-before", type=int, default=None, help="Seconds to save before the limit (120).")
         add("--partition", type=str, default=None, help="Slurm partition.")
         add("--account", type=str, default=None, help="Slurm account.")
         add("--array", type=str, default=None, help="Task N: seed N, run directory RUN_DIR-N.")
@@ -238,11 +249,24 @@ def slurm(argv: list[str]) -> None:
 
     recipe, options, arguments = read(argv, "slurm", "Write an sbatch script.", add_options)
     for name in ("nodes", "gpus_per_node", "save_before"):
-        if getattr(options, name) < 1:
+        value = getattr(options, name)
+        if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     launch, prepares = recipe.launch, options.job == "prepare"
+    for name in ("array", "save_before", "max_restarts"):
+        if prepares and getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is of a training; --job prepare has no use for it. Leave "
+                "it out; a job that was ended goes on when it is submitted again."
+            )
     # CPU processes, for a trial of the cluster, are counted by the recipe.
-    tasks = options.gpus_per_node if launch.accelerator == "cuda" else launch.processes or 1
+    if launch.accelerator == "cpu" and options.gpus_per_node:
+        raise UserError(
+            f"--gpus-per-node is {options.gpus_per_node}, but launch.accelerator is cpu. Leave it out: "
+            "launch.processes says how many processes a node runs."
+        )
+    named = (prepares and recipe.prepare.processes) or launch.processes
+    tasks = options.gpus_per_node or named or (8 if launch.accelerator == "cuda" else 1)
     make_plan(recipe, 1 if prepares else options.nodes * tasks)
     job = SlurmJob(
         nodes=options.nodes,
@@ -252,8 +276,8 @@ def slurm(argv: list[str]) -> None:
         accelerator=launch.accelerator,
         partition=options.partition,
         account=options.account,
-        array=None if prepares else options.array,
-        save_before=options.save_before,
+        array=options.array,
+        save_before=options.save_before or 120,
         max_restarts=options.max_restarts,
         environment=tuple(collective_timeout(launch, dict(os.environ)).items()),
     )
@@ -314,7 +338,8 @@ def read(
     return recipe, options, own.parse_known_args(argv)[1]
 
 
-def run_module(module: str, argv: list[str], **variables: str) -> None:
-    """Run another command in its own process, because this one does not import torch."""
+def run_module(module: str, argv: list[str], **variables: str) -> NoReturn:
+    """Become another command, which imports torch; signals and exit code are its own."""
+    sys.stdout.flush()  # what is buffered would be lost
     command = [sys.executable, "-m", module, *argv]
-    sys.exit(subprocess.run(command, check=False, env={**os.environ, **variables}).returncode)
+    os.execve(sys.executable, command, {**os.environ, **variables})

@@ -17,7 +17,10 @@ _SSH = [
     *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"),
 ]
 """ssh that asks for nothing and notices within half a minute that the other side is gone."""
-_FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "OMP_", "HF_", "WANDB_", "PYTHONPATH")
+_FORWARDED = (
+    *("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "OMP_"),
+    *("HF_", "WANDB_", "AWS_", "PYTHONPATH"),
+)
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 

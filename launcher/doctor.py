@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flux2_ds.recipe import Launch, Recipe
+from flux2_ds.rundir import DOCTOR_TOKEN
 from launcher.commands import forwarded, ssh
 from launcher.findings import Finding, Findings, odd_ones_out
 from launcher.hosts import Hosts
@@ -110,7 +111,7 @@ def place_token(recipe: Recipe | None) -> Path | None:
         place = place.parent
     if not os.access(place, os.W_OK):
         return None  # the checks say so
-    token = place / f".doctor-{uuid.uuid4().hex[:8]}"
+    token = place / f"{DOCTOR_TOKEN}{uuid.uuid4().hex[:8]}"
     token.touch()
     return token
 
@@ -122,8 +123,10 @@ def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
     arguments = ["--accelerator", launch.accelerator, "--bandwidth"]
     commands = commands_here(launch, hosts, arguments, module="flux2_ds.probe")
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "out").open("w+") as out:
-        with Stopper(Path(folder) / "stop") as stopper:
+        with Stopper(None) as stopper:  # the probe has nothing to save
             code = run(commands, stopper, output=out.fileno())
+        if stopper.reason is not None:
+            sys.exit(code)
         out.seek(0)
         said = out.read().strip().splitlines()
     found = [Finding(**json.loads(line)) for line in said if line.startswith('{"status"')]

@@ -14,7 +14,7 @@ from pathlib import Path
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Launch
 
-_HOST_LINE = re.compile(r"^(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\d+)$")
+_HOST_LINE = re.compile(r"^(?P<name>\S+)\s+slots=(?P<slots>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if match is None or int(match["slots"]) < 1 or match["name"] in slots:
             raise UserError(
                 f"launch.hostfile {path}, line {number}: {line!r}. Each host stands on a line of its "
-                "own, once, as `name slots=8`."
+                "own, once, as `name slots=8`, without spaces around the =."
             )
         slots[match["name"]] = int(match["slots"])
     if not slots:

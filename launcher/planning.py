@@ -15,6 +15,7 @@ from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import planned_spec
+from launcher.hosts import Hosts
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
@@ -23,11 +24,13 @@ _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6,
 class MemoryPlan:
     """Memory of the recipe as it stands, and what else would fit.
 
-    `keep`: share of the blocks that keep their activations. `fits`: on the given card and host; None
-    if none was given. `others`: the fastest first.
+    `per_host`: processes that share a host's memory. `keep`: share of the blocks that keep their
+    activations. `fits`: on the given card and host; None if none was given. `others`: the fastest
+    first.
     """
 
     processes: int
+    per_host: int
     image_tokens: int
     keep: float
     memory: Memory
@@ -42,7 +45,9 @@ class MemoryPlan:
             *_parts(self.memory.card),
         ]
         if self.memory.host:
-            found.append(f"host       {self.memory.on_host * self.processes / GIB:.1f} GiB")
+            one = self.memory.on_host / GIB
+            parts = f"{self.per_host} processes × {one:.1f} GiB"
+            found.append(f"host       {one * self.per_host:.1f} GiB = {parts}")
             found += _parts(self.memory.host)
         if self.fits is None:
             return found
@@ -55,7 +60,7 @@ class MemoryPlan:
             f"  {choice.deepspeed:13}  {choice.base_weights or '-':8}  {choice.activations:4.0%}"
             f"  {'host' if choice.offload_activations else 'card':6}"
             f"  {choice.memory.on_card / GIB:7.1f}"
-            f"  {choice.memory.on_host * self.processes / GIB:8.1f}"
+            f"  {choice.memory.on_host * self.per_host / GIB:8.1f}"
             for choice in self.others
         ]
         return found
@@ -64,6 +69,7 @@ class MemoryPlan:
         """For programs; bytes."""
         return {
             "processes": self.processes,
+            "processes_per_host": self.per_host,
             "image_tokens": self.image_tokens,
             "activations": self.keep,
             "gpu": self.memory.card,
@@ -77,31 +83,35 @@ class MemoryPlan:
                     "activations": choice.activations,
                     "offload_activations": choice.offload_activations,
                     "gpu_total": choice.memory.on_card,
-                    "host_total": choice.memory.on_host * self.processes,
+                    "host_total": choice.memory.on_host * self.per_host,
                 }
                 for choice in self.others
             ],
         }
 
 
-def plan_memory(plan: Plan, index: Index | None, card: str | None, host: str | None) -> MemoryPlan:
-    """Estimate the recipe's memory; `card` and `host`: sizes such as 24GiB, of each GPU and host.
+def plan_memory(
+    plan: Plan, hosts: Hosts, index: Index | None, card: str | None, host: str | None
+) -> MemoryPlan:
+    """Estimate the recipe's memory; `card` and `host`: sizes such as 24GiB, of each GPU and each host.
 
     Raises:
         UserError: a size that is none, or a model whose dimensions are not known.
     """
     recipe, spec = plan.recipe, planned_spec(plan.recipe.model.path)
     tokens = index.largest_tokens if index else _largest_bucket(recipe)
+    most = plan.recipe.launch.processes or 8
+    per_host = max(hosts.slots.values(), default=min(hosts.processes, most))
     card_bytes = None if card is None else size("--gpu", card)
-    host_bytes = math.inf if host is None else size("--host", host)
+    host_bytes = math.inf if host is None else size("--host", host) / per_host
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept)
     keep = kept / spec.blocks
     if card_bytes is None:
-        return MemoryPlan(plan.processes, tokens, keep, memory, None, [])
-    fits = memory.fits(card_bytes, host_bytes / plan.processes)
+        return MemoryPlan(plan.processes, per_host, tokens, keep, memory, None, [])
+    fits = memory.fits(card_bytes, host_bytes)
     others = choices(recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
-    return MemoryPlan(plan.processes, tokens, keep, memory, fits, others)
+    return MemoryPlan(plan.processes, per_host, tokens, keep, memory, fits, others)
 
 
 def size(option: str, text: str) -> float:

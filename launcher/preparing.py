@@ -1,4 +1,4 @@
-"""`flux2-ds prepare` over the machines of a hostfile."""
+"""`flux2-ds prepare`, here and over the machines of a hostfile."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from launcher.hosts import check_programs, find_hosts
 from launcher.local import Stopper, run
 
 PREPARE_MODULE = "flux2_ds.prepare"
+
+
+def prepare_here(arguments: list[str]) -> int:
+    """Run `prepare` on this machine; returns the exit code.
+
+    A signal ends it with the processes of its pool, which would outlive it.
+    """
+    with Stopper(None) as stopper:
+        return run([_command(arguments, {})], stopper)
 
 
 def prepare_on_hosts(recipe: Recipe, arguments: list[str]) -> int:
@@ -44,9 +53,9 @@ def prepare_commands(
         )
     slots = find_hosts(recipe.launch).slots
     return [
-        Command(
+        _command(
             [
-                *(Path(sys.executable).name, "-m", PREPARE_MODULE, *arguments),
+                *arguments,
                 *([] if recipe.prepare.processes else [f"--prepare.processes={processes}"]),
             ],
             forwarded(environment)
@@ -56,3 +65,8 @@ def prepare_commands(
         )
         for node, (host, processes) in enumerate(slots.items())
     ]
+
+
+def _command(arguments: list[str], variables: dict[str, str], host: str | None = None) -> Command:
+    argv = [Path(sys.executable).name, "-m", PREPARE_MODULE, *arguments]
+    return Command(argv, variables, host)

@@ -37,16 +37,19 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
     code 75, and the job requeues itself to continue. The tasks of an array are runs of their own: task
     N has seed N and the run directory `run_dir`-N.
     """
-    own = ""
+    place, own = shlex.quote(run_dir), ""
     if job.array is not None:
-        own = f' --run_dir {shlex.quote(run_dir)}-"$SLURM_ARRAY_TASK_ID" --seed "$SLURM_ARRAY_TASK_ID"'
+        place += '-"$SLURM_ARRAY_TASK_ID"'
+        own = f' --run_dir {place} --seed "$SLURM_ARRAY_TASK_ID"'
     train = f'{shlex.join([python, "-m", TRAIN_MODULE, *arguments])}{own} "$@"'
     # A task that stopped on request leaves the others to save; any other failure ends them all, or
     # they would wait for it in a collective.
     # The shell gets Slurm's signal, too, and has to outlive the trainer's saving.
+    # The others' codes follow from the first one's, so that decides (-C: created once, by one task).
     task = (
         f"trap : USR1 TERM INT; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {train}; code=$?; "
-        f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then sleep 20; "
+        f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then "
+        '(set -C; echo $code > "$FLUX2_DS_FAILED") 2> /dev/null; sleep 20; '
         "scancel --signal=KILL $SLURM_JOB_ID.$SLURM_STEP_ID; fi; exit $code"
     )
     again = f'[ "$code" -eq {EXIT_STOPPED} ]'
@@ -69,9 +72,12 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
             f"export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR={job.accelerator}",
             f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
             "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
+            f"export FLUX2_DS_FAILED={place}/logs/slurm-$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
+            'mkdir -p "${FLUX2_DS_FAILED%/*}"',
             "",
             f'srun --kill-on-bad-exit=0 bash -c {shlex.quote(task)} task "$@"',
             "code=$?",
+            'if [ -s "$FLUX2_DS_FAILED" ]; then code=$(cat "$FLUX2_DS_FAILED"); fi',
             f'if {again}; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$code"',
             "",
@@ -87,6 +93,7 @@ def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
     return "\n".join(
         [
             *header(job, f"{job.name}-prepare", {}, nodes=job.nodes, tasks=1),
+            "#SBATCH --exclusive",  # or Slurm gives the one task a single core
             "",
             *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
             f"export FLUX2_DS_NODES=$SLURM_NNODES FLUX2_DS_START={start}",

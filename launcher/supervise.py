@@ -103,6 +103,7 @@ def remaining(recipe: Recipe, hosts: Hosts) -> Hosts:
     if fitting == hosts.slots:
         return hosts
     path = logs_directory(recipe) / "hostfile"
+    path.parent.mkdir(parents=True, exist_ok=True)  # a host may have been down from the start
     path.write_text("".join(f"{name} slots={count}\n" for name, count in fitting.items()))
     return on_hosts(path, fitting)
 

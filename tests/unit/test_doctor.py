@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ import pytest
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
+from flux2_ds.errors import UserError
 from flux2_ds.memory import checkpoint_bytes
 from flux2_ds.recipe import Batch, Checkpoint, Data, Launch, Log, Model, Recipe
+from flux2_ds.rundir import check_run_dir
 from flux2_ds.spec import RELEASED
 from launcher import checks, cli, doctor
 from launcher.findings import Finding, Findings, odd_ones_out
@@ -195,6 +198,28 @@ def test_failure_is_the_exit_code_and_nothing_is_left_behind(recipe, tmp_path, m
     assert not doctor.examine(recipe, Launch(), Hosts(2), [])
     assert capsys.readouterr().out == "failure  shards       none\n1 failures, 0 warnings\n"
     assert len(seen) == 1 and list(tmp_path.glob(".doctor-*")) == []
+
+
+def test_its_own_file_does_not_make_run_dir_another_programs(recipe):
+    Path(recipe.run_dir, "logs").mkdir(parents=True)
+    token = doctor.place_token(recipe)
+    assert token is not None and token.parent == Path(recipe.run_dir)
+    check_run_dir(recipe)
+    (token.parent / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not a run of flux2-ds"):
+        check_run_dir(recipe)
+
+
+def test_a_signal_ends_the_measurement_and_is_no_finding(monkeypatch, capfd):
+    def run(commands, stopper, output):
+        stopper._note(signal.SIGINT, None)
+        return 128 + 9 if stopper.at_once else pytest.fail("it goes on")
+
+    monkeypatch.setattr(doctor, "run", run)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit, match="137"):
+        doctor.measure(Launch(accelerator="cpu"), Hosts(2))
+    assert capfd.readouterr().out == "SIGINT: ending at once\n"
 
 
 def test_doctor_wants_a_recipe_for_more(monkeypatch, capsys):

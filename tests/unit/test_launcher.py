@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.runner import fetch_hostfile
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
@@ -61,10 +62,10 @@ def write_hostfile(folder: Path, text: str) -> Path:
 
 
 def test_hostfile(tmp_path):
-    text = "# two machines\nnode01 slots=8\n\n  node02.cluster   slots = 4  # smaller\n"
+    text = "# two machines\nnode01 slots=8\n\n  node02.cluster   slots=4  # smaller\n"
     path = write_hostfile(tmp_path, text)
     slots = {"node01": 8, "node02.cluster": 4}
-    assert read_hostfile(path) == slots
+    assert read_hostfile(path) == slots == fetch_hostfile(path)
     assert find_hosts(Launch(hostfile=str(path))) == Hosts(12, path, (), slots, "node01")
     with pytest.raises(UserError, match=r"launch\.processes is 2, but launch\.hostfile"):
         find_hosts(Launch(hostfile=str(path), processes=2))
@@ -77,7 +78,7 @@ def test_hostfile(tmp_path):
             (f"node01 slots=8\n{line}\n", "line 2: ")
             for line in (
                 *("node02", "node02 slots=many", "node02 slots=0", "node02 slots=-1"),
-                *("node01 slots=8", "node02 slots=8 extra", "slots=8"),
+                *("node01 slots=8", "node02 slots=8 extra", "slots=8", "node02 slots = 8"),
             )
         ),
         ("node01 slots=8\n\n\nnode02:8", "line 4: "),
@@ -187,9 +188,12 @@ NODES = Hosts(12, Path("hostfile"), slots={"node01": 8, "node02": 4}, address="1
 def test_commands_for_a_hostfile_carry_the_environment_but_no_secret(monkeypatch):
     monkeypatch.chdir("/")
     variables = {"NCCL_SOCKET_IFNAME": "ib0", "WANDB_API_KEY": "x", "HF_TOKEN": "y", "PATH": "/bin"}
+    variables |= {"AWS_ACCESS_KEY_ID": "z", "AWS_SECRET_ACCESS_KEY": "z", "AWS_SESSION_TOKEN": "z"}
+    variables |= {"AWS_ENDPOINT_URL": "http://store"}
     first, second = commands(Launch(), NODES, ["--preview.prompts", '["a $b"]'], **variables)
     assert str(second) == (
-        "node02$ NCCL_SOCKET_IFNAME=ib0 DS_ACCELERATOR=cuda DEEPSPEED_TIMEOUT=15 FLUX2_DS_SLOTS=4 "
+        "node02$ NCCL_SOCKET_IFNAME=ib0 AWS_ENDPOINT_URL=http://store "
+        "DS_ACCELERATOR=cuda DEEPSPEED_TIMEOUT=15 FLUX2_DS_SLOTS=4 "
         "deepspeed --log_level critical --hostfile hostfile --no_ssh --node_rank 1 --master_addr 10.0.0.1 "
         "--master_port 29501 --no_local_rank --module flux2_ds.train --preview.prompts '[\"a $b\"]'"
     )
@@ -200,7 +204,7 @@ def test_commands_for_a_hostfile_carry_the_environment_but_no_secret(monkeypatch
     shown = program[-1].replace("exec env", "printf '%s\\n'")
     words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True).stdout
     assert words.splitlines()[-2:] == ["--preview.prompts", '["a $b"]']
-    assert [sys.executable, "-m", "launcher.keeper", "60"] == words.splitlines()[4:8]
+    assert [sys.executable, "-m", "launcher.keeper", "60"] == words.splitlines()[5:9]
 
 
 def test_command_for_pdsh_is_deepspeeds_own():
@@ -320,6 +324,29 @@ def test_slurm_job_requeues_after_failures_so_many_times(tmp_path, code, restart
     job = dataclasses.replace(job, environment=(("SLURM_RESTART_COUNT", str(restarts)),))
     done = run_job(tmp_path, [], job=job, python=f"exit {code}")
     assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(2, False), (3, True)])
+def test_the_first_task_that_fails_decides_the_jobs_code(tmp_path, code, requeued):
+    """The other fails when it has lost the first; then both shells are killed, which makes srun's 137."""
+    job = dataclasses.replace(JOB, max_restarts=1)
+    done = run_job(
+        tmp_path,
+        [],
+        job=job,
+        python=f"[ $RANK = 0 ] && exit {code}; until [ -e 0 ]; do /bin/sleep 0.02; done; exit 1",
+        sleep="touch $SLURM_PROCID; until [ -e 1 ] && [ -e shells ]; do /bin/sleep 0.02; done",
+        scancel="kill -9 $(cat shells)",
+        srun="""\
+shift
+for task in 0 1; do SLURM_PROCID=$task "$@" & shells="$shells $!"; done
+echo $shells > shells.part; mv shells.part shells
+highest=0
+for shell in $shells; do wait $shell; code=$?; [ $code -gt $highest ] && highest=$code; done
+echo "srun: $highest"; exit $highest""",
+    )
+    assert done.stdout == "srun: 137\n" + "scontrol requeue 7\n" * requeued
+    assert done.returncode == code
 
 
 def test_slurms_signal_lets_the_trainer_save(tmp_path):
@@ -646,6 +673,12 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
         ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
+        ("slurm", ["--gpus-per-node=0"], "--gpus-per-node must be at least 1"),
+        ("slurm", ["--gpus-per-node=2"], "--gpus-per-node is 2, but launch.accelerator is cpu"),
+        *(
+            ("slurm", ["--job=prepare", f"{option}=1"], f"{option} is of a training")
+            for option in ("--array", "--max-restarts", "--save-before")
+        ),
         ("slurm", [*SLURM, *CUDA, "--submit"], "data.shards shards has no index.json"),
     ],
 )
@@ -666,6 +699,42 @@ def test_slurm_prints_a_script_with_the_recipes_arguments(recipe, monkeypatch, c
     assert "#SBATCH --job-name=cats\n#SBATCH --nodes=2\n" in script
     assert "#SBATCH --account=lab" in script
     assert f"-m flux2_ds.train --config {recipe} --launch.accelerator cuda --steps 5 " in script
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        ([], 2),
+        (["--gpus-per-node=1"], 1),
+        (["--launch.processes=null", "--batch.global_size=16"], 8),
+        (["--job=prepare"], 2),
+        (["--job=prepare", "--prepare.processes=4"], 4),
+    ],
+)
+def test_gpus_of_a_node_are_those_that_the_recipe_names(recipe, monkeypatch, capsys, options, gpus):
+    assert call(monkeypatch, "slurm", "--config", recipe, *CUDA, *options) == 0
+    assert f"#SBATCH --gpus-per-node={gpus}\n" in capsys.readouterr().out
+
+
+def test_a_command_takes_the_launchers_place(tmp_path):
+    """What signals the launcher signals the command, and its exit code is the launcher's."""
+    (tmp_path / "told.py").write_text(
+        "import os, sys\nprint(os.getpid(), *sys.argv[1:], os.environ['TOLD'], flush=True)\n"
+        "sys.exit(3)"
+    )
+    call = (
+        "from launcher.cli import run_module; print('first')\nrun_module('told', ['a b'], TOLD='x')"
+    )
+    launched = subprocess.Popen(
+        [sys.executable, "-c", call],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )
+    out, _ = launched.communicate(timeout=30)
+    assert out == f"first\n{launched.pid} a b x\n"
+    assert launched.returncode == 3
 
 
 def test_script_is_handed_to_sbatch(recipe, tmp_path, monkeypatch, capsys):

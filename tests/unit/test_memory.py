@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from flux2_ds.memory import (
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
 from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Batch, Data, Lora, Model, Recipe
+from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Recipe
 from flux2_ds.spec import RELEASED, Spec
-from launcher.planning import size
+from launcher.hosts import Hosts
+from launcher.planning import plan_memory, size
 
 DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"
 ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
@@ -182,6 +184,29 @@ def test_choices_fit_and_the_fastest_is_first():
     small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, math.inf)
     assert small[0].base_weights == "nf4_fp8"
     assert choices(recipe_for(), RELEASED[DEV], 1, 4096, 4 * GIB, 1 * GIB) == []
+
+
+@pytest.mark.parametrize(
+    ("launch", "hosts", "shared"),
+    [
+        (Launch(), Hosts(1), 1),
+        (Launch(), Hosts(16), 8),
+        (Launch(processes=4), Hosts(16), 4),  # --gpus 16 over it
+        (Launch(), Hosts(16, Path("hostfile"), slots={"node01": 4, "node02": 12}), 12),
+    ],
+)
+def test_host_memory_is_of_each_host(launch, hosts, shared):
+    recipe = recipe_for(processes=hosts.processes, deepspeed="zero3_offload", launch=launch)
+    plan = make_plan(recipe, hosts.processes)
+    needed = plan_memory(plan, hosts, None, None, None).memory.on_host * shared
+    for part, fits in ((0.99, False), (1.01, True)):
+        found = plan_memory(plan, hosts, None, "80GiB", f"{needed * part:.0f}")
+        assert found.fits == fits
+        unquantised = [choice.deepspeed for choice in found.others if not choice.base_weights]
+        assert ("zero3_offload" in unquantised) == fits
+        totals = [choice["host_total"] for choice in found.values()["choices"]]
+        assert all(total <= needed * part for total in totals)
+    assert f"host       {needed / GIB:.1f} GiB = {shared} processes × " in "\n".join(found.lines())
 
 
 def test_sizes():

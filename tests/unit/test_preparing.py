@@ -61,11 +61,31 @@ def test_a_slurm_job_starts_one_task_a_node(tmp_path):
     script = prepare_script(job, ["--config", "a b"], python=str(told))
     assert "#SBATCH --job-name=cats-prepare\n#SBATCH --nodes=2\n" in script
     assert "#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=8\n" in script
+    assert "#SBATCH --exclusive\n" in script
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "17", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "-s", "--", "--more"], input=script, env=slurm, text=True,
                          capture_output=True, check=True).stdout  # fmt: skip
     common = "of 2 in 17.0: -m flux2_ds.prepare --config a b --more"
     assert out.splitlines() == [f"0 {common}", f"1 {common}"]
+
+
+def test_a_signal_ends_prepare_with_what_it_has_started(tmp_path):
+    """A stand-in for it starts a process, as `prepare` does for each of several GPUs."""
+    (tmp_path / "stand_in.py").write_text(
+        "import subprocess, sys\nprint(*sys.argv[1:], flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    launched = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys; from launcher import preparing\npreparing.PREPARE_MODULE = 'stand_in'\n"
+         "sys.exit(preparing.prepare_here(['--config', 'a b']))"],
+        stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})  # fmt: skip
+    assert launched.stdout is not None
+    assert launched.stdout.readline() == "--config a b\n"
+    launched.send_signal(signal.SIGTERM)
+    out, _ = launched.communicate(timeout=30)  # its output ends when all have ended
+    assert (out, launched.returncode) == ("SIGTERM: ending at once\n", 128 + 9)
 
 
 def test_a_signal_ends_all_hosts_at_once():

@@ -83,7 +83,6 @@ def test_the_recorded_failure_decides_the_code(monkeypatch, recipe, capsys):
 )
 def test_the_remaining_hosts_divide_the_batch(monkeypatch, recipe, tmp_path, alive, fitting):
     monkeypatch.setattr(supervise, "answering", lambda names: set(alive))
-    (tmp_path / "run" / "logs").mkdir(parents=True)
     hosts = on_hosts(tmp_path / "hostfile", SLOTS)
     now = supervise.remaining(recipe, hosts)
     assert now.slots == fitting
