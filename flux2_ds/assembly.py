@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.models import attention_dispatch
 
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
-from flux2_ds.engine import Engine, Process, divider, gathering
+from flux2_ds.engine import Engine, Process, check_config, divider, exchange, gathering
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
@@ -46,7 +47,7 @@ def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transforme
     """The transformer in `directory` as the plan wants its weights: divided, quantised or plain."""
     recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
-    check_base(recipe, device)
+    check_machine(plan, device)
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     files, quantized = directory / "transformer", BASE_WEIGHTS.get(recipe.base_weights or "")
@@ -76,7 +77,11 @@ def finish_model(
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
     trained = sum(sizes[name] for name in transformer.trainable(model))
     log.info("parameters %s trained", f"{trained:,}")
-    kept = kept_blocks(spec, plan, image_tokens, free_memory(process.device))
+    # The same number in all processes: at stage 3 a block that recomputes has collectives of its own.
+    free = free_memory(process.device)
+    if process.world > 1:
+        free = min(exchange(free))
+    kept = kept_blocks(spec, plan, image_tokens, free)
     attention = attention_backend(recipe, process.device)
     compiled = compiles(recipe, plan.zero_stage)
     arrange_blocks(
@@ -193,13 +198,21 @@ def free_memory(device: torch.device) -> float:
     return min(free, torch.cuda.get_per_process_memory_fraction(device) * total)
 
 
-def check_base(recipe: Recipe, device: torch.device) -> None:
-    """Refuse a quantised base on a card that cannot compute with it.
+def check_machine(plan: Plan, device: torch.device) -> None:
+    """Refuse, before a model is loaded, what this card or the installed packages cannot do.
 
     Raises:
-        UserError: naming the card and what works on it.
+        UserError: a setting of ZeRO, an attention backend or a quantised base, and what to do.
     """
-    base = recipe.base_weights
+    recipe, base = plan.recipe, plan.recipe.base_weights
+    check_config(plan.deepspeed)
+    try:
+        with attention_dispatch.attention_backend(attention_backend(recipe, device) or "native"):
+            pass  # it has looked for the package
+    except RuntimeError as error:
+        raise UserError(
+            f"attention is {recipe.attention}: {error} Or set attention: auto."
+        ) from error
     if device.type != "cuda" or base not in BASE_WEIGHTS:
         return
     # nf4 has fp8 scales, which Triton reads on such cards only.

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_ds.assembly import build_engine, build_objective, check_base, finish_model
+from flux2_ds.assembly import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.engine import divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
@@ -92,7 +92,7 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / total), device)
     plan = make_plan(recipe, process.world)
     spec = planned_spec(recipe.model.path)
-    check_base(recipe, device)
+    check_machine(plan, device)
 
     result: dict[str, Any] = {
         "model": f"{recipe.model.path} ({spec})",

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from flux2_ds.errors import UserError
 from flux2_ds.stored import Piece, StoredTensors, write
 
 STATE_NAME = "state.json"
+_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,19 @@ def verify(checkpoint: Checkpoint) -> str | None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{STATE_NAME} cannot be read ({error!r})"
-    for name, (size, sha256) in files.items():
-        file = checkpoint.path / name
+
+    def damage(name: str) -> str | None:
+        (size, sha256), file = files[name], checkpoint.path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         if _sha256(file) != sha256:
             return f"{name} does not have its sha256"
-    return None
+        return None
+
+    with ThreadPoolExecutor(_READERS) as readers:  # the other processes wait
+        return next(filter(None, readers.map(damage, files)), None)
 
 
 def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:

@@ -18,7 +18,9 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.utils import set_z3_leaf_module
+from pydantic import ValidationError
 from torch import distributed, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -55,7 +57,7 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
+        "MASTER_PORT": "0",  # whichever is free
     }
     if "RANK" not in os.environ:
         os.environ.update(alone)
@@ -85,6 +87,19 @@ def divider(config: dict[str, Any]) -> Callable[[nn.Module], None]:
         deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
     return divide
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would after the model is loaded.
+
+    Raises:
+        UserError: naming the keys of zero_optimization.
+    """
+    try:
+        get_zero_config(config)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"zero_optimization in the deepspeed config: {wrong}.") from error
 
 
 @contextmanager
@@ -202,13 +217,15 @@ class Engine:
         self._engine.step()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
-            if self._stage == 2 and not math.isfinite(self._norm):
+            if self._stage < 3 and not math.isfinite(self._norm):
                 # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a step that it
                 # has not made in its buffers, and would add those of the next steps to them.
-                buffers = self._engine.optimizer.averaged_gradients
+                buffers = getattr(self._engine.optimizer, "averaged_gradients", {})
                 buffers.update(dict.fromkeys(buffers))
-        if last and self.state.averages and math.isfinite(self._norm):
-            self.state.average()
+        if last and self.state.averages:
+            norm = self._norm
+            finite = norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm)
+            self.state.average(finite)
 
     def _clip(self) -> torch.Tensor:
         """Clip at stage 0 and return the norm before it; withhold an update that is not finite.

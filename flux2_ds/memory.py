@@ -159,15 +159,16 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
     if not full:
         card["adapter"] = 4 * (share if stage == 3 else trained)
     optimizer_at = host if plan.offloads("offload_optimizer") else card
-    masters = 4 * share if stage and (full or stage < 3) else 0
-    optimizer_at["optimizer"] = masters + _STATE.get(recipe.optimizer.name, _MOMENTS) * share
+    if stage and (full or stage < 3):
+        optimizer_at["fp32 masters"] = 4 * share
+    optimizer_at["optimizer"] = _STATE.get(recipe.optimizer.name, _MOMENTS) * share
     gradient = 4 if not full or recipe.precision != "bf16" else 6
     optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
     if stage in (1, 2):
         buffers = 2 if zero.get("overlap_comm") else 1
         card["reduction buffers"] = 4 * buffers * min(zero.get("reduce_bucket_size", 5e8), trained)
     if recipe.optimizer.ema_decay is not None:
-        card["EMA"] = 4 * share
+        optimizer_at["EMA"] = 4 * share
 
     tokens = (image_tokens + TEXT_TOKENS) * recipe.batch.micro_size
     stream = tokens * spec.width * element
@@ -194,10 +195,9 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
 
 
 def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
-    """Bytes of the card that the first forward pass finds free and later ones do not: stage 0's
-    optimizer state, and gradients that wait for the next micro-batch's."""
-    state = plan.zero_stage == 0 and not resumed
-    parts = ["optimizer"] * state + ["gradients"] * (plan.accumulation > 1)
+    """Bytes of the card that the first forward pass finds free and later ones do not: the optimizer's
+    state, and gradients that wait for the next micro-batch's."""
+    parts = ["optimizer"] * (not resumed) + ["gradients"] * (plan.accumulation > 1)
     return sum(memory.card.get(part, 0.0) for part in parts)
 
 

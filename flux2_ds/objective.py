@@ -48,7 +48,9 @@ class FlowObjective:
         t = timesteps(self._deviates(batch), settings, batch.bucket.tokens)
         ids = [latents.image_ids(batch.bucket.height, batch.bucket.width, self.device)]
         if references:
-            ids.append(latents.reference_ids(batch.references, self.device))
+            ids.append(
+                latents.reference_ids(tuple(each.shape for each in batch.references), self.device)
+            )
         prediction = forward(
             hidden_states=torch.cat([flow.interpolate(x0, noise, t), *references], dim=1),
             encoder_hidden_states=self._here(batch.text),

@@ -19,6 +19,7 @@ from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Evaluation, Lora, Objective, Optimizer, Recipe
 from flux2_ds.shipped import shipped_directory
 
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _DEEPSPEED_KEYS = frozenset(
     {
         "zero_optimization",
@@ -217,6 +218,11 @@ def _check_precision(recipe: Recipe, stage: int) -> None:
             "precision is fp16, which DeepSpeed does not offer on the CPU. Set precision to bf16 "
             "or fp32, or launch.accelerator to cuda."
         )
+    if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
+        raise UserError(
+            f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
+            "auto, or precision: bf16."
+        )
     if stage == 0 and _precision_sections(recipe):
         raise UserError(
             f"precision is {recipe.precision} with method {recipe.method}, whose fp32 masters need "
@@ -269,7 +275,7 @@ def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:
             f"optimizer.learning_rate is {adam.learning_rate:g}; Prodigy finds its own step size and "
             "multiplies it by this. Set it to 1."
         )
-    for part in ("offload_optimizer", "offload_param"):
+    for part in _OFFLOADS:
         device = _device(zero, part)
         if device not in ("none", "cpu"):
             raise UserError(
@@ -330,15 +336,14 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     else:
         source, config = "(in the recipe)", copy.deepcopy(choice)
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
-    offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
     if (
         not isinstance(zero, dict)
-        or not isinstance(offload, dict)
         or zero.get("stage", 0) not in (0, 1, 2, 3)
+        or not all(isinstance(zero.get(part) or {}, dict) for part in _OFFLOADS)
     ):
         raise UserError(
             f"deepspeed config {source} must be a JSON object; its zero_optimization, too, with a "
-            "stage of 0, 1, 2 or 3; and its offload_optimizer, if any."
+            f"stage of 0, 1, 2 or 3; and its {' and '.join(_OFFLOADS)}, if any."
         )
     for key in config:
         if key in _OWNED_ELSEWHERE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +33,16 @@ class Piece:
     shape: tuple[int, ...] | None = None
 
 
-def write(folder: Path, pieces: Iterable[Piece], part: int | None = None) -> list[Path]:
-    """Write pieces, ordered by kind, into KIND.safetensors or KIND-PART-NUMBER.safetensors.
+def write(folder: Path, pieces: Iterable[Piece], part: int | None = None) -> Iterator[Path]:
+    """Write pieces, ordered by kind, into KIND.safetensors or KIND-PART-NUMBER.safetensors; gives each
+    file when it is written.
 
     Floats are stored in fp32. `part`: the number of the process that writes, if several do.
     """
-    files: list[Path] = []
+    numbers: Counter[str] = Counter()
     for kind, group in _groups(pieces, FILE_BYTES if part is not None else None):
-        number = sum(file.name.startswith(f"{kind}-") for file in files)
-        name = kind if part is None else f"{kind}-{part:04d}-{number:04d}"
+        name = kind if part is None else f"{kind}-{part:04d}-{numbers[kind]:04d}"
+        numbers[kind] += 1
         divided = [piece for piece in group if piece.shape is not None]
         metadata = {
             "starts": json.dumps({piece.name: piece.start for piece in divided}),
@@ -48,8 +50,7 @@ def write(folder: Path, pieces: Iterable[Piece], part: int | None = None) -> lis
         }
         file = folder / f"{name}.safetensors"
         write_tensors(file, {p.name: p.tensor for p in group}, metadata if divided else None)
-        files.append(file)
-    return files
+        yield file
 
 
 def _groups(pieces: Iterable[Piece], at_most: int | None) -> Iterator[tuple[str, list[Piece]]]:

@@ -53,7 +53,7 @@ def stratified(z: torch.Tensor, places: Sequence[int], of: int) -> torch.Tensor:
     A global batch of independent z then covers the distribution evenly, each z remaining standard
     normal over a random place; this lowers the variance of the loss and of the gradient.
     """
-    place = torch.tensor(places, dtype=torch.float64, device=z.device)
+    place = torch.tensor(places, dtype=torch.float64).to(z.device, non_blocking=True)
     return torch.special.ndtri((place + torch.special.ndtr(z.double())) / of).float()
 
 

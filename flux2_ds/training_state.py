@@ -46,6 +46,7 @@ class TrainingState:
         self._ema: dict[str, torch.Tensor] = {}
         if settings.ema_decay is not None:
             self._ema = {part.name: part.weight.clone() for part in self._fragments}
+        self._averaged: torch.Tensor | int = 0
 
     def updates(self) -> int:
         """Optimizer updates made; steps whose gradients were not finite are not among them."""
@@ -62,12 +63,13 @@ class TrainingState:
             return self._whole_pieces() if self._rank == 0 else []
         if self.in_parts:
             return self._parts()
-        gathered = [
-            Piece(kind, name, self._gather(kind, name).cpu())
-            for kind in self._kinds()
-            for name in self._named
-        ]
-        return gathered if self._rank == 0 else []
+        gathered = []
+        for kind in self._kinds():
+            for name in self._named:
+                whole = self._gather(kind, name)
+                if self._rank == 0:
+                    gathered.append(Piece(kind, name, whole.cpu()))
+        return gathered
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps in JSON: updates, and scalars of optimizer and loss scaler."""
@@ -114,6 +116,7 @@ class TrainingState:
             for part in self._fragments:
                 value = averages.read(part.name, part.start, part.start + part.count)
                 self._ema[part.name].copy_(value)
+            self._averaged = counters["updates"]
         scaler = self._loss_scaler()
         for name, value in counters["loss_scaler"].items() if scaler else ():
             setattr(scaler, name, value)
@@ -200,14 +203,17 @@ class TrainingState:
         """Whether there is an EMA."""
         return self._settings.ema_decay is not None
 
-    def average(self) -> None:
-        """Move the EMA; young ones move faster, so that the start is soon forgotten."""
+    def average(self, updated: torch.Tensor | bool) -> None:
+        """Move the EMA if the step has `updated` the weights; young ones move faster, so that the start
+        is soon forgotten. A flag on the device stays there: reading it would wait."""
         decay = self._settings.ema_decay
         assert decay is not None
-        updates = self.updates()
-        decay = min(decay, (1 + updates) / (10 + updates))
+        self._averaged = self._averaged + torch.as_tensor(updated, dtype=torch.float64)
+        young = (1 + self._averaged) / (10 + self._averaged)
+        share = ((1 - young.clamp(max=decay)) * updated).float()
         for part in self._fragments:
-            self._ema[part.name].lerp_(part.weight, 1 - decay)
+            share = share.to(part.weight.device, non_blocking=True)
+            self._ema[part.name].lerp_(part.weight, share)
 
 
 def check_fit(saved: Checkpoint, shapes: dict[str, tuple[int, ...]], kinds: list[str]) -> None:

@@ -40,7 +40,8 @@ def _quantize_rows(
         part = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             part = part * tl.load(column_scale + column, mask=inside, other=0.0)
-        peak = tl.maximum(peak, tl.abs(part))
+        # A maximum passes NaN over; an infinite scale spoils the row as NaN does.
+        peak = tl.maximum(peak, tl.where(part == part, tl.abs(part), float("inf")))
     scale = tl.maximum(tl.max(peak, 0), 1e-12) / largest
     for start in range(0, columns, CHUNK):
         column = start + tl.arange(0, CHUNK)

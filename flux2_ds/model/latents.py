@@ -6,7 +6,6 @@ The layouts are diffusers' own (`Flux2Pipeline._patchify_latents`, `_pack_latent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -48,9 +47,10 @@ def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
     return Flux2Pipeline._prepare_latent_ids(grid)[0].to(device)
 
 
-def reference_ids(references: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+@lru_cache(maxsize=256)
+def reference_ids(shapes: tuple[torch.Size, ...], device: torch.device) -> torch.Tensor:
     """Position ids (10·(k+1), y, x, 0) of raw reference latents, the k-th [..., 32, 2h, 2w]: [sum of h·w, 4]."""
-    grids = [torch.empty(1, 1, each.shape[-2] // 2, each.shape[-1] // 2) for each in references]
+    grids = [torch.empty(1, 1, shape[-2] // 2, shape[-1] // 2) for shape in shapes]
     return Flux2Pipeline._prepare_image_ids(grids)[0].to(device)
 
 

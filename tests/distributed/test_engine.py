@@ -298,15 +298,18 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(
 ) -> None:
     """One process of two has an infinite loss: no stage updates, and all go on without a trace."""
     bad = 2
-    kinds = [("lora", name, {}) for name in ("zero0", "zero1", "zero2", "zero3")]
+    kinds: list[Any] = [("lora", name, {}) for name in ("zero0", "zero1", "zero2", "zero3")]
     if shutil.which("c++") is not None:
         # Their masters are in another place of DeepSpeed, with a check of its own.
         kinds += [("full", "zero1", BF16), ("full", "zero2_offload", BF16)]
+        offloaded = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+        kinds += [("full", "zero0", BF16 | {"zero_optimization": offloaded})]
     cases = [
         {"method": method, "deepspeed": configs()[name] | extra, "micro": 1, "poison": bad,
-         "optimizer": {"ema_decay": 0.9}, "steps": 5, "save": str(tmp_path / f"{method}-{name}")}
-        for method, name, extra in kinds
+         "optimizer": {"ema_decay": 0.9}, "steps": 5, "save": str(tmp_path / f"{number}-{name}")}
+        for number, (method, name, extra) in enumerate(kinds)
     ]  # fmt: skip
+    cases.append({**cases[0], "fused": True, "save": str(tmp_path / "fused")})
     expected, _ = trajectory.reference("lora", 5, skipped=bad)
     assert expected != pytest.approx(references["lora"][0][:5], rel=TOLERANCE)
     for case, losses in zip(cases, launch(2, cases, tmp_path), strict=True):

@@ -15,10 +15,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -176,14 +177,15 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     compiled = case.get("blocks", {}).get("compiled", False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    engine = engines.Engine(
-        model,
-        config,
-        settings,
-        offload_optimizer=offload,
-        in_parts=case["method"] == "full",
-        compiled=blocks_of(model) if compiled else (),
-    )
+    with patch.object(optimizers, "build", fused) if case.get("fused") else nullcontext():
+        engine = engines.Engine(
+            model,
+            config,
+            settings,
+            offload_optimizer=offload,
+            in_parts=case["method"] == "full",
+            compiled=blocks_of(model) if compiled else (),
+        )
     first = 0
     if "load" in case:
         found, _ = checkpoint.newest(Path(case["load"]))
@@ -224,6 +226,14 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     if compiled:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == case["graphs"]
     return losses
+
+
+build_optimizer = optimizers.build
+
+
+def fused(settings: Optimizer, parameters: Any, *, fused: bool) -> Any:
+    """As on CUDA; torch has a fused AdamW for the CPU, too."""
+    return build_optimizer(settings, parameters, fused=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_int8_rounds_halves_to_even():
     row = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
     found, _ = quantize_rows(row.cuda(), None, "int8")
     assert found.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_row_that_is_not_finite_spoils_its_products_and_no_other(kind):
+    skip_without_fp8(kind)
+    rows = gaussian(4, 300)
+    rows[1, 7], rows[2, 299] = math.nan, math.inf
+    values, scales = quantize_rows(rows.cuda(), None, kind)
+    products = values.float() @ gaussian(300, 8, seed=1).cuda() * scales
+    assert products.isfinite().all(1).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "int8"])

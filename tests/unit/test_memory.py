@@ -23,7 +23,7 @@ from flux2_ds.memory import (
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
 from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Recipe
+from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import RELEASED, Spec
 from launcher.hosts import Hosts
 from launcher.planning import plan_memory, size
@@ -104,8 +104,17 @@ def test_offload_moves_and_processes_divide():
     divided = estimate_for(DEV, 0, processes=4, zero=ZERO2)
     away = estimate_for(DEV, 0, zero={**ZERO2, "offload_optimizer": {"device": "cpu"}})
     assert divided.card["optimizer"] == here.card["optimizer"] / 4
-    assert away.host == {part: here.card[part] for part in ("optimizer", "gradients")}
+    parts = ("fp32 masters", "optimizer", "gradients")
+    assert away.host == {part: here.card[part] for part in parts}
     assert away.on_card + away.on_host == pytest.approx(here.on_card)
+
+
+def test_the_average_is_where_the_masters_are():
+    offload = {**ZERO2, "offload_optimizer": {"device": "cpu"}}
+    average = Optimizer(ema_decay=0.999)
+    here = estimate_for(DEV, 0, zero=ZERO2, optimizer=average)
+    away = estimate_for(DEV, 0, zero=offload, optimizer=average)
+    assert here.card["EMA"] == away.host["EMA"] > 0 and "EMA" not in away.card
 
 
 def test_stage_3_divides_the_base_and_gathers_some_of_it():
@@ -218,7 +227,7 @@ def test_sizes():
 
 
 def test_what_the_first_step_adds_is_known_before_it():
-    """Adam's two moments at stage 0, and gradients between micro-batches; ZeRO has its state earlier."""
+    """Adam's two moments, and gradients between micro-batches."""
     spec = RELEASED[KLEIN_4B]
 
     def added(stage: int, micro_batches: int, *, resumed: bool = False) -> float:
@@ -229,5 +238,5 @@ def test_what_the_first_step_adds_is_known_before_it():
         memory = estimate(spec, plan, 4096, 0)
         return not_yet_allocated(plan, memory, resumed=resumed) / adapter_parameters(spec, recipe)
 
-    assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2)] == [8, 12, 0, 4]
-    assert added(0, 1, resumed=True) == 0
+    assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2)] == [8, 12, 8, 12]
+    assert added(0, 1, resumed=True) == added(2, 1, resumed=True) == 0
