@@ -13,12 +13,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.memory import GIB
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.transformer import compute_dtype
@@ -53,10 +55,16 @@ def main() -> None:
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     dtype = compute_dtype(recipe.precision)
+    card = None
+    if recipe.launch.accelerator == "cuda":
+        card = torch.cuda.mem_get_info()[0]
+    check_room(part_bytes(directory, dtype), card, psutil.virtual_memory().available)
     pipeline = load_pipeline(directory, spec, dtype)
     before = render(pipeline, recipe, references)
     if recipe.method == "full":
-        pipeline.transformer = None  # two of them need not fit into memory
+        # Two of them need not fit into memory.
+        pipeline.remove_all_hooks()
+        pipeline.transformer = None
         pipeline.transformer = Flux2Transformer2DModel.from_pretrained(trained, dtype=dtype)
     else:
         pipeline.load_lora_weights(str(trained.parent), weight_name=trained.name)
@@ -66,6 +74,39 @@ def main() -> None:
     titles = ("base model", f"{recipe.method}, step {step}")
     grid(recipe.preview.prompts, titles, (before, after)).save(output)
     log.info("rendered %d prompts with %s: %s", len(before), trained, output)
+
+
+def part_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the model's parts in memory, by what their files of 16-bit weights hold."""
+    parts = ("text_encoder", "transformer", "vae")
+    files = {part: (directory / part).glob("*.safetensors") for part in parts}
+    return {
+        part: sum(file.stat().st_size for file in found) * dtype.itemsize // 2
+        for part, found in files.items()
+    }
+
+
+def check_room(parts: dict[str, int], card: int | None, host: int) -> None:
+    """Refuse a model that memory cannot hold, before it is loaded. `card`, `host`: free bytes.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    largest = max(parts, key=lambda part: parts[part])
+    elsewhere = (
+        "sample renders with the whole model, not with base_weights. Run it on a larger machine with the "
+        "same run_dir, or load the export there with diffusers."
+    )
+    if card is not None and parts[largest] > card:
+        raise UserError(
+            f"the model's {largest} takes {parts[largest] / GIB:.1f} GiB and the card has "
+            f"{card / GIB:.1f} GiB free: {elsewhere}"
+        )
+    if sum(parts.values()) > host:
+        raise UserError(
+            f"the model takes {sum(parts.values()) / GIB:.1f} GiB of host memory and "
+            f"{host / GIB:.1f} GiB are free: {elsewhere}"
+        )
 
 
 def choose_export(recipe: Recipe, step: int | None) -> Path:

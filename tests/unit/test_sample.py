@@ -54,3 +54,15 @@ def test_references_that_cannot_be_used(
         Image.new("RGB", size).save(path)
     with pytest.raises(UserError, match=rf"(?s)preview\.references: .*reference\.png .*{reason}"):
         sample.open_reference(str(path))
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_loaded(tiny_model: Path) -> None:
+    tiny = sample.part_bytes(tiny_model, torch.float32)
+    assert all(size > 0 for size in tiny.values())
+    sample.check_room(tiny, None, sum(tiny.values()))
+    with pytest.raises(UserError, match="host memory"):
+        sample.check_room(tiny, None, sum(tiny.values()) - 1)
+    dev = {"text_encoder": 48 << 30, "transformer": 60 << 30, "vae": 1 << 28}
+    sample.check_room(dev, 80 << 30, 128 << 30)
+    with pytest.raises(UserError, match=r"transformer takes 60\.0 GiB and the card has 23\.5 GiB"):
+        sample.check_room(dev, int(23.5 * 2**30), 128 << 30)
