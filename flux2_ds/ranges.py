@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Recipe
+from flux2_ds.recipe import Data, Recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
 
@@ -19,6 +20,7 @@ def check_ranges(recipe: Recipe) -> None:
         UserError: naming the setting, its value and the rule.
     """
     data, preview = recipe.data, recipe.preview
+    _check_urls(data)
     at_least_one: dict[str, int | None] = {
         "steps": recipe.steps,
         "batch.global_size": recipe.batch.global_size,
@@ -95,3 +97,19 @@ def check_ranges(recipe: Recipe) -> None:
         raise UserError(
             "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
         )
+
+
+def _check_urls(data: Data) -> None:
+    """Refuse passwords, and a server's user names, which may be tokens. `sftp://me@host` has neither."""
+    images = {"": data.images} if isinstance(data.images, str) else data.images
+    named = {
+        "data.shards": data.shards,
+        **{f"data.images.{name}".rstrip("."): location for name, location in images.items()},
+        **{f"data.more_shards.{name}": location for name, location in data.more_shards.items()},
+    }
+    for name, location in named.items():
+        if re.search(r"https?://[^/]*@|://[^/]*:[^/]*@", location):
+            raise UserError(
+                f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
+                "show it. Take it out and give credentials as docs/data.md says under Reading."
+            )

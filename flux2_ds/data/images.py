@@ -6,7 +6,7 @@ import io
 import math
 import struct
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,12 @@ _LINES, _LINE_HEIGHT = 3, 14
 _SAME_ASPECT = 0.02
 # What Pillow warns of is an error here (`_open`): filters of warnings are not for threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def why_unread(name: str) -> str | None:
+    """Why a file is not read that is a picture by its name; None if it is."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return f"{suffix} is not read: convert it to JPEG or PNG" if suffix in UNREAD else None
 
 
 class UnreadableImageError(Exception):

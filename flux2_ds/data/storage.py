@@ -55,12 +55,13 @@ class Blob:
 
         def checked() -> memoryview:
             data = memoryview(self._fetch()) if is_url(self.location) else self._load()
-            if self.size is not None and len(data) != self.size:
-                raise DamagedError(
-                    f"{len(data)} instead of {self.size} bytes at {self.offset}"
-                    + (": its server does not serve parts of files (HTTP range requests)"
-                       if len(data) > self.size else "")
-                )  # fmt: skip
+            if self.size is not None and len(data) > self.size:
+                raise UserError(
+                    f"{self.location}: its server sent {len(data)} bytes for {self.size}: it does not "
+                    "serve parts of files (HTTP range requests). Use one that does, such as nginx."
+                )
+            if self.size is not None and len(data) < self.size:
+                raise DamagedError(f"{len(data)} instead of {self.size} bytes at {self.offset}")
             check(data)
             return data
 
@@ -91,7 +92,11 @@ class Blob:
 
 
 def file_system(location: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it. Trying again and again is left to us."""
+    """fsspec's file system for a URL, and the path in it. Trying again and again is left to us.
+
+    Raises:
+        UserError: no such kind of store, or one whose package is not installed.
+    """
     options: dict[str, Any] = {}
     if location.startswith("s3://"):
         options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -99,7 +104,12 @@ def file_system(location: str) -> tuple[Any, str]:
         from aiohttp import ClientTimeout  # here: the launcher need not wait for it
 
         options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=15, sock_read=60)}}
-    system, path = fsspec.url_to_fs(location, **options)
+    try:
+        system, path = fsspec.url_to_fs(location, **options)
+    except ImportError as error:
+        raise UserError(f"{location} needs another package: {error}.") from error
+    except ValueError as error:
+        raise UserError(f"{location} cannot be opened: {error}.") from error
     return system, path
 
 
@@ -126,11 +136,14 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
             return read()
         except _FINAL as error:
             raise UserError(f"{location} cannot be read: {_reason(error)}.") from error
-        except ImportError as error:
-            raise UserError(f"{location} needs another package: {error}.") from error
         except _NOT_THE_STORE:
             raise
         except Exception as error:  # every store has errors of its own; all end in a UserError
+            if _wants_credentials(error):
+                raise UserError(
+                    f"{location} cannot be read: {_reason(error)}. Give the credentials as docs/data.md "
+                    "says under Reading."
+                ) from error
             if pause is None:
                 kind = UserError if isinstance(error, DamagedError) else OutageError
                 raise kind(
@@ -140,6 +153,17 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
             log.warning("%s: %s; next try in %d s", location, _reason(error), pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _wants_credentials(error: Exception) -> bool:
+    """Whether the store answers nobody, or not with these credentials."""
+    # Here, like all that belongs to a kind of store.
+    from aiohttp import ClientResponseError
+    from botocore.exceptions import NoCredentialsError, ProfileNotFound
+
+    if isinstance(error, ClientResponseError):
+        return error.status in (401, 403)
+    return isinstance(error, (NoCredentialsError, ProfileNotFound))
 
 
 def _reason(error: Exception) -> str:

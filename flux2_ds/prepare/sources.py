@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.images import SUFFIXES, UNREAD
+from flux2_ds.data.images import SUFFIXES, UNREAD, why_unread
 from flux2_ds.data.storage import Blob, is_url
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.companions import attach
@@ -112,8 +112,7 @@ def _folder(source: str, folder: str, caption_column: str) -> Iterator[Entry]:
         caption, problem = listed.pop(os.path.normpath(file.path), None), None
         if caption is None:
             caption, problem = _text_beside(file.path)
-        if (suffix := Path(file.name).suffix.lower()) in UNREAD:
-            problem = f"{suffix} is not read: convert it to JPEG or PNG"
+        problem = why_unread(file.name) or problem
         yield Entry(source, key, stamp, caption, Blob(file.path), problem)
     for path in listed:
         missing = "named in the metadata, but there is no such picture"

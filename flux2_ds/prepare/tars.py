@@ -17,7 +17,13 @@ from typing import IO, Any
 
 import braceexpand
 
-from flux2_ds.data.images import SUFFIXES, UnreadableImageError, image_size
+from flux2_ds.data.images import (
+    SUFFIXES,
+    UNREAD,
+    UnreadableImageError,
+    image_size,
+    why_unread,
+)
 from flux2_ds.data.storage import Blob, file_system, is_url, tried_again
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.entries import (
@@ -30,24 +36,29 @@ from flux2_ds.prepare.entries import (
 
 
 def expand(pattern: str) -> list[str]:
-    """The tars that a name with {000..099} or, on disk, * stands for.
+    """The tars that a name with {000..099} or * stands for; a store must list its files for *.
 
     Raises:
-        UserError: a file on disk that does not exist.
+        UserError: a file on disk that does not exist, or nothing of such a name.
     """
     found: list[str] = []
     for name in braceexpand.braceexpand(pattern):
-        if is_url(name):
-            found.append(name)
-            continue
         matches = [name]
         if "*" in name:
-            matches = sorted(glob.glob(name))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        missing = [path for path in matches if not Path(path).is_file()]
+            matches = sorted(_listed(name) if is_url(name) else glob.glob(name))  # noqa: PTH207
+        missing = [path for path in matches if not is_url(path) and not Path(path).is_file()]
         if missing or not matches:
             raise UserError(f"data.images {pattern}: there is no file {(missing or [name])[0]}.")
         found += matches
     return found
+
+
+def _listed(name: str) -> list[str]:
+    def found() -> list[str]:
+        system, path = file_system(name)
+        return [system.unstrip_protocol(each) for each in system.glob(path)]
+
+    return tried_again(name, found)
 
 
 def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[Entry]:
@@ -96,7 +107,7 @@ def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) ->
                 texts[_stem(name)] = decode_caption(content.read(), name)
             elif suffix == ".json":
                 texts.setdefault(_stem(name), _from_json(content.read(), name, caption_column))
-            elif suffix in SUFFIXES and not PurePosixPath(name).name.startswith("."):
+            elif suffix in SUFFIXES | UNREAD and not PurePosixPath(name).name.startswith("."):
                 entry = Entry(
                     source,
                     f"{PurePosixPath(location).name}/{name}",
@@ -108,6 +119,8 @@ def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) ->
                 if problem:
                     key = f"{entry.key}@{member.offset_data}"
                     yield replace(entry, key=key, problem=problem)
+                elif problem := why_unread(name):
+                    pictures[name] = replace(entry, problem=problem)
                 else:
                     pictures[name] = _measured(entry, content.read())
     for name, entry in pictures.items():
@@ -154,6 +167,10 @@ def _stamp(location: str) -> str:
     if not is_url(location):
         facts = Path(location).stat()
         return f"{facts.st_size}:{facts.st_mtime_ns}"
-    system, path = file_system(location)
-    facts_of = tried_again(location, lambda: system.info(path))
+
+    def info() -> Any:
+        system, path = file_system(location)
+        return system.info(path)
+
+    facts_of = tried_again(location, info)
     return "|".join(str(facts_of.get(name)) for name in ("size", "ETag", "etag", "LastModified"))

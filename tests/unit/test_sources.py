@@ -152,6 +152,8 @@ def tar(tmp_path: Path) -> Path:
         add(out, "../up.jpg", encoded())
         add(out, "000.jpg", encoded(48))
         add(out, "003.jpg", encoded())
+        add(out, "004.HEIC", b"a phone's")
+        add(out, "notes.doc", b"no picture")
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         out.addfile(link)
@@ -169,6 +171,7 @@ def test_a_tar_of_raw_pictures(tar, tmp_path):
     assert good["00000.tar/001.jpg"].blob.read() == encoded(40)
     problems = {key.split("@")[0]: e.problem for key, e in found.items() if e.problem}
     assert problems.pop("00000.tar/002.jpg").startswith("unreadable: not a picture")
+    assert problems.pop("00000.tar/004.HEIC") == ".heic is not read: convert it to JPEG or PNG"
     outside = "its name in the tar points outside (absolute or with ..)"
     assert problems == {
         "00000.tar//etc/abs.jpg": outside,

@@ -1,17 +1,22 @@
 """Real servers on loopback: what is read from a store is what is on disk, whatever happens to it."""
 
-import asyncio
+import base64
 import errno
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
+import fsspec
 import pytest
-from aiohttp import web
 from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
 
 from flux2_ds.data import storage
@@ -106,24 +111,75 @@ def test_what_is_not_there_is_an_error_at_once(folder, kind):
         assert time.monotonic() - started < 1  # without a pause of the retries
 
 
-def test_a_server_without_ranges_is_said(folder, monkeypatch):
+@contextmanager
+def pythons_server(folder: Path, authorization: str | None = None) -> Iterator[tuple[str, list]]:
+    """`python -m http.server`, which ignores ranges: its address, and what it is asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            given = self.headers["Authorization"]
+            if authorization in (None, given):
+                super().do_GET()
+            else:
+                self.send_error(403 if given else 401)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_server_without_ranges_is_said_at_once(folder):
+    with pythons_server(folder) as (url, asked):
+        with pytest.raises(UserError, match="sent 10240 bytes for 256: it does not serve parts of"):
+            Blob(f"{url}/whole.bin", 256, 256).read()
+        assert asked == ["/whole.bin"]
+
+
+@pytest.fixture
+def fresh_clients() -> Iterator[None]:
+    """fsspec keeps clients with the configuration that they began with."""
+    for kind in STORES:
+        fsspec.get_filesystem_class(kind).clear_instance_cache()
+    yield
+    for kind in STORES:
+        fsspec.get_filesystem_class(kind).clear_instance_cache()
+
+
+def test_credentials_of_a_server_are_in_fsspecs_configuration(folder, monkeypatch, fresh_clients):
+    right, wrong = (
+        {"headers": {"Authorization": f"Basic {base64.b64encode(name).decode()}"}}
+        for name in (b"user:password", b"user:guess")
+    )
+    with pythons_server(folder, right["headers"]["Authorization"]) as (url, asked):
+        for settings, status in (({}, 401), (wrong, 403)):
+            monkeypatch.setitem(fsspec.config.conf, "https", settings)
+            with pytest.raises(
+                UserError, match=rf"{status}, .* Give the credentials as docs/data\.md"
+            ):
+                Blob(f"{url}/whole.bin").read()
+        monkeypatch.setitem(fsspec.config.conf, "https", right)
+        assert len(Blob(f"{url}/whole.bin").read()) == 10240
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("profile", [None, "none-such"])
+def test_a_store_without_credentials_is_said_at_once(tmp_path, monkeypatch, fresh_clients, profile):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    if profile:
+        monkeypatch.setenv("AWS_PROFILE", profile)
     monkeypatch.setattr(storage, "PAUSES_S", ())
-
-    async def whole(request: web.Request) -> web.Response:
-        return web.Response(body=(folder / request.match_info["name"]).read_bytes())
-
-    loop = asyncio.new_event_loop()
-    app = web.Application()
-    app.router.add_get("/{name}", whole)
-    runner = web.AppRunner(app)
-    loop.run_until_complete(runner.setup())
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    loop.run_until_complete(site.start())
-    port = runner.addresses[0][1]
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    with pytest.raises(UserError, match="does not serve parts of files"):
-        Blob(f"http://127.0.0.1:{port}/whole.bin", 256, 256).read()
-    loop.call_soon_threadsafe(loop.stop)
+    with pytest.raises(UserError, match=r"s3://bucket/x cannot be read: .* Give the credentials"):
+        Blob("s3://bucket/x").read()
 
 
 def test_a_shard_damaged_in_the_store_is_refused(folder, tmp_path, monkeypatch):
@@ -218,8 +274,21 @@ def test_tars_of_raw_pictures_in_a_store(tmp_path, kind):
         for one, other in zip(local, remote, strict=True):
             assert is_url(other.blob.location)
             assert one.blob.read() == other.blob.read()
+        if kind == "s3":
+            assert find_entries(f"{server.url}/0*.tar", "text", tmp_path / "two") == remote
+            with pytest.raises(UserError, match=r"there is no file s3://data/1\*\.tar"):
+                find_entries(f"{server.url}/1*.tar", "text", tmp_path / "two")
 
 
-def test_an_unknown_kind_of_store():
-    with pytest.raises(UserError, match=r"gs://bucket/x needs another package|cannot be read"):
-        Blob("gs://bucket/x").read()
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("gs://bucket/x.tar", r"needs another package: .*install gcsfs"),
+        ("s4://bucket/x.tar", r"cannot be opened: Protocol not known: s4"),
+    ],
+)
+def test_an_unknown_kind_of_store(tmp_path, monkeypatch, location, reason):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # wherever it is installed
+    for read in (Blob(location).read, lambda: find_entries(location, "text", tmp_path)):
+        with pytest.raises(UserError, match=f"{location} {reason}"):
+            read()
