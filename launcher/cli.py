@@ -109,6 +109,10 @@ def plan(argv: list[str]) -> None:
         add("--json", action="store_true", help="Print the memory as one JSON object.")
 
     recipe, options, _ = read(argv, "plan", "Print what a run will do.", add_options)
+    if options.host and not options.gpu:
+        raise UserError(
+            f"--host is {options.host}, but only beside --gpu is it used. Add --gpu SIZE."
+        )
     hosts = hosts_of(recipe, options.gpus)
     the_plan = make_plan(recipe, hosts.processes)
     prepared = is_prepared(recipe.data.shards)

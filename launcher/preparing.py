@@ -17,10 +17,7 @@ PREPARE_MODULE = "flux2_ds.prepare"
 
 
 def prepare_here(arguments: list[str]) -> int:
-    """Run `prepare` on this machine; returns the exit code.
-
-    A signal ends it with the processes of its pool, which would outlive it.
-    """
+    """Run `prepare` on this machine until it ends, or a signal ends all of it; returns the exit code."""
     with Stopper(None) as stopper:
         return run([_command(arguments, {})], stopper)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from conftest import SEED
 from slurm_machine import Slurm
 
 from flux2_ds.data.index import read_index
+from flux2_ds.recipe import load_recipe
+from flux2_ds.rundir import lock_run_dir
 
 pytestmark = pytest.mark.multinode
 
@@ -41,6 +44,13 @@ def wait(slurm: Slurm, job: str, fact: str, work: Path) -> None:
         logs = "".join(path.read_text() for path in work.glob("*.log"))
         assert "JobState=FAILED" not in told, logs
         assert time.monotonic() < deadline, told + logs
+        time.sleep(0.5)
+
+
+def wait_for_failure(slurm: Slurm, job: str) -> None:
+    deadline = time.monotonic() + 60
+    while "JobState=FAILED" not in slurm.told("scontrol", "show", "job", job):
+        assert time.monotonic() < deadline
         time.sleep(0.5)
 
 
@@ -80,6 +90,18 @@ def test_shards_are_prepared_by_a_job(slurm, work):
     job = submit(slurm, work, "--job", "prepare", "--data.shards", "by_job")
     wait(slurm, job, "JobState=COMPLETED", work)
     assert read_index(str(work / "by_job")).samples == read_index(str(work / "shards")).samples
+    assert "NumCPUs=4" in slurm.told("scontrol", "show", "job", job)  # all of the node's
+
+
+def test_what_asks_for_a_correction_is_not_tried_again(slurm, work):
+    """The first process ends with code 2; the other one, which waits for it, is killed: 137."""
+    recipe = replace(load_recipe(work / "tiny.yaml"), run_dir=str(work / "in_use"))
+    with lock_run_dir(recipe):
+        job = submit(slurm, work, "--run_dir", "in_use", "--max-restarts", "1")
+        wait_for_failure(slurm, job)
+    told = slurm.told("scontrol", "show", "job", job)
+    assert "ExitCode=2:0" in told and "Restarts=0" in told
+    assert "another process is training" in next(work.glob("in_use-*.log")).read_text()
 
 
 def test_a_killed_process_fails_the_job_with_its_name(slurm, work):
@@ -87,10 +109,7 @@ def test_a_killed_process_fails_the_job_with_its_name(slurm, work):
     wait_for_step(work / "killed_by_slurm", 2)
     place = json.loads((work / "killed_by_slurm" / "logs" / "rank_1.json").read_text())
     os.kill(place["pid"], 9)
-    deadline = time.monotonic() + 60
-    while "JobState=FAILED" not in slurm.told("scontrol", "show", "job", job):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_for_failure(slurm, job)
     log = next(work.glob("killed_by_slurm-*.log")).read_text()
     assert "error: rank 1 on node01" in log
     assert "it was killed" in log

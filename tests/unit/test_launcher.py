@@ -672,6 +672,7 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("plan", ["--gpus=3"], "batch.global_size 4 "),
         ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
+        ("plan", ["--host=64GiB"], "--host is 64GiB, but only beside --gpu"),
         ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
         ("slurm", ["--gpus-per-node=0"], "--gpus-per-node must be at least 1"),
         ("slurm", ["--gpus-per-node=2"], "--gpus-per-node is 2, but launch.accelerator is cpu"),
