@@ -20,12 +20,10 @@ from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
-from flux2_ds.model.files import check_fingerprint
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import read_parts, read_weights
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, compiles
-from flux2_ds.prepared import check_companions, check_settings, check_variant
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 
@@ -113,22 +111,6 @@ def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
         in_parts=plan.recipe.method == "full",
         compiled=blocks_of(model) if compiles(plan.recipe, plan.zero_stage) else (),
     )
-
-
-def check_shards(
-    index: Index, held_out: Index, spec: Spec, directory: Path, recipe: Recipe
-) -> None:
-    """Refuse shards that another model made, or that do not fit the recipe.
-
-    Raises:
-        UserError: another variant, text width, or other weights of VAE or text encoder.
-    """
-    check_variant(recipe, index, spec)
-    check_settings(recipe, index)
-    check_companions(recipe, index, held_out)
-    unchecked = check_fingerprint(index.fingerprint, directory, recipe.data.shards)
-    if unchecked:
-        log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
 
 
 def build_loader(

@@ -49,20 +49,18 @@ def choices(
     for deepspeed in _STAGES:
         for base in _BASES if recipe.method != "full" else (None,):
             changed = dataclasses.replace(recipe, deepspeed=deepspeed, base_weights=base)
+            try:
+                plan = make_plan(changed, processes)
+            except UserError:
+                continue  # a combination that does not exist
             for keep, offload in _ACTIVATIONS:
-                changed = dataclasses.replace(
-                    changed, offload_activations=offload or recipe.offload_activations
-                )
-                try:
-                    plan = make_plan(changed, processes)
-                except UserError:
-                    break  # a combination that does not exist
+                offload = offload or recipe.offload_activations
+                tried = dataclasses.replace(changed, offload_activations=offload)
+                plan = dataclasses.replace(plan, recipe=tried)
                 memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks))
                 if memory.fits(card_bytes, host_bytes):
                     cost = _cost(spec, plan, image_tokens, keep, memory)
-                    found.append(
-                        Choice(deepspeed, base, keep, changed.offload_activations, memory, cost)
-                    )
+                    found.append(Choice(deepspeed, base, keep, offload, memory, cost))
                     break  # with this stage and base nothing is faster
     return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
 

@@ -26,15 +26,9 @@ from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join
 from flux2_ds.errors import run_root
 from flux2_ds.model import latents, transformer
-from flux2_ds.model.files import check_fingerprint, model_directory
+from flux2_ds.model.files import model_directory
 from flux2_ds.model.prompt import read_prompt
-from flux2_ds.prepared import (
-    check_companions,
-    check_settings,
-    check_variant,
-    companion_lines,
-    read_data,
-)
+from flux2_ds.prepared import check_shards, companion_lines, read_data
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
@@ -68,10 +62,7 @@ def main() -> None:
         say("data", [f"{shards} is not prepared yet"])
         return
     index, held_out = read_data(recipe)
-    check_variant(recipe, index, spec)
-    check_settings(recipe, index)
-    check_companions(recipe, index, held_out)
-    check_fingerprint(index.fingerprint, directory, shards)
+    check_shards(index, held_out, spec, directory, recipe)
     say("latents", latent_lines(shards, index, options.samples))
     say("sample", sample_lines(directory, spec, shards, index))
     say("companions", companion_lines(recipe, index))

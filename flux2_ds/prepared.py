@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 from flux2_ds.data.index import Index, read_index
 from flux2_ds.data.order import Order
@@ -10,6 +12,8 @@ from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
+
+log = logging.getLogger("flux2_ds")
 
 
 def read_data(recipe: Recipe) -> tuple[Index, Index]:
@@ -52,6 +56,24 @@ def build_order(recipe: Recipe, index: Index) -> Order:
     """The order of the samples."""
     data = recipe.data
     return Order(index, recipe.batch.global_size, recipe.seed, data.shuffle_window, data.weights)
+
+
+def check_shards(
+    index: Index, held_out: Index, spec: Spec, directory: Path, recipe: Recipe
+) -> None:
+    """Refuse shards that another model than that in `directory` made, or that do not fit the recipe.
+
+    Raises:
+        UserError: another variant, text width, or other weights of VAE or text encoder.
+    """
+    from flux2_ds.model.files import check_fingerprint  # here: the launcher need not wait for it
+
+    check_variant(recipe, index, spec)
+    check_settings(recipe, index)
+    check_companions(recipe, index, held_out)
+    unchecked = check_fingerprint(index.fingerprint, directory, recipe.data.shards)
+    if unchecked:
+        log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
 
 
 def check_settings(recipe: Recipe, index: Index) -> None:

@@ -27,7 +27,6 @@ from flux2_ds.assembly import (
     build_loader,
     build_model,
     build_objective,
-    check_shards,
 )
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
@@ -38,7 +37,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.plan import learning_rate, make_plan
-from flux2_ds.prepared import build_order, read_data
+from flux2_ds.prepared import build_order, check_shards, read_data
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import read_spec
 

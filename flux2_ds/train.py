@@ -25,7 +25,6 @@ from flux2_ds.assembly import (
     build_loader,
     build_model,
     build_objective,
-    check_shards,
     say_memory,
 )
 from flux2_ds.data.index import Index
@@ -53,6 +52,7 @@ from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, compiles, learning_rate, make_plan
 from flux2_ds.prepared import (
     build_order,
+    check_shards,
     companion_lines,
     read_data,
 )

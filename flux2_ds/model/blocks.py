@@ -70,12 +70,14 @@ def arrange_blocks(
     blocks = blocks_of(model)
     for number, block in enumerate(blocks):
         forward = block.forward
-        if number < len(blocks) - kept:
+        recomputes = number < len(blocks) - kept
+        if recomputes:
             forward = _recomputing(forward)
         elif compiled:
             forward = _keeping(forward)
-        forward = _compiled(forward) if compiled else forward
-        if offload and number < len(blocks) - kept:
+        if compiled:
+            forward = _compiled(forward)
+        if recomputes and offload:
             forward = _offloading(forward, block.forward)
         block.forward = forward
 
@@ -100,8 +102,8 @@ def _keeping(forward: Forward) -> Forward:
 def _offloading(forward: Forward, original: Forward) -> Forward:
     """`forward`, which recomputes `original`, with its token streams kept in host memory meanwhile.
 
-    The copies are queued with the step's other work: the card waits for each, some milliseconds a block,
-    and nothing is overwritten while it is read.
+    The copies are queued with the step's other work: the card waits for each, and nothing is overwritten
+    while it is read.
     """
     parameters = signature(original)
 

@@ -251,7 +251,8 @@ def test_resuming_on_the_same_configuration_is_exact(tmp_path: Path) -> None:
         assert counters[0] == counters[1], what
         assert counters[0]["updates"] == STEPS
         assert one.kinds() == two.kinds()
-        assert len(one.kinds()) >= 2  # weights, and what the optimizer keeps
+        # Weights, and what the optimizer keeps: Muon has its momentum only.
+        assert len(one.kinds()) >= (2 if what[2].get("name") == "muon" else 3)
         for kind in one.kinds():
             for parameter, value in one.tensors(kind).items():
                 same = torch.equal(value, two.tensors(kind)[parameter])

@@ -37,20 +37,13 @@ def submit(slurm: Slurm, work: Path, *options: str) -> str:
     return done.stdout.split()[-1]
 
 
-def wait(slurm: Slurm, job: str, fact: str, work: Path) -> None:
+def wait(slurm: Slurm, job: str, fact: str, work: Path, seconds: float = 240) -> None:
     """Until `scontrol show job` says `fact`."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + seconds
     while fact not in (told := slurm.told("scontrol", "show", "job", job)):
         logs = "".join(path.read_text() for path in work.glob("*.log"))
         assert "JobState=FAILED" not in told, logs
         assert time.monotonic() < deadline, told + logs
-        time.sleep(0.5)
-
-
-def wait_for_failure(slurm: Slurm, job: str) -> None:
-    deadline = time.monotonic() + 60
-    while "JobState=FAILED" not in slurm.told("scontrol", "show", "job", job):
-        assert time.monotonic() < deadline
         time.sleep(0.5)
 
 
@@ -98,7 +91,7 @@ def test_what_asks_for_a_correction_is_not_tried_again(slurm, work):
     recipe = replace(load_recipe(work / "tiny.yaml"), run_dir=str(work / "in_use"))
     with lock_run_dir(recipe):
         job = submit(slurm, work, "--run_dir", "in_use", "--max-restarts", "1")
-        wait_for_failure(slurm, job)
+        wait(slurm, job, "JobState=FAILED", work, seconds=60)
     told = slurm.told("scontrol", "show", "job", job)
     assert "ExitCode=2:0" in told and "Restarts=0" in told
     assert "another process is training" in next(work.glob("in_use-*.log")).read_text()
@@ -109,7 +102,7 @@ def test_a_killed_process_fails_the_job_with_its_name(slurm, work):
     wait_for_step(work / "killed_by_slurm", 2)
     place = json.loads((work / "killed_by_slurm" / "logs" / "rank_1.json").read_text())
     os.kill(place["pid"], 9)
-    wait_for_failure(slurm, job)
+    wait(slurm, job, "JobState=FAILED", work, seconds=60)
     log = next(work.glob("killed_by_slurm-*.log")).read_text()
     assert "error: rank 1 on node01" in log
     assert "it was killed" in log
