@@ -17,9 +17,10 @@ from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
 from flux2_ds.engine import Engine, Process, check_config, divider, exchange, gathering
 from flux2_ds.errors import UserError
-from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
+from flux2_ds.memory import CUDA_GRAPHS, GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
+from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import read_parts, read_weights
 from flux2_ds.objective import FlowObjective
@@ -90,15 +91,20 @@ def finish_model(
         offload=recipe.offload_activations,
         divided=plan.zero_stage == 3,
     )
+    expected = estimate(spec, plan, image_tokens, kept, free)
+    captured = CUDA_GRAPHS in expected.card
+    if captured:
+        replay_passes(model)
     log.info(
-        "blocks     %d of %d keep their activations, %s%s, attention %s",
+        "blocks     %d of %d keep their activations, %s%s%s, attention %s",
         kept,
         spec.blocks,
         "the others' inputs wait in host memory, " if recipe.offload_activations else "",
         "compiled" if compiled else "not compiled",
+        ", replayed as CUDA graphs" if captured else "",
         attention or "by torch",
     )
-    return estimate(spec, plan, image_tokens, kept)
+    return expected
 
 
 def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:

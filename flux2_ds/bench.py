@@ -32,7 +32,7 @@ from flux2_ds.assembly import build_engine, build_objective, check_machine, fini
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.engine import divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.memory import GIB
+from flux2_ds.memory import CUDA_GRAPHS, GIB
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight
@@ -126,6 +126,7 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
     model = random_transformer(spec, dtype, recipe.base_weights, device, divide)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
+    result["cuda_graphs"] = CUDA_GRAPHS in expected.card
     engine = build_engine(model, plan)
     conditioning = {
         "latent_mean": torch.zeros(TOKEN_CHANNELS),

@@ -57,7 +57,7 @@ def choices(
                 offload = offload or recipe.offload_activations
                 tried = dataclasses.replace(changed, offload_activations=offload)
                 plan = dataclasses.replace(plan, recipe=tried)
-                memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks))
+                memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks), card_bytes)
                 if memory.fits(card_bytes, host_bytes):
                     cost = _cost(spec, plan, image_tokens, keep, memory)
                     found.append(Choice(deepspeed, base, keep, offload, memory, cost))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flux2_ds.plan import Plan, compiles
+from flux2_ds.plan import Plan, captures, compiles
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules
 
 GIB = 2**30
+CUDA_GRAPHS = "CUDA graphs"
 
 _NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
 _KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
@@ -132,11 +133,14 @@ def _page_locked(size: float) -> float:
     return 2.0 ** math.ceil(math.log2(size))
 
 
-def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
+def estimate(
+    spec: Spec, plan: Plan, image_tokens: int, kept: int, card_bytes: float = math.inf
+) -> Memory:
     """Memory of one process of a run.
 
     `image_tokens`: of the largest bucket, references included. `kept`: number of blocks that keep
-    their activations.
+    their activations. `card_bytes`: free on the card; CUDA graphs that would not fit are not counted, nor
+    made unless the recipe asks for them.
     """
     recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
     element = 4 if recipe.precision == "fp32" else 2
@@ -191,7 +195,14 @@ def estimate(spec: Spec, plan: Plan, image_tokens: int, kept: int) -> Memory:
         recipe.base_weights or "", 0
     )
     card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
-    return Memory(card, host)
+    memory = Memory(card, host)
+    if captures(plan):
+        # Gradients are copied out of the recorded passes, whose memory nothing else may use.
+        graphs = 4 * trained + (card["working"] if recipe.data.held_out else 0)
+        captured = Memory(card | {CUDA_GRAPHS: graphs}, host)
+        if recipe.cuda_graphs or captured.fits(card_bytes):
+            memory = captured
+    return memory
 
 
 def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:

@@ -149,6 +149,8 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     _check_precision(recipe, stage)
     _check_base(recipe, stage)
     _check_optimizer(recipe, stage, zero)
+    if recipe.cuda_graphs and (reason := _not_captured(recipe, stage)):
+        raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
     if stage == 3 and compiles(recipe, stage):
         # DeepSpeed's own linear looks at what it has gathered, which no graph can.
         if zero.get("memory_efficient_linear"):
@@ -178,6 +180,30 @@ def compiles(recipe: Recipe, stage: int) -> bool:
     if recipe.compile is not None:
         return recipe.compile
     return recipe.launch.accelerator == "cuda" and stage < 3
+
+
+def captures(plan: Plan) -> bool:
+    """Whether passes are recorded as CUDA graphs: by default in a run of one process, if possible."""
+    if plan.recipe.cuda_graphs is None:
+        return plan.processes == 1 and _not_captured(plan.recipe, plan.zero_stage) is None
+    return plan.recipe.cuda_graphs
+
+
+def _not_captured(recipe: Recipe, stage: int) -> str | None:
+    """Why passes cannot be recorded as CUDA graphs, which hold work for the card only."""
+    if recipe.launch.accelerator != "cuda":
+        return f"launch.accelerator is {recipe.launch.accelerator}"
+    if stage == 3:
+        return "the deepspeed config has stage 3, at which Python gathers the weights"
+    if not compiles(recipe, stage):
+        return "the blocks are not compiled (compile is false)"
+    if recipe.method == "full":
+        return "method is full, whose gradients would be held twice"
+    if recipe.offload_activations:
+        return "offload_activations is true"
+    if recipe.lora.dropout:
+        return f"lora.dropout is {recipe.lora.dropout:g}, which each step seeds anew"
+    return None
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

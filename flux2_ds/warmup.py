@@ -39,6 +39,7 @@ def warm_up(
     recipe: Recipe,
     *,
     every_length: bool,
+    recorded: bool,
     room: float,
     step: int,
     lookout: Lookout,
@@ -46,7 +47,8 @@ def warm_up(
 ) -> None:
     """Pass forward and backward once for each length in `index`, and forward for those in `held_out`.
 
-    `every_length`: not the longest alone. `room`: bytes of the card to leave free for what the first
+    `every_length`: not the longest alone. `recorded`: passes are recorded as CUDA graphs, when they come
+    for the second time. `room`: bytes of the card to leave free for what the first
     step will allocate. `step`: the first of the run, for the lookout. `stopping`: whether to end early,
     collective.
 
@@ -74,7 +76,8 @@ def warm_up(
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
             if training:
-                engine.rehearse(partial(objective.loss, batch=batch))
+                for _ in range(1 + recorded):
+                    engine.rehearse(partial(objective.loss, batch=batch))
             else:
                 with engine.evaluating(), torch.no_grad():
                     objective.loss(engine.forward, batch)
@@ -96,7 +99,8 @@ def warm_up(
         done += f", {compiled_graphs() - known} graphs compiled"
     if on_card:
         done += f", peak {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
-        torch.cuda.reset_peak_memory_stats(device)  # the training's own is logged at its end
+        if not recorded:  # replaying allocates nothing, so that was the training's own peak
+            torch.cuda.reset_peak_memory_stats(device)
     log.info(done)
 
 
@@ -122,6 +126,8 @@ def too_small(recipe: Recipe, names: str, error: Exception) -> str:
         ways.append(f"activations: recompute (it is {recipe.activations})")
     elif not recipe.offload_activations:
         ways.append("offload_activations: true")
+    if recipe.cuda_graphs is not False:
+        ways.append("cuda_graphs: false")
     if recipe.batch.micro_size > 1:
         ways.append(f"a smaller batch.micro_size (it is {recipe.batch.micro_size})")
     if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):

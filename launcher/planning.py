@@ -105,7 +105,7 @@ def plan_memory(
     card_bytes = None if card is None else size("--gpu", card)
     host_bytes = math.inf if host is None else size("--host", host) / per_host
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
-    memory = estimate(spec, plan, tokens, kept)
+    memory = estimate(spec, plan, tokens, kept, card_bytes or math.inf)
     keep = kept / spec.blocks
     if card_bytes is None:
         return MemoryPlan(plan.processes, per_host, tokens, keep, memory, None, [])

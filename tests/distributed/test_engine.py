@@ -211,6 +211,24 @@ def test_a_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
         assert rehearsed == plain, f"{case['method']} {case['name']}"
 
 
+def test_replayed_passes_change_nothing(tmp_path: Path) -> None:
+    """The same losses to the last bit, with and without accumulation."""
+    names = ["zero0", "zero1", "zero2"]
+    if shutil.which("c++") is not None:
+        names.append("zero2_offload")
+    cases = [
+        {"method": method, "name": name, "deepspeed": configs()[name], "micro": micro, "steps": 4}
+        for method, name, micro in (
+            *(("lora", name, 1) for name in names),
+            *(("lora", name, 2) for name in names),
+            ("dora", "zero0", 1),
+        )
+    ]
+    losses = launch(2, [*cases, *({**case, "replayed": True} for case in cases)], tmp_path)
+    for case, plain, replayed in zip(cases, losses, losses[len(cases) :], strict=False):
+        assert replayed == plain, f"{case['method']} {case['name']} {case['micro']}"
+
+
 EXACT = [
     ("lora", "zero0", {}),
     ("lora", "zero2", {}),

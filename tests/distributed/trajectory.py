@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffusers import Flux2Transformer2DModel
 from flux2_ds import checkpoint, optimizers
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
+from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight, read_parts
 from flux2_ds.recipe import Lora, Optimizer
@@ -143,7 +144,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
 
     `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights` and `blocks` replace the defaults;
-    `rehearse`: two passes before the first step that are none of the training's.
+    `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
+    recorded when they come for the second time, as CUDA graphs are.
     """
     from flux2_ds import engine as engines
     from flux2_ds import saving
@@ -171,6 +173,9 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             read_parts(loaded, files, dtype, process.device, divide, process.rank, quantized)
         stage = config.get("zero_optimization", {}).get("stage", 0)
         model = build(case["method"], loaded, divided=stage == 3, dtype=dtype, **chosen)
+    replays: list[int] = []
+    if case.get("replayed"):
+        replay_passes(model, partial(computed_again, replays))
     chosen_optimizer = case.get("optimizer", {})
     settings = Optimizer(**{**ADAM, **chosen_optimizer})
     learning_rate = case.get("learning_rate", learning_rate_of(chosen_optimizer))
@@ -223,9 +228,22 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                     process,
                     in_parts=engine.state.in_parts,
                 )
+    if case.get("replayed"):
+        assert len(replays) == 2 * (case["steps"] * own // micro - 1)
     if compiled:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == case["graphs"]
     return losses
+
+
+def computed_again(replays: list[int], run: Callable[[], None]) -> Callable[[], None]:
+    """A record of a pass as a CUDA graph is, in that it reads and writes the same tensors."""
+    run()
+
+    def again() -> None:
+        replays.append(1)
+        run()
+
+    return again
 
 
 build_optimizer = optimizers.build

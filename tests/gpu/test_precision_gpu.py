@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_train_gpu import ROOT, run
+from test_train_gpu import ROOT, losses_of, run
 
 from flux2_ds import checkpoint
 from flux2_ds.assembly import build_model
@@ -51,6 +50,5 @@ def moved_share(folder: Path, method: str, precision: str, accelerator: str = "c
 def test_fp16_loses_no_update(method: str, tmp_path: Path) -> None:
     """fp16 copies, fp32 masters, and a loss scaler that finds its scale."""
     assert moved_share(tmp_path, method, "fp16") > 0.99
-    records = (tmp_path / method / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(record)["loss"] for record in records]
+    losses = losses_of(tmp_path / method)
     assert losses[-1] < 2 * losses[0]

@@ -17,8 +17,17 @@ pytestmark = [
 ]
 
 
-def run(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "launcher", *arguments], cwd=ROOT, check=True)
+def run(*arguments: str) -> str:
+    """What the command logs."""
+    command = [sys.executable, "-m", "launcher", *arguments]
+    done = subprocess.run(command, cwd=ROOT, text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    records = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(record)["loss"] for record in records]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +51,26 @@ def test_losses_follow_the_cpu(
         run_dir = tmp_path / accelerator
         run("train", *common, "--run_dir", str(run_dir), "--launch.accelerator", accelerator,
             "--precision", chosen, *activations)  # fmt: skip
-        records = (run_dir / "metrics.jsonl").read_text().splitlines()
-        losses[accelerator] = [json.loads(record)["loss"] for record in records]
+        losses[accelerator] = losses_of(run_dir)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
+
+
+@pytest.mark.parametrize("settings", [[], ["--deepspeed", "zero2", "--batch.micro_size", "1"]])
+def test_cuda_graphs_train_as_queued_kernels_do(settings: list[str], tmp_path: Path) -> None:
+    """Several shapes, accumulation, evaluation in between, and one more start."""
+    common = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(tmp_path / "model"),
+              "--data.shards", str(tmp_path / "shards"), "--data.held_out", "0.2", "--evaluation.every", "3",
+              "--checkpoint.every", "6", "--log.every", "1", "--log.wandb", "disabled",
+              "--launch.processes", "1", "--launch.accelerator", "cuda", "--precision", "bf16"]  # fmt: skip
+    run("tiny", "--variant", "klein", "--out", str(tmp_path / "model"))
+    run("prepare", *common)
+    losses = {}
+    for captured in (True, False):
+        arguments = [*common, *settings, "--run_dir", str(tmp_path / str(captured)),
+                     "--cuda_graphs", str(captured).lower()]  # fmt: skip
+        for steps in ("6", "10"):
+            log = run("train", *arguments, "--steps", steps, "--accept_changes", "true")
+            assert ("replayed as CUDA graphs" in log) == captured
+        losses[captured] = losses_of(tmp_path / str(captured))
+    assert len(losses[True]) == 10
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -11,6 +11,7 @@ from flux2_ds.bench import empty_transformer
 from flux2_ds.choices import choices
 from flux2_ds.errors import UserError
 from flux2_ds.memory import (
+    CUDA_GRAPHS,
     GIB,
     adapter_parameters,
     base_bytes,
@@ -132,12 +133,25 @@ def test_stage_3_divides_the_base_and_gathers_some_of_it():
 def test_offloaded_inputs_leave_the_card_for_the_host():
     """Page-locked powers of two: 54 MiB of 4608 tokens take 64, 48 and 6 MiB of a double block's 64 and 8."""
     for kept, singles, doubles in (0, 48, 8), (20, 28, 8), (50, 0, 6), (56, 0, 0):
-        here = estimate_for(DEV, kept)
+        here = estimate_for(DEV, kept, cuda_graphs=False)
         away = estimate_for(DEV, kept, offload_activations=True)
         assert away.host == {"activations": (64 * singles + (64 + 8) * doubles) * 2**20}
         stream = 4608 * 6144 * 2
         saved = here.on_card - away.on_card
         assert saved == pytest.approx((singles + doubles) * stream)
+
+
+def test_cuda_graphs_are_counted_where_there_is_room():
+    """They hold the adapter's gradients twice, and let no other pass use their memory."""
+    trained = 4 * adapter_parameters(RELEASED[DEV], recipe_for())
+    plan = make_plan(recipe_for(deepspeed="zero0"), 1)
+    without = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
+    captured = estimate(RELEASED[DEV], plan, 4096, 0)
+    assert captured.card == without.card | {CUDA_GRAPHS: trained}
+    data = replace(plan.recipe.data, held_out=0.1)
+    plan = replace(plan, recipe=replace(plan.recipe, data=data, cuda_graphs=True))
+    evaluated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
+    assert evaluated.card[CUDA_GRAPHS] == trained + without.card["working"]
 
 
 def test_inputs_are_offloaded_where_nothing_else_fits():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flux2_ds.errors import UserError
-from flux2_ds.plan import compiles, ignored_settings, learning_rate, make_plan
+from flux2_ds.plan import captures, compiles, ignored_settings, learning_rate, make_plan
 from flux2_ds.recipe import (
     Batch,
     Data,
@@ -445,6 +445,32 @@ def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
 )
 def test_what_deepspeed_can_do(changes):
     assert make_plan(make_recipe(**changes), 2).recipe.optimizer.name
+
+
+def test_passes_are_captured_where_that_was_tried():
+    assert captures(make_plan(make_recipe(), 1))
+    assert not captures(make_plan(make_recipe(), 2))
+    assert captures(make_plan(make_recipe(cuda_graphs=True), 2))
+    assert not captures(make_plan(make_recipe(cuda_graphs=False), 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"launch.accelerator": "cpu"}, "launch.accelerator is cpu"),
+        ({"deepspeed": "zero3", "compile": True}, "has stage 3"),
+        ({"compile": False}, "not compiled"),
+        ({"method": "full"}, "method is full"),
+        ({"offload_activations": True}, "offload_activations is true"),
+        ({"lora.dropout": 0.1}, "lora.dropout is 0.1"),
+    ],
+)
+def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
+    assert not captures(make_plan(make_recipe(**changes), 1))
+    with pytest.raises(
+        UserError, match=f"cuda_graphs is true, and .*{reason}.* remove cuda_graphs"
+    ):
+        make_plan(make_recipe(cuda_graphs=True, **changes), 1)
 
 
 def test_stage_3_is_compiled_when_asked_to():

@@ -72,7 +72,14 @@ def run(engine: Any, loss: Any = None, **changes: Any) -> Mock:
     )
     if loss is not None:
         objective = Mock(loss=loss, device=objective.device)
-    given = {"every_length": True, "room": 1e15, "step": 5, "stopping": lambda: False, **changes}
+    given = {
+        "every_length": True,
+        "recorded": False,
+        "room": 1e15,
+        "step": 5,
+        "stopping": lambda: False,
+        **changes,
+    }
     lookout = Mock()
     warm_up(engine, objective, TRAINED, HELD_OUT, RECIPE, lookout=lookout, **given)
     return lookout
@@ -156,10 +163,10 @@ def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        ({}, "Set activations: recompute (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
-        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
-        ({"activations": 0.5, "method": "full"}, "Set activations: recompute (it is 0.5), or a smaller batch.micro_size (it is 2), or a smaller data"),
-        ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
+        ({}, "Set activations: recompute (it is auto), or cuda_graphs: false, or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
+        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8", "cuda_graphs": False}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
+        ({"activations": 0.5, "method": "full"}, "Set activations: recompute (it is 0.5), or cuda_graphs: false, or a smaller batch.micro_size (it is 2), or a smaller data"),
+        ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8", "cuda_graphs": False}, "Set a smaller data.resolution"),
     ],
 )  # fmt: skip
 def test_a_card_that_is_too_small_is_said_before_step_1(monkeypatch, change, advice):
@@ -173,3 +180,12 @@ def test_a_card_that_is_too_small_is_said_before_step_1(monkeypatch, change, adv
     )
     assert "(CUDA out of memory. Tried to allocate 2 GiB.)" in message
     assert advice in message
+
+
+def test_passes_that_are_recorded_come_twice(monkeypatch):
+    """The second time is when they are recorded."""
+    engine = Stand(torch.nn.Identity())
+    loss = Mock(side_effect=lambda *given, **named: torch.zeros((), requires_grad=True))
+    run(engine, loss, recorded=True)
+    named = [str(call.kwargs["batch"].bucket) for call in loss.call_args_list if call.kwargs]
+    assert named == ["64x48", "64x48", "32x32", "32x32", "64x32", "64x32"]
