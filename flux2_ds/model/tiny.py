@@ -1,6 +1,6 @@
 """Tiny FLUX.2 model directories, made offline: what tests and the smoke test train.
 
-    flux2-ds tiny --variant klein --out DIR [--seed 0] [--photos FOLDER]
+    flux2-ds tiny --variant klein --out DIR [--size mid] [--seed 0] [--photos FOLDER]
 
 A directory has diffusers' layout and the real classes with small configs, so that the code that loads
 32 B parameters loads it without a test branch. The tokenizer is a byte-level BPE trained on a few
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,13 +69,33 @@ MISTRAL_TEMPLATE = (
 )
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of the transformer, and how it is fitted."""
+
+    double_blocks: int
+    single_blocks: int
+    heads: int
+    head_dim: int
+    steps: int
+    learning_rate: float
+
+
+SIZES = {"tiny": Size(2, 3, 4, 32, 250, 2e-3), "mid": Size(4, 8, 8, 128, 1000, 3e-4)}
+"""Widths of 128 and 1024: 2 and 238 million parameters. The second wants a GPU."""
+
+
 def make_tiny(
-    directory: Path, variant: Literal["klein", "dev"], seed: int = 0, photos: Path | None = None
+    directory: Path,
+    variant: Literal["klein", "dev"],
+    seed: int = 0,
+    photos: Path | None = None,
+    size: str = "tiny",
 ) -> None:
     """Write a complete model directory.
 
     The text encoders are as deep as their pipelines' default hidden states need (30 layers for dev,
-    28 for klein) and 32 wide; the transformer has 2 double and 3 single blocks of width 128.
+    28 for klein) and 32 wide; `size` names the transformer's in `SIZES`.
 
     Raises:
         FileExistsError: `directory` is not empty.
@@ -83,7 +104,7 @@ def make_tiny(
         raise FileExistsError(f"{directory} is not empty; give a new directory")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _klein() if variant == "klein" else _dev()
+        pipeline = _klein(SIZES[size]) if variant == "klein" else _dev(SIZES[size])
         vae = pipeline.vae
         with torch.no_grad():  # a narrow posterior of fixed width: its mean carries the picture
             vae.quant_conv.weight[32:].zero_()
@@ -94,13 +115,13 @@ def make_tiny(
         else:
             pictures = _load_photos(photos)
             fit_vae(vae, pictures)
-            fit_transformer(pipeline.transformer, vae, pictures)
+            fit_transformer(pipeline.transformer, vae, pictures, SIZES[size])
     pipeline.save_pretrained(directory, safe_serialization=True)
     if variant == "dev":
         _name_pixtral_processor(directory)
 
 
-def _klein() -> Flux2KleinPipeline:
+def _klein(size: Size) -> Flux2KleinPipeline:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=_byte_level_bpe(special),
@@ -112,14 +133,14 @@ def _klein() -> Flux2KleinPipeline:
     )
     config = Qwen3Config(**_language_config(layers=28), eos_token_id=2, bos_token_id=None)
     return Flux2KleinPipeline(
-        **_shared_parts(guidance=False),
+        **_shared_parts(size, guidance=False),
         text_encoder=Qwen3ForCausalLM(config),
         tokenizer=tokenizer,
         is_distilled=False,
     )
 
 
-def _dev() -> Flux2Pipeline:
+def _dev(size: Size) -> Flux2Pipeline:
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
                "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<pad>"]  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(
@@ -146,7 +167,7 @@ def _dev() -> Flux2Pipeline:
         image_token_index=special.index("[IMG]"),
     )
     return Flux2Pipeline(
-        **_shared_parts(guidance=True),
+        **_shared_parts(size, guidance=True),
         text_encoder=Mistral3ForConditionalGeneration(config),
         tokenizer=tokenizer,
     )
@@ -188,7 +209,7 @@ def _language_config(layers: int) -> dict[str, Any]:
     }
 
 
-def _shared_parts(*, guidance: bool) -> dict[str, Any]:
+def _shared_parts(size: Size, *, guidance: bool) -> dict[str, Any]:
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(
             shift=3.0,
@@ -202,12 +223,12 @@ def _shared_parts(*, guidance: bool) -> dict[str, Any]:
             block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=4
         ).eval(),
         "transformer": Flux2Transformer2DModel(
-            num_layers=2,
-            num_single_layers=3,
-            num_attention_heads=4,
-            attention_head_dim=32,
+            num_layers=size.double_blocks,
+            num_single_layers=size.single_blocks,
+            num_attention_heads=size.heads,
+            attention_head_dim=size.head_dim,
             joint_attention_dim=3 * TEXT_WIDTH,
-            axes_dims_rope=(8, 8, 8, 8),
+            axes_dims_rope=(size.head_dim // 4,) * 4,
             guidance_embeds=guidance,
         ),
     }
@@ -256,29 +277,34 @@ def fit_transformer(
     transformer: Flux2Transformer2DModel,
     vae: AutoencoderKLFlux2,
     photos: list[torch.Tensor],
-    steps: int = 250,
+    size: Size,
 ) -> None:
-    """Teach a small transformer to denoise the photographs in black and white, without any text.
+    """Teach a small transformer to denoise the photographs in black and white, without any text; on a GPU
+    if there is one.
 
     An adapter needs a base that denoises, and something to add to it: here, colour.
     """
-    cpu, batch = torch.device("cpu"), 8
+    device, batch = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 8
+    transformer.to(device)
     grey = [photo.mean(0, keepdim=True).expand(3, -1, -1) for photo in photos]
     encoded = torch.cat([_encode(vae, _crops(grey, 16, 128)) for _ in range(16)])
-    tokens = latents.to_tokens(encoded, *latents.statistics(vae))
-    text = torch.zeros(batch, 4, transformer.config.joint_attention_dim)
-    adam = torch.optim.AdamW(transformer.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, total_steps=steps, pct_start=0.1)
+    tokens = latents.to_tokens(encoded, *latents.statistics(vae)).to(device)
+    text = torch.zeros(batch, 4, transformer.config.joint_attention_dim, device=device)
+    rate, steps = size.learning_rate, size.steps
+    adam = torch.optim.AdamW(transformer.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         x0 = tokens[torch.randint(len(tokens), (batch,))]
-        noise, t = torch.randn_like(x0), torch.rand(batch)
+        noise, t = torch.randn_like(x0), torch.rand(batch, device=device)
         prediction = transformer(
             hidden_states=flow.interpolate(x0, noise, t),
             encoder_hidden_states=text,
             timestep=t,
-            img_ids=latents.image_ids(128, 128, cpu),
-            txt_ids=latents.text_ids(text.shape[1], cpu),
-            guidance=torch.ones(batch) if transformer.config.guidance_embeds else None,
+            img_ids=latents.image_ids(128, 128, device),
+            txt_ids=latents.text_ids(text.shape[1], device),
+            guidance=torch.ones(batch, device=device)
+            if transformer.config.guidance_embeds
+            else None,
         ).sample
         loss = flow.flow_loss(prediction, flow.velocity(x0, noise))
         adam.zero_grad()
@@ -286,6 +312,7 @@ def fit_transformer(
         nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         adam.step()
         schedule.step()
+    transformer.to("cpu")
 
 
 @torch.no_grad()
@@ -353,12 +380,13 @@ def main() -> None:
     """Entry point of `flux2-ds tiny`."""
     parser = argparse.ArgumentParser(prog="flux2-ds tiny", description="Make a tiny FLUX.2 model.")
     parser.add_argument("--variant", choices=["klein", "dev"], default="klein")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the transformer")
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--photos", type=Path, help="folder of pictures to fit the VAE to")
     options = parser.parse_args()
     try:
-        make_tiny(options.out, options.variant, options.seed, options.photos)
+        make_tiny(options.out, options.variant, options.seed, options.photos, options.size)
     except (FileExistsError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
