@@ -28,14 +28,17 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from flux2_ds import optimizers
 from flux2_ds.assembly import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.loader import MicroBatch
 from flux2_ds.engine import divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.memory import CUDA_GRAPHS, GIB
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight
+from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec, planned_spec
@@ -66,7 +69,11 @@ def main() -> None:
     add("--measure", type=int, default=10, help="Steps in a row that are timed, three times.")
     add("--warm-up", type=int, default=3, help="Steps before them.")
     add("--card", type=float, default=None, help="Use no more than so many GiB of the card.")
-    add("--against", choices=["diffusers"], help="Also time the loop of diffusers' example.")
+    add(
+        "--against",
+        choices=["diffusers", "bare"],
+        help="Also time the loop of diffusers' example, or the same step without DeepSpeed.",
+    )
     add("--profile", type=str, default=None, help="Write a trace here; list the costliest kernels.")
     add("--json", action="store_true", help="Print one JSON object.")
     recipe, options = parse_recipe(parser)
@@ -111,7 +118,11 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
     }
     plain = None
-    if options.against is not None:
+    if options.against == "bare" and (plan.zero_stage or recipe.method == "full"):
+        raise UserError(
+            "--against bare is plain torch, without ZeRO and fp32 masters. Set deepspeed: zero0 and method: lora."
+        )
+    if options.against == "diffusers":
         # First, because it leaves nothing behind.
         plain = measure(
             diffusers_step(spec, recipe, bucket, device), device, options.warm_up, options.measure
@@ -145,6 +156,11 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
             engine.step(recipe.optimizer.learning_rate)
         return loss.detach()
 
+    bare = None
+    if options.against == "bare":
+        bare = measure(
+            bare_step(model, recipe, objective, batches), device, options.warm_up, options.measure
+        )
     timing = measure(step, device, options.warm_up, options.measure)
     work = useful_flops(spec, bucket) * recipe.batch.global_size
     result |= {
@@ -162,6 +178,9 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
         result["diffusers_peak_gib"] = plain.peak_bytes / GIB
         result["speedup"] = plain.seconds * plan.accumulation / timing.seconds
+    if bare is not None:
+        result["bare_seconds_per_step"] = bare.seconds
+        result["engine_cost"] = timing.seconds / bare.seconds - 1
     if options.profile is not None:
         result["kernels"] = costliest_kernels(step, Path(options.profile))
     stop_process()
@@ -249,6 +268,29 @@ def costliest_kernels(step: Step, path: Path, count: int = 10) -> list[dict[str,
         {"kernel": event.key, "calls": event.count, "milliseconds": cost(event) / 1e3}
         for event in events
     ]
+
+
+def bare_step(
+    model: nn.Module, recipe: Recipe, objective: FlowObjective, batches: list[MicroBatch]
+) -> Step:
+    """The recipe's step in plain torch, on the same model."""
+    trained = list(transformer.trainable(model).values())
+    adam = optimizers.build(recipe.optimizer, trained, fused=objective.device.type == "cuda")
+
+    def forward(**inputs: Any) -> torch.Tensor:
+        prediction: torch.Tensor = model(**inputs, return_dict=False)[0]
+        return prediction
+
+    def step() -> torch.Tensor:
+        for batch in batches:
+            loss = objective.loss(forward, batch)
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.max_grad_norm or math.inf)
+        adam.step()
+        adam.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.device) -> Step:

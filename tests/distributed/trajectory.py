@@ -98,22 +98,28 @@ def global_batch(step: int) -> dict[str, torch.Tensor]:
 def loss_of(forward: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     grid = [(0, y, x, 0) for y in range(2) for x in range(3)]
     inputs = {name: value for name, value in batch.items() if name != "target"}
+    device = batch["target"].device
     prediction = forward(
         **inputs,
-        img_ids=torch.tensor(grid, dtype=torch.float32),
-        txt_ids=torch.tensor([(0, 0, 0, i) for i in range(5)], dtype=torch.float32),
+        img_ids=torch.tensor(grid, dtype=torch.float32, device=device),
+        txt_ids=torch.tensor([(0, 0, 0, i) for i in range(5)], dtype=torch.float32, device=device),
     )
     return (prediction.float() - batch["target"]).square().mean()
 
 
 def reference(
-    method: str, steps: int, skipped: int | None = None, **settings: Any
+    method: str,
+    steps: int,
+    skipped: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights of plain PyTorch with clipping; AdamW, or what `settings` name.
 
-    `skipped`: a step without an update.
+    `skipped`: a step without an update. `dtype`: of the base.
     """
-    model = build(method)
+    model = build(method, dtype=dtype).to(device)
     named = transformer.trainable(model)
     if settings:
         optimizer = optimizers.build(
@@ -125,7 +131,8 @@ def reference(
         group["lr"] = learning_rate_of(settings)
     losses = []
     for step in range(steps):
-        loss = loss_of(lambda **inputs: model(**inputs, return_dict=False)[0], global_batch(step))
+        batch = {name: value.to(device) for name, value in global_batch(step).items()}
+        loss = loss_of(lambda **inputs: model(**inputs, return_dict=False)[0], batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
@@ -205,9 +212,12 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     own = GLOBAL_BATCH // process.world
     losses = []
     for step in range(first, case["steps"]):
-        total = torch.zeros(())
+        total = torch.zeros((), device=process.device)
         for at in range(process.rank * own, (process.rank + 1) * own, micro):
-            batch = {name: value[at : at + micro] for name, value in global_batch(step).items()}
+            batch = {
+                name: value[at : at + micro].to(process.device)
+                for name, value in global_batch(step).items()
+            }
             loss = loss_of(engine.forward, batch)
             poisoned = (
                 step == case.get("poison") and at == GLOBAL_BATCH - own
