@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 from flux2_ds.model import quantize as quantize  # registers the operators named below
+from flux2_ds.model.single import fuse_single_blocks
 
 Forward = Callable[..., Any]
 
@@ -62,6 +63,7 @@ def arrange_blocks(
     one graph without breaks. `attention`: name of a diffusers attention backend, or None for torch's
     own choice. `divided`: ZeRO-3 gathers a compiled block's parameters when the block is called.
     """
+    fuse_single_blocks(model)
     if attention is not None:
         model.set_attention_backend(attention)
     if divided and compiled:

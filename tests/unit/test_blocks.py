@@ -16,6 +16,7 @@ from torch import nn
 from flux2_ds.model import blocks, quantize, transformer
 from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.quantize import BASE_WEIGHTS, expand_nf4
+from flux2_ds.model.single import fuse_single_blocks
 from flux2_ds.model.weights import place_weight
 from flux2_ds.recipe import Lora
 from flux2_ds.spec import Spec
@@ -42,7 +43,7 @@ def _without_a_code_generator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def build(spec: Spec, base: str | None = None, dropout: float = 0.0) -> Flux2Transformer2DModel:
-    """A small bf16 model with an adapter in the middle of its training."""
+    """A small bf16 model with an adapter in the middle of its training, and the operators of `single.py`."""
     torch.manual_seed(0)
     model = transformer.new_transformer(spec).bfloat16()
     for name, weight in dict(model.named_parameters()).items():
@@ -53,6 +54,7 @@ def build(spec: Spec, base: str | None = None, dropout: float = 0.0) -> Flux2Tra
     for name, parameter in transformer.trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
+    fuse_single_blocks(model)
     return model.train()
 
 

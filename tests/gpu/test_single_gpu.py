@@ -1,0 +1,132 @@
+"""The single blocks' kernels against the torch expressions of the CPU, and blocks that use them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from flux2_ds.model import transformer
+from flux2_ds.model.blocks import arrange_blocks
+from flux2_ds.model.single import join_single, split_single
+from flux2_ds.recipe import Lora
+from flux2_ds.spec import Spec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = found.detach().cpu().double() - expected.detach().cpu().double()
+    return (difference.norm() / expected.detach().cpu().double().norm()).item()
+
+
+def run(
+    device: str, y: torch.Tensor, attended: torch.Tensor, heads: int, by_heads: bool
+) -> list[torch.Tensor]:
+    """q, k, v and the joined row, and the gradients of y and `attended` [B, S, H, D].
+
+    `by_heads`: the gradients come as [B, H, S, D] is stored, as attention's do.
+    """
+    size, tokens = attended.shape[-1], y.shape[1]
+    norms = [(gaussian(size, seed=n).abs() + 0.5).to(device, y.dtype) for n in (1, 2)]
+    angles = 3 * gaussian(tokens, size, seed=3)
+    rotation = [angles.cos().to(device), angles.sin().to(device)]
+    y, attended = (x.to(device).requires_grad_() for x in (y, attended))
+    query, key, value, path = split_single(y, *norms, *rotation, 1e-6, heads)
+    outputs = [query, key, value, join_single(attended, y, path)]
+    directions = []
+    for seed, output in enumerate(outputs):
+        direction = gaussian(*output.shape, seed=seed).to(device, y.dtype)
+        if by_heads and output.ndim == 4:
+            direction = direction.transpose(1, 2).contiguous().transpose(1, 2)
+        directions.append(direction)
+    return [*outputs, *torch.autograd.grad(outputs, [y, attended], directions)]
+
+
+@pytest.mark.parametrize("by_heads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "size", "hidden"),
+    # Heads and columns that do not fill the kernels' 16 and 2048, and those of klein 4B and dev.
+    [(1, 1, 1, 32, 96), (2, 7, 3, 32, 104), (2, 33, 24, 128, 9216), (1, 65, 48, 128, 18432)],
+)
+def test_the_kernels_compute_what_the_cpu_does(batch, tokens, heads, size, hidden, dtype, by_heads):
+    y = gaussian(batch, tokens, 3 * heads * size + 2 * hidden, seed=4).mul_(2).to(dtype)
+    attended = gaussian(batch, heads, tokens, size, seed=5).to(dtype).transpose(1, 2)
+    if not by_heads:
+        attended = attended.contiguous()
+    expected = run("cpu", y, attended, heads, by_heads)
+    found = run("cuda", y, attended, heads, by_heads)
+    closeness = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    for on_card, on_cpu in zip(found, expected, strict=True):
+        assert on_card.is_cuda and on_card.dtype == dtype
+        assert on_card.stride() == on_cpu.stride()
+        # What is rounded twice may be a step of the larger of a rotated pair apart.
+        torch.testing.assert_close(on_card.cpu(), on_cpu, rtol=closeness, atol=16 * closeness)
+        assert error(on_card, on_cpu) < closeness / 8
+    assert torch.equal(found[2].cpu(), expected[2])  # v is a copy
+
+
+def test_large_micro_batches():
+    """More than 2³¹ elements in y: 65,700 tokens, as many as fourteen samples of 1024² have."""
+    y = torch.randn(2, 32850, 3 * 3072 + 2 * 12288, device="cuda", dtype=torch.bfloat16)
+    assert y.numel() > 2**31
+    norm = torch.ones(128, device="cuda", dtype=torch.bfloat16)
+    angles = torch.rand(32850, 128, device="cuda")
+    y.requires_grad_()
+    query, key, value, path = split_single(y, norm, norm, angles.cos(), angles.sin(), 1e-6, 24)
+    joined = join_single(value, y, path)
+    (grad,) = torch.autograd.grad((query, key, value, joined), y, (query, key, value, joined))
+    with torch.no_grad():
+        last = y[1:, -3:].detach().cpu()
+        _, _, expected, path = split_single(
+            last,
+            norm.cpu(),
+            norm.cpu(),
+            *(f(angles[-3:].cpu()) for f in (torch.cos, torch.sin)),
+            1e-6,
+            24,
+        )
+        assert torch.equal(value[1:, -3:].cpu(), expected)
+        torch.testing.assert_close(joined[1:, -3:].cpu(), join_single(expected, last, path))
+    assert grad[1, -1].any() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["_native_cudnn", "_native_flash"])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_compiled_blocks_follow_diffusers(kept, attention):
+    """A model in bf16 on the card, against diffusers' own processors, not compiled."""
+    spec = Spec("klein", "Flux2KleinPipeline", 1, 1, 3, 128, 64, False)
+    torch.manual_seed(0)
+    plain = transformer.new_transformer(spec).cuda().bfloat16()
+    transformer.keep_timestep_exact(plain)
+    lora = transformer.lora_config(spec, Lora(rank=4), dora=False)
+    transformer.add_lora(plain, lora, seed=0)
+    for name, parameter in transformer.trainable(plain).items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    arranged = copy.deepcopy(plain)
+    arrange_blocks(arranged, kept=kept, compiled=True, attention=attention)
+    results = []
+    for model in (plain, arranged):
+        prediction = model(
+            hidden_states=gaussian(2, 64, 128).cuda(),
+            encoder_hidden_states=gaussian(2, 32, 64, seed=1).cuda().bfloat16(),
+            timestep=torch.tensor([0.2, 0.7], device="cuda"),
+            img_ids=torch.cartesian_prod(*map(torch.arange, (1, 8, 8, 1))).float().cuda(),
+            txt_ids=torch.zeros(32, 4, device="cuda"),
+        ).sample
+        prediction.float().square().mean().backward()
+        results.append((prediction, transformer.trainable(model)))
+    (expected, theirs), (found, ours) = results
+    assert error(found, expected) < 0.02
+    for name, parameter in theirs.items():
+        assert error(ours[name].grad, parameter.grad) < 0.05, name
