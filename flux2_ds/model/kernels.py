@@ -14,9 +14,24 @@ _NF4_BLOCK = 64
 _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 
 # Found by timing on an H100.
-_CHUNK, _CHUNK_WARPS = 8192, 8
 _NF4_ROWS = 128
-_TILE = 128
+_TRANSPOSE_TILE = 128
+_ADD_TILE, _ADD_WARPS = (128, 128), 8
+_GRADIENT_TILE, _GRADIENT_WARPS, _GRADIENT_STAGES = (32, 512), 8, 3
+_GRADIENT_PROGRAMS = 216
+
+
+def _row_tile(columns: int, scaled: bool) -> tuple[int, int, int]:
+    """(rows, columns at once, warps) of a program of `_quantize_rows`.
+
+    Rows that are worked on at the same time must stay in the L2 cache between their two readings.
+    """
+    return 1, min(8192, triton.next_power_of_2(columns)), 8
+
+
+# A product and a sum are rounded one by one, as torch rounds them: fused, they would send values
+# halfway between two integers to another one than on the CPU.
+_EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -27,37 +42,46 @@ def _round(x):
 
 
 @triton.jit
+def _read_rows(x, column_scale, row, rows, column, columns, SCALED: tl.constexpr):
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    part = tl.load(x + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    part = part.to(tl.float32)
+    if SCALED:
+        scale = tl.load(column_scale + column, mask=column < columns, other=0.0)
+        part = part * scale[None, :]
+    return part
+
+
+@triton.jit
 def _quantize_rows(
-    x, column_scale, values, scales, columns, largest,
-    INT8: tl.constexpr, SCALED: tl.constexpr, CHUNK: tl.constexpr,
+    x, column_scale, values, scales, rows, columns, largest,
+    INT8: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its largest value, then, while the cache still holds it, its quantised values."""
-    row = tl.program_id(0).to(tl.int64)
-    peak = tl.zeros([CHUNK], dtype=tl.float32)
+    """Some rows: their largest values, then, while the cache still holds them, the quantised ones."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    peak = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     for start in range(0, columns, CHUNK):
         column = start + tl.arange(0, CHUNK)
-        inside = column < columns
-        part = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            part = part * tl.load(column_scale + column, mask=inside, other=0.0)
+        part = _read_rows(x, column_scale, row, rows, column, columns, SCALED)
         # A maximum passes NaN over; an infinite scale spoils the row as NaN does.
         peak = tl.maximum(peak, tl.where(part == part, tl.abs(part), float("inf")))
-    scale = tl.maximum(tl.max(peak, 0), 1e-12) / largest
+    # Plain division is approximate. One exact reciprocal a row costs nothing.
+    scale = tl.div_rn(tl.maximum(tl.max(peak, 1), 1e-12), largest)
+    inverse = tl.div_rn(1.0, scale)
     for start in range(0, columns, CHUNK):
         column = start + tl.arange(0, CHUNK)
-        inside = column < columns
-        part = tl.load(
-            x + row * columns + column, mask=inside, other=0.0, eviction_policy="evict_first"
-        ).to(tl.float32)
-        if SCALED:
-            part = part * tl.load(column_scale + column, mask=inside, other=0.0)
-        part = part / scale
+        part = _read_rows(x, column_scale, row, rows, column, columns, SCALED)
+        part = part * inverse[:, None]
         if INT8:
             part = _round(part)
         else:
             part = tl.minimum(tl.maximum(part, -largest), largest)
-        tl.store(values + row * columns + column, part.to(values.dtype.element_ty), mask=inside)
-    tl.store(scales + row, scale)
+        tl.store(
+            values + row[:, None] * columns + column[None, :],
+            part.to(values.dtype.element_ty),
+            mask=(row < rows)[:, None] & (column < columns)[None, :],
+        )
+    tl.store(scales + row, scale, mask=row < rows)
 
 
 def quantize_rows(
@@ -68,17 +92,21 @@ def quantize_rows(
     rows, columns = x.shape
     values = torch.empty(x.shape, device=x.device, dtype=_DTYPES[kind])
     scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
-    _quantize_rows[(rows,)](
+    together, chunk, warps = _row_tile(columns, column_scale is not None)
+    _quantize_rows[(triton.cdiv(rows, together),)](
         x,
         x if column_scale is None else column_scale.contiguous(),
         values,
         scales,
+        rows,
         columns,
         _INT8_MAX if kind == "int8" else _FP8_MAX,
         INT8=kind == "int8",
         SCALED=column_scale is not None,
-        CHUNK=min(_CHUNK, triton.next_power_of_2(columns)),
-        num_warps=_CHUNK_WARPS,
+        ROWS=together,
+        CHUNK=chunk,
+        num_warps=warps,
+        **_EXACT,
     )
     return values, scales
 
@@ -141,6 +169,7 @@ def expand_nf4(
         BLOCK=_NF4_BLOCK,
         ROWS=_NF4_ROWS,
         num_warps=4,
+        **_EXACT,
     )
     return out
 
@@ -165,8 +194,9 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
     """xᵀ, contiguous, of x [M, N] uint8."""
     rows, columns = x.shape
     out = torch.empty(columns, rows, device=x.device, dtype=x.dtype)
-    _transpose[(triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))](
-        x, out, rows, columns, TILE=_TILE, num_warps=8
+    tile = _TRANSPOSE_TILE
+    _transpose[(triton.cdiv(columns, tile), triton.cdiv(rows, tile))](
+        x, out, rows, columns, TILE=tile, num_warps=8
     )
     return out
 
@@ -195,10 +225,11 @@ def scale_product(
 
 @triton.jit
 def _add_low_rank(
-    base, narrow, up, out, rows, columns, rank, RANK: tl.constexpr, TILE: tl.constexpr
+    base, narrow, up, out, rows, columns, rank,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, RANK)
     left = tl.load(
         narrow + row[:, None] * rank + depth[None, :],
@@ -221,7 +252,8 @@ def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> 
     base, narrow, up = base.contiguous(), narrow.contiguous(), up.contiguous()
     (rows, columns), rank = base.shape, narrow.shape[1]
     out = torch.empty_like(base)
-    _add_low_rank[(triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))](
+    tile = _ADD_TILE
+    _add_low_rank[(triton.cdiv(columns, tile[1]), triton.cdiv(rows, tile[0]))](
         base,
         narrow,
         up,
@@ -230,7 +262,8 @@ def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> 
         columns,
         rank,
         RANK=max(16, triton.next_power_of_2(rank)),
-        TILE=_TILE,
-        num_warps=8,
+        ROWS=tile[0],
+        COLUMNS=tile[1],
+        num_warps=_ADD_WARPS,
     )
     return out

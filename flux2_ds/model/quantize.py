@@ -149,6 +149,12 @@ def nf4_table(device: torch.device) -> torch.Tensor:
     return torch.tensor(_NF4, device=device)
 
 
+@lru_cache
+def _ones(device: torch.device, columns: int) -> torch.Tensor:
+    """[1, columns] fp32, for products whose scales were folded into an operand; made once."""
+    return torch.ones(1, columns, device=device)
+
+
 def quantize_rows(
     x: torch.Tensor, column_scale: torch.Tensor | None, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +167,7 @@ def quantize_rows(
     rows = x.float() if column_scale is None else x.float() * column_scale
     largest = FP8_MAX if kind == "fp8" else INT8_MAX
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
-    scaled = rows / scale
+    scaled = rows * (1 / scale)
     if kind == "fp8":
         return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn), scale
     return scaled.round().to(torch.int8), scale
@@ -282,7 +288,7 @@ def _frozen_product_gradient(
     # 8-bit products want both operands contiguous along the summed dimension.
     weight = _operand(values, block_scale, scale, storage, compute, transposed=True)
     quantized, row_scale = quantize_rows(grad, _step(scale, storage, compute), compute)
-    ones = scale.new_ones(1, weight.shape[0])
+    ones = _ones(grad.device, weight.shape[0])
     return _multiply(quantized, row_scale, weight, ones, grad.dtype)
 
 

@@ -165,6 +165,16 @@ def test_an_operand_is_quantised_by_rows(kind):
             assert error(row, wanted) < {"fp8": 0.04, "int8": 0.02}[kind]
 
 
+def test_int8_rounds_halves_to_even():
+    """A step of 1 makes halves exact; ±1 in a block of scale 224 is 63.5 of 127."""
+    row = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
+    values, scale = quantize_rows(row, None, "int8")
+    assert scale.tolist() == [[1.0]] and values.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
+    weight = torch.zeros(1, 128)
+    weight[0, :2], weight[0, 64:66] = 448.0, torch.tensor([224.0, -224.0])
+    assert expand_nf4(*quantize(weight, "nf4"), "int8")[0, 64:66].tolist() == [64, -64]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_product_and_its_gradient(mode):
     """Against the product with the stored weight, in float64: only the operands' errors remain.
