@@ -17,8 +17,15 @@ _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat1
 _NF4_ROWS = 128
 _TRANSPOSE_TILE = 128
 _ADD_TILE, _ADD_WARPS = (128, 128), 8
-_GRADIENT_TILE, _GRADIENT_WARPS, _GRADIENT_STAGES = (32, 512), 8, 3
-_GRADIENT_PROGRAMS = 216
+_GRADIENT_PROGRAMS, _GRADIENT_WARPS, _GRADIENT_STAGES = 216, 8, 3
+
+
+def _gradient_tile(rank: int) -> tuple[int, int]:
+    """(rows, columns) that a program of `_low_rank_gradients` reads at once.
+
+    Wide stripes leave few partial sums; a stripe's own, [columns, rank] fp32, stays in registers.
+    """
+    return 32, min(512, 16384 // rank)
 
 
 def _row_tile(columns: int, scaled: bool) -> tuple[int, int, int]:
@@ -267,3 +274,66 @@ def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> 
         num_warps=_ADD_WARPS,
     )
     return out
+
+
+@triton.jit
+def _low_rank_gradients(
+    grad, narrow, up, narrow_parts, up_parts, rows, columns, rank, rows_each,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A stripe of columns of grad, through `rows_each` rows: read once for both products."""
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, RANK)
+    factor = (column < columns)[:, None] & (depth < rank)[None, :]
+    up_tile = tl.load(up + column[:, None] * rank + depth[None, :], mask=factor, other=0.0)
+    up_sum = tl.zeros([COLUMNS, RANK], dtype=tl.float32)
+    first = tl.program_id(1) * rows_each
+    for start in range(first, min(first + rows_each, rows), ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (depth < rank)[None, :]
+        tile = tl.load(
+            grad + row[:, None] * columns + column[None, :],
+            mask=(row < rows)[:, None] & (column < columns)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        place = row[:, None] * rank + depth[None, :]
+        part = tl.load(narrow + place, mask=inside, other=0.0)
+        up_sum = tl.dot(tl.trans(tile), part, up_sum)
+        parts = narrow_parts + tl.program_id(0).to(tl.int64) * rows * rank
+        tl.store(parts + place, tl.dot(tile, up_tile), mask=inside)
+    parts = up_parts + tl.program_id(1).to(tl.int64) * columns * rank
+    tl.store(parts + column[:, None] * rank + depth[None, :], up_sum, mask=factor)
+
+
+def low_rank_gradients(
+    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `quantize.low_rank_gradients`; all in bf16. Sums in a fixed order, so that runs can be repeated."""
+    grad, narrow, up = grad.contiguous(), narrow.contiguous(), up.contiguous()
+    (rows, columns), rank = grad.shape, narrow.shape[1]
+    padded = max(16, triton.next_power_of_2(rank))
+    tile_rows, tile_columns = _gradient_tile(padded)
+    stripes = triton.cdiv(columns, tile_columns)
+    wanted = max(1, round(_GRADIENT_PROGRAMS / stripes))
+    rows_each = triton.cdiv(triton.cdiv(rows, wanted), tile_rows) * tile_rows
+    groups = triton.cdiv(rows, rows_each)
+    narrow_parts = grad.new_empty(stripes, rows, rank, dtype=torch.float32)
+    up_parts = grad.new_empty(groups, columns, rank, dtype=torch.float32)
+    _low_rank_gradients[(stripes, groups)](
+        grad,
+        narrow,
+        up,
+        narrow_parts,
+        up_parts,
+        rows,
+        columns,
+        rank,
+        rows_each,
+        RANK=padded,
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
+        num_warps=_GRADIENT_WARPS,
+        num_stages=_GRADIENT_STAGES,
+    )
+    return narrow_parts.sum(0).to(grad.dtype), up_parts.sum(0).to(grad.dtype)

@@ -335,12 +335,28 @@ def _keep_factors(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tens
     ctx.save_for_backward(*inputs[1:])
 
 
-def _low_rank_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    narrow, up = ctx.saved_tensors
-    return grad, grad @ up, grad.t() @ narrow
+@torch.library.custom_op("flux2_ds::low_rank_gradients", mutates_args=())
+def low_rank_gradients(
+    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grad · up [M, r], gradᵀ · narrow [N, r]) for grad [M, N]: of the two factors of a low-rank product."""
+    if grad.is_cuda and grad.dtype == torch.bfloat16:
+        return kernels.low_rank_gradients(grad, narrow, up)
+    return grad @ up, grad.t() @ narrow
 
 
-add_low_rank.register_autograd(_low_rank_gradients, setup_context=_keep_factors)
+@low_rank_gradients.register_fake
+def _(
+    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return narrow.new_empty(narrow.shape), up.new_empty(up.shape)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return grad, *low_rank_gradients(grad, *ctx.saved_tensors)
+
+
+add_low_rank.register_autograd(_gradients, setup_context=_keep_factors)
 
 
 if torch.cuda.is_available():

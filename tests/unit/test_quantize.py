@@ -18,6 +18,7 @@ from flux2_ds.model.quantize import (
     dequantize,
     expand_nf4,
     frozen_product,
+    low_rank_gradients,
     nf4_table,
     quantize,
     quantize_rows,
@@ -252,6 +253,7 @@ def test_adding_a_low_rank_product(dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 0.005
     assert found.dtype == dtype and error(found, expected) < tolerance
     grad = gaussian(6, 10, seed=3).to(dtype)
+    torch.library.opcheck(low_rank_gradients, (grad, *(t.detach() for t in inputs[1:])))
     wanted = torch.autograd.grad(expected, (base, narrow, up), grad.double())
     for ours, theirs in zip(torch.autograd.grad(found, inputs, grad), wanted, strict=True):
         assert ours.dtype == dtype and error(ours, theirs) < tolerance
