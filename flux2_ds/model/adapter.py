@@ -14,7 +14,8 @@ import torch
 from peft.tuners import lora
 from torch.nn import functional
 
-from flux2_ds.model.quantize import add_low_rank
+from flux2_ds.model.low_rank import adapted_product, add_low_rank
+from flux2_ds.model.quantize import QuantizedLinear
 
 
 class LoraLinear(lora.Linear):
@@ -38,16 +39,39 @@ class LoraLinear(lora.Linear):
         (adapter,) = self.active_adapters
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = self.scaling[adapter]
-        base: torch.Tensor = self.base_layer(x)
         dropped = self.lora_dropout[adapter](x)
+        dora = adapter in self.lora_magnitude_vector
+        if self._whole and dropped is x and not dora:
+            return self._adapted(x, scaling * down, up)
+        base: torch.Tensor = self.base_layer(x)
         narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
-        if adapter not in self.lora_magnitude_vector:
+        if not dora:
             return _add(base, narrow, up)
         magnitude = self.lora_magnitude_vector[adapter].weight
         gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
         # Like PEFT, DoRA's part of the base product sees the dropped input too.
         inner = base if dropped is x else self.base_layer(dropped)
         return _add(base + (gain - 1).to(x.dtype) * inner, narrow, gain[:, None] * up)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the base is quantised and here; ZeRO-3 gathers it when the base layer is called."""
+        base = self.base_layer
+        return isinstance(base, QuantizedLinear) and not hasattr(base.values, "ds_id")
+
+    def _adapted(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        base = self.base_layer
+        rows, _ = adapted_product(
+            x.flatten(0, -2),
+            down.to(x.dtype),
+            up.to(x.dtype),
+            base.values,
+            base.block_scale,
+            base.scale,
+            base.storage,
+            base.compute,
+        )
+        return rows.view(*x.shape[:-1], base.out_features)
 
     @torch.no_grad()
     def _weight_norm(

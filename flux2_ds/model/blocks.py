@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from flux2_ds.model import quantize as quantize  # registers the operators named below
+from flux2_ds.model import low_rank as low_rank  # registers the operators named below
 from flux2_ds.model.single import fuse_single_blocks
 
 Forward = Callable[..., Any]
@@ -38,6 +38,7 @@ _COSTLY = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.flux2_ds.frozen_product.default,
     torch.ops.flux2_ds.add_low_rank.default,
+    torch.ops.flux2_ds.adapted_product.default,
 }
 """What a block that keeps its activations does not compute twice."""
 

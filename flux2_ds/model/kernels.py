@@ -16,8 +16,8 @@ _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat1
 # Found by timing on an H100.
 _NF4_ROWS = 128
 _TRANSPOSE_TILE = 128
-_ADD_TILE, _ADD_WARPS = (128, 128), 8
-_GRADIENT_PROGRAMS, _GRADIENT_WARPS, _GRADIENT_STAGES = 216, 8, 3
+_ADD_TILE, _ADD_WARPS = (64, 128), 4
+_GRADIENT_PROGRAMS, _GRADIENT_WARPS, _GRADIENT_STAGES = 216, 4, 3
 
 
 def _gradient_tile(rank: int) -> tuple[int, int]:
@@ -33,7 +33,17 @@ def _row_tile(columns: int, scaled: bool) -> tuple[int, int, int]:
 
     Rows that are worked on at the same time must stay in the L2 cache between their two readings.
     """
-    return 1, min(8192, triton.next_power_of_2(columns)), 8
+    if scaled:  # the fp32 scales are twice the row's own bytes
+        return (
+            (1, 2048, 8)
+            if columns <= 8192
+            else (2, 4096, 32)
+            if columns <= 32768
+            else (1, 8192, 32)
+        )
+    if columns <= 8192:
+        return 1, triton.next_power_of_2(columns), 8
+    return (1, 8192, 16) if columns <= 24576 else (1, 16384, 16)
 
 
 # A product and a sum are rounded one by one, as torch rounds them: fused, they would send values

@@ -252,12 +252,7 @@ def _multiply(
     return ((a.float() @ b.float().t()) * a_scale * b_scale).to(dtype)
 
 
-# What follows are operators of torch: a compiler takes each as a whole, and a policy for activations
-# can name it.
-
-
-@torch.library.custom_op("flux2_ds::frozen_product", mutates_args=())
-def frozen_product(
+def product(
     x: torch.Tensor,
     values: torch.Tensor,
     block_scale: torch.Tensor | None,
@@ -265,7 +260,7 @@ def frozen_product(
     storage: str,
     compute: str,
 ) -> torch.Tensor:
-    """x Wᵀ [M, N] in x's dtype, for x [M, K] and a quantised W [N, K]; differentiable in x."""
+    """x Wᵀ [M, N] in x's dtype, for x [M, K] and a quantised W [N, K]."""
     weight = _operand(values, block_scale, scale, storage, compute)
     if compute == "bf16":
         return x @ weight.to(x.dtype).t()
@@ -273,8 +268,7 @@ def frozen_product(
     return _multiply(quantized, row_scale, weight, _step(scale, storage, compute), x.dtype)
 
 
-@torch.library.custom_op("flux2_ds::frozen_product_gradient", mutates_args=())
-def _frozen_product_gradient(
+def product_gradient(
     grad: torch.Tensor,
     values: torch.Tensor,
     block_scale: torch.Tensor | None,
@@ -292,12 +286,22 @@ def _frozen_product_gradient(
     return _multiply(quantized, row_scale, weight, ones, grad.dtype)
 
 
+# What follows are operators of torch: a compiler takes each as a whole, and a policy for activations
+# can name it.
+
+frozen_product = torch.library.custom_op("flux2_ds::frozen_product", product, mutates_args=())
+"""`product`, differentiable in x."""
+_gradient = torch.library.custom_op(
+    "flux2_ds::frozen_product_gradient", product_gradient, mutates_args=()
+)
+
+
 @frozen_product.register_fake
 def _(x: torch.Tensor, values: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], values.shape[0]))
 
 
-@_frozen_product_gradient.register_fake
+@_gradient.register_fake
 def _(
     grad: torch.Tensor, values: torch.Tensor, block_scale: Any, scale: Any, storage: str, _: str
 ) -> torch.Tensor:
@@ -311,52 +315,11 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 
 def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx = _frozen_product_gradient(grad.contiguous(), *ctx.saved_tensors, ctx.storage, ctx.compute)
+    dx = _gradient(grad.contiguous(), *ctx.saved_tensors, ctx.storage, ctx.compute)
     return dx, None, None, None, None, None
 
 
 frozen_product.register_autograd(_gradient_of_x, setup_context=_keep_weight)
-
-
-@torch.library.custom_op("flux2_ds::add_low_rank", mutates_args=())
-def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """base [M, N] + narrow [M, r] · up [N, r]ᵀ, with gradients to all three."""
-    if base.is_cuda and base.dtype == torch.bfloat16:
-        return kernels.add_low_rank(base, narrow, up)
-    return torch.addmm(base, narrow, up.t())
-
-
-@add_low_rank.register_fake
-def _(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return base.new_empty(base.shape)
-
-
-def _keep_factors(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-@torch.library.custom_op("flux2_ds::low_rank_gradients", mutates_args=())
-def low_rank_gradients(
-    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad · up [M, r], gradᵀ · narrow [N, r]) for grad [M, N]: of the two factors of a low-rank product."""
-    if grad.is_cuda and grad.dtype == torch.bfloat16:
-        return kernels.low_rank_gradients(grad, narrow, up)
-    return grad @ up, grad.t() @ narrow
-
-
-@low_rank_gradients.register_fake
-def _(
-    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return narrow.new_empty(narrow.shape), up.new_empty(up.shape)
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return grad, *low_rank_gradients(grad, *ctx.saved_tensors)
-
-
-add_low_rank.register_autograd(_gradients, setup_context=_keep_factors)
 
 
 if torch.cuda.is_available():

@@ -202,7 +202,8 @@ def _keep_shape(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 
 
 def _pass_on(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return grad[..., : ctx.heads.numel()].unflatten(-1, ctx.heads), None, grad
+    # cuDNN's attention is given a dense gradient.
+    return grad[..., : ctx.heads.numel()].contiguous().unflatten(-1, ctx.heads), None, grad
 
 
 split_single.register_autograd(_gradient_of_row, setup_context=_keep_row)

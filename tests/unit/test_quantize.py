@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flux2_ds.errors import UserError
+from flux2_ds.model.low_rank import adapted_product, add_low_rank, low_rank_gradients
 from flux2_ds.model.quantize import (
     BASE_WEIGHTS,
     QuantizedLinear,
-    add_low_rank,
     dequantize,
     expand_nf4,
     frozen_product,
-    low_rank_gradients,
     nf4_table,
     quantize,
     quantize_rows,
@@ -257,6 +256,24 @@ def test_adding_a_low_rank_product(dtype):
     wanted = torch.autograd.grad(expected, (base, narrow, up), grad.double())
     for ours, theirs in zip(torch.autograd.grad(found, inputs, grad), wanted, strict=True):
         assert ours.dtype == dtype and error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_product_with_its_adapter_is_both(mode):
+    storage, compute = BASE_WEIGHTS[mode]
+    weight = quantize(gaussian(32, 64), storage)
+    inputs = [
+        gaussian(*s, seed=i).requires_grad_() for i, s in enumerate([(20, 64), (3, 64), (32, 3)])
+    ]
+    torch.library.opcheck(adapted_product, (*inputs, *weight, storage, compute))
+    x, down, up = inputs
+    together, _ = adapted_product(*inputs, *weight, storage, compute)
+    apart = add_low_rank(frozen_product(x, *weight, storage, compute), x @ down.t(), up)
+    assert torch.equal(together, apart)
+    grad = gaussian(20, 32, seed=3)
+    wanted = torch.autograd.grad(apart, inputs, grad)
+    for ours, theirs in zip(torch.autograd.grad(together, inputs, grad), wanted, strict=True):
+        assert error(ours, theirs) < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)

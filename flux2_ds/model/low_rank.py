@@ -1,0 +1,130 @@
+"""A low-rank update beside a frozen product, as operators of torch: y = x Wᵀ + (x Aᵀ)Bᵀ.
+
+On wide outputs its cost is that of reading and writing them, so each is read and written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flux2_ds.model.quantize import product, product_gradient
+
+_ONE_READING = 16
+"""Ranks up to which one kernel makes both gradients of the factors sooner than two products."""
+
+
+@torch.library.custom_op("flux2_ds::add_low_rank", mutates_args=())
+def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """base [M, N] + narrow [M, r] · up [N, r]ᵀ, with gradients to all three."""
+    return _add(base, narrow, up)
+
+
+def _add(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if base.is_cuda and base.dtype == torch.bfloat16:
+        return kernels.add_low_rank(base, narrow, up)
+    return torch.addmm(base, narrow, up.t())
+
+
+@add_low_rank.register_fake
+def _(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return base.new_empty(base.shape)
+
+
+def _keep_factors(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+@torch.library.custom_op("flux2_ds::low_rank_gradients", mutates_args=())
+def low_rank_gradients(
+    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grad · up [M, r], gradᵀ · narrow [N, r]) for grad [M, N]: of the two factors of a low-rank product."""
+    if grad.is_cuda and grad.dtype == torch.bfloat16 and up.shape[1] <= _ONE_READING:
+        return kernels.low_rank_gradients(grad, narrow, up)
+    return grad @ up, grad.t() @ narrow
+
+
+@low_rank_gradients.register_fake
+def _(
+    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return narrow.new_empty(narrow.shape), up.new_empty(up.shape)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return grad, *low_rank_gradients(grad, *ctx.saved_tensors)
+
+
+add_low_rank.register_autograd(_gradients, setup_context=_keep_factors)
+
+
+@torch.library.custom_op("flux2_ds::adapted_product", mutates_args=())
+def adapted_product(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    values: torch.Tensor,
+    block_scale: torch.Tensor | None,
+    scale: torch.Tensor,
+    storage: str,
+    compute: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x Wᵀ + narrow · upᵀ [M, N], narrow = x · downᵀ [M, r]) for x [M, K] and a quantised W [N, K].
+
+    The first is differentiable in x, down [r, K] and up [N, r]; the second is kept for that.
+    """
+    narrow = x @ down.t()
+    return _add(product(x, values, block_scale, scale, storage, compute), narrow, up), narrow
+
+
+@adapted_product.register_fake
+def _(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], up.shape[0]), x.new_empty(x.shape[0], up.shape[1])
+
+
+@torch.library.custom_op("flux2_ds::adapted_product_gradient", mutates_args=())
+def _adapted_gradient(
+    grad: torch.Tensor,
+    grad_narrow: torch.Tensor,
+    down: torch.Tensor,
+    values: torch.Tensor,
+    block_scale: torch.Tensor | None,
+    scale: torch.Tensor,
+    storage: str,
+    compute: str,
+) -> torch.Tensor:
+    """grad W + grad_narrow · down [M, K]."""
+    through_base = product_gradient(grad, values, block_scale, scale, storage, compute)
+    return _add(through_base, grad_narrow, down.t())
+
+
+@_adapted_gradient.register_fake
+def _(grad: torch.Tensor, grad_narrow: torch.Tensor, down: torch.Tensor, *_: Any) -> torch.Tensor:
+    return grad.new_empty(grad.shape[0], down.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.storage, ctx.compute = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _adapted_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    x, down, up, *base, narrow = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_narrow, grad_up = low_rank_gradients(grad, narrow, up)
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _adapted_gradient(grad, grad_narrow, down, *base, ctx.storage, ctx.compute)
+    return grad_x, grad_narrow.t() @ x, grad_up, *[None] * 5
+
+
+adapted_product.register_autograd(_adapted_gradients, setup_context=_keep)
+
+
+if torch.cuda.is_available():
+    from flux2_ds.model import kernels
