@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttention,
     Flux2ParallelSelfAttnProcessor,
@@ -50,7 +51,8 @@ def run(
     attn.set_processor(processor)
     x, rotation = inputs(batch, tokens)
     x = x.to(dtype).requires_grad_()
-    output = attn(x, image_rotary_emb=rotation)
+    with attention_backend("native"):  # diffusers keeps the one that a model was last given
+        output = attn(x, image_rotary_emb=rotation)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     wanted = [x, attn.to_qkv_mlp_proj.weight, attn.to_out.weight]
     return output, [g.double() for g in torch.autograd.grad(output, wanted, direction)]
