@@ -22,7 +22,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS
-from flux2_ds.model.weights import read_parts, read_weights
+from flux2_ds.model.weights import check_card, read_parts, read_weights
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, compiles
 from flux2_ds.recipe import Recipe
@@ -192,7 +192,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
     Raises:
         UserError: a setting of ZeRO, an attention backend or a quantised base, and what to do.
     """
-    recipe, base = plan.recipe, plan.recipe.base_weights
+    recipe = plan.recipe
     check_config(plan.deepspeed)
     try:
         with attention_dispatch.attention_backend(attention_backend(recipe, device) or "native"):
@@ -201,19 +201,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
         raise UserError(
             f"attention is {recipe.attention}: {error} Or set attention: auto."
         ) from error
-    if device.type != "cuda" or base not in BASE_WEIGHTS:
-        return
-    # nf4 has fp8 scales, which Triton reads on such cards only.
-    needed, family, other = (
-        ((8, 0), "Ampere", "remove base_weights")
-        if base == "int8"
-        else ((8, 9), "Ada or Hopper", "set base_weights: int8, or remove it")
-    )
-    if torch.cuda.get_device_capability(device) < needed:
-        raise UserError(
-            f"base_weights is {base}, which needs {family} or newer; this card is a "
-            f"{torch.cuda.get_device_name(device)}. Use another card, or {other}."
-        )
+    check_card(recipe.base_weights, device)
 
 
 def say_memory(expected: Memory, device: torch.device) -> None:

@@ -162,7 +162,7 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
             bare_step(model, recipe, objective, batches), device, options.warm_up, options.measure
         )
     timing = measure(step, device, options.warm_up, options.measure)
-    work = useful_flops(spec, bucket) * recipe.batch.global_size
+    work = useful_flops(spec, bucket, recipe.method) * recipe.batch.global_size
     result |= {
         "first_step_seconds": timing.first_seconds,
         "seconds_per_step": timing.seconds,
@@ -235,11 +235,14 @@ def measure(step: Step, device: torch.device, warm_up: int, count: int) -> Timin
     return Timing(first, statistics.median(runs), min(runs), peak)
 
 
-def useful_flops(spec: Spec, bucket: Bucket) -> float:
-    """Floating-point operations of one sample's step with a frozen base, nothing computed twice: the
-    backward pass has no weight gradients, and 2.5 times the forward pass's operations in attention."""
+def useful_flops(spec: Spec, bucket: Bucket, method: str) -> float:
+    """Floating-point operations of one sample's step in the blocks, nothing computed twice.
+
+    The backward pass has as many as the forward pass in the linears, with method full as many again for
+    the weights' gradients, and 2.5 times as many in attention. An adapter's own are not counted.
+    """
     linear, attention = spec.forward_flops(bucket.tokens)
-    return 2 * linear + 3.5 * attention
+    return (3 if method == "full" else 2) * linear + 3.5 * attention
 
 
 def gemm_speed(device: torch.device) -> float:

@@ -9,6 +9,7 @@ only; the base weights are not loaded.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -90,7 +91,9 @@ def export(
         shutil.copy(directory / "transformer" / "config.json", path)
         return path
     adapter = {exported_name(name): stored.whole(name).to(dtype) for name in stored.shapes}
-    config = lora_config(spec, recipe.lora, dora=recipe.method == "dora").to_dict()
+    # diffusers leaves an adapter that it loads in training mode, where dropout is at work.
+    settings = dataclasses.replace(recipe.lora, dropout=0.0)
+    config = lora_config(spec, settings, dora=recipe.method == "dora").to_dict()
     pipeline = getattr(diffusers, spec.pipeline)
     pipeline.save_lora_weights(
         path.parent,

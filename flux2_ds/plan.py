@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     _check_precision(recipe, stage)
-    _check_base(recipe, stage)
+    check_base(recipe)
     _check_optimizer(recipe, stage, zero)
     if recipe.cuda_graphs and (reason := _not_captured(recipe, stage)):
         raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
@@ -257,7 +257,12 @@ def _check_precision(recipe: Recipe, stage: int) -> None:
         )
 
 
-def _check_base(recipe: Recipe, stage: int) -> None:
+def check_base(recipe: Recipe) -> None:
+    """Refuse a `base_weights` that does not go with the other settings.
+
+    Raises:
+        UserError: naming it and what to do.
+    """
     base = recipe.base_weights
     if base is None:
         return

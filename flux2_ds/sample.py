@@ -1,14 +1,17 @@
 """Sample: render the recipe's preview prompts without and with what was trained, side by side.
 
-    flux2-ds sample --config RECIPE [--step N] [--output FILE]
+    flux2-ds sample --config RECIPE [--step N] [--base_weights nf4] [--output FILE]
 
-Loads the pipeline and the export as any user of diffusers would, so that the picture also proves the
-exported file.
+The prompts are encoded first, as `prepare` encodes captions, and the text encoder is freed. Then the
+transformer is loaded as it was trained, over the recipe's `base_weights` and with the exported adapter in the
+trainer's own layers; diffusers' pipeline denoises and decodes. So a card that trains a model renders with it.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,20 +21,29 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.torch import load_file
 
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.memory import GIB
+from flux2_ds.memory import GIB, adapter_parameters, base_bytes
+from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
-from flux2_ds.model.pipeline import load_pipeline
-from flux2_ds.model.transformer import compute_dtype
+from flux2_ds.model.pipeline import load_image_pipeline
+from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.model.text import TextEncoder
+from flux2_ds.model.weights import check_card, open_file, read_weights
+from flux2_ds.plan import check_base
+from flux2_ds.prepare.encode import text_precision
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import export_path, trained_recipe
-from flux2_ds.spec import read_spec
+from flux2_ds.spec import Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
 
 _PARTS = ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
+
+Prompt = dict[str, torch.Tensor]
+"""What the pipeline takes in place of a prompt."""
 
 
 def main() -> None:
@@ -48,65 +60,87 @@ def main() -> None:
     recipe, options = parse_recipe(parser)
     check_ranges(recipe)
     recipe = trained_recipe(recipe)
+    check_base(recipe)
     trained = choose_export(recipe, options.step)
     step = step_of(trained)
     output = Path(options.output or Path(recipe.run_dir) / "samples" / f"step_{step:08d}.png")
     references = [open_reference(path) for path in recipe.preview.references]
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    dtype = compute_dtype(recipe.precision)
-    card = None
-    if recipe.launch.accelerator == "cuda":
-        card = torch.cuda.mem_get_info()[0]
-    check_room(part_bytes(directory, dtype), card, psutil.virtual_memory().available)
-    pipeline = load_pipeline(directory, spec, dtype)
-    before = render(pipeline, recipe, references)
+    device = torch.device("cpu" if recipe.launch.accelerator == "cpu" else "cuda:0")
+    text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
+    check_card(recipe.base_weights, device)
+    sizes = part_bytes(recipe, spec, directory)
+    check_room(recipe, "text encoder", sizes["text encoder"], free_bytes(text_device))
+    check_room(recipe, "transformer", sizes["transformer"], free_bytes(device))
+
+    prompts = encode_prompts(recipe, spec, directory, text_device)
+    model = load_transformer(recipe, directory, device)
+    pipeline = load_image_pipeline(directory, spec, model, device)
+    del model
+    before = render(pipeline, recipe, prompts, references)
     if recipe.method == "full":
         # Two of them need not fit into memory.
-        pipeline.remove_all_hooks()
         pipeline.transformer = None
-        pipeline.transformer = Flux2Transformer2DModel.from_pretrained(trained, dtype=dtype)
+        pipeline.transformer = load_transformer(recipe, trained.parent, device)
     else:
-        pipeline.load_lora_weights(str(trained.parent), weight_name=trained.name)
-    after = render(pipeline, recipe, references)
+        put_adapter(pipeline.transformer, recipe, spec, trained)
+    after = render(pipeline, recipe, prompts, references)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    titles = ("base model", f"{recipe.method}, step {step}")
+    held = recipe.base_weights or recipe.precision
+    titles = (f"base model, {held}", f"{recipe.method}, step {step}")
     grid(recipe.preview.prompts, titles, (before, after)).save(output)
-    log.info("rendered %d prompts with %s: %s", len(before), trained, output)
+    log.info("rendered %d prompts over %s with %s: %s", len(before), held, trained, output)
 
 
-def part_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the model's parts in memory, by what their files of 16-bit weights hold."""
-    parts = ("text_encoder", "transformer", "vae")
-    files = {part: (directory / part).glob("*.safetensors") for part in parts}
-    return {
-        part: sum(file.stat().st_size for file in found) * dtype.itemsize // 2
-        for part, found in files.items()
-    }
+def part_bytes(recipe: Recipe, spec: Spec, directory: Path) -> dict[str, float]:
+    """Bytes of weights in memory: of the text encoder, which goes first, and of what renders.
+
+    At least: bitsandbytes leaves some weights of a quantised encoder in 16 bits.
+    """
+
+    def elements(part: str) -> int:
+        count = 0
+        for path in (directory / part).glob("*.safetensors"):
+            with open_file(path) as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        return count
+
+    dtype, quantization = text_precision(recipe)
+    of_text = {None: dtype.itemsize, "int8": 1, "nf4": 0.5}[quantization]
+    element = transformer.compute_dtype(recipe.precision).itemsize
+    renders = base_bytes(spec, recipe.base_weights, element) + element * elements("vae")
+    if recipe.method != "full":
+        renders += 4 * adapter_parameters(spec, recipe)
+    return {"text encoder": of_text * elements("text_encoder"), "transformer": renders}
 
 
-def check_room(parts: dict[str, int], card: int | None, host: int) -> None:
-    """Refuse a model that memory cannot hold, before it is loaded. `card`, `host`: free bytes.
+def free_bytes(device: torch.device) -> int:
+    """What is left of the card's memory, or of this host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def check_room(recipe: Recipe, part: str, needed: float, free: float) -> None:
+    """Refuse what memory cannot hold, before anything is loaded; in bytes.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: naming the part, its size and what to do.
     """
-    largest = max(parts, key=lambda part: parts[part])
-    elsewhere = (
-        "sample renders with the whole model, not with base_weights. Run it on a larger machine with the "
-        "same run_dir, or load the export there with diffusers."
+    if needed <= free:
+        return
+    held, remedy = f"base_weights {recipe.base_weights}", "Set --base_weights nf4, or run sample"
+    if part == "text encoder":
+        held = f"prepare.text_weights {recipe.prepare.text_weights}"
+        remedy = "Set --prepare.text_weights nf4 or --prepare.text_device cpu, or run sample"
+    elif recipe.method == "full":
+        held, remedy = f"precision {recipe.precision}", "Run sample"
+    raise UserError(
+        f"the {part} with {held} takes at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
+        f"are free. {remedy} on a larger machine with the same run_dir."
     )
-    if card is not None and parts[largest] > card:
-        raise UserError(
-            f"the model's {largest} takes {parts[largest] / GIB:.1f} GiB and the card has "
-            f"{card / GIB:.1f} GiB free: {elsewhere}"
-        )
-    if sum(parts.values()) > host:
-        raise UserError(
-            f"the model takes {sum(parts.values()) / GIB:.1f} GiB of host memory and "
-            f"{host / GIB:.1f} GiB are free: {elsewhere}"
-        )
 
 
 def choose_export(recipe: Recipe, step: int | None) -> Path:
@@ -135,14 +169,67 @@ def step_of(trained: Path) -> int:
     return int(re.findall(r"step_(\d{8})", str(trained))[-1])
 
 
-def render(pipeline: Any, recipe: Recipe, references: list[Image.Image]) -> list[Image.Image]:
+def encode_prompts(
+    recipe: Recipe, spec: Spec, directory: Path, device: torch.device
+) -> list[Prompt]:
+    """The preview prompts as `prepare` encodes captions; the encoder is freed."""
+    dtype, quantization = text_precision(recipe)
+    encoder = TextEncoder(directory, spec, dtype, device, quantization)
+    encoded = [{"prompt_embeds": encoder.encode([prompt])} for prompt in recipe.preview.prompts]
+    if spec.variant == "klein":  # dev has a guidance input in its place
+        empty = encoder.encode([""])
+        encoded = [prompt | {"negative_prompt_embeds": empty} for prompt in encoded]
+    del encoder
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return encoded
+
+
+def load_transformer(
+    recipe: Recipe, directory: Path, device: torch.device
+) -> Flux2Transformer2DModel:
+    """`directory`/transformer, its weights held as the recipe says."""
+    with torch.device("meta"):
+        model = transformer.build_transformer(directory)
+    dtype = transformer.compute_dtype(recipe.precision)
+    quantized = BASE_WEIGHTS.get(recipe.base_weights or "")
+    read_weights(model, directory / "transformer", dtype, device, quantized)
+    return model.eval()
+
+
+@torch.no_grad()
+def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, exported: Path) -> None:
+    """Add the exported adapter, in the layers that it was trained in.
+
+    Raises:
+        UserError: it is not one of this recipe's.
+    """
+    config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+    transformer.add_lora(model, config, recipe.seed)
+    model.eval()
+    own = {
+        f"transformer.{transformer.exported_name(name)}": parameter
+        for name, parameter in transformer.trainable(model).items()
+    }
+    stored = load_file(exported)
+    if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in own.items()}:
+        raise UserError(
+            f"{exported} is not an adapter of the run in {recipe.run_dir}: it has other tensors. Run "
+            "`flux2-ds export` again."
+        )
+    for name, parameter in own.items():
+        parameter.copy_(stored[name])
+
+
+def render(
+    pipeline: Any, recipe: Recipe, prompts: list[Prompt], references: list[Image.Image]
+) -> list[Image.Image]:
     """One picture a prompt, all from the same starting noise."""
-    preview = recipe.preview
-    if recipe.launch.accelerator == "cuda":
-        pipeline.enable_model_cpu_offload()  # only the part that is at work is on the card
+    preview, weights = recipe.preview, pipeline.vae
     return [
         pipeline(
-            prompt=prompt,
+            **{name: text.to(weights.device, weights.dtype) for name, text in prompt.items()},
             image=references or None,
             height=preview.height,
             width=preview.width,
@@ -150,7 +237,7 @@ def render(pipeline: Any, recipe: Recipe, references: list[Image.Image]) -> list
             guidance_scale=preview.guidance,
             generator=torch.Generator().manual_seed(preview.seed),
         ).images[0]
-        for prompt in preview.prompts
+        for prompt in prompts
     ]
 
 

@@ -244,7 +244,8 @@ def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str
         return
     count = checkpoints_to_come(recipe)
     one = checkpoint_bytes(spec, recipe) / _GIB
-    text = f"{free:.0f} GiB free in {place}, for {count} checkpoints of {one:.2g} GiB"
+    plural = "" if count == 1 else "s"
+    text = f"{free:.0f} GiB free in {place}, for {count} checkpoint{plural} of {one:.2g} GiB"
     if free < count * one:
         findings.warn("disk", text, "free some, keep fewer, or move run_dir")
     else:

@@ -1,4 +1,4 @@
-"""The diffusers pipeline of a model directory: whole, or its text half alone.
+"""The diffusers pipeline of a model directory in its halves: the one that encodes text, the one that renders.
 
 The parts are loaded one by one and given to the pipeline's constructor. `from_pretrained` of the whole
 would insist on `PixtralProcessor` for dev, which transformers offers only beside torchvision; without
@@ -43,34 +43,30 @@ def load_text_pipeline(
         placed["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    parts = {"transformer": None, "vae": None, "scheduler": None}
-    return _build(directory, spec, dtype, placed, **parts)
-
-
-def load_pipeline(directory: Path, spec: Spec, dtype: torch.dtype) -> Any:
-    """The pipeline that renders."""
-    common = {"dtype": dtype, "use_safetensors": True}
-    return _build(
-        directory,
-        spec,
-        dtype,
-        {},
-        transformer=Flux2Transformer2DModel.from_pretrained(
-            directory, subfolder="transformer", **common
-        ),
-        vae=AutoencoderKLFlux2.from_pretrained(directory, subfolder="vae", **common),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler"),
-    )
-
-
-def _build(
-    directory: Path, spec: Spec, dtype: torch.dtype, placed: dict[str, Any], **parts: Any
-) -> Any:
     encoder_class = getattr(transformers, spec.text_encoder)
-    parts["text_encoder"] = encoder_class.from_pretrained(
+    encoder = encoder_class.from_pretrained(
         directory / "text_encoder", dtype=dtype, use_safetensors=True, **placed
     )
-    parts["tokenizer"] = load_tokenizer(directory, spec)
+    return _build(directory, spec, text_encoder=encoder, tokenizer=load_tokenizer(directory, spec))
+
+
+def load_image_pipeline(
+    directory: Path,
+    spec: Spec,
+    transformer: Flux2Transformer2DModel,
+    device: torch.device,
+) -> Any:
+    """The pipeline around a transformer, without text encoder: it renders from `prompt_embeds`."""
+    vae = AutoencoderKLFlux2.from_pretrained(
+        directory, subfolder="vae", dtype=transformer.dtype, use_safetensors=True
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
+    return _build(directory, spec, transformer=transformer, vae=vae.to(device), scheduler=scheduler)
+
+
+def _build(directory: Path, spec: Spec, **given: Any) -> Any:
+    names = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+    parts = dict.fromkeys(names) | given
     if spec.variant == "klein":
         index = json.loads((directory / "model_index.json").read_text())
         parts["is_distilled"] = index.get("is_distilled", False)

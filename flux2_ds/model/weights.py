@@ -16,7 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from flux2_ds.errors import UserError
-from flux2_ds.model.quantize import Compute, QuantizedLinear, Storage, quantize
+from flux2_ds.model.quantize import (
+    BASE_WEIGHTS,
+    Compute,
+    QuantizedLinear,
+    Storage,
+    quantize,
+)
 
 _NAME = "diffusion_pytorch_model.safetensors"
 
@@ -99,6 +105,27 @@ def read_weights(
         with open_file(files[name]) as file:
             _check_shape(files[name], name, tuple(file.get_slice(name).get_shape()), shape)
             place_weight(model, name, file.get_tensor(name).to(device, dtype), quantized)
+
+
+def check_card(base_weights: str | None, device: torch.device) -> None:
+    """Refuse quantised weights that this card cannot multiply.
+
+    Raises:
+        UserError: naming the card and what to do.
+    """
+    if device.type != "cuda" or base_weights not in BASE_WEIGHTS:
+        return
+    # nf4 has fp8 scales, which Triton reads on such cards only.
+    needed, family, other = (
+        ((8, 0), "Ampere", "remove base_weights")
+        if base_weights == "int8"
+        else ((8, 9), "Ada or Hopper", "set base_weights: int8, or remove it")
+    )
+    if torch.cuda.get_device_capability(device) < needed:
+        raise UserError(
+            f"base_weights is {base_weights}, which needs {family} or newer; this card is a "
+            f"{torch.cuda.get_device_name(device)}. Use another card, or {other}."
+        )
 
 
 def place_weight(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
+from reference import load_pipeline
 from test_prepare import add_photo, recipe_for, run, samples
 
 from flux2_ds.data.buckets import Bucket
@@ -19,7 +20,6 @@ from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
-from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.tiny import make_tiny
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepared import check_companions, companion_lines

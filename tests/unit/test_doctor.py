@@ -112,9 +112,10 @@ def test_disk_for_checkpoints(recipe, monkeypatch, method):
     recipe = dataclasses.replace(recipe, method=method, steps=80, checkpoint=keep)
     one = checkpoint_bytes(DEV, recipe)
     found = []
-    for there in (0, 5):  # of 2 + 1 + 4 for good
+    for there in (0, 5, 6):  # of 2 + 1 + 4 for good
         for step in range(there):
-            (Path(recipe.run_dir) / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+            place = Path(recipe.run_dir) / "checkpoints" / f"step_{step:08d}"
+            place.mkdir(parents=True, exist_ok=True)
         for usage.free in ((7 - there) * one - 1, (7 - there) * one + 1):
             findings = Findings()
             checks.check_disk(findings, recipe, DEV, None)
@@ -126,6 +127,8 @@ def test_disk_for_checkpoints(recipe, monkeypatch, method):
         ("ok", text.format(7)),
         ("warning", text.format(2)),
         ("ok", text.format(2)),
+        ("warning", text.format(1).replace("checkpoints", "checkpoint")),
+        ("ok", text.format(1).replace("checkpoints", "checkpoint")),
     ]
 
 

@@ -8,11 +8,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from reference import load_pipeline
 
 from flux2_ds import export as export_module
 from flux2_ds.export import choose, export
 from flux2_ds.model import transformer
-from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.recipe import Data, Lora, Model, Recipe
 from flux2_ds.spec import Spec
 from flux2_ds.stored import Piece

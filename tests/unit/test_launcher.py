@@ -618,7 +618,7 @@ def test_a_part_that_cannot_be_started_is_refused(recipe, monkeypatch, capsys, o
     assert message in capsys.readouterr().err
 
 
-def test_each_host_starts_its_own_part(recipe, tmp_path, monkeypatch):
+def test_each_host_starts_its_own_part(recipe, tmp_path, monkeypatch, capsys):
     prepare(tmp_path)
     Path("hostfile").write_text("node01 slots=1\nnode02 slots=1\n")
     hosts = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
@@ -632,6 +632,10 @@ def test_each_host_starts_its_own_part(recipe, tmp_path, monkeypatch):
         argv = ["train", "--config", recipe, *hosts, "--node-rank"]
         assert call(monkeypatch, *argv, "0") == 2
         assert call(monkeypatch, *argv, "1") == 75
+        for wrong in ("none", "0", "70000"):
+            monkeypatch.setenv("MASTER_PORT", wrong)
+            assert call(monkeypatch, *argv, "1") == 2
+            assert f"MASTER_PORT is '{wrong}'; it must be a port" in capsys.readouterr().err
     ((command,),) = started
     assert command.host is None and command.environment["FLUX2_DS_SLOTS"] == "1"
     where = ["--node_rank", "1", "--master_addr", "node01", "--master_port", "29511"]

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from reference import load_pipeline
 from safetensors.torch import load_file
 
 from flux2_ds.data.index import Index, read_index
@@ -28,7 +29,6 @@ from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.model.files import check_fingerprint, fingerprint
-from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.tiny import make_tiny
 from flux2_ds.prepare import __main__ as root

@@ -1,46 +1,115 @@
-"""Previews: what the recipe's settings do to a picture of the tiny model."""
+"""Previews: over every base they are what diffusers' own pipeline renders with the exported file."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 from PIL import Image
+from reference import load_pipeline
+from test_export import recipe_for, trained
 
 from flux2_ds import sample
 from flux2_ds.errors import UserError
-from flux2_ds.model.pipeline import load_pipeline
-from flux2_ds.recipe import Data, Launch, Model, Preview, Recipe
+from flux2_ds.export import choose, export
+from flux2_ds.model import transformer
+from flux2_ds.model.pipeline import load_image_pipeline
+from flux2_ds.model.quantize import QuantizedLinear
+from flux2_ds.recipe import Launch, Prepare, Preview, Recipe
 from flux2_ds.spec import Spec
 
+CPU = torch.device("cpu")
 
-def test_reference_images_change_what_is_rendered(
-    tiny_model: Path, tiny_spec: Spec, tmp_path: Path
-) -> None:
-    colours = [(250, 20, 20), (20, 20, 250)]
-    for number, colour in enumerate(colours):
-        Image.new("RGB", (80 + 16 * number, 64), colour).save(tmp_path / f"{number}.png")
-    recipe = Recipe(
-        run_dir="unused",
-        model=Model(path=str(tiny_model)),
-        data=Data(images="unused", shards="unused"),
-        preview=Preview(height=64, width=96, steps=2),
+
+def previewed(model: Path, run_dir: Path, method: str = "lora") -> Recipe:
+    return dataclasses.replace(
+        recipe_for(model, run_dir, method),
+        preview=Preview(prompts=["a cat", "a dog"], height=64, width=96, steps=2),
         launch=Launch(accelerator="cpu"),
     )
-    pipeline = load_pipeline(tiny_model, tiny_spec, torch.float32)
+
+
+def exported(recipe: Recipe, spec: Spec, write_checkpoint: Callable[..., Path]) -> Path:
+    model = trained(recipe, spec)
+    checkpoints = Path(recipe.run_dir) / "checkpoints"
+    pieces = [("weights", name, p) for name, p in transformer.trainable(model).items()]
+    write_checkpoint(checkpoints, 7, pieces)
+    return export(recipe, choose(checkpoints, None), torch.float32)
+
+
+def unrounded(pipeline: Any) -> Any:
+    """The pipeline, giving what the VAE decodes: in 8 bits tiny models' pictures are all alike."""
+    pipeline.image_processor.postprocess = lambda image, **_: list(image)
     pipeline.set_progress_bar_config(disable=True)
-    references = [sample.open_reference(str(tmp_path / f"{number}.png")) for number in range(2)]
+    return pipeline
+
+
+def theirs(pipeline: Any, references: list[Image.Image]) -> torch.Tensor:
+    """What diffusers renders from the prompts."""
     pictures = [
-        np.asarray(sample.render(pipeline, recipe, given)[0])
-        for given in ([], references[:1], references, references)
-    ]
-    assert all(picture.shape == (64, 96, 3) for picture in pictures)
-    assert (pictures[2] == pictures[3]).all()
-    for one, other in ((0, 1), (1, 2)):
-        assert (pictures[one] != pictures[other]).any()
-    more = dataclasses.replace(recipe, preview=dataclasses.replace(recipe.preview, seed=1))
-    assert (np.asarray(sample.render(pipeline, more, [])[0]) != pictures[0]).any()
+        pipeline(
+            prompt=prompt, image=references or None, height=64, width=96, num_inference_steps=2,
+            guidance_scale=4.0, generator=torch.Generator().manual_seed(0),
+        ).images[0]
+        for prompt in ("a cat", "a dog")
+    ]  # fmt: skip
+    return torch.stack(pictures)
+
+
+@pytest.mark.parametrize(
+    ("method", "base"), [("lora", None), ("lora", "nf4"), ("dora", "nf4"), ("full", None)]
+)
+def test_both_columns_are_diffusers_own(
+    method: str,
+    base: Any,
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
+) -> None:
+    recipe = previewed(tiny_model, tmp_path / "run", method)
+    lora = dataclasses.replace(recipe.lora, dropout=0.5)
+    recipe = dataclasses.replace(recipe, base_weights=base, lora=lora)
+    file = exported(recipe, tiny_spec, write_checkpoint)
+    references = [Image.new("RGB", (64, 80), (250, 20, 20))]
+
+    prompts = sample.encode_prompts(recipe, tiny_spec, tiny_model, CPU)
+    model = sample.load_transformer(recipe, tiny_model, CPU)
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert bool(quantized) == (base is not None)
+    pipeline = unrounded(load_image_pipeline(tiny_model, tiny_spec, model, CPU))
+    before = torch.stack(sample.render(pipeline, recipe, prompts, references))
+    if method == "full":
+        pipeline.transformer = sample.load_transformer(recipe, file.parent, CPU)
+    else:
+        sample.put_adapter(model, recipe, tiny_spec, file)
+    after = torch.stack(sample.render(pipeline, recipe, prompts, references))
+
+    reference = unrounded(load_pipeline(tiny_model, tiny_spec, torch.float32))
+    for name, linear in quantized.items():
+        reference.transformer.get_submodule(name).weight.data = linear.weight.float()
+    torch.testing.assert_close(before, theirs(reference, references), rtol=0, atol=1e-4)
+    assert (before - theirs(reference, [])).abs().max() > 5e-3
+    if method == "full":
+        reference.transformer = Flux2Transformer2DModel.from_pretrained(file)
+    else:
+        reference.load_lora_weights(str(file.parent), weight_name=file.name)
+    torch.testing.assert_close(after, theirs(reference, references), rtol=0, atol=1e-3)
+    assert (before - after).abs().max() > 5e-2
+
+
+def test_an_adapter_of_another_run_is_refused(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
+) -> None:
+    recipe = previewed(tiny_model, tmp_path / "run")
+    file = exported(recipe, tiny_spec, write_checkpoint)
+    other = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, rank=5))
+    model = sample.load_transformer(other, tiny_model, CPU)
+    with pytest.raises(UserError, match=r"step_00000007\.safetensors is not an adapter of the run"):
+        sample.put_adapter(model, other, tiny_spec, file)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +125,33 @@ def test_references_that_cannot_be_used(
         sample.open_reference(str(path))
 
 
-def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_loaded(tiny_model: Path) -> None:
-    tiny = sample.part_bytes(tiny_model, torch.float32)
-    assert all(size > 0 for size in tiny.values())
-    sample.check_room(tiny, None, sum(tiny.values()))
-    with pytest.raises(UserError, match="host memory"):
-        sample.check_room(tiny, None, sum(tiny.values()) - 1)
-    dev = {"text_encoder": 48 << 30, "transformer": 60 << 30, "vae": 1 << 28}
-    sample.check_room(dev, 80 << 30, 128 << 30)
-    with pytest.raises(UserError, match=r"transformer takes 60\.0 GiB and the card has 23\.5 GiB"):
-        sample.check_room(dev, int(23.5 * 2**30), 128 << 30)
+def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) -> None:
+    for base in (None, "fp8", "nf4"):
+        recipe = dataclasses.replace(
+            previewed(tiny_model, Path("unused")), precision="bf16", base_weights=base
+        )
+        model = sample.load_transformer(recipe, tiny_model, CPU)
+        pipeline = load_image_pipeline(tiny_model, tiny_spec, model, CPU)
+        config = transformer.lora_config(tiny_spec, recipe.lora, dora=False)
+        transformer.add_lora(model, config, 0)
+        held = [*model.parameters(), *pipeline.vae.parameters(), *pipeline.vae.buffers()]
+        found = sample.part_bytes(recipe, tiny_spec, tiny_model)
+        assert found["transformer"] == pytest.approx(sum(p.nbytes for p in held), rel=0.01)
+    encoder = load_pipeline(tiny_model, tiny_spec, torch.bfloat16).text_encoder
+    assert found["text encoder"] == pytest.approx(encoder.get_memory_footprint(), rel=0.01)
+
+
+def test_what_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
+    recipe = previewed(tmp_path, tmp_path)
+    sample.check_room(recipe, "transformer", 60 << 30, 60 << 30)
+    for changes, part, told in (
+        ({"base_weights": "fp8"}, "transformer", r"base_weights fp8 .*Set --base_weights nf4"),
+        ({"method": "full"}, "transformer", r"precision fp32 .*Run sample on a larger"),
+        ({"prepare": Prepare(text_weights="int8")}, "text encoder", "int8 .*text_weights nf4"),
+    ):
+        changed = dataclasses.replace(recipe, **changes)
+        size = r"takes at least 32\.0 GiB, and 23\.5 GiB are free"
+        with pytest.raises(UserError, match=f"the {part} with .*{size}.*"):
+            sample.check_room(changed, part, 32 << 30, int(23.5 * 2**30))
+        with pytest.raises(UserError, match=told):
+            sample.check_room(changed, part, 32 << 30, int(23.5 * 2**30))

@@ -1,0 +1,37 @@
+"""The operations that `bench` counts are those that torch counts; its timings are not tested."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flux2_ds.bench import random_transformer, useful_flops
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.model import latents
+from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_useful_products(tiny_spec: Spec, method: str) -> None:
+    bucket = Bucket(64, 96)
+    model = random_transformer(tiny_spec, torch.float32, None, CPU)
+    model.requires_grad_(method == "full")
+    # As with an adapter, gradients flow through every block.
+    tokens = torch.randn(1, bucket.tokens, TOKEN_CHANNELS, requires_grad=True)
+    text = torch.randn(1, TEXT_TOKENS, tiny_spec.text_width, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        prediction = model(
+            hidden_states=tokens,
+            encoder_hidden_states=text,
+            timestep=torch.tensor([0.5]),
+            img_ids=latents.image_ids(bucket.height, bucket.width, CPU),
+            txt_ids=latents.text_ids(TEXT_TOKENS, CPU),
+            guidance=torch.ones(1) if tiny_spec.guidance else None,
+        ).sample
+        prediction.square().mean().backward()
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    _, attention = tiny_spec.forward_flops(bucket.tokens)
+    # Embedders, modulation and output, which are not counted as useful, are 2 % of the tiny model.
+    useful = useful_flops(tiny_spec, bucket, method) - 3.5 * attention
+    assert useful == pytest.approx(counted, rel=0.03)
