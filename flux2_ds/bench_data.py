@@ -13,6 +13,8 @@ import argparse
 import http.client
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +58,8 @@ def main() -> None:
     add("--rounds", type=int, default=3, help="readings of each, in turns; the best counts")
     add("--work", type=Path, help="folder on the disk to measure; default: the temporary one")
     options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: shards and server go with it
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     results: Values = {"machine": {"cpus": os.cpu_count(), "torch": torch.__version__}}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         for model in options.model:

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,8 +54,16 @@ def serve_s3(port: int, folder: Path) -> None:
         time.sleep(3600)
 
 
+def end_with(parent: int) -> None:
+    """End this process as soon as its parent is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
 class Server:
-    """A server process that can be killed and started again under the same address."""
+    """A server process that can be killed and started again under the same address; it does not
+    outlive this one."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self._folder = kind, folder
@@ -66,7 +75,8 @@ class Server:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        command = [sys.executable, "-m", __name__, self.kind, str(self.port), str(self._folder)]
+        where = [self.kind, str(self.port), str(self._folder)]
+        command = [sys.executable, "-m", __name__, *where, str(os.getpid())]
         self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while True:
             with socket.socket() as probe:
@@ -98,8 +108,8 @@ def served(kind: str, folder: Path) -> Iterator[Server]:
         os.environ |= {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}"}
     # fsspec keeps clients, which know the address of an earlier server.
     fsspec.get_filesystem_class(kind).clear_instance_cache()
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.kill()
@@ -108,4 +118,6 @@ def served(kind: str, folder: Path) -> Iterator[Server]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 4:  # not by hand
+        threading.Thread(target=end_with, args=[int(sys.argv[4])], daemon=True).start()
     {"http": serve_http, "s3": serve_s3}[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))

@@ -100,7 +100,7 @@ def check_ranges(recipe: Recipe) -> None:
 
 
 def _check_urls(data: Data) -> None:
-    """Refuse passwords, and a server's user names, which may be tokens. `sftp://me@host` has neither."""
+    """Refuse what may be a secret: passwords, a server's user names and queries. `sftp://me@host` has none."""
     images = {"": data.images} if isinstance(data.images, str) else data.images
     named = {
         "data.shards": data.shards,
@@ -112,4 +112,10 @@ def _check_urls(data: Data) -> None:
             raise UserError(
                 f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
                 "show it. Take it out and give credentials as docs/data.md says under Reading."
+            )
+        if re.match(r"https?://[^?]*\?", location):
+            raise UserError(
+                f"{name} is a URL with a query (?...), such as signed URLs have; logs, recipe.yaml and W&B "
+                "would show it, and it does not name a folder or a .tar. Take it out and give credentials as "
+                "docs/data.md says under Reading."
             )

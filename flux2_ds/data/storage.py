@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ log = logging.getLogger("flux2_ds")
 PAUSES_S = (1, 2, 4, 8, 16, 30, 60)
 """Waits between the tries of a read: a store may be away for two minutes."""
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_HTTP = ("http://", "https://")
 _NOT_THE_STORE = (UserError, TypeError, AttributeError, NameError)
 
 Value = TypeVar("Value")
@@ -55,12 +57,7 @@ class Blob:
 
         def checked() -> memoryview:
             data = memoryview(self._fetch()) if is_url(self.location) else self._load()
-            if self.size is not None and len(data) > self.size:
-                raise UserError(
-                    f"{self.location}: its server sent {len(data)} bytes for {self.size}: it does not "
-                    "serve parts of files (HTTP range requests). Use one that does, such as nginx."
-                )
-            if self.size is not None and len(data) < self.size:
+            if self.size is not None and len(data) != self.size:
                 raise DamagedError(f"{len(data)} instead of {self.size} bytes at {self.offset}")
             check(data)
             return data
@@ -86,9 +83,22 @@ class Blob:
 
     def _fetch(self) -> bytes:
         system, path = file_system(self.location)
-        end = None if self.size is None else self.offset + self.size
-        data: bytes = system.cat_file(path, start=self.offset or None, end=end)
+        part: dict[str, Any] = {"start": self.offset or None}
+        if self.size is not None:
+            part["end"] = self.offset + self.size
+            if self.location.startswith(_HTTP):
+                part["raise_for_status"] = self._check_part
+        data: bytes = system.cat_file(path, **part)
         return data
+
+    async def _check_part(self, response: Any) -> None:
+        """Look at the answer to a request for a part before its body is read; aiohttp calls this."""
+        if response.status == 200 and (self.offset or response.content_length != self.size):
+            response.close()
+            raise UserError(
+                f"{self.location}: asked for {self.size} bytes, its server sends the whole file: it does "
+                "not serve parts of files (HTTP range requests). Use one that does, such as nginx."
+            )
 
 
 def file_system(location: str) -> tuple[Any, str]:
@@ -100,7 +110,7 @@ def file_system(location: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     if location.startswith("s3://"):
         options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
-    elif location.startswith(("http://", "https://")):
+    elif location.startswith(_HTTP):
         from aiohttp import ClientTimeout  # here: the launcher need not wait for it
 
         options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=15, sock_read=60)}}
@@ -139,10 +149,10 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
         except _NOT_THE_STORE:
             raise
         except Exception as error:  # every store has errors of its own; all end in a UserError
-            if _wants_credentials(error):
+            if _refused(error):
                 raise UserError(
-                    f"{location} cannot be read: {_reason(error)}. Give the credentials as docs/data.md "
-                    "says under Reading."
+                    f"{location} cannot be read: {_reason(error)}. Check the address, and give the "
+                    "credentials as docs/data.md says under Reading."
                 ) from error
             if pause is None:
                 kind = UserError if isinstance(error, DamagedError) else OutageError
@@ -155,17 +165,24 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
     raise AssertionError("unreachable")
 
 
-def _wants_credentials(error: Exception) -> bool:
-    """Whether the store answers nobody, or not with these credentials."""
+def _refused(error: Exception) -> bool:
+    """Whether the store has nothing of this name, or not for these credentials."""
     # Here, like all that belongs to a kind of store.
-    from aiohttp import ClientResponseError
     from botocore.exceptions import NoCredentialsError, ProfileNotFound
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if isinstance(error, ClientResponseError):
-        return error.status in (401, 403)
-    return isinstance(error, (NoCredentialsError, ProfileNotFound))
+    if isinstance(error, (NoCredentialsError, ProfileNotFound, OfflineModeIsEnabled)):
+        return True
+    response = getattr(error, "response", None)
+    status = (
+        getattr(error, "status", None)  # aiohttp's
+        or getattr(response, "status_code", None)  # the hub's
+        or getattr(error, "code", None)  # gcsfs', which leaves of a 403 an OSError with a word
+    )
+    return status in (401, 403, 404) or str(error).startswith("Forbidden: ")
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    """The error's first line. A store may have sent us to a URL whose query is a signature."""
+    text = re.sub(r"(\w://[^\s?]*)\?[^\s'\")]*", r"\1", str(error).strip()).splitlines()
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__

@@ -1,9 +1,13 @@
 """`bench-data` reads every sample it counts, by every way; its figures are not tested."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 
+import psutil
 import pytest
 
 from flux2_ds import bench_data
@@ -44,3 +48,27 @@ def test_a_reading_that_misses_samples_is_no_figure(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_data, "plain_pipeline", lambda *_: iter([1]))
     with pytest.raises(RuntimeError, match="1 samples read of 2"):
         bench_data.measure("disk", tmp_path / "x", index, Namespace(readers=1, rounds=1), 0.0)
+
+
+def running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_server_ends_with_it(tmp_path, number):
+    argv = ["--gb", "0.02", "--model", "klein-4b", "--from", "http", "--rounds", "1000"]
+    command = [sys.executable, "-m", "flux2_ds.bench_data", *argv, "--work", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        servers: list[psutil.Process] = []
+        while not servers and process.poll() is None:
+            servers = psutil.Process(process.pid).children()
+            time.sleep(0.05)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    deadline = time.monotonic() + 30
+    while any(map(running, servers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert servers and not any(map(running, servers))
+    if number == signal.SIGTERM:
+        assert (process.returncode, said) == (128 + number, "")
+        assert not list(tmp_path.iterdir())

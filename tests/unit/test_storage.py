@@ -8,15 +8,20 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import (
+    BaseHTTPRequestHandler,
+    SimpleHTTPRequestHandler,
+    ThreadingHTTPServer,
+)
 from pathlib import Path
 from unittest.mock import Mock
 
 import fsspec
 import pytest
+from huggingface_hub import HfFileSystem, constants
 from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
 
 from flux2_ds.data import storage
@@ -112,8 +117,24 @@ def test_what_is_not_there_is_an_error_at_once(folder, kind):
 
 
 @contextmanager
-def pythons_server(folder: Path, authorization: str | None = None) -> Iterator[tuple[str, list]]:
-    """`python -m http.server`, which ignores ranges: its address, and what it is asked for."""
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def pythons_server(
+    folder: Path, authorization: str | None = None, sent: list[int] | None = None
+) -> Iterator[tuple[str, list]]:
+    """`python -m http.server`, which ignores ranges: its address, and what it is asked for.
+
+    `sent`: filled with how many bytes of each file it could send.
+    """
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -125,20 +146,114 @@ def pythons_server(folder: Path, authorization: str | None = None) -> Iterator[t
             else:
                 self.send_error(403 if given else 401)
 
+        def copyfile(self, source, outputfile):
+            with suppress(ConnectionError):
+                super().copyfile(source, outputfile)
+            if sent is not None:
+                sent.append(source.tell())
+
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    with serving(partial(Handler, directory=folder)) as url:
+        yield url, asked
 
 
-def test_a_server_without_ranges_is_said_at_once(folder):
-    with pythons_server(folder) as (url, asked):
-        with pytest.raises(UserError, match="sent 10240 bytes for 256: it does not serve parts of"):
-            Blob(f"{url}/whole.bin", 256, 256).read()
-        assert asked == ["/whole.bin"]
+def test_a_server_without_ranges_is_said_before_it_has_sent_the_file(tmp_path):
+    size = 64 << 20
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(size)
+    sent = []
+    with pythons_server(tmp_path, sent=sent) as (url, asked):
+        assert Blob(f"{url}/large.bin", 0, size).read() == bytes(
+            size
+        )  # which is the part asked for
+        for offset in (0, 256):
+            with pytest.raises(UserError, match="asked for 256 bytes, its server sends the whole"):
+                Blob(f"{url}/large.bin", offset, 256).read()
+        assert asked == ["/large.bin"] * 3
+    assert len(sent) == 3 and sent[0] == size and max(sent[1:]) < size / 2
+
+
+def answering(status: int) -> type[BaseHTTPRequestHandler]:
+    """A server of nothing but this status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, UserError), (403, UserError), (404, UserError), (500, OutageError)]
+)
+def test_what_the_hub_refuses_is_an_error_at_once(monkeypatch, status, error):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01,))
+    with serving(answering(status)) as url:
+        hub = HfFileSystem(endpoint=url, skip_instance_cache=True)
+        monkeypatch.setattr(storage, "file_system", lambda _: (hub, "datasets/o/n/x.tar"))
+        with pytest.raises(UserError, match=rf"hf://datasets/o/n/x\.tar .*{status}") as caught:
+            Blob("hf://datasets/o/n/x.tar", 5, 10).read()
+    assert type(caught.value) is error
+
+
+def test_an_offline_hub_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot be read: OfflineModeIsEnabled: .*HF_HUB_OFFLINE"):
+        Blob("hf://datasets/o/n/x.tar").read()
+
+
+class GoogleError(Exception):
+    """As gcsfs 2026.8 gives them, which is not installed here."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"Anonymous caller does not have access, {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (GoogleError(401), UserError),
+        (OSError("Forbidden: https://host/b/x.tar?alt=media\nno access"), UserError),
+        (GoogleError(503), OutageError),
+    ],
+)
+def test_what_google_refuses_is_an_error_at_once(monkeypatch, answer, error):
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01,))
+    store = Mock(cat_file=Mock(side_effect=answer))
+    monkeypatch.setattr(storage, "file_system", lambda _: (store, "b/x.tar"))
+    with pytest.raises(UserError, match=r"gs://b/x\.tar ") as caught:
+        Blob("gs://b/x.tar", 5, 10).read()
+    assert type(caught.value) is error
+    assert store.cat_file.call_count == (1 if error is UserError else 2)
+
+
+def test_the_signature_of_a_url_that_a_store_sends_us_to_is_not_said(monkeypatch, caplog):
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01,))
+
+    class Elsewhere(answering(503)):
+        def do_GET(self):  # noqa: N802
+            if "secret" in self.path:
+                super().do_GET()
+            else:
+                self.send_response(302)
+                self.send_header("Location", "/elsewhere.bin?Signature=secret&Expires=5")
+                self.end_headers()
+
+    with (
+        serving(Elsewhere) as url,
+        pytest.raises(OutageError, match=r"503, .*/elsewhere\.bin'") as error,
+    ):
+        Blob(f"{url}/whole.bin").read()
+    assert "next try in" in caplog.text
+    assert "secret" not in caplog.text + str(error.value)
 
 
 @pytest.fixture
@@ -160,7 +275,7 @@ def test_credentials_of_a_server_are_in_fsspecs_configuration(folder, monkeypatc
         for settings, status in (({}, 401), (wrong, 403)):
             monkeypatch.setitem(fsspec.config.conf, "https", settings)
             with pytest.raises(
-                UserError, match=rf"{status}, .* Give the credentials as docs/data\.md"
+                UserError, match=rf"{status}, .* give the credentials as docs/data\.md"
             ):
                 Blob(f"{url}/whole.bin").read()
         monkeypatch.setitem(fsspec.config.conf, "https", right)
@@ -178,7 +293,7 @@ def test_a_store_without_credentials_is_said_at_once(tmp_path, monkeypatch, fres
     if profile:
         monkeypatch.setenv("AWS_PROFILE", profile)
     monkeypatch.setattr(storage, "PAUSES_S", ())
-    with pytest.raises(UserError, match=r"s3://bucket/x cannot be read: .* Give the credentials"):
+    with pytest.raises(UserError, match=r"s3://bucket/x cannot be read: .* give the credentials"):
         Blob("s3://bucket/x").read()
 
 
