@@ -11,8 +11,9 @@ import torch
 
 from flux2_ds.model.quantize import product, product_gradient
 
-_ONE_READING = 16
-"""Ranks up to which one kernel makes both gradients of the factors sooner than two products."""
+_WIDE, _NARROW = 8192, 32
+"""One kernel makes both gradients of the factors sooner than two products where more columns than the first
+and ranks up to the second are read; timed on an H100."""
 
 
 @torch.library.custom_op("flux2_ds::add_low_rank", mutates_args=())
@@ -41,7 +42,8 @@ def low_rank_gradients(
     grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(grad · up [M, r], gradᵀ · narrow [N, r]) for grad [M, N]: of the two factors of a low-rank product."""
-    if grad.is_cuda and grad.dtype == torch.bfloat16 and up.shape[1] <= _ONE_READING:
+    wide = up.shape[0] > _WIDE and up.shape[1] <= _NARROW
+    if wide and grad.is_cuda and grad.dtype == torch.bfloat16:
         return kernels.low_rank_gradients(grad, narrow, up)
     return grad @ up, grad.t() @ narrow
 

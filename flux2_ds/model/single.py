@@ -55,11 +55,9 @@ class SplitJoinProcessor(Flux2ParallelSelfAttnProcessor):
 
 
 def fuse_single_blocks(model: Flux2Transformer2DModel) -> None:
-    """Let the single blocks use the operators, unless their norms are trained."""
+    """Let the single blocks use the operators."""
     for block in model.single_transformer_blocks:
-        attn = block.attn
-        if not (attn.norm_q.weight.requires_grad or attn.norm_k.weight.requires_grad):
-            attn.set_processor(SplitJoinProcessor())
+        block.attn.set_processor(SplitJoinProcessor())
 
 
 @torch.library.custom_op("flux2_ds::split_single", mutates_args=())
@@ -72,7 +70,7 @@ def split_single(
     eps: float,
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(q, k, v, path) of y [B, S, 3d + 2m], differentiable in y.
+    """(q, k, v, path) of y [B, S, 3d + 2m], differentiable in y and in the norms' weights.
 
     q, k, v: [B, S, H, D], stored as [B, H, S, D], which is how attention wants them; q and k normalised
     by heads (RMS, weights `norm_q` and `norm_k` [D], `eps`) and rotated by `cos` and `sin` [S, D] fp32 in
@@ -158,6 +156,16 @@ def _norm_gradient(
     return scale * grad - scale**3 * x * (x * grad).mean(-1, keepdim=True)
 
 
+def _weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The gradient [D] of the norm's weight from that of what was rotated, [B, S, H, D]; x [B, S, d]."""
+    normalised = functional.rms_norm(
+        x.float().unflatten(-1, grad.shape[2:]), grad.shape[3:], eps=eps
+    )
+    return (_rotate_back(grad.float(), cos, sin) * normalised).sum((0, 1, 2))
+
+
 def _parts(y: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
     """q, k, v [B, S, d], gate and up [B, S, m]."""
     hidden = (y.shape[-1] - 3 * width) // 2
@@ -194,7 +202,13 @@ def _keep_row(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradient_of_row(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _gradient(*grads, *ctx.saved_tensors, ctx.eps), *[None] * 6
+    y, norm_q, norm_k, cos, sin = ctx.saved_tensors
+    norms: list[torch.Tensor | None] = [None, None]
+    for place, norm in enumerate((norm_q, norm_k)):
+        if ctx.needs_input_grad[1 + place]:
+            part = _parts(y, grads[place].shape[2:].numel())[place]
+            norms[place] = _weight_gradient(grads[place], part, cos, sin, ctx.eps).to(norm.dtype)
+    return _gradient(*grads, y, norm_q, norm_k, cos, sin, ctx.eps), *norms, *[None] * 4
 
 
 def _keep_shape(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

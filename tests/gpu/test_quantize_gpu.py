@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from flux2_ds.model.low_rank import adapted_product, add_low_rank, low_rank_gradients
+from flux2_ds.model.low_rank import adapted_product, add_low_rank
 from flux2_ds.model.quantize import (
     BASE_WEIGHTS,
     FP8_MAX,
@@ -183,24 +183,24 @@ def test_a_low_rank_product_of_views_is_added():
     assert error(add_low_rank(base, narrow, up), expected) < 0.003
 
 
-@pytest.mark.parametrize("rank", [1, 16, 24, 64, 128])
+@pytest.mark.parametrize("rank", [1, 16, 24, 32])
 @pytest.mark.parametrize(
     # Less than a tile, several stripes and groups of rows that fill none, one of a real block.
     "shape",
-    [(3, 8), (1000, 1250), (4608, 6144)],
+    [(3, 8), (1000, 1250), (4608, 27648)],
 )
 def test_the_gradients_of_a_low_rank_product(shape, rank):
     grad, narrow = gaussian(*shape).bfloat16(), gaussian(shape[0], rank, seed=1).bfloat16()
     up = gaussian(shape[1], rank, seed=2).bfloat16()
     inputs = [t.cuda() for t in (grad, narrow, up)]
-    found = low_rank_gradients(*inputs)
+    found = kernels.low_rank_gradients(*inputs)
     exact = [t.double() for t in inputs]
     expected = exact[0] @ exact[2], exact[0].t() @ exact[1]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
         assert error(ours, theirs) < 0.003
     # A resumed run repeats what it resumes.
-    for again in (low_rank_gradients(*inputs) for _ in range(3)):
+    for again in (kernels.low_rank_gradients(*inputs) for _ in range(3)):
         assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
 
 
@@ -208,7 +208,7 @@ def test_the_gradients_of_views():
     """A gradient may come transposed or expanded."""
     grad, narrow, up = (gaussian(*s).bfloat16().cuda() for s in ((90, 40), (6, 40), (90, 6)))
     for given in (grad.t(), grad[0, :40, None].expand(-1, 90)):
-        found = low_rank_gradients(given, narrow.t(), up)
+        found = kernels.low_rank_gradients(given, narrow.t(), up)
         assert error(found[0], given.double() @ up.double()) < 0.005
         assert error(found[1], given.double().t() @ narrow.t().double()) < 0.005
 

@@ -12,10 +12,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttnProcessor,
 )
 
-from flux2_ds.model import transformer
-from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.single import SplitJoinProcessor, join_single, split_single
-from flux2_ds.spec import Spec
 
 HEADS, SIZE = 3, 32
 
@@ -29,7 +26,6 @@ def attention(seed: int = 0) -> Flux2ParallelSelfAttention:
     )
     for norm in (attn.norm_q, attn.norm_k):
         norm.weight.data.uniform_(0.5, 2)
-        norm.weight.requires_grad_(False)
     attn.to_qkv_mlp_proj.weight.data *= 4
     return attn
 
@@ -46,7 +42,7 @@ def run(
     attn: Flux2ParallelSelfAttention, processor: Flux2ParallelSelfAttnProcessor,
     dtype: torch.dtype, batch: int, tokens: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
-    """The output, and the gradients of the input and of both weights."""
+    """The output, and the gradients of the input and of all weights."""
     attn = copy.deepcopy(attn).to(dtype)
     attn.set_processor(processor)
     x, rotation = inputs(batch, tokens)
@@ -54,7 +50,7 @@ def run(
     with attention_backend("native"):  # diffusers keeps the one that a model was last given
         output = attn(x, image_rotary_emb=rotation)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    wanted = [x, attn.to_qkv_mlp_proj.weight, attn.to_out.weight]
+    wanted = [x, *attn.parameters()]
     return output, [g.double() for g in torch.autograd.grad(output, wanted, direction)]
 
 
@@ -69,7 +65,7 @@ def test_the_operators_compute_what_diffusers_does(batch, tokens, dtype):
     _, exact = run(attn, Flux2ParallelSelfAttnProcessor(), torch.float32, batch, tokens)
     for found, other, truth in zip(ours, theirs, exact, strict=True):
         allowed = (
-            1e-6 if dtype == torch.float32 else 1.02 * float((other - truth).norm() / truth.norm())
+            2e-6 if dtype == torch.float32 else 1.1 * float((other - truth).norm() / truth.norm())
         )
         assert float((found - truth).norm() / truth.norm()) < allowed
 
@@ -108,14 +104,15 @@ def test_the_gradients_are_those_of_each_output():
 
     for number in range(4):
         given = [rows.clone().requires_grad_(), attended.clone().requires_grad_()]
+        wanted = [*given, norm_q, norm_k]
         found, expected = outputs(*given)[number], reference(*given)[number]
         torch.testing.assert_close(found, expected)
         weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(number))
         one, other = (
-            torch.autograd.grad(x, given, weights, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(x, wanted, weights, allow_unused=True, materialize_grads=True)
             for x in (found, expected)
         )
-        assert other[0].any() and other[1].any() == (number == 3)
+        assert [bool(g.any()) for g in other] == [True, number == 3, number == 0, number == 1]
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -147,14 +144,3 @@ def test_a_compiler_is_told_the_shapes_and_strides_that_come():
 
 def detached(value: object) -> object:
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_trained_norms_keep_diffusers_processor(full):
-    """The operators have no gradient for the norms' weights."""
-    model = transformer.new_transformer(Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 64, False))
-    model.requires_grad_(full)
-    arrange_blocks(model, kept=3, compiled=False, attention=None)
-    expected = Flux2ParallelSelfAttnProcessor if full else SplitJoinProcessor
-    for block in model.single_transformer_blocks:
-        assert type(block.attn.processor) is expected
