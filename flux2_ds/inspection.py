@@ -20,11 +20,12 @@ import torch
 from diffusers import AutoencoderKLFlux2
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.images import contact_sheet
+from flux2_ds.data.images import CAPTION_SIZE, contact_sheet
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join
 from flux2_ds.errors import run_root
+from flux2_ds.fonts import font_for
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.prompt import read_prompt
@@ -178,7 +179,7 @@ def write_picture(
             pictures.append(latents.decode(vae, reference[None])[0].numpy())
             captions.append(f"reference {number} of {meta['source']}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures, captions).save(path)
+    contact_sheet(pictures, captions, font_for(captions, CAPTION_SIZE)).save(path)
 
 
 if __name__ == "__main__":

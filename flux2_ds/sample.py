@@ -20,10 +20,11 @@ import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file
 
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.fonts import font_for
 from flux2_ds.memory import GIB, adapter_parameters, base_bytes
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
@@ -261,7 +262,7 @@ def grid(
 ) -> Image.Image:
     """A row a prompt with its text above, a column for each title."""
     width, height = columns[0][0].size
-    font = ImageFont.load_default(size=14)
+    font = font_for([*prompts, *titles], 14)
     head, gap = 26, 6
     cell = max(width, 200)
     sheet = Image.new(

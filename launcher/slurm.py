@@ -63,7 +63,6 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
         [
             *header(job, job.name, options, nodes=job.nodes, tasks=job.tasks),
             "#SBATCH --requeue",
-            "#SBATCH --exclusive",
             "",
             *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -93,7 +92,6 @@ def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
     return "\n".join(
         [
             *header(job, f"{job.name}-prepare", {}, nodes=job.nodes, tasks=1),
-            "#SBATCH --exclusive",  # or Slurm gives the one task a single core
             "",
             *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
             f"export FLUX2_DS_NODES=$SLURM_NNODES FLUX2_DS_START={start}",
@@ -104,12 +102,14 @@ def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
 
 
 def header(job: SlurmJob, name: str, more: dict[str, str], *, nodes: int, tasks: int) -> list[str]:
-    """The first line and what sbatch reads."""
+    """The first line and what sbatch reads: whole nodes, of which `--exclusive` alone would give all
+    cores and GPUs, but only as much memory as the cluster's default."""
     options = {
         "job-name": re.sub(r"[^\w.-]+", "-", name) or "flux2-ds",
         "nodes": nodes,
         "ntasks-per-node": tasks,
         "gpus-per-node": job.tasks if job.accelerator == "cuda" else None,
+        "mem": 0,  # all of the node's
         "time": job.time_limit,
         "output": "%x-%j.log",  # %j differs for every task of an array, too
         "open-mode": "append",
@@ -119,4 +119,4 @@ def header(job: SlurmJob, name: str, more: dict[str, str], *, nodes: int, tasks:
         **more,
     }
     asked = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    return ["#!/bin/bash", *asked]
+    return ["#!/bin/bash", *asked, "#SBATCH --exclusive"]

@@ -6,7 +6,7 @@ import io
 import math
 import struct
 import warnings
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+CAPTION_SIZE = 11
+"""Of the letters on a contact sheet, in px."""
 _LINES, _LINE_HEIGHT = 3, 14
 _SAME_ASPECT = 0.02
 # What Pillow warns of is an error here (`_open`): filters of warnings are not for threads.
@@ -186,19 +188,16 @@ def _too_large() -> str:
 
 
 def contact_sheet(
-    pictures: list[NDArray[np.uint8]], captions: list[str], columns: int | None = None
+    pictures: list[NDArray[np.uint8]], captions: list[str], font: ImageFont.FreeTypeFont
 ) -> Image.Image:
     """Pictures of possibly different sizes in a grid on white, each over its caption."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    columns = math.ceil(math.sqrt(len(pictures)))
     above = max(picture.shape[0] for picture in pictures)
     height = above + _LINES * _LINE_HEIGHT + 10
     width = max(picture.shape[1] for picture in pictures) + 8
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    import matplotlib  # for its fonts: Pillow's own has no letters beyond English
-
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 11)
     for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row, column = divmod(place, columns)
         x = column * width + (width - picture.shape[1]) // 2
@@ -209,9 +208,7 @@ def contact_sheet(
     return sheet
 
 
-def _wrapped(
-    text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
-) -> list[str]:
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """The first lines of `text` that fit under a picture; an ellipsis says that there is more."""
     lines: list[str] = []
     left = " ".join(text.split())

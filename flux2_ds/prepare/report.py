@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.images import contact_sheet
+from flux2_ds.data.images import CAPTION_SIZE, contact_sheet
 from flux2_ds.data.index import Index
+from flux2_ds.fonts import font_for
 from flux2_ds.prepare.choose import bucket_lines
 from flux2_ds.prepare.entries import Picture, Skipped, write_whole
 from flux2_ds.prepare.pictures import decode
@@ -121,13 +122,17 @@ def write_contact_sheets(folder: Path, pictures: list[Picture]) -> None:
         groups.setdefault(picture.bucket, []).append(picture)
     for bucket, members in groups.items():
         places = np.linspace(0, len(members) - 1, min(len(members), _SHEET_PICTURES))
+        groups[bucket] = [members[place] for place in places.round().astype(int)]
+    every = (picture.caption for members in groups.values() for picture in members)
+    font = font_for(every, CAPTION_SIZE)
+    for bucket, members in groups.items():
         shown, captions = [], []
-        for place in places.round().astype(int):
-            decoded = decode(members[place])
+        for picture in members:
+            decoded = decode(picture)
             if decoded.pixels is not None:
                 small = Image.fromarray(decoded.pixels)
                 small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
                 shown.append(np.asarray(small))
-                captions.append(members[place].caption)
+                captions.append(picture.caption)
         if shown:
-            contact_sheet(shown, captions).save(folder / f"{bucket}.jpg", quality=88)
+            contact_sheet(shown, captions, font).save(folder / f"{bucket}.jpg", quality=88)

@@ -37,6 +37,7 @@ class Slurm:
             "ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nMpiDefault=none\n"
             "SelectType=select/cons_tres\nGresTypes=gpu\nReturnToService=2\nKillWait=30\n"
             "SlurmdParameters=config_overrides\n"
+            "SelectTypeParameters=CR_Core_Memory\nDefMemPerCPU=10\n"
             "NodeName=node01 CPUs=4 RealMemory=1000 Gres=gpu:2\n"
             "PartitionName=all Nodes=node01 Default=YES MaxTime=INFINITE State=UP\n"
         )

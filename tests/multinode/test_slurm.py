@@ -83,7 +83,8 @@ def test_shards_are_prepared_by_a_job(slurm, work):
     job = submit(slurm, work, "--job", "prepare", "--data.shards", "by_job")
     wait(slurm, job, "JobState=COMPLETED", work)
     assert read_index(str(work / "by_job")).samples == read_index(str(work / "shards")).samples
-    assert "NumCPUs=4" in slurm.told("scontrol", "show", "job", job)  # all of the node's
+    told = slurm.told("scontrol", "show", "job", job)
+    assert "NumCPUs=4" in told and "mem=1000M" in told  # all of the node's
 
 
 def test_what_asks_for_a_correction_is_not_tried_again(slurm, work):

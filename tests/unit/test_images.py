@@ -14,6 +14,7 @@ from flux2_ds.data.images import (
 )
 from flux2_ds.data.images import image_size as image_size_of
 from flux2_ds.data.images import load_cropped as load_cropped_of
+from flux2_ds.fonts import font_for
 
 ORIENTATION = 0x0112
 HOW_A_CAMERA_STORES_IT = {
@@ -199,16 +200,11 @@ def test_picture_covers_its_bucket(tmp_path, width, height):
     assert (pixels == (9, 90, 200)).all()  # no border in another colour
 
 
-def test_contact_sheet_has_the_letters_of_captions():
-    picture = np.full((16, 16, 3), 255, dtype=np.uint8)
-    drawn = {letter: contact_sheet([picture], [letter]).tobytes() for letter in "éжΩ\ue000"}
-    assert len(set(drawn.values())) == 4  # the last is what a font draws for a letter it lacks
-
-
 def test_contact_sheet_holds_every_picture():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     sizes = [(8, 16), (16, 8), (16, 16)]
     pictures = [np.full((*s, 3), c, dtype=np.uint8) for s, c in zip(sizes, colours, strict=True)]
-    sheet = np.asarray(contact_sheet(pictures, ["", "été", "long " * 90])).reshape(-1, 3)
+    captions = ["", "été", "long " * 90]
+    sheet = np.asarray(contact_sheet(pictures, captions, font_for(captions, 11))).reshape(-1, 3)
     for (height, width), colour in zip(sizes, colours, strict=True):
         assert (sheet == colour).all(axis=1).sum() == height * width

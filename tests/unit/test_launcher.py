@@ -240,7 +240,7 @@ def test_slurm_is_asked_for_what_the_job_needs():
     assert {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")} == {
         *("job-name=cats", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu"),
         *("time=04:00:00", "signal=USR1@120", "output=%x-%j.log", "open-mode=append"),
-        *("requeue", "exclusive"),
+        *("requeue", "exclusive", "mem=0"),
     }
 
 
