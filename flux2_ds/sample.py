@@ -132,7 +132,8 @@ def check_room(recipe: Recipe, part: str, needed: float, free: float) -> None:
     """
     if needed <= free:
         return
-    held, remedy = f"base_weights {recipe.base_weights}", "Set --base_weights nf4, or run sample"
+    held = f"base_weights {recipe.base_weights or recipe.precision}"
+    remedy = "Set --base_weights nf4, or run sample"
     if part == "text encoder":
         held = f"prepare.text_weights {recipe.prepare.text_weights}"
         remedy = "Set --prepare.text_weights nf4 or --prepare.text_device cpu, or run sample"
