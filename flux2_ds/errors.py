@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -25,6 +26,11 @@ class OutageError(UserError):
     """Something outside is out of reach; the same command may work later, so restarts try it again."""
 
     code = EXIT_FAILURE
+
+
+def without_queries(text: str) -> str:
+    """`text` with its URLs cut before their queries, which are signatures where a store sends us on."""
+    return re.sub(r"(\w://[^\s?]*)\?[^\s'\")]*", r"\1", text)
 
 
 def run_root(main: Callable[[], None]) -> None:

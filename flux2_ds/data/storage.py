@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
-from flux2_ds.errors import OutageError, UserError
+from flux2_ds.errors import OutageError, UserError, without_queries
 
 log = logging.getLogger("flux2_ds")
 
@@ -183,6 +182,5 @@ def _refused(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line. A store may have sent us to a URL whose query is a signature."""
-    text = re.sub(r"(\w://[^\s?]*)\?[^\s'\")]*", r"\1", str(error).strip()).splitlines()
+    text = without_queries(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
