@@ -183,9 +183,11 @@ def compiles(recipe: Recipe, stage: int) -> bool:
 
 
 def captures(plan: Plan) -> bool:
-    """Whether passes are recorded as CUDA graphs: by default in a run of one process, if possible."""
+    """Whether passes are recorded as CUDA graphs: by default, if possible, where GPUs have tried it, which
+    is in a run of one process at stage 0."""
     if plan.recipe.cuda_graphs is None:
-        return plan.processes == 1 and _not_captured(plan.recipe, plan.zero_stage) is None
+        tried = plan.processes == 1 and plan.zero_stage == 0
+        return tried and _not_captured(plan.recipe, plan.zero_stage) is None
     return plan.recipe.cuda_graphs
 
 

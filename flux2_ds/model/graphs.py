@@ -6,12 +6,15 @@ those of a small model or a small picture. A recorded pass is queued at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from flux2_ds.errors import UserError
 
 Run = Callable[[], None]
 Record = Callable[[Run], Run]
@@ -37,8 +40,17 @@ def _recorder() -> Record:
     def record(run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
         # Other threads, which read samples into page-locked memory, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            run()
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a failed recording fails, too
+            raise UserError(
+                f"a pass cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}). Set "
+                "cuda_graphs: false."
+            ) from error
         return graph.replay
 
     return record
@@ -49,8 +61,7 @@ class _Replayed:
 
     def __init__(self, model: nn.Module, record: Record) -> None:
         self._model, self._forward, self._record = model, model.forward, record
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._gradients: list[torch.Tensor] = []
+        self._trained = _Trained(model)
         self._seen: set[Any] = set()
         self._passes: dict[Any, _Pass] = {}
         self.latest: _Pass | None = None
@@ -66,12 +77,49 @@ class _Replayed:
             self._seen.add(shapes)
             return self._forward(**inputs)
         if shapes not in self._passes:
-            # One set for all shapes: they hold a pass's gradients only until autograd has copied them.
-            self._gradients = self._gradients or [torch.empty_like(p) for p in self._parameters]
-            self._passes[shapes] = _Pass(
-                self._forward, inputs, self._parameters, self._gradients, self._record
-            )
-        return (_Replay.apply(self, self._passes[shapes], inputs, *self._parameters),)
+            self._passes[shapes] = _Pass(self._forward, inputs, self._trained, self._record)
+        return (_Replay.apply(self, self._passes[shapes], inputs, *self._trained.parameters),)
+
+
+class _Trained:
+    """A model's trained parameters, where they are, and where passes leave their gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots = [
+            (module, name)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+        found = (module._parameters[name] for module, name in self._slots)
+        self.parameters = [parameter for parameter in found if parameter is not None]
+
+    @cached_property
+    def gradients(self) -> list[torch.Tensor]:
+        """For all shapes: they hold a pass's gradients only until autograd has copied them."""
+        return [torch.empty_like(parameter) for parameter in self.parameters]
+
+    def places(self) -> list[int]:
+        """Where the parameters are in memory."""
+        return [parameter.data_ptr() for parameter in self.parameters]
+
+    @contextmanager
+    def aliased(self) -> Iterator[list[nn.Parameter]]:
+        """Other parameters in the model that share these ones' memory.
+
+        Autograd adds up a parameter's gradients on the stream where it first met it, for as long as any
+        graph or hook, such as ZeRO's, holds on to that; and nothing recorded may wait for another stream.
+        """
+        aliases = [nn.Parameter(parameter.detach()) for parameter in self.parameters]
+        self._put(aliases)
+        try:
+            yield aliases
+        finally:
+            self._put(self.parameters)
+
+    def _put(self, parameters: list[nn.Parameter]) -> None:
+        for (module, name), parameter in zip(self._slots, parameters, strict=True):
+            module._parameters[name] = parameter
 
 
 class _Pass:
@@ -81,32 +129,32 @@ class _Pass:
         self,
         forward: Callable[..., Any],
         inputs: dict[str, Any],
-        parameters: list[nn.Parameter],
-        gradients: list[torch.Tensor],
+        trained: _Trained,
         record: Record,
     ) -> None:
         self._inputs = {
             name: value.clone() if torch.is_tensor(value) else value
             for name, value in inputs.items()
         }
-        self._parameters, self._gradients = parameters, gradients
-        self._places = [p.data_ptr() for p in parameters]
+        self._trained, self._places = trained, trained.places()
+        self._gradients = trained.gradients
         self._output = torch.empty(0)
+        self._wanted: list[nn.Parameter] = []
         self._again_forward = record(partial(self._run_forward, forward))
         self._incoming = torch.zeros_like(self._output)
         self._again_backward = record(self._run_backward)
 
     def _run_forward(self, forward: Callable[..., Any]) -> None:
-        with torch.enable_grad():
+        with self._trained.aliased() as self._wanted, torch.enable_grad():
             self._output = forward(**self._inputs)[0]
 
     def _run_backward(self) -> None:
-        found = torch.autograd.grad(self._output, self._parameters, self._incoming)
+        found = torch.autograd.grad(self._output, self._wanted, self._incoming)
         torch._foreach_copy_(self._gradients, found)
 
     def forward(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The model's output, valid until the next pass."""
-        if self._places != [p.data_ptr() for p in self._parameters]:
+        if self._places != self._trained.places():
             raise RuntimeError(
                 "a trained parameter has moved in memory since its pass was recorded"
             )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from test_blocks import BOTH_KINDS, build
 from torch import nn
 
+from flux2_ds.model import blocks
+from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.graphs import replay_passes
+from flux2_ds.model.transformer import trainable
+from flux2_ds.warmup import compiled_graphs
 
 
 class Squares(nn.Module):
@@ -22,6 +28,7 @@ class Squares(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, *, x: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor]:
+        self.used = [self.trained.weight]
         hidden = self.frozen(x) ** 2 * scale
         return (self.trained(hidden if self.training else self.dropout(hidden)),)
 
@@ -118,6 +125,18 @@ def test_a_backward_pass_whose_memory_was_used_again_is_refused():
         first.backward()
 
 
+def test_a_recorded_pass_has_parameters_of_its_own():
+    """Autograd, or a hook of ZeRO's, may remember for a model's own the stream of their gradients."""
+    _, replayed, _ = pair()
+    x, own = torch.randn(2, 3), replayed.trained.weight
+    backward(replayed, x=x)
+    assert replayed.used[0] is own
+    backward(replayed, x=x)
+    (used,) = replayed.used
+    assert used is not own and used.data_ptr() == own.data_ptr() and used.grad is None
+    assert replayed.trained.weight is own
+
+
 def test_a_parameter_that_has_moved_is_refused():
     """A graph would read its old place."""
     _, replayed, _ = pair()
@@ -127,3 +146,40 @@ def test_a_parameter_that_has_moved_is_refused():
     replayed.trained.weight.data = replayed.trained.weight.data.clone()
     with pytest.raises(RuntimeError, match="has moved in memory"):
         replayed(x=x)
+
+
+@pytest.mark.parametrize("base", [None, "fp8"])
+def test_a_recorded_pass_compiles_nothing(base, monkeypatch):
+    """Nothing can be compiled while a graph is recorded."""
+    monkeypatch.setattr(
+        blocks.torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        model = build(BOTH_KINDS, base)
+        arrange_blocks(model, kept=1, compiled=True, attention=None)
+        plain = gradients_of(model)
+        recorder = Recorder()
+        replay_passes(model, recorder)
+        gradients_of(model)
+        known = compiled_graphs()
+        replayed = gradients_of(model)
+        assert compiled_graphs() == known and recorder.recorded == 2
+    assert replayed.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert gradient.any() and torch.equal(replayed[name], gradient), name
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    model.zero_grad()
+    output = model(
+        hidden_states=torch.randn(1, 32, 128, generator=generator),
+        encoder_hidden_states=torch.randn(1, 8, 64, generator=generator).bfloat16(),
+        timestep=torch.tensor([0.5]),
+        img_ids=torch.cartesian_prod(*map(torch.arange, (1, 4, 8, 1))).float(),
+        txt_ids=torch.zeros(8, 4),
+        return_dict=False,
+    )[0]
+    output.float().square().mean().backward()
+    return {name: p.grad.clone() for name, p in trainable(model).items()}

@@ -454,10 +454,11 @@ def test_what_deepspeed_can_do(changes):
 
 
 def test_passes_are_captured_where_that_was_tried():
-    assert captures(make_plan(make_recipe(), 1))
-    assert not captures(make_plan(make_recipe(), 2))
+    assert captures(make_plan(make_recipe(deepspeed="zero0"), 1))
+    assert not captures(make_plan(make_recipe(deepspeed="zero2"), 1))
+    assert not captures(make_plan(make_recipe(deepspeed="zero0"), 2))
     assert captures(make_plan(make_recipe(cuda_graphs=True), 2))
-    assert not captures(make_plan(make_recipe(cuda_graphs=False), 1))
+    assert not captures(make_plan(make_recipe(deepspeed="zero0", cuda_graphs=False), 1))
 
 
 @pytest.mark.parametrize(
@@ -472,6 +473,7 @@ def test_passes_are_captured_where_that_was_tried():
     ],
 )
 def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
+    changes = {"deepspeed": "zero0" if changes.get("method") != "full" else "zero1", **changes}
     assert not captures(make_plan(make_recipe(**changes), 1))
     with pytest.raises(
         UserError, match=f"cuda_graphs is true, and .*{reason}.* remove cuda_graphs"
