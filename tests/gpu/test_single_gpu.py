@@ -102,9 +102,9 @@ def test_large_micro_batches():
 
 
 @pytest.mark.parametrize("attention", ["_native_cudnn", "_native_flash"])
-@pytest.mark.parametrize("kept", [0, 2])
-def test_compiled_blocks_follow_diffusers(kept, attention):
-    """A model in bf16 on the card, against diffusers' own processors, not compiled."""
+@pytest.mark.parametrize(("kept", "compiled"), [(0, True), (2, True), (0, False)])
+def test_blocks_follow_diffusers(kept, compiled, attention):
+    """A model in bf16 on the card, against diffusers' own processors with torch's choice of attention."""
     spec = Spec("klein", "Flux2KleinPipeline", 1, 1, 3, 128, 64, False)
     torch.manual_seed(0)
     plain = transformer.new_transformer(spec).cuda().bfloat16()
@@ -115,7 +115,7 @@ def test_compiled_blocks_follow_diffusers(kept, attention):
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
     arranged = copy.deepcopy(plain)
-    arrange_blocks(arranged, kept=kept, compiled=True, attention=attention)
+    arrange_blocks(arranged, kept=kept, compiled=compiled, attention=attention)
     results = []
     for model in (plain, arranged):
         # diffusers' own processors would use the backend that was last set for any model.
