@@ -95,7 +95,8 @@ class Experiment:
 
     def build(self, mode: str) -> tuple[torch.nn.Module, Recipe]:
         """A model with its base in `mode` and a new adapter, and the recipe that it follows."""
-        recipe = replace(self.recipe, base_weights=None)
+        # Nothing is warmed up here, so shapes come in any order.
+        recipe = replace(self.recipe, base_weights=None, cuda_graphs=False)
         if mode == "fp32":
             recipe = replace(recipe, precision="fp32")
         elif mode in BASE_WEIGHTS:

@@ -49,7 +49,7 @@ from flux2_ds.metrics import Metrics, check_wandb
 from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
-from flux2_ds.plan import Plan, compiles, learning_rate, make_plan
+from flux2_ds.plan import Plan, captures, compiles, learning_rate, make_plan
 from flux2_ds.prepared import (
     build_order,
     check_shards,
@@ -112,7 +112,8 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
             log.info("held out   %d samples", held_out.samples)
 
     lookout.at(0, "loading the model")
-    model, expected = build_model(directory, spec, plan, process, index.largest_tokens)
+    arranged = recordable(plan, index)
+    model, expected = build_model(directory, spec, arranged, process, index.largest_tokens)
     engine = build_engine(model, plan)
     lookout.at(0, "reading the checkpoint")
     first_step = resume(engine, recipe, index, process)
@@ -142,6 +143,14 @@ def check_same(index: Index, recipe: Recipe, process: Process) -> None:
             f"the index of data.shards {recipe.data.shards} on {socket.gethostname()} is not the first "
             "process's. Wait until prepare and all copies are finished, and start again."
         )
+
+
+def recordable(plan: Plan, index: Index) -> Plan:
+    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory."""
+    if not captures(plan) or all(shard.references != "several" for shard in index.shards):
+        return plan
+    log.info("no CUDA graphs: the samples' reference images have several sizes")
+    return replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
 
 
 def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:

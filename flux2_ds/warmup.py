@@ -30,6 +30,8 @@ from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS
 
 log = logging.getLogger("flux2_ds")
 
+_EVALUATION = " for evaluation"
+
 
 def warm_up(
     engine: Engine,
@@ -47,8 +49,8 @@ def warm_up(
 ) -> None:
     """Pass forward and backward once for each length in `index`, and forward for those in `held_out`.
 
-    `every_length`: not the longest alone. `recorded`: passes are recorded as CUDA graphs, when they come
-    for the second time. `room`: bytes of the card to leave free for what the first
+    `every_length`: not the longest alone. `recorded`: passes that come for the second time are recorded as
+    CUDA graphs. `room`: bytes of the card to leave free for what the first
     step will allocate. `step`: the first of the run, for the lookout. `stopping`: whether to end early,
     collective.
 
@@ -56,12 +58,16 @@ def warm_up(
         UserError: the card's memory is not enough.
     """
     trained, evaluated = lengths(index), lengths(held_out)
-    passes = [(shards, True) for shards in trained] + [(shards, False) for shards in evaluated]
+    passes = [(shards, "") for shards in trained]
+    passes += [(shards, _EVALUATION) for shards in evaluated]
     if not every_length:
         passes = passes[:1]
+    if recorded:
+        # Only now, because nothing else may use the memory of what is recorded.
+        passes += [(shards, " as CUDA graphs") for shards in trained]
     device, on_card = objective.device, objective.device.type == "cuda"
     start, known = time.perf_counter(), compiled_graphs()
-    for number, (shards, training) in enumerate(passes, start=1):
+    for number, (shards, purpose) in enumerate(passes, start=1):
         if stopping():
             return
         names = ", ".join(dict.fromkeys(describe(shard) for shard in shards))
@@ -75,12 +81,11 @@ def warm_up(
         )
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
-            if training:
-                for _ in range(1 + recorded):
-                    engine.rehearse(partial(objective.loss, batch=batch))
-            else:
+            if purpose == _EVALUATION:
                 with engine.evaluating(), torch.no_grad():
                     objective.loss(engine.forward, batch)
+            else:
+                engine.rehearse(partial(objective.loss, batch=batch))
             if on_card:
                 torch.cuda.synchronize(device)
             del reserved
@@ -91,7 +96,7 @@ def warm_up(
             number,
             len(passes),
             names,
-            "" if training else " for evaluation",
+            purpose,
             time.perf_counter() - before,
         )
     done = f"warm-up    {time.perf_counter() - start:.0f} s"
