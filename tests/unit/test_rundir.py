@@ -100,6 +100,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(started):
         make_recipe(
             started,
             activations="keep",
+            cuda_graphs=False,
             deepspeed="zero3",
             checkpoint=Checkpoint(every=7, keep_last=1),
             log=dataclasses.replace(before.log, every=3, wandb="disabled"),
