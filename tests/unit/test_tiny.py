@@ -7,11 +7,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from reference import load_pipeline
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from flux2_ds.model import tiny
-from flux2_ds.model.pipeline import load_pipeline
 from flux2_ds.spec import read_spec
 
 VARIANTS = ("klein", "dev")
