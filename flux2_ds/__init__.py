@@ -1,6 +1,12 @@
 """flux2-ds: train FLUX.2 (dev, klein) with DeepSpeed from one recipe."""
 
 import logging
+import os
 
 # At every import without CUDA bitsandbytes would warn that an optional kernel is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# Samples of several lengths, and passes recorded beside others, would leave holes in the card's memory that
+# nothing fits into. torch reads this once, early.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

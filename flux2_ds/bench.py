@@ -164,7 +164,7 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
     timing = measure(step, device, options.warm_up, options.measure)
     work = useful_flops(spec, bucket, recipe.method) * recipe.batch.global_size
     result |= {
-        "first_step_seconds": timing.first_seconds,
+        "first_step_seconds": (bare or timing).first_seconds,
         "seconds_per_step": timing.seconds,
         "fastest_seconds_per_step": timing.fastest,
         "samples_per_second": recipe.batch.global_size / timing.seconds,

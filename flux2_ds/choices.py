@@ -49,14 +49,13 @@ def choices(
     for deepspeed in _STAGES:
         for base in _BASES if recipe.method != "full" else (None,):
             changed = dataclasses.replace(recipe, deepspeed=deepspeed, base_weights=base)
-            try:
-                plan = make_plan(changed, processes)
-            except UserError:
-                continue  # a combination that does not exist
             for keep, offload in _ACTIVATIONS:
                 offload = offload or recipe.offload_activations
                 tried = dataclasses.replace(changed, offload_activations=offload)
-                plan = dataclasses.replace(plan, recipe=tried)
+                try:
+                    plan = make_plan(tried, processes)
+                except UserError:
+                    continue  # a combination that does not exist
                 memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks), card_bytes)
                 if memory.fits(card_bytes, host_bytes):
                     cost = _cost(spec, plan, image_tokens, keep, memory)

@@ -66,10 +66,6 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
     # without a C++ compiler. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator == "cuda":
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-            # Read at the first use of the card. Samples of several lengths, and recorded passes beside
-            # others, would otherwise leave holes that nothing fits into.
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

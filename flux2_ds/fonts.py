@@ -42,6 +42,6 @@ def _letters(path: str) -> set[int]:
     """The characters that a font can draw in any size."""
     try:
         font = FT2Font(path)
-    except RuntimeError:  # damaged, or of a kind that FreeType does not know
+    except (OSError, RuntimeError):  # damaged, or of a kind that FreeType does not know
         return set()
     return set(font.get_charmap()) if font.scalable else set()

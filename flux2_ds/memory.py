@@ -8,8 +8,10 @@ block needs while it runs was fitted to measurements (docs/performance.md).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from flux2_ds.data.index import Index
+from flux2_ds.errors import UserError
 from flux2_ds.plan import Plan, captures, compiles
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
@@ -197,12 +199,30 @@ def estimate(
     card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     memory = Memory(card, host)
     if captures(plan):
-        # Gradients are copied out of the recorded passes, whose memory nothing else may use.
-        graphs = 4 * trained + (card["working"] if recipe.data.held_out else 0)
+        # Gradients are copied out of the recorded passes, whose memory nothing else may use, and once more if
+        # they are then added to others.
+        graphs = 4 * trained * (1 + (plan.accumulation > 1)) + card["batch"]
+        graphs += card["working"] if recipe.data.held_out else 0
         captured = Memory(card | {CUDA_GRAPHS: graphs}, host)
         if recipe.cuda_graphs or captured.fits(card_bytes):
             memory = captured
     return memory
+
+
+def recordable(plan: Plan, index: Index) -> Plan:
+    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory.
+
+    Raises:
+        UserError: the recipe asks for them.
+    """
+    if not captures(plan) or all(shard.references != "several" for shard in index.shards):
+        return plan
+    if plan.recipe.cuda_graphs:
+        raise UserError(
+            "cuda_graphs is true, and the samples' reference images have several sizes, so that passes of new "
+            "shapes come at any time. Remove cuda_graphs."
+        )
+    return replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
 
 
 def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
@@ -219,6 +239,9 @@ def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) ->
     if setting != "auto":
         share = {"recompute": 0.0, "keep": 1.0}[setting] if isinstance(setting, str) else setting
         return round(share * spec.blocks)
+    if plan.recipe.cuda_graphs is None:
+        # Kept blocks gain more where memory is short, which is where the card is busy anyway.
+        plan = replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
     for kept in range(spec.blocks, 0, -1):
         if estimate(spec, plan, image_tokens, kept).fits(card_bytes):
             return kept

@@ -44,7 +44,7 @@ from flux2_ds.evaluate import Evaluation
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
-from flux2_ds.memory import CUDA_GRAPHS, Memory, not_yet_allocated
+from flux2_ds.memory import CUDA_GRAPHS, Memory, not_yet_allocated, recordable
 from flux2_ds.metrics import Metrics, check_wandb
 from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
@@ -113,6 +113,8 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
 
     lookout.at(0, "loading the model")
     arranged = recordable(plan, index)
+    if captures(plan) and not captures(arranged):
+        log.info("no CUDA graphs: the samples' reference images have several sizes")
     model, expected = build_model(directory, spec, arranged, process, index.largest_tokens)
     engine = build_engine(model, plan)
     lookout.at(0, "reading the checkpoint")
@@ -143,14 +145,6 @@ def check_same(index: Index, recipe: Recipe, process: Process) -> None:
             f"the index of data.shards {recipe.data.shards} on {socket.gethostname()} is not the first "
             "process's. Wait until prepare and all copies are finished, and start again."
         )
-
-
-def recordable(plan: Plan, index: Index) -> Plan:
-    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory."""
-    if not captures(plan) or all(shard.references != "several" for shard in index.shards):
-        return plan
-    log.info("no CUDA graphs: the samples' reference images have several sizes")
-    return replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
 
 
 def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
@@ -259,6 +253,7 @@ def run(
         recipe,
         every_length=compiles(recipe, plan.zero_stage),
         recorded=CUDA_GRAPHS in expected.card,
+        text_dtype=conditioning["empty_text"].dtype,
         room=not_yet_allocated(plan, expected, resumed=first_step > 0),
         step=first_step + 1,
         lookout=lookout,

@@ -42,6 +42,7 @@ def warm_up(
     *,
     every_length: bool,
     recorded: bool,
+    text_dtype: torch.dtype,
     room: float,
     step: int,
     lookout: Lookout,
@@ -50,7 +51,7 @@ def warm_up(
     """Pass forward and backward once for each length in `index`, and forward for those in `held_out`.
 
     `every_length`: not the longest alone. `recorded`: passes that come for the second time are recorded as
-    CUDA graphs. `room`: bytes of the card to leave free for what the first
+    CUDA graphs. `text_dtype`: of the shards' captions. `room`: bytes of the card to leave free for what the first
     step will allocate. `step`: the first of the run, for the lookout. `stopping`: whether to end early,
     collective.
 
@@ -78,6 +79,7 @@ def warm_up(
             index.text_width,
             shards[0].bucket,
             references=shards[0].reference_sizes,
+            text_dtype=text_dtype,
         )
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
@@ -90,7 +92,7 @@ def warm_up(
                 torch.cuda.synchronize(device)
             del reserved
         except torch.OutOfMemoryError as error:
-            raise UserError(too_small(recipe, names, error)) from error
+            raise UserError(too_small(recipe, names, error, recorded=recorded)) from error
         log.info(
             "warm-up %d of %d: %s%s, %.0f s",
             number,
@@ -124,14 +126,14 @@ def describe(shard: Shard) -> str:
     return f"{shard.bucket} with {references}" if shard.references else str(shard.bucket)
 
 
-def too_small(recipe: Recipe, names: str, error: Exception) -> str:
+def too_small(recipe: Recipe, names: str, error: Exception, *, recorded: bool) -> str:
     """What to change if the card's memory is not enough."""
     ways = []
     if recipe.activations not in ("recompute", 0.0):
         ways.append(f"activations: recompute (it is {recipe.activations})")
     elif not recipe.offload_activations:
         ways.append("offload_activations: true")
-    if recipe.cuda_graphs is not False:
+    if recorded:
         ways.append("cuda_graphs: false")
     if recipe.batch.micro_size > 1:
         ways.append(f"a smaller batch.micro_size (it is {recipe.batch.micro_size})")
@@ -176,6 +178,7 @@ def synthetic(
     bucket: Bucket,
     *,
     references: Sequence[Bucket] = (),
+    text_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> MicroBatch:
     """A micro-batch of `size` samples of noise, in pinned host memory where the loader's would be."""
@@ -192,7 +195,7 @@ def synthetic(
         bucket,
         [Sample(0, row, seed * size + row) for row in range(size)],
         latents=latent(bucket),
-        text=normal(size, TEXT_TOKENS, text_width, dtype=torch.bfloat16),
+        text=normal(size, TEXT_TOKENS, text_width, dtype=text_dtype),
         noise=normal(size, bucket.tokens, TOKEN_CHANNELS),
         deviates=normal(size),
         references=[latent(each) for each in references],

@@ -11,7 +11,7 @@ from flux2_ds.choices import Choice, choices
 from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.data.index import Index
 from flux2_ds.errors import UserError
-from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
+from flux2_ds.memory import GIB, Memory, estimate, kept_blocks, recordable
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import planned_spec
@@ -104,6 +104,8 @@ def plan_memory(
     per_host = max(hosts.slots.values(), default=min(hosts.processes, most))
     card_bytes = None if card is None else size("--gpu", card)
     host_bytes = math.inf if host is None else size("--host", host) / per_host
+    if index is not None:
+        plan = recordable(plan, index)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept, card_bytes or math.inf)
     keep = kept / spec.blocks

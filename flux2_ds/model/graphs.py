@@ -64,6 +64,7 @@ class _Replayed:
         self._trained = _Trained(model)
         self._seen: set[Any] = set()
         self._passes: dict[Any, _Pass] = {}
+        self._inputs: dict[Any, torch.Tensor] = {}
         self.latest: _Pass | None = None
 
     def __call__(self, **inputs: Any) -> Any:
@@ -77,8 +78,20 @@ class _Replayed:
             self._seen.add(shapes)
             return self._forward(**inputs)
         if shapes not in self._passes:
-            self._passes[shapes] = _Pass(self._forward, inputs, self._trained, self._record)
+            self._passes[shapes] = _Pass(
+                self._forward, self._buffers(inputs), self._trained, self._record
+            )
         return (_Replay.apply(self, self._passes[shapes], inputs, *self._trained.parameters),)
+
+    def _buffers(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Copies of the inputs, one for each shape of each, whichever passes read it."""
+        found = {}
+        for name, value in inputs.items():
+            found[name] = value
+            if torch.is_tensor(value):
+                key = name, value.shape, value.dtype
+                found[name] = self._inputs.setdefault(key, value.clone())
+        return found
 
 
 class _Trained:
@@ -132,10 +145,7 @@ class _Pass:
         trained: _Trained,
         record: Record,
     ) -> None:
-        self._inputs = {
-            name: value.clone() if torch.is_tensor(value) else value
-            for name, value in inputs.items()
-        }
+        self._inputs = inputs
         self._trained, self._places = trained, trained.places()
         self._gradients = trained.gradients
         self._output = torch.empty(0)

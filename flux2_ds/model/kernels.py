@@ -265,7 +265,7 @@ def _add_low_rank(
 
 
 def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See `quantize.add_low_rank`; all in bf16."""
+    """See `low_rank.add_low_rank`; all in bf16."""
     base, narrow, up = base.contiguous(), narrow.contiguous(), up.contiguous()
     (rows, columns), rank = base.shape, narrow.shape[1]
     out = torch.empty_like(base)
@@ -319,7 +319,7 @@ def _low_rank_gradients(
 def low_rank_gradients(
     grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `quantize.low_rank_gradients`; all in bf16. Sums in a fixed order, so that runs can be repeated."""
+    """See `low_rank.low_rank_gradients`; all in bf16. Sums in a fixed order, so that runs can be repeated."""
     grad, narrow, up = grad.contiguous(), narrow.contiguous(), up.contiguous()
     (rows, columns), rank = grad.shape, narrow.shape[1]
     padded = max(16, triton.next_power_of_2(rank))

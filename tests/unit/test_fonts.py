@@ -15,13 +15,14 @@ from flux2_ds.fonts import font_for
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A font with a cat and a dog, among one with the cat alone, and a file that is none."""
+    """A font with a cat and a dog, among one with the cat alone, and two that are none."""
     for name, letters in (("A.ttf", "猫"), ("B.ttf", "猫犬")):
         font = TTFont(fonts._USUAL)
         for table in font["cmap"].tables:
             table.cmap |= {ord(letter): table.cmap[ord("A")] for letter in letters}
         font.save(tmp_path / name)
     (tmp_path / "C.ttf").write_bytes(b"damaged")
+    (tmp_path / "D.ttf").mkdir()
     files = sorted(map(str, tmp_path.iterdir()))
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: files)
     return tmp_path

@@ -9,6 +9,8 @@ import torch
 
 from flux2_ds.bench import empty_transformer
 from flux2_ds.choices import choices
+from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.index import Index, Shard
 from flux2_ds.errors import UserError
 from flux2_ds.memory import (
     CUDA_GRAPHS,
@@ -20,10 +22,11 @@ from flux2_ds.memory import (
     kept_blocks,
     not_yet_allocated,
     other_matrices,
+    recordable,
 )
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
-from flux2_ds.plan import make_plan
+from flux2_ds.plan import captures, make_plan
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import RELEASED, Spec
 from launcher.hosts import Hosts
@@ -147,11 +150,15 @@ def test_cuda_graphs_are_counted_where_there_is_room():
     plan = make_plan(recipe_for(deepspeed="zero0"), 1)
     without = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
     captured = estimate(RELEASED[DEV], plan, 4096, 0)
-    assert captured.card == without.card | {CUDA_GRAPHS: trained}
+    graphs = trained + without.card["batch"]
+    assert captured.card == without.card | {CUDA_GRAPHS: graphs}
     data = replace(plan.recipe.data, held_out=0.1)
     plan = replace(plan, recipe=replace(plan.recipe, data=data, cuda_graphs=True))
     evaluated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
-    assert evaluated.card[CUDA_GRAPHS] == trained + without.card["working"]
+    assert evaluated.card[CUDA_GRAPHS] == graphs + without.card["working"]
+    plan = replace(plan, accumulation=2)
+    accumulated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
+    assert accumulated.card[CUDA_GRAPHS] == graphs + trained + without.card["working"]
 
 
 def test_inputs_are_offloaded_where_nothing_else_fits():
@@ -254,3 +261,43 @@ def test_what_the_first_step_adds_is_known_before_it():
 
     assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2)] == [8, 12, 8, 12]
     assert added(0, 1, resumed=True) == added(2, 1, resumed=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("references", "recorded"), [(["", ""], True), (["", "32x32"], True), (["", "several"], False)]
+)
+def test_nothing_is_recorded_if_new_shapes_may_come_at_any_time(references, recorded):
+    shards = [Shard("x.tar", Bucket(32, 32), 3, 5, "ab", references=each) for each in references]
+    index = Index("klein", 8, {}, {}, shards)
+    plan = make_plan(recipe_for(deepspeed="zero0"), 1)
+    assert captures(plan) and captures(recordable(plan, index)) == recorded
+    plan = make_plan(recipe_for(deepspeed="zero0", cuda_graphs=True), 1)
+    if recorded:
+        assert recordable(plan, index) is plan
+    else:
+        with pytest.raises(UserError, match=r"cuda_graphs is true, .* several sizes"):
+            recordable(plan, index)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.1])
+@pytest.mark.parametrize("room", [28, 32])
+def test_blocks_are_kept_before_passes_are_recorded(room, held_out):
+    """Where memory is short the card is busy, and a recomputed block costs more than Python does."""
+    recipe = recipe_for(deepspeed="zero0", base_weights="nf4_fp8")
+    recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
+    counts = [
+        kept_blocks(
+            RELEASED[DEV], make_plan(replace(recipe, cuda_graphs=each), 1), 4096, room * GIB
+        )
+        for each in (None, False, True)
+    ]
+    assert counts[0] == counts[1] > counts[2]
+
+
+def test_what_fits_can_be_trained():
+    """Also where the recipe asks for what some combinations cannot do."""
+    asked = recipe_for(cuda_graphs=True)
+    found = choices(asked, RELEASED[DEV], 1, 9216, 30 * GIB, 256 * GIB)
+    assert not any(choice.offload_activations for choice in found)
+    for choice in found:
+        make_plan(replace(asked, deepspeed=choice.deepspeed, base_weights=choice.base_weights), 1)

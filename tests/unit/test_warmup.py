@@ -75,6 +75,7 @@ def run(engine: Any, loss: Any = None, **changes: Any) -> Mock:
     given = {
         "every_length": True,
         "recorded": False,
+        "text_dtype": torch.bfloat16,
         "room": 1e15,
         "step": 5,
         "stopping": lambda: False,
@@ -163,10 +164,10 @@ def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        ({}, "Set activations: recompute (it is auto), or cuda_graphs: false, or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
-        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8", "cuda_graphs": False}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
-        ({"activations": 0.5, "method": "full"}, "Set activations: recompute (it is 0.5), or cuda_graphs: false, or a smaller batch.micro_size (it is 2), or a smaller data"),
-        ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8", "cuda_graphs": False}, "Set a smaller data.resolution"),
+        ({}, "Set activations: recompute (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
+        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
+        ({"activations": 0.5, "method": "full"}, "Set activations: recompute (it is 0.5), or a smaller batch.micro_size (it is 2), or a smaller data"),
+        ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
     ],
 )  # fmt: skip
 def test_a_card_that_is_too_small_is_said_before_step_1(monkeypatch, change, advice):
@@ -190,3 +191,23 @@ def test_passes_that_are_recorded_come_twice(monkeypatch):
     named = [str(call.kwargs["batch"].bucket) for call in loss.call_args_list if call.kwargs]
     assert named == 2 * ["64x48", "32x32", "64x32"]
     assert [len(call.kwargs) for call in loss.call_args_list] == [1, 1, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_recorded_is_what_the_training_passes(dtype):
+    """Captions included, which may have been stored in fp32."""
+    seen = []
+
+    def loss(forward: Any, batch: Any) -> torch.Tensor:
+        seen.append(batch.text.dtype)
+        return torch.zeros((), requires_grad=True)
+
+    run(Stand(torch.nn.Identity()), loss, text_dtype=dtype)
+    assert seen == [dtype] * 4
+
+
+def test_the_advice_names_what_is_at_work():
+    error = torch.OutOfMemoryError("no")
+    for recorded in (True, False):
+        advice = warmup.too_small(RECIPE, "64x64", error, recorded=recorded)
+        assert ("cuda_graphs: false" in advice) == recorded
