@@ -11,6 +11,8 @@ import torch
 
 from flux2_ds.model.quantize import product, product_gradient
 
+_TILED = 128
+"""Ranks up to which a tile's factors fit into every card's shared memory."""
 _WIDE, _NARROW = 8192, 32
 """One kernel makes both gradients of the factors sooner than two products where more columns than the first
 and ranks up to the second are read; timed on an H100."""
@@ -23,7 +25,7 @@ def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> 
 
 
 def _add(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if base.is_cuda and base.dtype == torch.bfloat16:
+    if base.is_cuda and base.dtype == torch.bfloat16 and up.shape[1] <= _TILED:
         return kernels.add_low_rank(base, narrow, up)
     return torch.addmm(base, narrow, up.t())
 
