@@ -17,7 +17,7 @@ from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
 from flux2_ds.engine import Engine, Process, check_config, divider, exchange, gathering
 from flux2_ds.errors import UserError
-from flux2_ds.memory import CUDA_GRAPHS, GIB, Memory, estimate, kept_blocks
+from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
@@ -92,8 +92,7 @@ def finish_model(
         divided=plan.zero_stage == 3,
     )
     expected = estimate(spec, plan, image_tokens, kept, free)
-    captured = CUDA_GRAPHS in expected.card
-    if captured:
+    if expected.records:
         replay_passes(model)
     log.info(
         "blocks     %d of %d keep their activations, %s%s%s, attention %s",
@@ -101,7 +100,7 @@ def finish_model(
         spec.blocks,
         "the others' inputs wait in host memory, " if recipe.offload_activations else "",
         "compiled" if compiled else "not compiled",
-        ", replayed as CUDA graphs" if captured else "",
+        ", replayed as CUDA graphs" if expected.records else "",
         attention or "by torch",
     )
     return expected

@@ -34,7 +34,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.engine import divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.memory import CUDA_GRAPHS, GIB
+from flux2_ds.memory import GIB
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight
@@ -137,7 +137,7 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
     model = random_transformer(spec, dtype, recipe.base_weights, device, divide)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
-    result["cuda_graphs"] = CUDA_GRAPHS in expected.card
+    result["cuda_graphs"] = expected.records
     engine = build_engine(model, plan)
     conditioning = {
         "latent_mean": torch.zeros(TOKEN_CHANNELS),
@@ -279,11 +279,8 @@ def bare_step(
 ) -> Step:
     """The recipe's step in plain torch, on the same model."""
     trained = list(transformer.trainable(model).values())
+    forward = transformer.predictor(model)
     adam = optimizers.build(recipe.optimizer, trained, fused=objective.device.type == "cuda")
-
-    def forward(**inputs: Any) -> torch.Tensor:
-        prediction: torch.Tensor = model(**inputs, return_dict=False)[0]
-        return prediction
 
     def step() -> torch.Tensor:
         for batch in batches:

@@ -18,7 +18,7 @@ from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules
 
 GIB = 2**30
-CUDA_GRAPHS = "CUDA graphs"
+_CUDA_GRAPHS = "CUDA graphs"
 
 _NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
 _KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
@@ -59,6 +59,11 @@ class Memory:
     def on_host(self) -> float:
         """Host memory of one process beside its libraries."""
         return sum(self.host.values())
+
+    @property
+    def records(self) -> bool:
+        """Whether passes are recorded as CUDA graphs."""
+        return _CUDA_GRAPHS in self.card
 
     def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
         """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack, and
@@ -203,7 +208,7 @@ def estimate(
         # they are then added to others.
         graphs = 4 * trained * (1 + (plan.accumulation > 1)) + card["batch"]
         graphs += card["working"] if recipe.data.held_out else 0
-        captured = Memory(card | {CUDA_GRAPHS: graphs}, host)
+        captured = Memory(card | {_CUDA_GRAPHS: graphs}, host)
         if recipe.cuda_graphs or captured.fits(card_bytes):
             memory = captured
     return memory

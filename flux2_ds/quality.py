@@ -128,14 +128,9 @@ class Experiment:
 
     def _gradient(self, model: torch.nn.Module, micro_batches: list[MicroBatch]) -> Tensors:
         named = transformer.trainable(model)
-
-        def forward(**inputs: Any) -> torch.Tensor:
-            prediction: torch.Tensor = model(**inputs, return_dict=False)[0]
-            return prediction
-
         total = {name: torch.zeros_like(p) for name, p in named.items()}
         for micro_batch in micro_batches:
-            loss = self.objective.loss(forward, micro_batch)
+            loss = self.objective.loss(transformer.predictor(model), micro_batch)
             found = torch.autograd.grad(loss, list(named.values()))
             for name, gradient in zip(named, found, strict=True):
                 total[name] += gradient

@@ -44,7 +44,7 @@ from flux2_ds.evaluate import Evaluation
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
-from flux2_ds.memory import CUDA_GRAPHS, Memory, not_yet_allocated, recordable
+from flux2_ds.memory import Memory, not_yet_allocated, recordable
 from flux2_ds.metrics import Metrics, check_wandb
 from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
@@ -252,7 +252,7 @@ def run(
         held_out,
         recipe,
         every_length=compiles(recipe, plan.zero_stage),
-        recorded=CUDA_GRAPHS in expected.card,
+        recorded=expected.records,
         text_dtype=conditioning["empty_text"].dtype,
         room=not_yet_allocated(plan, expected, resumed=first_step > 0),
         step=first_step + 1,

@@ -147,7 +147,7 @@ class _Pass:
     ) -> None:
         self._inputs = inputs
         self._trained, self._places = trained, trained.places()
-        self._gradients = trained.gradients
+        self._gradients = trained.gradients  # made here: not in the memory of what is recorded
         self._output = torch.empty(0)
         self._wanted: list[nn.Parameter] = []
         self._again_forward = record(partial(self._run_forward, forward))

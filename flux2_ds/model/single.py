@@ -76,10 +76,10 @@ def split_single(
     by heads (RMS, weights `norm_q` and `norm_k` [D], `eps`) and rotated by `cos` and `sin` [S, D] fp32 in
     interleaved pairs. path: [B, S, d + m], for `join_single` alone.
     """
-    path = _path(y, heads * norm_q.shape[0])
+    width = heads * norm_q.shape[0]
+    path = _path(y, width)
     if y.is_cuda:
         return *single_kernels.split_heads(y, norm_q, norm_k, cos, sin, eps, heads), path
-    width = heads * norm_q.shape[0]
     query, key, value = (part.unflatten(-1, (heads, -1)) for part in _parts(y, width)[:3])
     query, key = (
         apply_rotary_emb(

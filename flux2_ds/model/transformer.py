@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -103,6 +104,16 @@ def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> N
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def predictor(model: nn.Module) -> Callable[..., torch.Tensor]:
+    """The model as a function of named inputs that returns the prediction alone."""
+
+    def predict(**inputs: Any) -> torch.Tensor:
+        prediction: torch.Tensor = model(**inputs, return_dict=False)[0]
+        return prediction
+
+    return predict
 
 
 def compute_dtype(precision: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:

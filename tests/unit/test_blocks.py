@@ -66,7 +66,8 @@ def predict(model: Flux2Transformer2DModel) -> torch.Tensor:
         timestep=torch.tensor([0.5]),
         img_ids=torch.cartesian_prod(*map(torch.arange, (1, 4, 8, 1))).float(),
         txt_ids=torch.zeros(8, 4),
-    ).sample
+        return_dict=False,
+    )[0]
 
 
 def step(model: Flux2Transformer2DModel) -> Step:

@@ -13,7 +13,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.errors import UserError
 from flux2_ds.memory import (
-    CUDA_GRAPHS,
+    _CUDA_GRAPHS,
     GIB,
     adapter_parameters,
     base_bytes,
@@ -151,14 +151,14 @@ def test_cuda_graphs_are_counted_where_there_is_room():
     without = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
     captured = estimate(RELEASED[DEV], plan, 4096, 0)
     graphs = trained + without.card["batch"]
-    assert captured.card == without.card | {CUDA_GRAPHS: graphs}
+    assert captured.card == without.card | {_CUDA_GRAPHS: graphs}
     data = replace(plan.recipe.data, held_out=0.1)
     plan = replace(plan, recipe=replace(plan.recipe, data=data, cuda_graphs=True))
     evaluated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
-    assert evaluated.card[CUDA_GRAPHS] == graphs + without.card["working"]
+    assert evaluated.card[_CUDA_GRAPHS] == graphs + without.card["working"]
     plan = replace(plan, accumulation=2)
     accumulated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
-    assert accumulated.card[CUDA_GRAPHS] == graphs + trained + without.card["working"]
+    assert accumulated.card[_CUDA_GRAPHS] == graphs + trained + without.card["working"]
 
 
 def test_inputs_are_offloaded_where_nothing_else_fits():
