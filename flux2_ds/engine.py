@@ -147,6 +147,12 @@ class Engine:
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         if self._stage == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
+        else:
+            # DeepSpeed takes the memory of whole buckets, however little there is to reduce.
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+            bucket = min(get_zero_config(config).reduce_bucket_size, trained)
+            zero = config["zero_optimization"] | {"reduce_bucket_size": bucket}
+            config = config | {"zero_optimization": zero}
         self._gathers_whole_modules = self._stage == 3 and bool(compiled)
         if self._gathers_whole_modules:
             for module in compiled:
@@ -283,7 +289,9 @@ def from_first(value: int, device: torch.device) -> int:
 
 def barrier() -> None:
     """Wait for all processes."""
-    distributed.barrier()
+    # Without a device torch warns, where DeepSpeed has bound none to the group: with one process.
+    on_card = distributed.get_backend() == "nccl"
+    distributed.barrier(device_ids=[torch.cuda.current_device()] if on_card else None)
 
 
 def stop_process() -> None:

@@ -34,3 +34,5 @@ def set_up_log(logs: Path, rank: int) -> None:
     logging.captureWarnings(True)
     # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # A recipe that says fp32 means it.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")

@@ -173,11 +173,16 @@ def estimate(
     if stage and (full or stage < 3):
         optimizer_at["fp32 masters"] = 4 * share
     optimizer_at["optimizer"] = _STATE.get(recipe.optimizer.name, _MOMENTS) * share
-    gradient = 4 if not full or recipe.precision != "bf16" else 6
+    bf16_masters = full and recipe.precision == "bf16"
+    gradient = 6 if bf16_masters else 4
     optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
-    if stage in (1, 2):
-        buffers = 2 if zero.get("overlap_comm") else 1
-        card["reduction buffers"] = 4 * buffers * min(zero.get("reduce_bucket_size", 5e8), trained)
+    # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
+    bufferless = bf16_masters and stage == 1 and optimizer_at is card
+    if stage and zero.get("contiguous_gradients", True) and not bufferless:
+        buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        halved = recipe.precision == "fp16" or (bf16_masters and stage > 1)
+        bucket = min(zero.get("reduce_bucket_size", 5e8), trained)  # engine.py sees to it
+        card["reduction buffers"] = (2 if halved else 4) * buffers * bucket
     if recipe.optimizer.ema_decay is not None:
         optimizer_at["EMA"] = 4 * share
 
@@ -232,8 +237,9 @@ def recordable(plan: Plan, index: Index) -> Plan:
 
 def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
     """Bytes of the card that the first forward pass finds free and later ones do not: the optimizer's
-    state, and gradients that wait for the next micro-batch's."""
+    state, gradients that wait for the next micro-batch's, and below stage 3 ZeRO's buffers."""
     parts = ["optimizer"] * (not resumed) + ["gradients"] * (plan.accumulation > 1)
+    parts += ["reduction buffers"] * (plan.zero_stage < 3)
     return sum(memory.card.get(part, 0.0) for part in parts)
 
 

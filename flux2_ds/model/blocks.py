@@ -8,6 +8,7 @@ first. The inputs of those that recompute may wait in host memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -26,6 +27,11 @@ from flux2_ds.model import low_rank as low_rank  # registers the operators named
 from flux2_ds.model.single import fuse_single_blocks
 
 Forward = Callable[..., Any]
+
+# Said by diffusers for every model; which backends work here the tests tell.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "Attention backends are an experimental feature" not in record.getMessage()
+)
 
 _aten = torch.ops.aten
 _COSTLY = {

@@ -198,6 +198,10 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             in_parts=case["method"] == "full",
             compiled=blocks_of(model) if compiled else (),
         )
+    if stage > 1:
+        trained = transformer.trainable(model).values()
+        bucket = engine._engine.optimizer.reduce_bucket_size
+        assert bucket == sum(getattr(p, "ds_numel", p.numel()) for p in trained)
     first = 0
     if "load" in case:
         found, _ = checkpoint.newest(Path(case["load"]))

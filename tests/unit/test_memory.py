@@ -133,6 +133,22 @@ def test_stage_3_divides_the_base_and_gathers_some_of_it():
     assert small.card["gathered weights"] == small.card["base weights"]  # never more than all of it
 
 
+def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
+    """Adapters have fp32 gradients; a full fine-tune in bf16 has another optimizer at stage 1."""
+
+    def buffers(stage: int, bucket: int = 10**6, **settings) -> float:
+        zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": bucket}
+        return estimate_for(KLEIN_4B, 0, zero=zero, **settings).card.get("reduction buffers", 0)
+
+    assert [buffers(stage) for stage in (1, 2, 3)] == [8e6, 8e6, 4e6]
+    assert [buffers(stage, precision="fp16") for stage in (1, 2, 3)] == [4e6, 4e6, 2e6]
+    assert [buffers(stage, method="full") for stage in (1, 2, 3)] == [0, 4e6, 2e6]
+    trained = adapter_parameters(RELEASED[KLEIN_4B], recipe_for(KLEIN_4B))
+    assert buffers(2, 10**12) == 8 * trained  # see Engine
+    none = {"stage": 2, "contiguous_gradients": False}
+    assert "reduction buffers" not in estimate_for(KLEIN_4B, 0, zero=none).card
+
+
 def test_offloaded_inputs_leave_the_card_for_the_host():
     """Page-locked powers of two: 54 MiB of 4608 tokens take 64, 48 and 6 MiB of a double block's 64 and 8."""
     for kept, singles, doubles in (0, 48, 8), (20, 28, 8), (50, 0, 6), (56, 0, 0):
@@ -248,7 +264,7 @@ def test_sizes():
 
 
 def test_what_the_first_step_adds_is_known_before_it():
-    """Adam's two moments, and gradients between micro-batches."""
+    """Adam's two moments, gradients between micro-batches, and ZeRO's two buffers below stage 3."""
     spec = RELEASED[KLEIN_4B]
 
     def added(stage: int, micro_batches: int, *, resumed: bool = False) -> float:
@@ -259,8 +275,8 @@ def test_what_the_first_step_adds_is_known_before_it():
         memory = estimate(spec, plan, 4096, 0)
         return not_yet_allocated(plan, memory, resumed=resumed) / adapter_parameters(spec, recipe)
 
-    assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2)] == [8, 12, 8, 12]
-    assert added(0, 1, resumed=True) == added(2, 1, resumed=True) == 0
+    assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2), added(3, 1)] == [8, 12, 16, 20, 8]
+    assert [added(stage, 1, resumed=True) for stage in (0, 2, 3)] == [0, 8, 0]
 
 
 @pytest.mark.parametrize(
