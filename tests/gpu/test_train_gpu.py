@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,60 +18,67 @@ pytestmark = [
 ]
 
 
-def run(*arguments: str) -> str:
+def run(module: str, *arguments: str, accelerator: str = "cuda") -> str:
     """What the command logs."""
-    command = [sys.executable, "-m", "launcher", *arguments]
-    done = subprocess.run(command, cwd=ROOT, text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE,
+        env={**os.environ, "DS_ACCELERATOR": accelerator},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def losses_of(run_dir: Path) -> list[float]:
-    records = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(record)["loss"] for record in records]
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of all runs, whose model and shards are made: two shapes, accumulation, evaluation."""
+    folder = tmp_path_factory.mktemp("train")
+    settings = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(folder / "model"),
+                "--data.shards", str(folder / "shards"), "--data.held_out", "0.2",
+                "--evaluation.every", "3", "--checkpoint.every", "6", "--log.every", "1",
+                "--log.wandb", "disabled", "--launch.processes", "1"]  # fmt: skip
+    run("launcher", "tiny", "--variant", "klein", "--out", str(folder / "model"))
+    run("launcher", "prepare", *settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def expected(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of ten steps in fp32 on the CPU."""
+    run_dir = tmp_path_factory.mktemp("cpu")
+    run("flux2_ds.train", *common, "--run_dir", str(run_dir), "--steps", "10", accelerator="cpu")
+    return losses_of(run_dir)
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance", "activations"),
+    ("module", "settings", "tolerance"),
     [
-        ("fp32", 1e-3, []),
-        ("bf16", 0.03, []),
-        ("fp32", 1e-3, ["--activations", "recompute", "--offload_activations", "true"]),
+        ("launcher", ["--precision", "fp32"], 1e-4),
+        ("flux2_ds.train", ["--precision", "fp16"], 1e-3),
+        ("flux2_ds.train", ["--precision", "fp32", "--activations", "recompute",
+                            "--offload_activations", "true"], 1e-4),
+        ("flux2_ds.train", ["--precision", "bf16"], 3e-3),
+        ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "true"], 3e-3),
+        ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "true", "--deepspeed", "zero0"], 3e-3),
     ],
-)
+)  # fmt: skip
 def test_losses_follow_the_cpu(
-    precision: str, tolerance: float, activations: list[str], tmp_path: Path
+    module: str,
+    settings: list[str],
+    tolerance: float,
+    common: list[str],
+    expected: list[float],
+    tmp_path: Path,
 ) -> None:
-    common = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(tmp_path / "model"),
-              "--data.shards", str(tmp_path / "shards"), "--steps", "10", "--log.every", "1",
-              "--log.wandb", "disabled", "--launch.processes", "1"]  # fmt: skip
-    run("tiny", "--variant", "klein", "--out", str(tmp_path / "model"))
-    run("prepare", *common)
-    losses = {}
-    for accelerator, chosen in (("cpu", "fp32"), ("cuda", precision)):
-        run_dir = tmp_path / accelerator
-        run("train", *common, "--run_dir", str(run_dir), "--launch.accelerator", accelerator,
-            "--precision", chosen, *activations)  # fmt: skip
-        losses[accelerator] = losses_of(run_dir)
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
-
-
-@pytest.mark.parametrize("settings", [[], ["--deepspeed", "zero2", "--batch.micro_size", "1"]])
-def test_cuda_graphs_train_as_queued_kernels_do(settings: list[str], tmp_path: Path) -> None:
-    """Several shapes, accumulation, evaluation in between, and one more start."""
-    common = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(tmp_path / "model"),
-              "--data.shards", str(tmp_path / "shards"), "--data.held_out", "0.2", "--evaluation.every", "3",
-              "--checkpoint.every", "6", "--log.every", "1", "--log.wandb", "disabled",
-              "--launch.processes", "1", "--launch.accelerator", "cuda", "--precision", "bf16"]  # fmt: skip
-    run("tiny", "--variant", "klein", "--out", str(tmp_path / "model"))
-    run("prepare", *common)
-    losses = {}
-    for captured in (True, False):
-        arguments = [*common, *settings, "--run_dir", str(tmp_path / str(captured)),
-                     "--cuda_graphs", str(captured).lower()]  # fmt: skip
-        for steps in ("6", "10"):
-            log = run("train", *arguments, "--steps", steps, "--accept_changes", "true")
-            assert ("replayed as CUDA graphs" in log) == captured
-        losses[captured] = losses_of(tmp_path / str(captured))
-    assert len(losses[True]) == 10
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    """Stopped after the sixth step and continued."""
+    command = ["train"] if module == "launcher" else []
+    for steps in ("6", "10"):
+        log = run(module, *command, *common, *settings, "--run_dir", str(tmp_path),
+                  "--launch.accelerator", "cuda", "--steps", steps, "--accept_changes", "true")  # fmt: skip
+        assert ("replayed as CUDA graphs" in log) == ("--cuda_graphs" in settings)
+    assert losses_of(tmp_path) == pytest.approx(expected, rel=tolerance)
