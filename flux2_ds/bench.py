@@ -1,9 +1,10 @@
 """Bench: the recipe's own training step, with random weights of the true shapes and synthetic batches.
 
     flux2-ds bench --config recipes/h100x1.yaml --against diffusers
+    deepspeed --num_gpus 8 --module flux2_ds.bench --config recipes/h100x8.yaml
 
-Nothing is downloaded and no shards are read, so that it tells what a card will do before 64 GB are
-fetched. One GPU.
+Nothing is downloaded and no shards are read, so that it tells what the cards will do before 64 GB are
+fetched. As many processes of one machine as it is started in.
 """
 
 from __future__ import annotations
@@ -12,47 +13,42 @@ import gc
 import json
 import logging
 import math
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import Flux2Transformer2DModel
-from diffusers.models.modeling_utils import no_init_weights
-from peft import LoraConfig
-from torch import nn
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_ds import optimizers
 from flux2_ds.assembly import build_engine, build_objective, check_machine, finish_model
+from flux2_ds.bench_options import add_options, check_options
+from flux2_ds.comparisons import Step, bare_step, diffusers_step
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.loader import MicroBatch
-from flux2_ds.engine import divider, start_process, stop_process
+from flux2_ds.engine import Process, barrier, divider, exchange, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.logs import set_up_log
+from flux2_ds.lookout import Lookout
 from flux2_ds.memory import GIB
-from flux2_ds.model import latents, transformer
-from flux2_ds.model.quantize import BASE_WEIGHTS
-from flux2_ds.model.weights import place_weight
-from flux2_ds.objective import FlowObjective
+from flux2_ds.model import transformer
+from flux2_ds.model.random_weights import random_transformer
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec, planned_spec
-from flux2_ds.targets import target_modules
+from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.warmup import synthetic
 
 log = logging.getLogger("flux2_ds")
 
-Step = Callable[[], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one kind of step, on one card."""
+    """Of one kind of step, in the slowest process; `peak_bytes` in the one that takes most."""
 
     first_seconds: float
     seconds: float
@@ -61,43 +57,51 @@ class Timing:
 
 
 def main() -> None:
-    """Entry point of `flux2-ds bench`."""
+    """Entry point of `flux2_ds.bench`, one call in each process."""
     parser = recipe_parser("flux2-ds bench", "Time the recipe's training step.")
-    add = parser.add_argument
-    add("--width", type=int, default=1024, help="Of the pictures, in px.")
-    add("--height", type=int, default=1024, help="Of the pictures, in px.")
-    add("--measure", type=int, default=10, help="Steps in a row that are timed, three times.")
-    add("--warm-up", type=int, default=3, help="Steps before them.")
-    add("--card", type=float, default=None, help="Use no more than so many GiB of the card.")
-    add(
-        "--against",
-        choices=["diffusers", "bare"],
-        help="Also time the loop of diffusers' example, or the same step without DeepSpeed.",
-    )
-    add("--profile", type=str, default=None, help="Write a trace here; list the costliest kernels.")
-    add("--json", action="store_true", help="Print one JSON object.")
+    add_options(parser)
     recipe, options = parse_recipe(parser)
-    logging.basicConfig(format="%(message)s", force=True)
-    log.setLevel(logging.WARNING if options.json else logging.INFO)
-    if options.width % 16 or options.height % 16 or min(options.width, options.height) < 16:
-        raise UserError("--width and --height must be multiples of 16.")
-    if options.measure < 1 or options.warm_up < 1:
-        raise UserError("--measure and --warm-up must be at least 1.")
-    bucket = Bucket(options.height, options.width)
-    result = bench(recipe, bucket, options)
-    print(json.dumps(result, indent=2) if options.json else "\n".join(lines(result)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with looking_out(rank, world):
+        if options.json:
+            log.setLevel(logging.WARNING)
+        result = bench(recipe, options)
+        if rank == 0:
+            print(json.dumps(result, indent=2) if options.json else "\n".join(lines(result)))
 
 
-def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
-    """Time the recipe's step, and what else the options ask for."""
+@contextmanager
+def looking_out(rank: int, world: int) -> Iterator[None]:
+    """Of several processes, one's error ends the others and is the only one to be printed, as in training.
+
+    Where they log is no run's directory; it stays if one of them fails.
+    """
+    if world == 1:
+        logging.basicConfig(format="%(message)s", force=True)
+        log.setLevel(logging.INFO)
+        yield
+        return
+    # The launcher is the parent of all of them.
+    logs = Path(tempfile.gettempdir()) / f"flux2-ds-bench-{os.getppid()}"
+    with Lookout(logs, rank, world, hang_after=0):
+        set_up_log(logs, rank)
+        yield
+    for path in logs.glob(f"rank_{rank}.*"):
+        path.unlink()
+    with suppress(OSError):  # others are in it
+        logs.rmdir()
+
+
+def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
+    """Time the recipe's step, and what else the options ask for. Collective."""
     process = start_process(recipe.launch.accelerator)
-    if process.world > 1:
-        raise UserError("bench measures one process. Start it with flux2-ds bench.")
+    plan = make_plan(recipe, process.world)
+    check_options(options, plan)
+    bucket = Bucket(options.height, options.width)
     device, on_card = process.device, process.device.type == "cuda"
     if options.card is not None and on_card:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / total), device)
-    plan = make_plan(recipe, process.world)
     spec = planned_spec(recipe.model.path)
     check_machine(plan, device)
 
@@ -112,24 +116,22 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         "deepspeed": f"ZeRO {plan.zero_stage}"
         + (" offload" if plan.offloads("offload_optimizer") else ""),
         "picture": str(bucket),
-        "batch": f"{plan.accumulation} × {recipe.batch.micro_size}",
+        "processes": process.world,
+        "global_batch": recipe.batch.global_size,
+        "micro_batch": recipe.batch.micro_size,
         "card": torch.cuda.get_device_name(device) if on_card else "CPU",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
     plain = None
-    if options.against == "bare" and (plan.zero_stage or recipe.method == "full"):
-        raise UserError(
-            "--against bare is plain torch, without ZeRO and fp32 masters. Set deepspeed: zero0 and method: lora."
-        )
     if options.against == "diffusers":
         # First, because it leaves nothing behind.
         plain = measure(
-            diffusers_step(spec, recipe, bucket, device), device, options.warm_up, options.measure
+            diffusers_step(spec, recipe, bucket, device), process, options.warm_up, options.measure
         )
         gc.collect()
     if on_card:
-        result["gemm_tflops"] = gemm_speed(device)
+        result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
 
     dtype = transformer.compute_dtype(recipe.precision)
@@ -144,9 +146,10 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         "latent_std": torch.ones(TOKEN_CHANNELS),
     }
     objective = build_objective(recipe, spec, conditioning, device)
+    first = process.rank * plan.accumulation
     batches = [
         synthetic(recipe.batch.micro_size, spec.text_width, bucket, seed=number)
-        for number in range(plan.accumulation)
+        for number in range(first, first + plan.accumulation)
     ]
 
     def step() -> torch.Tensor:
@@ -159,19 +162,20 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
     bare = None
     if options.against == "bare":
         bare = measure(
-            bare_step(model, recipe, objective, batches), device, options.warm_up, options.measure
+            bare_step(model, recipe, objective, batches), process, options.warm_up, options.measure
         )
-    timing = measure(step, device, options.warm_up, options.measure)
-    work = useful_flops(spec, bucket, recipe.method) * recipe.batch.global_size
+    timing = measure(step, process, options.warm_up, options.measure)
+    samples = recipe.batch.global_size
+    work = useful_flops(spec, bucket, recipe.method) * samples / process.world
     result |= {
         "first_step_seconds": (bare or timing).first_seconds,
         "seconds_per_step": timing.seconds,
         "fastest_seconds_per_step": timing.fastest,
-        "samples_per_second": recipe.batch.global_size / timing.seconds,
-        "tflops": work / timing.seconds / 1e12,
+        "samples_per_second": samples / timing.seconds,
+        "tflops_per_process": work / timing.seconds / 1e12,
     }
     if on_card:
-        result["share_of_gemm"] = result["tflops"] / result["gemm_tflops"]
+        result["share_of_gemm"] = result["tflops_per_process"] / result["gemm_tflops"]
         # Replaying CUDA graphs allocates nothing; what recorded them, did.
         result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
         result["predicted_gib"] = expected.on_card / GIB
@@ -183,56 +187,40 @@ def bench(recipe: Recipe, bucket: Bucket, options: Any) -> dict[str, Any]:
         result["bare_seconds_per_step"] = bare.seconds
         result["engine_cost"] = timing.seconds / bare.seconds - 1
     if options.profile is not None:
-        result["kernels"] = costliest_kernels(step, Path(options.profile))
+        result["kernels"] = costliest_kernels(step, Path(options.profile), process)
     stop_process()
     return result
 
 
-def random_transformer(
-    spec: Spec,
-    dtype: torch.dtype,
-    base_weights: str | None,
-    device: torch.device,
-    divide: Callable[[nn.Module], None] | None = None,
-) -> Flux2Transformer2DModel:
-    """A transformer of the spec's shapes with random weights, quantised and divided one by one."""
-    model = empty_transformer(spec)
-    for name, parameter in list(model.named_parameters()):
-        weight = torch.ones(parameter.shape, device=device, dtype=dtype)
-        if weight.ndim > 1:
-            weight.normal_(0, 1 / math.sqrt(weight.shape[1]))
-        module = place_weight(model, name, weight, BASE_WEIGHTS.get(base_weights or ""))
-        if divide is not None:
-            divide(module)
-    return model
+def measure(step: Step, process: Process, warm_up: int, count: int) -> Timing:
+    """Time `count` steps in a row, the host waiting at the end only, as in training; three times. Collective.
 
-
-def empty_transformer(spec: Spec) -> Flux2Transformer2DModel:
-    """A transformer of the spec's shapes on the meta device."""
-    with torch.device("meta"), no_init_weights():
-        return transformer.new_transformer(spec)
-
-
-def measure(step: Step, device: torch.device, warm_up: int, count: int) -> Timing:
-    """Time `count` steps in a row, the host waiting at the end only, as in training; three times."""
+    Several processes begin together.
+    """
+    device, alone = process.device, process.world == 1
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     def run(steps: int) -> float:
         wait()
+        if not alone:
+            barrier()
         start = time.perf_counter()
         for _ in range(steps):
             loss = step()
         wait()
+        seconds = (time.perf_counter() - start) / steps
         if not math.isfinite(float(loss)):
             raise UserError(f"the loss of the synthetic steps is {float(loss)}.")
-        return (time.perf_counter() - start) / steps
+        return seconds if alone else max(exchange(seconds))
 
     first = run(1)
     run(warm_up)
     runs = [run(count) for _ in range(3)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    if not alone:
+        peak = max(exchange(peak))
     return Timing(first, statistics.median(runs), min(runs), peak)
 
 
@@ -246,16 +234,21 @@ def useful_flops(spec: Spec, bucket: Bucket, method: str) -> float:
     return (3 if method == "full" else 2) * linear + 3.5 * attention
 
 
-def gemm_speed(device: torch.device) -> float:
-    """TFLOP/s of a bf16 product of 8192³ on this card."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    timing = measure(lambda: (a @ b)[0, 0], device, 5, 10)
+def gemm_speed(process: Process) -> float:
+    """TFLOP/s of a bf16 product of 8192³ on the slowest card, all of them at work. Collective."""
+    a, b = (torch.randn(8192, 8192, device=process.device, dtype=torch.bfloat16) for _ in range(2))
+    timing = measure(lambda: (a @ b)[0, 0], process, 5, 10)
     return 2 * 8192**3 / timing.seconds / 1e12
 
 
-def costliest_kernels(step: Step, path: Path, count: int = 10) -> list[dict[str, Any]]:
-    """Profile one step, write its trace, and name its costliest kernels."""
-    on_card = torch.cuda.is_available()
+def costliest_kernels(
+    step: Step, path: Path, process: Process, count: int = 10
+) -> list[dict[str, Any]]:
+    """Profile one step, write the first process's trace, and name its costliest kernels. Collective."""
+    if not process.first:
+        step()
+        return []
+    on_card = process.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         step()
@@ -272,70 +265,6 @@ def costliest_kernels(step: Step, path: Path, count: int = 10) -> list[dict[str,
         {"kernel": event.key, "calls": event.count, "milliseconds": cost(event) / 1e3}
         for event in events
     ]
-
-
-def bare_step(
-    model: nn.Module, recipe: Recipe, objective: FlowObjective, batches: list[MicroBatch]
-) -> Step:
-    """The recipe's step in plain torch, on the same model."""
-    trained = list(transformer.trainable(model).values())
-    forward = transformer.predictor(model)
-    adam = optimizers.build(recipe.optimizer, trained, fused=objective.device.type == "cuda")
-
-    def step() -> torch.Tensor:
-        for batch in batches:
-            loss = objective.loss(forward, batch)
-            (loss / len(batches)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.max_grad_norm or math.inf)
-        adam.step()
-        adam.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.device) -> Step:
-    """The step of diffusers' LoRA example for FLUX.2, one micro-batch: bf16 base, PEFT, gradient
-    checkpointing, autocast, fused AdamW."""
-    model = random_transformer(spec, torch.bfloat16, None, device)
-    model.requires_grad_(False)
-    names = target_modules(spec, recipe.lora.targets)
-    rank = recipe.lora.rank
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    model.enable_gradient_checkpointing()
-    model.train()
-    on_card = device.type == "cuda"
-    adam = torch.optim.AdamW(trained, lr=recipe.optimizer.learning_rate, fused=on_card)
-    size = recipe.batch.micro_size
-    tokens = torch.randn(size, bucket.tokens, TOKEN_CHANNELS, device=device)
-    text = torch.randn(size, TEXT_TOKENS, spec.text_width, device=device, dtype=torch.bfloat16)
-    guidance = torch.ones(size, device=device) if spec.guidance else None
-
-    def step() -> torch.Tensor:
-        noise = torch.randn_like(tokens)
-        t = torch.rand(size, device=device)
-        mixed = torch.lerp(tokens, noise, t[:, None, None])
-        with torch.autocast(device.type, torch.bfloat16):
-            prediction = model(
-                hidden_states=mixed.bfloat16(),
-                encoder_hidden_states=text,
-                timestep=t,
-                img_ids=latents.image_ids(bucket.height, bucket.width, device),
-                txt_ids=latents.text_ids(TEXT_TOKENS, device),
-                guidance=guidance,
-                return_dict=False,
-            )[0]
-        loss = functional.mse_loss(prediction.float(), noise - tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        adam.step()
-        adam.zero_grad()
-        return loss.detach()
-
-    return step
 
 
 def lines(result: dict[str, Any]) -> list[str]:

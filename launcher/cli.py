@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flux2_ds import bench_options
 from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
 from flux2_ds.metrics import check_wandb
@@ -31,11 +32,13 @@ from flux2_ds.spec import read_spec
 from launcher.commands import collective_timeout
 from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
-from launcher.local import commands_here
+from launcher.local import Stopper, commands_here, run
 from launcher.planning import plan_memory
 from launcher.preparing import prepare_here, prepare_on_hosts
 from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
+
+BENCH_MODULE = "flux2_ds.bench"
 
 USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
 
@@ -67,7 +70,7 @@ def main() -> None:
         "prepare": prepare,
         "bench-data": lambda argv: run_module("flux2_ds.bench_data", argv),
         "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
-        "bench": lambda argv: run_module("flux2_ds.bench", argv),
+        "bench": bench,
         "quality": lambda argv: run_module("flux2_ds.quality", argv),
         "export": lambda argv: run_module("flux2_ds.export", argv),
         "sample": lambda argv: run_module("flux2_ds.sample", argv),
@@ -230,6 +233,37 @@ def check_node(recipe: Recipe, hosts: Hosts, node: int, max_restarts: int) -> No
         )
 
 
+def bench(argv: list[str]) -> None:
+    """Time the training step in as many processes as `train` would start on this machine."""
+    recipe, options, arguments = read(
+        argv,
+        "bench",
+        "Time the recipe's training step.",
+        add_gpus,
+        passed_on=bench_options.add_options,
+    )
+    launch = recipe.launch
+    if launch.hostfile is not None:
+        raise UserError(
+            f"launch.hostfile is {launch.hostfile}, and bench times this machine alone. Add "
+            "--launch.hostfile null."
+        )
+    hosts = hosts_of(recipe, options.gpus)
+    bench_options.check_options(options, make_plan(recipe, hosts.processes))
+    if launch.accelerator == "cuda":
+        check_gpus(hosts)
+    if hosts.processes == 1:
+        run_module(BENCH_MODULE, arguments, DS_ACCELERATOR=launch.accelerator)
+    commands = commands_here(launch, hosts, arguments, module=BENCH_MODULE)
+    print(*commands, file=sys.stderr, flush=True)  # what is measured has the output to itself
+    with Stopper(None) as stopper:
+        code = run(commands, stopper)
+        if code not in (0, EXIT_USER_ERROR) and stopper.reason is None:
+            why = "without an error above, a process was killed (out of memory? see dmesg)"
+            print(f"bench ended with code {code}; {why}", file=sys.stderr)
+        sys.exit(code)
+
+
 def slurm(argv: list[str]) -> None:
     """Print the sbatch script, or submit it."""
 
@@ -332,10 +366,13 @@ def read(
     command: str,
     description: str,
     add_options: Callable[[argparse.ArgumentParser], None],
+    passed_on: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> tuple[Recipe, Any, list[str]]:
-    """The recipe, the command's own options, and the arguments without them, for the trainer."""
+    """The recipe, the command's options, and the arguments for the processes: without its own options, but
+    with those that are `passed_on`."""
     parser = recipe_parser(f"flux2-ds {command}", description)
     add_options(parser)
+    passed_on(parser)
     recipe, options = parse_recipe(parser, argv)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_options(own)

@@ -3,7 +3,7 @@
     RANK=0 WORLD_SIZE=2 ... python trajectory.py
 
 Reads folders from its standard input, runs the cases in FOLDER/cases.json and writes FOLDER/results.json;
-see pool.py. The model, the data and the reference in plain PyTorch are here too, so that both sides share
+see pool.py. A case of bench.py has its recipe's settings as `bench`. The model, the data and the reference in plain PyTorch are here too, so that both sides share
 nothing but them.
 """
 
@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
@@ -30,7 +32,7 @@ from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight, read_parts
-from flux2_ds.recipe import Lora, Optimizer
+from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import Spec
 
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
@@ -249,6 +251,48 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     return losses
 
 
+def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
+    """Losses of the steps that bench.py times on the small model, in the last process."""
+    from flux2_ds import bench
+    from flux2_ds import engine as engines
+
+    losses = []
+    measure = bench.measure
+
+    def recorded(step: bench.Step, *call: Any) -> bench.Timing:
+        def kept() -> torch.Tensor:
+            losses.append(float(loss := step()))
+            return loss
+
+        return measure(kept, *call)
+
+    recipe = Recipe(
+        run_dir="unused",
+        precision="fp32",
+        model=Model(path="unused"),
+        data=Data(images="unused", shards="unused"),
+        batch=Batch(global_size=GLOBAL_BATCH),
+        optimizer=Optimizer(learning_rate=LEARNING_RATE),
+        launch=Launch(accelerator="cpu"),
+        **settings,
+    )
+    options = {"width": 32, "height": 48, "warm_up": 1, "measure": 1}
+    asked = SimpleNamespace(**options, card=None, against=None, profile=None)
+    torch.manual_seed(process.rank)  # what is to be the same in all processes has a seed of its own
+    with patch.multiple(
+        bench,
+        start_process=lambda accelerator: process,
+        stop_process=engines.barrier,
+        planned_spec=lambda path: SPEC,
+        measure=recorded,
+    ):
+        result = bench.bench(recipe, asked)
+    assert len(set(map(str, engines.exchange(result)))) == 1  # the same is told to all
+    assert result["samples_per_second"] * result["seconds_per_step"] == pytest.approx(GLOBAL_BATCH)
+    last: list[float] = engines.exchange(losses)[-1]
+    return last
+
+
 def computed_again(replays: list[int], run: Callable[[], None]) -> Callable[[], None]:
     """A record of a pass as a CUDA graph is, in that it reads and writes the same tensors."""
     run()
@@ -295,7 +339,10 @@ def main() -> None:
     for line in sys.stdin:
         folder = Path(line.strip())
         cases = json.loads((folder / "cases.json").read_text())
-        results = [run_case(case, process) for case in cases]
+        results = [
+            run_bench(case["bench"], process) if "bench" in case else run_case(case, process)
+            for case in cases
+        ]
         if process.first:
             (folder / "results.json").write_text(json.dumps(results))
         engines.barrier()

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_ds.bench import random_transformer, useful_flops
+from flux2_ds.bench import useful_flops
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.model import latents
+from flux2_ds.model.random_weights import random_transformer
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 
 CPU = torch.device("cpu")

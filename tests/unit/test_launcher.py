@@ -654,6 +654,29 @@ def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, ca
     assert call(monkeypatch, "plan", *argv) == 0
 
 
+def test_bench_starts_as_train_does(recipe, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(cli, "run", lambda commands, stopper: started.append(commands) or 247)
+    argv = ["bench", "--config", recipe, "--measure", "5", "--json"]
+    assert call(monkeypatch, *argv, "--gpus", "2") == 247
+    ((command,),) = started
+    assert command.argv[3:5] == ["--num_gpus", "2"]
+    end = ["--no_local_rank", "--module", "flux2_ds.bench", *argv[1:]]
+    assert command.argv[-len(end) :] == end
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(command) in captured.err and "a process was killed" in captured.err
+    monkeypatch.setattr("os.execve", lambda program, argv, environment: started.append(argv))
+    monkeypatch.setattr(cli, "commands_here", lambda *call, **more: pytest.fail("launched"))
+    with pytest.raises(pytest.fail.Exception):  # one process takes the launcher's place
+        call(monkeypatch, *argv, "--launch.processes", "1")
+    assert started[1][1:3] == ["-m", "flux2_ds.bench"]
+    write_hostfile(tmp_path, "node01 slots=2\n")
+    elsewhere = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
+    assert call(monkeypatch, *argv, *elsewhere) == 2
+    assert "launch.hostfile is hostfile, and bench times this machine" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("prepared", "words"), [(True, "3 samples, 1 steps an epoch"), (False, "is not prepared yet")]
 )
@@ -677,6 +700,15 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
         ("plan", ["--host=64GiB"], "--host is 64GiB, but only beside --gpu"),
+        ("bench", ["--against=bare"], "--against bare .* Add --launch.processes 1"),
+        (
+            "bench",
+            ["--gpus=1", "--against=bare"],
+            "--against bare is plain torch.* deepspeed: zero0",
+        ),
+        ("bench", ["--width=100"], "--width 100 and --height 1024 must be multiples of 16"),
+        ("bench", ["--gpus=3"], "batch.global_size 4 "),
+        ("bench", CUDA, "2 processes .* this machine shows 0"),
         ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
         ("slurm", ["--gpus-per-node=0"], "--gpus-per-node must be at least 1"),
         ("slurm", ["--gpus-per-node=2"], "--gpus-per-node is 2, but launch.accelerator is cpu"),

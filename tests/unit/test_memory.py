@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux2_ds.bench import empty_transformer
 from flux2_ds.choices import choices
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
@@ -26,6 +25,7 @@ from flux2_ds.memory import (
 )
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.model.random_weights import empty_transformer
 from flux2_ds.plan import captures, make_plan
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import RELEASED, Spec
