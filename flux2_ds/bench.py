@@ -25,23 +25,26 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from flux2_ds.assembly import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.bench_options import add_options, check_options
 from flux2_ds.comparisons import Step, bare_step, diffusers_step
 from flux2_ds.data.buckets import Bucket
+from flux2_ds.data.loader import MicroBatch
 from flux2_ds.engine import Process, barrier, divider, exchange, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
-from flux2_ds.memory import GIB
+from flux2_ds.memory import GIB, Memory
 from flux2_ds.model import transformer
 from flux2_ds.model.random_weights import random_transformer
-from flux2_ds.plan import make_plan
+from flux2_ds.objective import FlowObjective
+from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
-from flux2_ds.warmup import synthetic
+from flux2_ds.warmup import synthetic, too_small
 
 log = logging.getLogger("flux2_ds")
 
@@ -54,6 +57,17 @@ class Timing:
     seconds: float
     fastest: float
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What is timed, and the memory that one process should take."""
+
+    model: nn.Module
+    objective: FlowObjective
+    batches: list[MicroBatch]
+    expected: Memory
+    step: Step
 
 
 def main() -> None:
@@ -134,12 +148,56 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
 
+    try:
+        built = build(plan, spec, bucket, process)
+        bare = None
+        if options.against == "bare":
+            bare = measure(
+                bare_step(built.model, recipe, built.objective, built.batches),
+                process,
+                options.warm_up,
+                options.measure,
+            )
+        timing = measure(built.step, process, options.warm_up, options.measure)
+    except torch.OutOfMemoryError as error:
+        recorded = bool(recipe.cuda_graphs)
+        raise UserError(too_small(recipe, str(bucket), error, recorded=recorded)) from error
+    result["cuda_graphs"] = built.expected.records
+    samples = recipe.batch.global_size
+    work = useful_flops(spec, bucket, recipe.method) * samples / process.world
+    result |= {
+        "first_step_seconds": (bare or timing).first_seconds,
+        "seconds_per_step": timing.seconds,
+        "fastest_seconds_per_step": timing.fastest,
+        "samples_per_second": samples / timing.seconds,
+        "tflops_per_process": work / timing.seconds / 1e12,
+    }
+    if on_card:
+        result["share_of_gemm"] = result["tflops_per_process"] / result["gemm_tflops"]
+        # Replaying CUDA graphs allocates nothing; what recorded them, did.
+        result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
+        result["predicted_gib"] = built.expected.on_card / GIB
+    if plain is not None:
+        result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
+        result["diffusers_peak_gib"] = plain.peak_bytes / GIB
+        result["speedup"] = plain.seconds * plan.accumulation / timing.seconds
+    if bare is not None:
+        result["bare_seconds_per_step"] = bare.seconds
+        result["engine_cost"] = timing.seconds / bare.seconds - 1
+    if options.profile is not None:
+        result["kernels"] = costliest_kernels(built.step, Path(options.profile), process)
+    stop_process()
+    return result
+
+
+def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
+    """The recipe's step on this process's share of a global batch of noise. Collective."""
+    recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
     divide = divider(plan.deepspeed) if plan.zero_stage == 3 else None
     model = random_transformer(spec, dtype, recipe.base_weights, device, divide)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
-    result["cuda_graphs"] = expected.records
     engine = build_engine(model, plan)
     conditioning = {
         "latent_mean": torch.zeros(TOKEN_CHANNELS),
@@ -159,37 +217,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
             engine.step(recipe.optimizer.learning_rate)
         return loss.detach()
 
-    bare = None
-    if options.against == "bare":
-        bare = measure(
-            bare_step(model, recipe, objective, batches), process, options.warm_up, options.measure
-        )
-    timing = measure(step, process, options.warm_up, options.measure)
-    samples = recipe.batch.global_size
-    work = useful_flops(spec, bucket, recipe.method) * samples / process.world
-    result |= {
-        "first_step_seconds": (bare or timing).first_seconds,
-        "seconds_per_step": timing.seconds,
-        "fastest_seconds_per_step": timing.fastest,
-        "samples_per_second": samples / timing.seconds,
-        "tflops_per_process": work / timing.seconds / 1e12,
-    }
-    if on_card:
-        result["share_of_gemm"] = result["tflops_per_process"] / result["gemm_tflops"]
-        # Replaying CUDA graphs allocates nothing; what recorded them, did.
-        result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
-        result["predicted_gib"] = expected.on_card / GIB
-    if plain is not None:
-        result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
-        result["diffusers_peak_gib"] = plain.peak_bytes / GIB
-        result["speedup"] = plain.seconds * plan.accumulation / timing.seconds
-    if bare is not None:
-        result["bare_seconds_per_step"] = bare.seconds
-        result["engine_cost"] = timing.seconds / bare.seconds - 1
-    if options.profile is not None:
-        result["kernels"] = costliest_kernels(step, Path(options.profile), process)
-    stop_process()
-    return result
+    return Built(model, objective, batches, expected, step)
 
 
 def measure(step: Step, process: Process, warm_up: int, count: int) -> Timing:

@@ -1,13 +1,20 @@
-"""The operations that `bench` counts are those that torch counts; its timings are not tested."""
+"""The operations that `bench` counts are those that torch counts, and a card that is too small; not its timings."""
+
+from argparse import ArgumentParser
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_ds.bench import useful_flops
+from flux2_ds import bench
+from flux2_ds.bench_options import add_options
 from flux2_ds.data.buckets import Bucket
+from flux2_ds.engine import Process
+from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.model.random_weights import random_transformer
+from flux2_ds.recipe import Data, Launch, Model, Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 
 CPU = torch.device("cpu")
@@ -34,5 +41,25 @@ def test_useful_products(tiny_spec: Spec, method: str) -> None:
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     _, attention = tiny_spec.forward_flops(bucket.tokens)
     # Embedders, modulation and output, which are not counted as useful, are 2 % of the tiny model.
-    useful = useful_flops(tiny_spec, bucket, method) - 3.5 * attention
+    useful = bench.useful_flops(tiny_spec, bucket, method) - 3.5 * attention
     assert useful == pytest.approx(counted, rel=0.03)
+
+
+def test_a_card_that_is_too_small_is_answered_with_settings(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*call: object) -> bench.Built:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(bench, "build", build)
+    monkeypatch.setattr(bench, "start_process", lambda accelerator: Process(0, 1, CPU))
+    recipe = Recipe(
+        run_dir="r",
+        model=Model(path=str(tiny_model)),
+        data=Data(images="i", shards="s"),
+        launch=Launch(accelerator="cpu"),
+    )
+    parser = ArgumentParser()
+    add_options(parser)
+    with pytest.raises(UserError, match=r"1024x1024 .* 2\.00 GiB.* base_weights: fp8 or nf4"):
+        bench.bench(recipe, parser.parse_args([]))
