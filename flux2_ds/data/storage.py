@@ -88,16 +88,21 @@ class Blob:
             if self.location.startswith(_HTTP):
                 part["raise_for_status"] = self._check_part
         data: bytes = system.cat_file(path, **part)
+        if self.size is not None and len(data) > self.size:
+            raise self._whole_file()  # other stores give no answer to look at before the bytes
         return data
 
     async def _check_part(self, response: Any) -> None:
         """Look at the answer to a request for a part before its body is read; aiohttp calls this."""
         if response.status == 200 and (self.offset or response.content_length != self.size):
             response.close()
-            raise UserError(
-                f"{self.location}: asked for {self.size} bytes, its server sends the whole file: it does "
-                "not serve parts of files (HTTP range requests). Use one that does, such as nginx."
-            )
+            raise self._whole_file()
+
+    def _whole_file(self) -> UserError:
+        return UserError(
+            f"{self.location}: asked for {self.size} bytes, its server sends the whole file: it does "
+            "not serve parts of files (HTTP range requests). Use one that does, such as nginx."
+        )
 
 
 def file_system(location: str) -> tuple[Any, str]:

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-_FP8_MAX, _INT8_MAX = 448.0, 127.0
-_NF4_BLOCK = 64
+from flux2_ds.model.formats import FP8_MAX, INT8_MAX, NF4_BLOCK
+
 _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 
 # Found by timing on an H100.
@@ -117,7 +117,7 @@ def quantize_rows(
         scales,
         rows,
         columns,
-        _INT8_MAX if kind == "int8" else _FP8_MAX,
+        INT8_MAX if kind == "int8" else FP8_MAX,
         INT8=kind == "int8",
         SCALED=column_scale is not None,
         ROWS=together,
@@ -172,7 +172,7 @@ def expand_nf4(
     rows, columns = values.shape[0], values.shape[1] * 2
     shape = (columns, rows) if transposed else (rows, columns)
     out = torch.empty(shape, device=values.device, dtype=_DTYPES[kind])
-    _expand_nf4[(columns // _NF4_BLOCK, triton.cdiv(rows, _NF4_ROWS))](
+    _expand_nf4[(columns // NF4_BLOCK, triton.cdiv(rows, _NF4_ROWS))](
         values,
         block_scale.view(torch.float8_e4m3fn),
         scale,
@@ -180,10 +180,10 @@ def expand_nf4(
         out,
         rows,
         columns,
-        _INT8_MAX / _FP8_MAX,
+        INT8_MAX / FP8_MAX,
         FORMAT=kind,
         TRANSPOSED=transposed,
-        BLOCK=_NF4_BLOCK,
+        BLOCK=NF4_BLOCK,
         ROWS=_NF4_ROWS,
         num_warps=4,
         **_EXACT,

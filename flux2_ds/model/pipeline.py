@@ -9,6 +9,7 @@ same directory with the same chat template.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
 )
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from flux2_ds.spec import PADDING_SIDES, Spec
+
+log = logging.getLogger("flux2_ds")
+
+_NF4_INPUTS, _NF4_OUTPUTS = 64, 32
+"""A linear's features come in multiples of these where bitsandbytes 0.50 packs nf4 for a CPU with AVX-512."""
 
 
 def load_text_pipeline(
@@ -35,19 +42,45 @@ def load_text_pipeline(
     """The pipeline with text encoder and tokenizer only: good for `encode_prompt`.
 
     With `quantization`, bitsandbytes stores the encoder's linears in 8 or 4 bits and computes in `dtype`.
+    What its nf4 cannot hold on some machine stays in `dtype` on all, so that captions come out alike.
     """
+    encoder_class = getattr(transformers, spec.text_encoder)
     placed: dict[str, Any] = {"device_map": {"": device}} if device is not None else {}
     if quantization == "int8":
         placed["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif quantization == "nf4":
         placed["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", *_too_narrow(encoder_class, directory)],
         )
-    encoder_class = getattr(transformers, spec.text_encoder)
     encoder = encoder_class.from_pretrained(
         directory / "text_encoder", dtype=dtype, use_safetensors=True, **placed
     )
     return _build(directory, spec, text_encoder=encoder, tokenizer=load_tokenizer(directory, spec))
+
+
+def _too_narrow(encoder_class: Any, directory: Path) -> list[str]:
+    """The encoder's linears that nf4 cannot hold: none of the released encoders'."""
+    config = transformers.AutoConfig.from_pretrained(directory / "text_encoder")
+    with torch.device("meta"):
+        linears = [
+            (name, module)
+            for name, module in encoder_class(config).named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head"
+        ]
+    narrow = [
+        name
+        for name, linear in linears
+        if linear.in_features % _NF4_INPUTS or linear.out_features % _NF4_OUTPUTS
+    ]
+    if narrow:
+        log.warning(
+            "text encoder: %d of %d linears stay unquantised; nf4 needs multiples of %d inputs and %d outputs",
+            len(narrow), len(linears), _NF4_INPUTS, _NF4_OUTPUTS,
+        )  # fmt: skip
+    return narrow
 
 
 def load_image_pipeline(

@@ -21,6 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flux2_ds.model.formats import FP8_MAX, INT8_MAX, NF4_BLOCK
+
+if torch.cuda.is_available():
+    from flux2_ds.model import kernels
+
 Storage = Literal["fp8", "int8", "nf4"]
 Compute = Literal["bf16", "fp8", "int8"]
 
@@ -33,8 +38,6 @@ BASE_WEIGHTS: dict[str, tuple[Storage, Compute]] = {
 }
 """A recipe's `base_weights` -> how the weights are stored and what they are multiplied in."""
 
-FP8_MAX, INT8_MAX = 448.0, 127.0
-NF4_BLOCK = 64
 _AT_ONCE = 1 << 21  # elements
 
 # The 16 quantiles of N(0, 1) scaled to [-1, 1], as published with QLoRA.
@@ -320,7 +323,3 @@ def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
 
 
 frozen_product.register_autograd(_gradient_of_x, setup_context=_keep_weight)
-
-
-if torch.cuda.is_available():
-    from flux2_ds.model import kernels

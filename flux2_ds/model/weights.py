@@ -131,10 +131,20 @@ def check_card(base_weights: str | None, device: torch.device) -> None:
 def place_weight(
     model: nn.Module, name: str, weight: torch.Tensor, quantized: tuple[Storage, Compute] | None
 ) -> nn.Module:
-    """Put one weight where it belongs, quantised if it is a block's linear; returns its module."""
+    """Put one weight where it belongs, quantised if it is a block's linear; returns its module.
+
+    Raises:
+        UserError: a linear of a width that the format cannot hold.
+    """
     path, _, leaf = name.rpartition(".")
     if quantized is not None and "transformer_blocks." in name and weight.ndim == 2:
-        model.set_submodule(path, QuantizedLinear(weight, *quantized))
+        try:
+            model.set_submodule(path, QuantizedLinear(weight, *quantized))
+        except ValueError as error:
+            raise UserError(
+                f"base_weights: the model's {name} cannot be quantised: {error}. Set base_weights: fp8 or "
+                "int8, or remove it."
+            ) from error
     else:
         setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
     return model.get_submodule(path)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from flux2_ds.model.formats import FP8_MAX, INT8_MAX
 from flux2_ds.model.low_rank import adapted_product, add_low_rank
 from flux2_ds.model.quantize import (
     BASE_WEIGHTS,
-    FP8_MAX,
-    INT8_MAX,
     QuantizedLinear,
     dequantize,
     expand_nf4,

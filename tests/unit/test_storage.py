@@ -30,7 +30,7 @@ from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob, is_url, join
 from flux2_ds.errors import EXIT_USER_ERROR, OutageError, UserError
-from flux2_ds.loopback import served
+from flux2_ds.loopback import CREDENTIALS, served
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.tensors import write_tensors
 
@@ -173,6 +173,21 @@ def test_a_server_without_ranges_is_said_before_it_has_sent_the_file(tmp_path):
                 Blob(f"{url}/large.bin", offset, 256).read()
         assert asked == ["/large.bin"] * 3
     assert len(sent) == 3 and sent[0] == size and max(sent[1:]) < size / 2
+
+
+def test_a_store_without_ranges_is_said_at_once(tmp_path, monkeypatch, fresh_clients):
+    """One that speaks S3 has no answer to look at before the file has come."""
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "x.tar").write_bytes(bytes(range(256)) * 40)
+    for name, value in {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pythons_server(tmp_path) as (url, asked):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert len(Blob("s3://bucket/x.tar", 0, 10240).read()) == 10240
+        for offset in (0, 256):
+            with pytest.raises(UserError, match=r"s3://bucket/x\.tar: asked for 256 .* whole file"):
+                Blob("s3://bucket/x.tar", offset, 256).read()
+        assert asked == ["/bucket/x.tar"] * 3
 
 
 def answering(status: int) -> type[BaseHTTPRequestHandler]:

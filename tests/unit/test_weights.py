@@ -115,6 +115,18 @@ def test_files_that_do_not_fit_the_model(tmp_path, shapes, message):
         read(empty(shapes), tmp_path)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_width_that_nf4_cannot_hold(tmp_path, parts):
+    shapes = {"transformer_blocks.linear": (4, 96)}
+    write(tmp_path, shapes)
+    given = (tmp_path, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"linear\.weight cannot be .* 64 .*, not 96\. Set base_w"):
+        if parts:
+            read(empty(shapes), tmp_path, quantized=BASE_WEIGHTS["nf4"])
+        else:
+            read_weights(empty(shapes), *given, BASE_WEIGHTS["nf4"])
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0damaged!"])
 def test_files_that_cannot_be_read(tmp_path, content):
     if content is not None:
