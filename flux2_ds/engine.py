@@ -168,6 +168,11 @@ class Engine:
         self.skips_overflows = "fp16" in config
         """Whether a step with infinite gradients is skipped by the loss scaler."""
 
+    @property
+    def model(self) -> Any:
+        """The model, as the engine holds it."""
+        return self._engine.module
+
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The transformer's prediction."""
         return self._predict(self._engine, inputs)

@@ -27,6 +27,7 @@ from flux2_ds.lookout import Lookout
 from flux2_ds.metrics import Metrics
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
+from flux2_ds.preview import Previews
 from flux2_ds.saving import SaveError
 from flux2_ds.stored import Piece
 from flux2_ds.warmup import Recompilations
@@ -125,15 +126,18 @@ def train(
     checkpoints: Path,
     run_state: dict[str, object],
     evaluation: Evaluation | None = None,
+    previews: Previews | None = None,
 ) -> bool:
     """Run steps [first_step, cadence.steps). Returns False if a signal ended it early.
 
-    `metrics` is None in all processes but the first, `evaluation` if nothing is held out.
+    `metrics` is None in all processes but the first, `evaluation` if nothing is held out, `previews` if none
+    are wanted.
     """
+    if previews is not None and first_step == 0:
+        show(previews, metrics, 0, lookout)
     meter = Meter(torch.zeros((), device=process.device))
     queued: deque[Queued] = deque()
     recompilations = Recompilations()
-
     lookout.at(first_step + 1, "waiting for data")
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
@@ -154,7 +158,10 @@ def train(
         evaluating = (
             evaluation is not None and not stopping and (ending or every(evaluation.every, done))
         )
-        logging_due = ending or evaluating or every(cadence.log_every, done)
+        previewing = (
+            previews is not None and not stopping and (ending or every(previews.every, done))
+        )
+        logging_due = ending or evaluating or previewing or every(cadence.log_every, done)
         saving_due = ending or every(cadence.save_every, done)
         # The device works on this step while the host prepares the next: only the one before is
         # looked at, unless the numbers are needed now.
@@ -171,6 +178,8 @@ def train(
         if saving_due:
             moving = partial(lookout.at, done, "saving")
             save(engine, checkpoints, done, run_state, process, cadence, moving, ending=ending)
+        if previews is not None and previewing:
+            show(previews, metrics, done, lookout)
         if logging_due:
             meter = Meter(torch.zeros((), device=process.device))
         if stopping and done < cadence.steps:
@@ -255,6 +264,14 @@ def report(
         log.info(
             "step %d/%d | loss on held-out samples %.4f", step, steps, values["evaluation_loss"]
         )
+
+
+def show(previews: Previews, metrics: Metrics | None, step: int, lookout: Lookout) -> None:
+    """Render the preview prompts."""
+    pictures = previews.render(step, partial(lookout.at, step, "rendering"))
+    if metrics is not None and pictures:
+        metrics.show(step, pictures)
+        log.info("step %d: previews in %s", step, pictures[0][1].parent)
 
 
 def save(

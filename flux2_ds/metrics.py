@@ -72,6 +72,14 @@ class Metrics:
             known = {name: value for name, value in values.items() if value is not None}
             self._run.log({"optimizer_step": step, **known})
 
+    def show(self, step: int, pictures: list[tuple[str, Path]]) -> None:
+        """Give W&B pictures that are on disk, each with its caption."""
+        if self._run is not None and pictures:
+            import wandb
+
+            images = [wandb.Image(str(path), caption=caption) for caption, path in pictures]
+            self._run.log({"optimizer_step": step, "previews": images})
+
     def close(self) -> None:
         """Finish the W&B run, close the file and draw the loss."""
         try:

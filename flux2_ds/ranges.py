@@ -41,6 +41,7 @@ def check_ranges(recipe: Recipe) -> None:
         "log.every": recipe.log.every,
         "launch.processes": recipe.launch.processes,
         "preview.steps": preview.steps,
+        "preview.every": preview.every,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
@@ -77,6 +78,7 @@ def check_ranges(recipe: Recipe) -> None:
     require("activations", recipe.activations, lambda v: isinstance(v, str) or 0 <= v <= 1,
             "auto, recompute, keep or between 0 and 1")  # fmt: skip
     require("seed", recipe.seed, lambda v: v >= 0, "0 or more")
+    require("preview.prompts", preview.prompts, bool, "one prompt or more")
     require("preview.seed", preview.seed, lambda v: v >= 0, "0 or more")
     require("optimizer.betas", adam.betas, lambda v: all(0 <= b < 1 for b in v), "in [0, 1)")
     require("optimizer.eps", adam.eps, lambda v: v >= 0, "0 or more")

@@ -235,8 +235,11 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What `flux2-ds sample` renders."""
+    """What `flux2-ds sample` renders, and training with `every`."""
 
+    every: int | None = None
+    """Steps between previews while training: the prompts are rendered before step 1, after each so many steps
+    and at the end, into RUN_DIR/previews and W&B. `prepare` encodes the prompts. Default: none."""
     prompts: list[str] = field(default_factory=lambda: ["a photograph"])
     """Prompts; one row of the grid each."""
     references: list[str] = field(default_factory=list)
@@ -338,7 +341,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     """The loss on pictures that are not trained on."""
     preview: Preview = field(default_factory=Preview)
-    """What `flux2-ds sample` renders."""
+    """Pictures of what is trained."""
     launch: Launch = field(default_factory=Launch)
     """Where the recipe runs."""
 

@@ -14,17 +14,13 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file
 
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.fonts import font_for
 from flux2_ds.memory import GIB, adapter_parameters, base_bytes
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
@@ -36,15 +32,13 @@ from flux2_ds.plan import check_base
 from flux2_ds.prepare.encode import text_precision
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.rendering import Prompt, as_prompt, grid, open_reference, render
 from flux2_ds.rundir import export_path, trained_recipe
 from flux2_ds.spec import Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
 
 _PARTS = ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
-
-Prompt = dict[str, torch.Tensor]
-"""What the pipeline takes in place of a prompt."""
 
 
 def main() -> None:
@@ -79,14 +73,14 @@ def main() -> None:
     model = load_transformer(recipe, directory, device)
     pipeline = load_image_pipeline(directory, spec, model, device)
     del model
-    before = render(pipeline, recipe, prompts, references)
+    before = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
     if recipe.method == "full":
         # Two of them need not fit into memory.
         pipeline.transformer = None
         pipeline.transformer = load_transformer(recipe, trained.parent, device)
     else:
         put_adapter(pipeline.transformer, recipe, spec, trained)
-    after = render(pipeline, recipe, prompts, references)
+    after = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
 
     output.parent.mkdir(parents=True, exist_ok=True)
     held = recipe.base_weights or recipe.precision
@@ -177,10 +171,10 @@ def encode_prompts(
     """The preview prompts as `prepare` encodes captions; the encoder is freed."""
     dtype, quantization = text_precision(recipe)
     encoder = TextEncoder(directory, spec, dtype, device, quantization)
-    encoded = [{"prompt_embeds": encoder.encode([prompt])} for prompt in recipe.preview.prompts]
-    if spec.variant == "klein":  # dev has a guidance input in its place
-        empty = encoder.encode([""])
-        encoded = [prompt | {"negative_prompt_embeds": empty} for prompt in encoded]
+    empty = encoder.encode([""])
+    encoded = [
+        as_prompt(spec, encoder.encode([prompt]), empty) for prompt in recipe.preview.prompts
+    ]
     del encoder
     gc.collect()
     if torch.cuda.is_available():
@@ -222,65 +216,6 @@ def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, expo
         )
     for name, parameter in own.items():
         parameter.copy_(stored[name])
-
-
-def render(
-    pipeline: Any, recipe: Recipe, prompts: list[Prompt], references: list[Image.Image]
-) -> list[Image.Image]:
-    """One picture a prompt, all from the same starting noise."""
-    preview, weights = recipe.preview, pipeline.vae
-    return [
-        pipeline(
-            **{name: text.to(weights.device, weights.dtype) for name, text in prompt.items()},
-            image=references or None,
-            height=preview.height,
-            width=preview.width,
-            num_inference_steps=preview.steps,
-            guidance_scale=preview.guidance,
-            generator=torch.Generator().manual_seed(preview.seed),
-        ).images[0]
-        for prompt in prompts
-    ]
-
-
-def open_reference(path: str) -> Image.Image:
-    """A reference image, upright and in RGB.
-
-    Raises:
-        UserError: it cannot be read, or inference does not take it.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        Flux2ImageProcessor.check_image_input(upright)
-    except (OSError, ValueError) as error:
-        raise UserError(f"preview.references: {path} cannot be used ({error}).") from error
-    return upright
-
-
-def grid(
-    prompts: list[str], titles: tuple[str, ...], columns: tuple[list[Image.Image], ...]
-) -> Image.Image:
-    """A row a prompt with its text above, a column for each title."""
-    width, height = columns[0][0].size
-    font = font_for([*prompts, *titles], 14)
-    head, gap = 26, 6
-    cell = max(width, 200)
-    sheet = Image.new(
-        "RGB",
-        (len(columns) * (cell + gap) + gap, head + len(prompts) * (height + head + gap)),
-        "white",
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, (title, pictures) in enumerate(zip(titles, columns, strict=True)):
-        left = gap + column * (cell + gap)
-        draw.text((left, 5), title, fill="black", font=font)
-        for row, picture in enumerate(pictures):
-            top = head + row * (height + head + gap)
-            if column == 0:
-                draw.text((left, top + 3), prompts[row], fill="dimgray", font=font)
-            sheet.paste(picture, (left, top + head))
-    return sheet
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from flux2_ds.assembly import (
 )
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import read_conditioning
+from flux2_ds.data.shards import read_conditioning, read_prompts
 from flux2_ds.engine import (
     Engine,
     Process,
@@ -56,7 +56,9 @@ from flux2_ds.prepared import (
     companion_lines,
     read_data,
 )
+from flux2_ds.preview import Previews, check_previews
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
+from flux2_ds.rendering import as_prompt
 from flux2_ds.rundir import (
     check_run_dir,
     lock_run_dir,
@@ -96,11 +98,14 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     process = start_process(recipe.launch.accelerator)
     plan = make_plan(recipe, process.world)
 
-    directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
+    parts = ["transformer"] if recipe.preview.every is None else ["transformer", "vae", "scheduler"]
+    directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     index, held_out = read_data(recipe)
     check_same(index, recipe, process)
     check_shards(index, held_out, spec, directory, recipe)
+    if recipe.preview.every is not None:
+        check_previews(recipe, directory)
     check_wandb(recipe.log.wandb)
     order = build_order(recipe, index)
 
@@ -122,7 +127,17 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     finished = True
     if first_step < recipe.steps:
         finished = run(
-            plan, spec, index, held_out, engine, expected, process, stop, lookout, first_step
+            plan,
+            spec,
+            directory,
+            index,
+            held_out,
+            engine,
+            expected,
+            process,
+            stop,
+            lookout,
+            first_step,
         )
     else:
         log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
@@ -226,9 +241,29 @@ def build_evaluation(
     return Evaluation(engine, loader, objective, batches, recipe.evaluation.every)
 
 
+def build_previews(
+    recipe: Recipe,
+    spec: Spec,
+    directory: Path,
+    engine: Engine,
+    process: Process,
+    conditioning: dict[str, torch.Tensor],
+) -> Previews | None:
+    """Pictures of the preview prompts; None if none are wanted."""
+    preview = recipe.preview
+    if preview.every is None:
+        return None
+    empty = conditioning["empty_text"][None]
+    texts = read_prompts(recipe.data.shards, preview.prompts)
+    prompts = [as_prompt(spec, text[None], empty) for text in texts]
+    folder = Path(recipe.run_dir) / "previews"
+    return Previews(engine, preview, spec, directory, folder, process, prompts, preview.every)
+
+
 def run(
     plan: Plan,
     spec: Spec,
+    directory: Path,
     index: Index,
     held_out: Index,
     engine: Engine,
@@ -304,6 +339,7 @@ def run(
             "processes": process.world,
         },
         evaluation=build_evaluation(recipe, held_out, engine, process, conditioning, objective),
+        previews=build_previews(recipe, spec, directory, engine, process, conditioning),
     )
     if metrics is not None:
         lookout.at(0, "closing the metrics")

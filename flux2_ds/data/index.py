@@ -22,6 +22,8 @@ INDEX_NAME = "index.json"
 CONDITIONING_NAME = "conditioning.safetensors"
 """Latent statistics (`latent_mean`, `latent_std`: [128] fp32) and the encoded empty caption
 (`empty_text`: [512, text width])."""
+PROMPTS_NAME = "prompts.safetensors"
+"""The encoded preview prompts, by prompt: [512, text width] each."""
 
 
 @dataclass(frozen=True, slots=True)

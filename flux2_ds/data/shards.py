@@ -35,9 +35,9 @@ import xxhash
 from safetensors.torch import save as save_tensors
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.index import CONDITIONING_NAME, Part, Shard
+from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
 MASK, REFERENCES = "mask.safetensors", "references.safetensors"
@@ -259,3 +259,26 @@ def read_conditioning(folder: str) -> dict[str, torch.Tensor]:
     """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards."""
     tensors: dict[str, torch.Tensor] = tensors_in(Blob(join(folder, CONDITIONING_NAME)).view())
     return tensors
+
+
+def read_prompts(folder: str, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """The encoded preview prompts of a folder of shards, [512, text width] each.
+
+    Raises:
+        UserError: one has not been encoded.
+    """
+    path, reason = join(folder, PROMPTS_NAME), None
+    known: dict[str, torch.Tensor] = {}
+    try:
+        known = tensors_in(Blob(path).view())
+    except OutageError:
+        raise
+    except UserError as error:
+        reason = error
+    for prompt in prompts:
+        if prompt not in known:
+            raise UserError(
+                f"preview.every is set, and {path} has no prompt {prompt!r}. Run `flux2-ds prepare` with this "
+                "recipe, which adds it, or remove preview.every."
+            ) from reason
+    return [known[prompt] for prompt in prompts]

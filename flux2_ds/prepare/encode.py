@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLFlux2
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from flux2_ds.data.index import CONDITIONING_NAME
+from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.prepare.ledger import Job, Note
@@ -64,6 +65,7 @@ def encode(
     """Write the shards, in rounds of as many as their captions fit into the scratch space."""
     folder, texts, settings = encoding.folder, encoding.texts, encoding.recipe.prepare
     written: list[Note] = []
+    prompts = new_prompts(encoding.recipe)
     total = sum(len(job.pictures) for job in jobs)
     limit = int(settings.scratch_gb * 1e9 / text_bytes(encoding.spec, encoding.recipe))
     for round_ in rounds(jobs, limit):
@@ -71,17 +73,43 @@ def encode(
         unconditioned = not (folder / CONDITIONING_NAME).is_file()
         if unconditioned:
             captions.add("")
+        captions |= prompts
         copy_known(texts, captions, folder, [*notes, *written])
         encode_texts(encoding, team, captions, report)
         if unconditioned:
             vae = load_vae(encoding.directory, settings, torch.device("cpu"))
             write_conditioning(folder, vae, texts)
+        write_prompts(folder, prompts, texts)
+        prompts = set()
         with tqdm(desc="pictures", total=total, unit="img") as progress:
             progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
             make, devices = encoding.worker(PICTURES), encoding.devices(PICTURES)
             written += team.run(PICTURES, make, devices, round_, progress)
         shutil.rmtree(folder / ".texts")
+    if prompts:  # nothing else is new
+        encode_texts(encoding, team, prompts, report)
+        write_prompts(folder, prompts, texts)
     return written
+
+
+def new_prompts(recipe: Recipe) -> set[str]:
+    """The prompts of previews in training that the folder of shards has not yet."""
+    if recipe.preview.every is None:
+        return set()
+    return set(recipe.preview.prompts) - known_prompts(Path(recipe.data.shards)).keys()
+
+
+def known_prompts(folder: Path) -> dict[str, torch.Tensor]:
+    """The encoded prompts in a folder of shards."""
+    path = folder / PROMPTS_NAME
+    return load_file(path) if path.is_file() else {}
+
+
+def write_prompts(folder: Path, prompts: set[str], texts: TextFiles) -> None:
+    """Add encoded prompts to the folder of shards."""
+    if prompts:
+        new = {prompt: texts.read(prompt) for prompt in prompts}
+        write_whole_tensors(folder / PROMPTS_NAME, known_prompts(folder) | new)
 
 
 def encode_texts(encoding: Encoding, team: Team, captions: set[str], report: Report) -> None:
@@ -100,9 +128,14 @@ def write_conditioning(folder: Path, vae: AutoencoderKLFlux2, texts: TextFiles) 
     """Write the latent statistics and the encoded empty caption."""
     mean, std = latents.statistics(vae)
     tensors = {"latent_mean": mean, "latent_std": std, "empty_text": texts.read("")}
-    partial_path = folder / f"{CONDITIONING_NAME}.partial"
+    write_whole_tensors(folder / CONDITIONING_NAME, tensors)
+
+
+def write_whole_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that appears whole or not at all."""
+    partial_path = path.with_suffix(".partial")
     write_tensors(partial_path, tensors)
-    partial_path.replace(folder / CONDITIONING_NAME)
+    partial_path.replace(path)
 
 
 def rounds(jobs: list[Job], captions: int) -> Iterator[list[Job]]:

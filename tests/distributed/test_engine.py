@@ -77,7 +77,7 @@ def test_every_config_follows_plain_pytorch(
             blocks = {"kept": 0, "compiled": False, "offload": case["name"] == "zero3"}
             cases.append({**case, "blocks": blocks})
         else:
-            cases.append({**case, "method": "dora"})
+            cases.append({**case, "method": "dora", "previewed": True})
     for case, losses in zip(cases, launch(world, cases, tmp_path), strict=True):
         described = {key: value for key, value in case.items() if key != "deepspeed"}
         assert_follows(losses, references[case["method"]][0], f"{world} processes, {described}")

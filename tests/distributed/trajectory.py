@@ -154,7 +154,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
 
     `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
-    recorded when they come for the second time, as CUDA graphs are.
+    recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     """
     from flux2_ds import engine as engines
     from flux2_ds import saving
@@ -234,6 +234,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             engine.step(learning_rate)
             total += loss.detach() * micro / own
         losses.append(float(engines.average(total)))
+        if case.get("previewed"):
+            look(engine)
         if "save" in case and step + 1 in (case["steps"], case.get("save_at")):
             with killed_while_saving(case.get("kill_saving"), step + 1, process.rank):
                 saving.save(
@@ -291,6 +293,13 @@ def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
     assert result["samples_per_second"] * result["seconds_per_step"] == pytest.approx(GLOBAL_BATCH)
     last: list[float] = engines.exchange(losses)[-1]
     return last
+
+
+@torch.no_grad()
+def look(engine: Any) -> None:
+    """The model called as a preview's pipeline calls it."""
+    with engine.evaluating(), torch.compiler.set_stance("force_eager"):
+        loss_of(lambda **inputs: engine.model(**inputs, return_dict=False)[0], global_batch(99))
 
 
 def computed_again(replays: list[int], run: Callable[[], None]) -> Callable[[], None]:

@@ -200,6 +200,18 @@ def test_wandb_is_told_the_step_as_a_value(run_dir, monkeypatch):
     run.log.assert_called_once_with({"optimizer_step": 10, "loss": 0.5, "bucket": "64x64"})
 
 
+def test_wandb_is_given_pictures_with_their_captions(run_dir, monkeypatch):
+    run = Mock()
+    monkeypatch.setattr(wandb, "init", lambda **arguments: run)
+    Image.new("RGB", (16, 8)).save(run_dir / "0.png")
+    start(run_dir, "offline").show(30, [("a cat", run_dir / "0.png")])
+    (values,) = run.log.call_args.args
+    (picture,) = values["previews"]
+    assert values["optimizer_step"] == 30
+    assert (picture._caption, picture.image.size) == ("a cat", (16, 8))
+    start(run_dir).show(30, [("a cat", run_dir / "0.png")])  # without W&B nothing happens
+
+
 def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **arguments: Mock())
 

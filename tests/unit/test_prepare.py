@@ -23,7 +23,7 @@ from PIL import Image
 from reference import load_pipeline
 from safetensors.torch import load_file
 
-from flux2_ds.data.index import Index, read_index
+from flux2_ds.data.index import PROMPTS_NAME, Index, read_index
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
@@ -35,7 +35,7 @@ from flux2_ds.prepare import __main__ as root
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare import pictures as pictures_module
 from flux2_ds.prepare.entries import Entry
-from flux2_ds.recipe import Data, Launch, Model, Prepare, Recipe, recipe_values
+from flux2_ds.recipe import Data, Launch, Model, Prepare, Preview, Recipe, recipe_values
 from flux2_ds.spec import read_spec
 
 CAPTIONS = {"a": "a red square", "b": "a wide field", "c": "a red square", "d": "a tall tower"}
@@ -241,6 +241,29 @@ def test_a_folder_that_grows_keeps_its_shards_and_encodes_only_what_is_new(
         name: content for name, content in shard_bytes(shards).items() if name in before
     } == before
     assert (report(shards)["kept"], report(shards)["encoded"]) == (4, 2)
+
+
+def test_preview_prompts_are_encoded_with_the_captions_or_later(model, photos, tmp_path, encoded):
+    recipe = recipe_for(model, photos, tmp_path / "shards")
+
+    def prepared(*prompts: str, every: int | None = 5) -> dict[str, torch.Tensor]:
+        run(dataclasses.replace(recipe, preview=Preview(prompts=list(prompts), every=every)))
+        path = tmp_path / "shards" / PROMPTS_NAME
+        return load_file(path) if path.is_file() else {}
+
+    assert prepared("a cat", every=None) == {}
+    del encoded[:]
+    found = prepared("a cat", "a red square")
+    assert sorted(encoded) == ["a cat", "a red square"]  # nothing else is new
+    del encoded[:]
+    add_photo(photos, "new", (96, 96), "a new one")
+    found = prepared("a dog", "a cat")
+    assert sorted(encoded) == ["a dog", "a new one", "new.png"]
+    assert found.keys() == {"a cat", "a dog", "a red square"}
+    expected = TextEncoder(model, read_spec(model), torch.float32, torch.device("cpu"))
+    for prompt, text in found.items():
+        torch.testing.assert_close(text, expected.encode([prompt])[0], rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "shards" / ".texts").exists()
 
 
 def test_what_is_gone_or_changed_is_dropped_but_no_shard_is_rewritten(

@@ -19,6 +19,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.quantize import QuantizedLinear
 from flux2_ds.recipe import Launch, Prepare, Preview, Recipe
+from flux2_ds.rendering import Prompt, open_reference, render
 from flux2_ds.spec import Spec
 
 CPU = torch.device("cpu")
@@ -79,12 +80,12 @@ def test_both_columns_are_diffusers_own(
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert bool(quantized) == (base is not None)
     pipeline = unrounded(load_image_pipeline(tiny_model, tiny_spec, model, CPU))
-    before = torch.stack(sample.render(pipeline, recipe, prompts, references))
+    before = pictures(pipeline, recipe, prompts, references)
     if method == "full":
         pipeline.transformer = sample.load_transformer(recipe, file.parent, CPU)
     else:
         sample.put_adapter(model, recipe, tiny_spec, file)
-    after = torch.stack(sample.render(pipeline, recipe, prompts, references))
+    after = pictures(pipeline, recipe, prompts, references)
 
     reference = unrounded(load_pipeline(tiny_model, tiny_spec, torch.float32))
     for name, linear in quantized.items():
@@ -97,6 +98,12 @@ def test_both_columns_are_diffusers_own(
         reference.load_lora_weights(str(file.parent), weight_name=file.name)
     torch.testing.assert_close(after, theirs(reference, references), rtol=0, atol=1e-3)
     assert (before - after).abs().max() > 5e-2
+
+
+def pictures(
+    pipeline: Any, recipe: Recipe, prompts: list[Prompt], references: list[Image.Image]
+) -> torch.Tensor:
+    return torch.stack([render(pipeline, recipe.preview, p, references) for p in prompts])
 
 
 def test_an_adapter_of_another_run_is_refused(
@@ -120,7 +127,7 @@ def test_references_that_cannot_be_used(
     if size is not None:
         Image.new("RGB", size).save(path)
     with pytest.raises(UserError, match=rf"(?s)preview\.references: .*reference\.png .*{reason}"):
-        sample.open_reference(str(path))
+        open_reference(str(path))
 
 
 def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) -> None:

@@ -169,6 +169,7 @@ def run_loop(
     metrics: Any = None,
     policy: Any = "stop",
     evaluation: Any = None,
+    previews: Any = None,
     lookout: Any = None,
     **cadence: int,
 ) -> bool:
@@ -193,6 +194,7 @@ def run_loop(
         checkpoints=folder / "checkpoints",
         run_state={},
         evaluation=evaluation,
+        previews=previews,
     )
 
 
@@ -219,6 +221,20 @@ def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(
     (tmp_path / "stop").write_text("SIGTERM")
     evaluation.loss = Mock(side_effect=AssertionError)
     assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, Mock(), evaluation=evaluation)
+
+
+def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
+    previews = SimpleNamespace(every=2, render=Mock(return_value=[("a cat", tmp_path / "0.png")]))
+    metrics = Mock()
+    assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, previews=previews, log_every=3)
+    assert [call.args[0] for call in previews.render.call_args_list] == [0, 2, 4, 5]
+    assert [call.args[0] for call in metrics.show.call_args_list] == [0, 2, 4, 5]
+    # A line is written before each, so that no step's time has a preview in it.
+    assert [call.args[0] for call in metrics.write.call_args_list] == [2, 3, 4, 5]
+    previews.render.reset_mock()
+    (tmp_path / "stop").write_text("SIGTERM")
+    assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, Mock(), previews=previews)
+    assert [call.args[0] for call in previews.render.call_args_list] == [0]
 
 
 def test_an_evaluation_is_the_same_each_time_and_leaves_no_trace(monkeypatch):
@@ -439,7 +455,8 @@ def test_steps_that_an_earlier_start_skipped_are_counted_on(tmp_path, monkeypatc
     engine.state.updates.return_value = 7
     plan, none = make_plan(recipe_for(tmp_path), 1), dataclasses.replace(INDEX, shards=[])
     expected = Memory({}, {})
-    train.run(plan, Mock(), INDEX, none, engine, expected, FIRST, Mock(), Mock(), first_step=10)
+    start = Mock(), tmp_path, INDEX, none, engine, expected, FIRST, Mock(), Mock()
+    train.run(plan, *start, first_step=10)
     (nonfinite,) = (each for each in trained.call_args.args if isinstance(each, NonFinite))
     assert nonfinite.skipped == 3
 
