@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError
+from flux2_ds.ignored import ignored_settings
 from flux2_ds.ranges import check_ranges
-from flux2_ds.recipe import Evaluation, Lora, Objective, Optimizer, Recipe
+from flux2_ds.recipe import Recipe
 from flux2_ds.shipped import shipped_directory
+from flux2_ds.spec import Spec
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _DEEPSPEED_KEYS = frozenset(
@@ -74,8 +75,8 @@ class Plan:
         """Whether that part lives in host memory."""
         return _device(self.zero, part) != "none"
 
-    def lines(self) -> list[str]:
-        """The arithmetic, for people."""
+    def lines(self, spec: Spec | None = None) -> list[str]:
+        """The arithmetic, for people. `spec`: of the model, where it is known."""
         recipe, batch, adam = self.recipe, self.recipe.batch, self.recipe.optimizer
         method = "full fine-tune"
         if recipe.method != "full":
@@ -96,41 +97,8 @@ class Plan:
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offloads("offload_optimizer") else "")
             + f", activations: {recipe.activations}, attention: {recipe.attention}",
-            *(f"ignored    {setting}" for setting in ignored_settings(recipe)),
+            *(f"ignored    {setting}" for setting in ignored_settings(recipe, spec)),
         ]
-
-
-def ignored_settings(recipe: Recipe) -> list[str]:
-    """Settings that were given and have no effect with the others."""
-    found = []
-    if recipe.method == "full" and recipe.lora != Lora():
-        found.append("lora (method is full)")
-    objective, default = recipe.objective, Objective()
-    for name, used_by in (
-        ("shift", ("shift",)),
-        ("max_shift_tokens", ("flux",)),
-        ("mean", ("flux", "shift", "logit_normal")),
-        ("std", ("flux", "shift", "logit_normal")),
-        ("mode_scale", ("mode",)),
-    ):
-        given = getattr(objective, name) != getattr(default, name)
-        if given and objective.timesteps not in used_by:
-            found.append(f"objective.{name} (timesteps is {objective.timesteps})")
-    for name in ("betas", "eps"):
-        given = getattr(recipe.optimizer, name) != getattr(Optimizer(), name)
-        if given and recipe.optimizer.name in ("adafactor", "muon"):
-            found.append(f"optimizer.{name} (optimizer.name is {recipe.optimizer.name})")
-    if recipe.offload_activations and recipe.activations in ("keep", 1.0):
-        found.append(f"offload_activations (activations is {recipe.activations})")
-    if recipe.evaluation != Evaluation() and not recipe.data.held_out:
-        found.append("evaluation (data.held_out is 0)")
-    if recipe.data.cache and not any(
-        is_url(folder) for folder in (recipe.data.shards, *recipe.data.more_shards.values())
-    ):
-        found.append(f"data.cache (data.shards {recipe.data.shards} is on disk)")
-    if recipe.data.fixed_caption and recipe.data.missing_caption != "fixed":
-        found.append(f"data.fixed_caption (missing_caption is {recipe.data.missing_caption})")
-    return found
 
 
 def make_plan(recipe: Recipe, processes: int) -> Plan:

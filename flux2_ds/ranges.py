@@ -64,6 +64,10 @@ def check_ranges(recipe: Recipe) -> None:
     require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
     require("data.held_out", data.held_out, lambda v: 0 <= v <= 0.5, "between 0 and 0.5")
     require("data.cache_gb", data.cache_gb, lambda v: v > 0, "positive")
+    saving = recipe.checkpoint
+    require("checkpoint.keep_every", saving.keep_every,
+            lambda v: v is None or v % saving.every == 0,
+            f"a multiple of checkpoint.every, which is {saving.every}")  # fmt: skip
     for name, weight in data.weights.items():
         require(f"data.weights.{name}", weight, lambda v: 0 < v < math.inf, "positive")
     require("prepare.scratch_gb", recipe.prepare.scratch_gb, lambda v: v > 0, "positive")
@@ -86,6 +90,9 @@ def check_ranges(recipe: Recipe) -> None:
     require("optimizer.weight_decay", adam.weight_decay, lambda v: v >= 0, "0 or more")
     require("lora.alpha", recipe.lora.alpha, lambda v: v is None or v > 0, "positive")
     require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
+    require("objective.guidance", recipe.objective.guidance, lambda v: v >= 0, "0 or more")
+    require("objective.max_shift_tokens", recipe.objective.max_shift_tokens,
+            lambda v: v >= 1, "at least 1")  # fmt: skip
     require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
     require("objective.mode_scale", recipe.objective.mode_scale, lambda v: -1 <= v <= 1.75,
             "between -1 and 1.75")  # fmt: skip

@@ -164,7 +164,7 @@ def check_same(index: Index, recipe: Recipe, process: Process) -> None:
 
 def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
     """Log the arithmetic of the run."""
-    for line in [f"variant    {spec}", *plan.lines()]:
+    for line in [f"variant    {spec}", *plan.lines(spec)]:
         log.info(line)
     log.info(
         "data       %d samples in %d shards, %d steps an epoch",

@@ -28,7 +28,7 @@ from flux2_ds.prepared import (
 )
 from flux2_ds.recipe import Launch, Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
-from flux2_ds.spec import read_spec
+from flux2_ds.spec import planned_spec, read_spec
 from launcher.commands import collective_timeout
 from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
@@ -130,7 +130,8 @@ def plan(argv: list[str]) -> None:
         if options.json:
             print(json.dumps(memory.values(), indent=2))
             return
-        print("\n".join([*the_plan.lines(), *memory.lines()]))
+        spec = planned_spec(recipe.model.path)
+        print("\n".join([*the_plan.lines(spec), *memory.lines()]))
     if index is None or held_out is None:
         print(f"data       {recipe.data.shards} is not prepared yet")
         return

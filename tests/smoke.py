@@ -1,7 +1,7 @@
 """The smoke test: the main job from photographs to a picture, by the commands a user would type.
 
-Makes a tiny klein, prepares the example photographs, trains a LoRA on two CPU processes, stops it by
-a signal, resumes it, exports the adapter, and renders without and with it. Ends with the files made.
+Makes a tiny klein, prepares the example photographs, trains a LoRA on two CPU processes with previews, stops it
+by a signal, resumes it, exports the adapter, and renders without and with it. Ends with the files made.
 """
 
 from __future__ import annotations
@@ -108,6 +108,20 @@ def check_results(before: list[Record]) -> None:
         left = sheet.crop((0, 26, half, sheet.height)).convert("L")
         right = sheet.crop((half, 26, 2 * half, sheet.height)).convert("L")
         expect(ImageChops.difference(left, right).getbbox() is not None, "the adapter does nothing")
+        check_previews(sheet.convert("RGB"))
+
+
+def check_previews(sheet: Image.Image) -> None:
+    """Training's own pictures are those that `sample` makes of the export."""
+    steps = sorted(int(path.name[-8:]) for path in RUN.glob("previews/step_*"))
+    expect(steps == [0, 60, STEPS], f"previews of steps {steps}")
+    for prompt in (0, 1):
+        with Image.open(RUN / "previews" / f"step_{STEPS:08d}" / f"{prompt}.png") as picture:
+            top = 52 + prompt * (picture.height + 32)
+            corner = sheet.width // 2 + 3
+            there = sheet.crop((corner, top, corner + picture.width, top + picture.height))
+            furthest = max(high for _, high in ImageChops.difference(picture, there).getextrema())
+            expect(furthest <= 2, f"preview {prompt} is {furthest} levels from sample's picture")
 
 
 def files_made() -> list[Path]:
@@ -119,6 +133,7 @@ def files_made() -> list[Path]:
         RUN / "recipe.yaml",
         RUN / "metrics.jsonl",
         RUN / "loss.png",
+        RUN / "previews.png",
     ]
     patterns = (
         "checkpoints/step_*",

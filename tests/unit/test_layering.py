@@ -31,6 +31,7 @@ LIGHT = {
             "memory",
             "choices",
             "ranges",
+            "ignored",
             "shipped",
             "errors",
             "rundir",

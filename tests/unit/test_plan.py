@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from flux2_ds.errors import UserError
-from flux2_ds.plan import captures, compiles, ignored_settings, learning_rate, make_plan
+from flux2_ds.ignored import ignored_settings
+from flux2_ds.plan import captures, compiles, learning_rate, make_plan
 from flux2_ds.recipe import (
     Batch,
     Data,
@@ -22,6 +23,7 @@ from flux2_ds.recipe import (
     recipe_parser,
 )
 from flux2_ds.shipped import shipped_directory
+from flux2_ds.spec import RELEASED
 from launcher import cli
 
 DS_CONFIGS = sorted(shipped_directory("ds_configs").glob("*.json"))
@@ -88,7 +90,8 @@ AT_LEAST_ONE = (
     "prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
     "data.shuffle_window data.readers evaluation.every evaluation.samples "
     "checkpoint.every checkpoint.keep_last "
-    "checkpoint.keep_every log.every launch.processes preview.steps"
+    "checkpoint.keep_every log.every launch.processes preview.steps preview.every "
+    "objective.max_shift_tokens"
 )
 OUT_OF_RANGE = [
     *((name, value) for name in AT_LEAST_ONE.split() for value in (0, -3)),
@@ -107,7 +110,9 @@ OUT_OF_RANGE = [
     *((f"optimizer.{name}", -1) for name in ("warmup_steps", "max_grad_norm")),
     *((f"optimizer.{name}", -1e-8) for name in ("eps", "weight_decay")),
     *(("optimizer.betas", value) for value in ((0.9, 1.0), (-0.1, 0.9))),
-    *((name, -1) for name in ("seed", "preview.seed")),
+    *((name, -1) for name in ("seed", "preview.seed", "objective.guidance")),
+    ("checkpoint.keep_every", 750),
+    ("preview.prompts", []),
 ]
 
 
@@ -329,6 +334,17 @@ def test_plan_says_the_arithmetic():
         ),
         ({"data.fixed_caption": "a"}, ["data.fixed_caption (missing_caption is error)"]),
         ({"data.fixed_caption": "a", "data.missing_caption": "fixed"}, []),
+        (
+            {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 50, "steps": 50},
+            ["optimizer.schedule (all 50 steps are warm-up)"],
+        ),
+        ({"data.cache_gb": 5.0}, ["data.cache_gb (there is no data.cache)"]),
+        ({"launch.over": "pdsh"}, ["launch.over (there is no launch.hostfile)"]),
+        (
+            {"model.path": "/", "model.revision": "main"},
+            ["model.revision (model.path / is a directory)"],
+        ),
+        ({"model.path": "org/model", "model.revision": "main"}, []),
     ],
 )
 def test_settings_without_effect_are_named_in_the_plan(changes, ignored):
@@ -337,6 +353,13 @@ def test_settings_without_effect_are_named_in_the_plan(changes, ignored):
     lines = make_plan(recipe, 1).lines()
     said = [line.split(maxsplit=1)[1] for line in lines if line.startswith("ignored")]
     assert said == ignored
+
+
+def test_guidance_is_named_for_a_model_without_an_input_for_it():
+    recipe = make_recipe(**{"objective.guidance": 3.5})
+    klein, dev = (RELEASED[f"black-forest-labs/FLUX.2-{name}"] for name in ("klein-base-4B", "dev"))
+    named = ["objective.guidance (klein has no guidance input)"]
+    assert [ignored_settings(recipe, spec) for spec in (None, dev, klein)] == [[], [], named]
 
 
 def processes_of(path: Path, recipe: Recipe) -> int:

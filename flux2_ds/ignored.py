@@ -1,0 +1,60 @@
+"""Settings that were given and have no effect with the others, which the plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flux2_ds.data.storage import is_url
+from flux2_ds.recipe import Evaluation, Lora, Recipe
+from flux2_ds.spec import Spec
+
+_TIMESTEPS = {
+    "shift": ("shift",),
+    "max_shift_tokens": ("flux",),
+    "mean": ("flux", "shift", "logit_normal"),
+    "std": ("flux", "shift", "logit_normal"),
+    "mode_scale": ("mode",),
+}
+"""Setting of `objective` -> the `objective.timesteps` that it has a part in."""
+
+
+def ignored_settings(recipe: Recipe, spec: Spec | None = None) -> list[str]:
+    """The settings and why. `spec`: of the model, where it is known."""
+    return [f"{setting} ({reason})" for setting, reason in _ignored(recipe, spec)]
+
+
+def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
+    objective, adam, data = recipe.objective, recipe.optimizer, recipe.data
+    if recipe.method == "full" and recipe.lora != Lora():
+        yield "lora", "method is full"
+    for name, used_by in _TIMESTEPS.items():
+        if _given(objective, name) and objective.timesteps not in used_by:
+            yield f"objective.{name}", f"timesteps is {objective.timesteps}"
+    if _given(objective, "guidance") and spec is not None and not spec.guidance:
+        yield "objective.guidance", f"{spec.variant} has no guidance input"
+    for name in ("betas", "eps"):
+        if _given(adam, name) and adam.name in ("adafactor", "muon"):
+            yield f"optimizer.{name}", f"optimizer.name is {adam.name}"
+    if _given(adam, "schedule") and adam.warmup_steps >= recipe.steps:
+        yield "optimizer.schedule", f"all {recipe.steps} steps are warm-up"
+    if recipe.offload_activations and recipe.activations in ("keep", 1.0):
+        yield "offload_activations", f"activations is {recipe.activations}"
+    if recipe.evaluation != Evaluation() and not data.held_out:
+        yield "evaluation", "data.held_out is 0"
+    if data.cache and not any(map(is_url, (data.shards, *data.more_shards.values()))):
+        yield "data.cache", f"data.shards {data.shards} is on disk"
+    if _given(data, "cache_gb") and not data.cache:
+        yield "data.cache_gb", "there is no data.cache"
+    if data.fixed_caption and data.missing_caption != "fixed":
+        yield "data.fixed_caption", f"missing_caption is {data.missing_caption}"
+    if recipe.model.revision and Path(recipe.model.path).is_dir():
+        yield "model.revision", f"model.path {recipe.model.path} is a directory"
+    if _given(recipe.launch, "over") and not recipe.launch.hostfile:
+        yield "launch.over", "there is no launch.hostfile"
+
+
+def _given(section: Any, name: str) -> bool:
+    """Whether the setting is not its default."""
+    return bool(getattr(section, name) != getattr(type(section), name))
