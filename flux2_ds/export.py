@@ -9,7 +9,6 @@ only; the base weights are not loaded.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -23,7 +22,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from flux2_ds import checkpoint
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.files import model_directory
-from flux2_ds.model.transformer import compute_dtype, exported_name, lora_config
+from flux2_ds.model.transformer import (
+    compute_dtype,
+    exported_name,
+    exported_settings,
+    lora_config,
+)
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import export_path, trained_recipe
 from flux2_ds.spec import read_spec
@@ -90,16 +94,18 @@ def export(
         export_transformer(stored, path, dtype)
         shutil.copy(directory / "transformer" / "config.json", path)
         return path
-    adapter = {exported_name(name): stored.whole(name).to(dtype) for name in stored.shapes}
-    # diffusers leaves an adapter that it loads in training mode, where dropout is at work.
-    settings = dataclasses.replace(recipe.lora, dropout=0.0)
-    config = lora_config(spec, settings, dora=recipe.method == "dora").to_dict()
+    scale = 1.0 if recipe.lora.alpha is None else recipe.lora.alpha / recipe.lora.rank
+    adapter = {
+        exported_name(name): (stored.whole(name) * (scale if ".lora_A." in name else 1)).to(dtype)
+        for name in stored.shapes
+    }
+    config = lora_config(spec, exported_settings(recipe.lora), dora=recipe.method == "dora")
     pipeline = getattr(diffusers, spec.pipeline)
     pipeline.save_lora_weights(
         path.parent,
         transformer_lora_layers=adapter,
         weight_name=path.name,
-        transformer_lora_adapter_metadata=config,
+        transformer_lora_adapter_metadata=config.to_dict(),
     )
     use_default_permissions(path)
     return path

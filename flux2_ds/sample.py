@@ -201,7 +201,8 @@ def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, expo
     Raises:
         UserError: it is not one of this recipe's.
     """
-    config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+    settings = transformer.exported_settings(recipe.lora)
+    config = transformer.lora_config(spec, settings, dora=recipe.method == "dora")
     transformer.add_lora(model, config, recipe.seed)
     model.eval()
     own = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,3 +127,10 @@ def exported_name(name: str) -> str:
     if name.endswith(f".lora_magnitude_vector.{ADAPTER}.weight"):
         return name.removesuffix(f".{ADAPTER}.weight")
     return name.replace(f".{ADAPTER}.weight", ".weight")
+
+
+def exported_settings(lora: Lora) -> Lora:
+    """The settings that an adapter file is used with; its A has been multiplied by alpha / rank."""
+    # Programs that do not read the file's metadata take alpha to be the rank. And diffusers leaves an
+    # adapter that it loads in training mode, where dropout is at work.
+    return replace(lora, alpha=None, dropout=0.0)

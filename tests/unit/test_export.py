@@ -1,6 +1,7 @@
 """An exported checkpoint gives, in diffusers, what the trained model gave."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from reference import load_pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from flux2_ds import export as export_module
 from flux2_ds.export import choose, export
@@ -84,11 +87,30 @@ def test_diffusers_computes_what_was_trained(
     assert isinstance(getattr(diffusers, tiny_spec.pipeline), type)
 
 
+def test_a_program_that_reads_no_metadata_applies_the_trained_strength(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
+    named = transformer.trainable(trained(recipe, tiny_spec))
+    write_checkpoint(
+        tmp_path / "run" / "checkpoints", 1, [("weights", name, p) for name, p in named.items()]
+    )
+    path = export(recipe, choose(tmp_path / "run" / "checkpoints", 1), torch.float32)
+    tensors = load_file(path)
+    for name, down in named.items():
+        if ".lora_A." in name:
+            up = named[name.replace(".lora_A.", ".lora_B.")]
+            key = f"transformer.{transformer.exported_name(name)}"
+            found = tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key]
+            torch.testing.assert_close(found, 6 / 4 * up @ down)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.lora_alpha"] == metadata["transformer.r"] == 4
+
+
 def test_the_precision_of_the_file_is_the_one_asked_for(
     tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
 ) -> None:
-    from safetensors.torch import load_file
-
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
     model = trained(recipe, tiny_spec)
     weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
