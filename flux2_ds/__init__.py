@@ -5,6 +5,10 @@ import os
 
 # At every import without CUDA bitsandbytes would warn that an optional kernel is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# And DeepSpeed, before any other output, that it has found no GPU; the recipe says whether one is wanted.
+logging.getLogger("DeepSpeed").addFilter(
+    lambda record: "Setting accelerator to CPU" not in record.getMessage()
+)
 
 # Samples of several lengths, and passes recorded beside others, would leave holes in the card's memory that
 # nothing fits into. torch reads this once, early.

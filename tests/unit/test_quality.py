@@ -91,8 +91,7 @@ def test_only_the_base_makes_a_difference(tiny_model, photos, tmp_path):  # noqa
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    printed = done.stdout
-    plain, again, quantised = json.loads(printed[printed.index("[\n") :])
+    plain, again, quantised = json.loads(done.stdout)
     assert again["losses"] == plain["losses"]
     assert len(set(plain["losses"])) == SETTINGS["steps"]
     assert again["nearness"]["error_worst"] == 0
