@@ -262,9 +262,12 @@ def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:
             "muon": "orthogonalises each matrix, and ZeRO flattens the matrices",
             "prodigy": "finds one step size from all weights, and ZeRO gives each process a part",
         }[adam.name]
+        other = "adamw8bit, which needs as little memory and works at every stage"
+        if _device(zero, "offload_optimizer") != "none":
+            other = "adamw, which this config keeps in host memory"
         raise UserError(
             f"optimizer.name is {adam.name}, which {reason} (stage {stage}). Set deepspeed: zero0, "
-            "or optimizer.name: adamw8bit, which needs as little memory and works at every stage."
+            f"or optimizer.name: {other}."
         )
     if adam.name == "muon" and recipe.method != "lora":
         raise UserError(

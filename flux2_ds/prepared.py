@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flux2_ds.data.index import Index, read_index
 from flux2_ds.data.order import Order
-from flux2_ds.data.storage import join
+from flux2_ds.data.storage import is_url, join
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
@@ -27,7 +27,7 @@ def read_data(recipe: Recipe) -> tuple[Index, Index]:
     index = read_index(data.shards)
     shards = list(index.shards)
     for name, folder in data.more_shards.items():
-        other = read_index(folder)
+        other = read_index(folder, f"data.more_shards.{name}")
         for what in ("variant", "text_width", "fingerprint"):
             if getattr(other, what) != getattr(index, what):
                 raise UserError(
@@ -36,7 +36,9 @@ def read_data(recipe: Recipe) -> tuple[Index, Index]:
                 )
         if name in {shard.source for shard in shards}:
             raise UserError(f"data.more_shards.{name} has the name of a source of data.shards.")
-        shards += [replace(s, name=join(folder, s.name), source=name) for s in other.shards]
+        # Absolute, because the shards' names are looked up in data.shards.
+        place = folder if is_url(folder) else str(Path(folder).absolute())
+        shards += [replace(s, name=join(place, s.name), source=name) for s in other.shards]
     sources = {shard.source for shard in shards}
     for name in data.weights:
         if name not in sources:

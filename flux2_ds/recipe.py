@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from flux2_ds.home import expand_home
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -369,9 +371,10 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     """Parse `argv` (default: the command line) into a `Recipe` and the command's own options.
 
     Relative paths in a recipe are relative to the current directory, like those on the command
-    line. Errors end the process with code 2 and a message that names the setting.
+    line, and `~/` is the user's home. Errors end the process with code 2 and a message that names the setting.
     """
     options = parser.parse_args(argv if argv is not None else sys.argv[1:])
+    expand_home(options)
     names = [item.name for item in dataclasses.fields(Recipe)]
     values = parser.instantiate(options)
     return Recipe(**{name: values[name] for name in names}), options

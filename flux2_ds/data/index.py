@@ -142,8 +142,9 @@ def is_prepared(folder: str) -> bool:
     return is_url(folder) or (Path(folder) / INDEX_NAME).is_file()
 
 
-def read_index(folder: str | Path) -> Index:
-    """Read index.json; on disk also check that every shard is there with its size.
+def read_index(folder: str | Path, setting: str = "data.shards") -> Index:
+    """Read index.json; on disk also check that every shard is there with its size. `setting` names the
+    folder in the recipe, for the errors.
 
     Raises:
         UserError: no index, another format, no samples, or a shard that is missing or truncated.
@@ -152,8 +153,8 @@ def read_index(folder: str | Path) -> Index:
     path = join(folder, INDEX_NAME)
     if not is_prepared(folder):
         raise UserError(
-            f"data.shards {folder} has no {INDEX_NAME}. Run `flux2-ds prepare` with this recipe "
-            "first."
+            f"{setting} {folder} has no {INDEX_NAME}. Run `flux2-ds prepare` with "
+            f"{'this recipe' if setting == 'data.shards' else 'data.shards set to that folder'} first."
         )
     index = parse_index(Blob(path).read(), path)
     if not is_url(folder):

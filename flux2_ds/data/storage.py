@@ -134,7 +134,7 @@ def is_url(location: str) -> bool:
 
 def join(folder: str, name: str) -> str:
     """`name` in `folder`; an absolute path or a URL stays what it is."""
-    if is_url(name):
+    if is_url(name) or Path(name).is_absolute():
         return name
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
 

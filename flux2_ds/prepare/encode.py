@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -77,7 +77,8 @@ def encode(
         copy_known(texts, captions, folder, [*notes, *written])
         encode_texts(encoding, team, captions, report)
         if unconditioned:
-            vae = load_vae(encoding.directory, settings, torch.device("cpu"))
+            exact = replace(settings, vae_precision="fp32")  # the statistics keep all their bits
+            vae = load_vae(encoding.directory, exact, torch.device("cpu"))
             write_conditioning(folder, vae, texts)
         write_prompts(folder, prompts, texts)
         prompts = set()

@@ -25,6 +25,7 @@ LIGHT = {
         f"flux2_ds.{name}"
         for name in (
             "recipe",
+            "home",
             "plan",
             "spec",
             "targets",

@@ -428,6 +428,10 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
         ({"optimizer.name": "prodigy"}, r"prodigy, which finds .* \(stage 2\).* zero0"),
         ({"optimizer.name": "muon"}, r"muon, which orthogonalises .* \(stage 2\).* zero0"),
         (
+            {"optimizer.name": "muon", "deepspeed": "zero2_offload"},
+            r"muon, which .* \(stage 2\).* optimizer.name: adamw, which this config keeps in host",
+        ),
+        (
             {"optimizer.name": "muon", "deepspeed": "zero0", "method": "dora"},
             "muon, .* method dora trains vectors, .* method: lora",
         ),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKLFlux2
 from PIL import Image
 from reference import load_pipeline
 from safetensors.torch import load_file
@@ -402,8 +403,25 @@ def test_encoder_settings(model, photos, tmp_path, settings, tolerance):
             assert (found - expected).norm() <= tolerance * expected.norm()
     dtype = torch.float32 if settings.text_weights == "auto" else torch.bfloat16
     assert other.text(0).dtype == dtype
+    plain, other = (
+        load_file(tmp_path / name / "conditioning.safetensors") for name in ("plain", "other")
+    )
+    for name in ("latent_mean", "latent_std"):
+        assert torch.equal(plain[name], other[name])
     with pytest.raises(UserError, match=r"changed: encoding"):
         run(recipe_for(model, photos, tmp_path / "plain", prepare=settings))
+
+
+def test_statistics_of_a_vae_saved_in_bf16_are_computed_in_fp32(model, photos, tmp_path):
+    saved, shards = shutil.copytree(model, tmp_path / "model"), tmp_path / "shards"
+    vae = AutoencoderKLFlux2.from_pretrained(model, subfolder="vae").to(torch.bfloat16)
+    vae.save_pretrained(saved / "vae")
+    run(recipe_for(saved, photos, shards, prepare=Prepare(vae_precision="bf16")))
+    conditioning = load_file(shards / "conditioning.safetensors")
+    variance = vae.bn.running_var.double() + vae.config.batch_norm_eps
+    std = conditioning["latent_std"].double()
+    torch.testing.assert_close(std, variance.sqrt(), rtol=1e-6, atol=0)
+    assert torch.equal(conditioning["latent_mean"], vae.bn.running_mean.float())
 
 
 def test_kill_9_loses_nothing_that_is_finished(model, photos, tmp_path):

@@ -60,6 +60,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
+def test_the_users_home_stands_for_a_tilde_in_paths_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"images": {"a": "~/photos", "b": "x~/y"}, "shards": "~/s", "fixed_caption": "~/ cats"}
+    path = write_recipe(
+        tmp_path, model={"path": "~/m"}, data=data, preview={"references": ["~/r.png"]}
+    )
+    recipe = load_recipe(path, ["--run_dir=~/run", "--data.more_shards={web: ~/web}"])
+    assert (recipe.model.path, recipe.run_dir) == ("/home/me/m", "/home/me/run")
+    assert recipe.data.images == {"a": "/home/me/photos", "b": "x~/y"}
+    assert recipe.data.more_shards == {"web": "/home/me/web"}
+    assert (recipe.data.shards, recipe.data.fixed_caption) == ("/home/me/s", "~/ cats")
+    assert recipe.preview.references == ["/home/me/r.png"]
+    assert (recipe.deepspeed, recipe.launch.hostfile, recipe.data.cache) == ("zero2", None, None)
+
+
 def test_minimal_recipe_takes_the_defaults(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path))
     assert recipe == Recipe(
