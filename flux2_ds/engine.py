@@ -25,7 +25,8 @@ from torch import distributed, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from flux2_ds import optimizers
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
+from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Optimizer
 from flux2_ds.training_state import TrainingState
 
@@ -45,7 +46,12 @@ class Process:
 
 
 def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
-    """Join the process group that the launcher's environment describes; alone without one."""
+    """Join the process group that the launcher's environment describes; alone without one.
+
+    Raises:
+        UserError: another accelerator, or an environment that cannot be.
+        OutageError: this first process cannot listen where the others would meet it.
+    """
     found = get_accelerator().device_name()
     if found != accelerator:
         raise UserError(
@@ -59,16 +65,33 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",  # whichever is free
     }
-    if "RANK" not in os.environ:
+    ranks = given_ranks(os.environ)
+    if ranks is None:
         os.environ.update(alone)
     device = torch.device("cpu")
     # DeepSpeed would compile a shared-memory collective on its first CPU run: minutes, and a failure
     # without a C++ compiler. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", ranks.local_rank if ranks else 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"the environment variable LOCAL_RANK is {device.index}; this machine shows "
+                f"{torch.cuda.device_count()} GPUs. Start fewer processes here, or correct "
+                "CUDA_VISIBLE_DEVICES."
+            )
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except distributed.DistNetworkError as error:
+        if ranks is None or ranks.rank:  # that the first one cannot be reached has a cause there
+            raise
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise OutageError(
+            f"the processes cannot meet at {address}, port {port}, by the environment variables MASTER_ADDR "
+            f"and MASTER_PORT ({str(error).splitlines()[0]}). They must name this machine, on which the "
+            "first process runs, and a port that nothing else uses."
+        ) from error
     return Process(distributed.get_rank(), distributed.get_world_size(), device)
 
 

@@ -343,8 +343,6 @@ def keep_output(path: Path, rank: int) -> int:
 
 def _follows(error: BaseException) -> bool:
     """Whether this is what a process says that lost another one."""
-    if "EADDRINUSE" in str(error):
-        return False
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     return of_torch or _LOST.search(str(error)) is not None
 

@@ -57,6 +57,7 @@ from flux2_ds.prepared import (
     read_data,
 )
 from flux2_ds.preview import Previews, check_previews
+from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
 from flux2_ds.rendering import as_prompt
 from flux2_ds.rundir import (
@@ -79,7 +80,8 @@ def main() -> None:
     check_run_dir(recipe)
     stop = StopRequest(stop_file(recipe))
     stop.listen()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    ranks = given_ranks(os.environ)
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     logs = logs_directory(recipe)
     with (
         # Before this start writes to the logs, which the processes of a running one look into.

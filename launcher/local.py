@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from flux2_ds.errors import EXIT_STOPPED, UserError
+from flux2_ds.errors import EXIT_STOPPED
+from flux2_ds.ranks import checked_port
 from flux2_ds.recipe import Launch
 from launcher.commands import TRAIN_MODULE, Command, train_commands
 from launcher.hosts import Hosts, pick_port
@@ -94,7 +95,9 @@ def commands_here(
     Raises:
         UserError: MASTER_PORT is none.
     """
-    port = pick_port(hosts) if node is None else known_port(os.environ.get("MASTER_PORT", "29500"))
+    port = (
+        pick_port(hosts) if node is None else checked_port(os.environ.get("MASTER_PORT", "29500"))
+    )
     commands = train_commands(
         launch,
         hosts,
@@ -105,20 +108,6 @@ def commands_here(
         module=module,
     )
     return commands if node is None else [replace(commands[node], host=None)]
-
-
-def known_port(given: str) -> int:
-    """The port that all hosts were told.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not (given.isdecimal() and 0 < int(given) < 1 << 16):
-        raise UserError(
-            f"the environment variable MASTER_PORT is {given!r}; it must be a port, 1 to 65535, the same "
-            "on all hosts. Correct it, or unset it for 29500."
-        )
-    return int(given)
 
 
 def run(

@@ -33,6 +33,7 @@ LIGHT = {
             "choices",
             "ranges",
             "ignored",
+            "ranks",
             "shipped",
             "errors",
             "rundir",

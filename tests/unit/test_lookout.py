@@ -65,13 +65,6 @@ def test_the_first_cause_alone_reaches_the_console(tmp_path, other):
     assert "rank 1" in str(first_failure(tmp_path))
 
 
-def test_a_port_that_is_taken_is_no_lost_process(tmp_path):
-    taken = "class DistError(Exception): pass\nraise DistError('port: 29500, name: EADDRINUSE')"
-    codes, outputs = ended(pair(tmp_path, taken, WAITS))
-    assert codes == [1, 1]
-    assert "lost another" not in outputs[0] and "EADDRINUSE" in outputs[0]
-
-
 def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
     refuse = "raise UserError('data.shards x is wrong')"
     codes, outputs = ended(pair(tmp_path, refuse, refuse))
