@@ -51,6 +51,8 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
         yield "data.fixed_caption", f"missing_caption is {data.missing_caption}"
     if recipe.model.revision and Path(recipe.model.path).is_dir():
         yield "model.revision", f"model.path {recipe.model.path} is a directory"
+    if _given(recipe.log, "project") and recipe.log.wandb == "disabled":
+        yield "log.project", "log.wandb is disabled"
     if _given(recipe.launch, "over") and not recipe.launch.hostfile:
         yield "launch.over", "there is no launch.hostfile"
 

@@ -141,11 +141,14 @@ def trained_recipe(recipe: Recipe) -> Recipe:
         raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
     try:
         values = yaml.safe_load(stored.read_text())
-        return replace(recipe, method=values["method"], lora=Lora(**values["lora"]))
+        method, lora = values["method"], Lora(**values["lora"])
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error
+    if (method, lora) != (recipe.method, recipe.lora):
+        log.warning("method and lora are those of %s; what else was given is ignored", stored)
+    return replace(recipe, method=method, lora=lora)
 
 
 def versions() -> dict[str, str]:

@@ -292,6 +292,10 @@ def slurm(argv: list[str]) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     launch, prepares = recipe.launch, options.job == "prepare"
+    if launch.hostfile is not None:
+        raise UserError(
+            f"launch.hostfile is {launch.hostfile}, and Slurm chooses the hosts. Add --launch.hostfile null."
+        )
     for name in ("array", "save_before", "max_restarts"):
         if prepares and getattr(options, name):
             raise UserError(

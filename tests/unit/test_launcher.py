@@ -711,6 +711,11 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("bench", CUDA, "2 processes .* this machine shows 0"),
         ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
         ("slurm", ["--gpus-per-node=0"], "--gpus-per-node must be at least 1"),
+        (
+            "slurm",
+            ["--launch.hostfile=h"],
+            "hostfile is h, and Slurm chooses the hosts. Add --launch",
+        ),
         ("slurm", ["--gpus-per-node=2"], "--gpus-per-node is 2, but launch.accelerator is cpu"),
         *(
             ("slurm", ["--job=prepare", f"{option}=1"], f"{option} is of a training")

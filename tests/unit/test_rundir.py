@@ -54,11 +54,13 @@ def test_one_training_at_a_time_has_the_run_directory(tmp_path):
     lock_run_dir(recipe).close()
 
 
-def test_what_is_exported_is_what_was_trained(tmp_path):
+def test_what_is_exported_is_what_was_trained(tmp_path, caplog):
     trained = make_recipe(tmp_path / "run", method="dora", lora=Lora(rank=4, targets="attention"))
     write_run_dir(make_plan(trained, 1))
     asked = make_recipe(tmp_path / "run", method="full", precision="fp16")
+    assert trained_recipe(trained) == trained and not caplog.text
     assert trained_recipe(asked) == dataclasses.replace(trained, precision="fp16")
+    assert "recipe.yaml; what else was given is ignored" in caplog.text
     with pytest.raises(UserError, match="holds no run"):
         trained_recipe(make_recipe(tmp_path / "absent"))
 
