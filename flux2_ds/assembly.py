@@ -8,15 +8,14 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.models import attention_dispatch
 
+from flux2_ds.attention import attention_backend, check_backend
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
 from flux2_ds.engine import Engine, Process, check_config, divider, exchange, gathering
-from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
@@ -156,25 +155,6 @@ def build_objective(
     )
 
 
-def attention_backend(recipe: Recipe, device: torch.device) -> str | None:
-    """diffusers' name for the backend, or None for torch's own choice.
-
-    `auto` is cuDNN on Hopper, where it is nearly twice as fast as flash attention.
-    """
-    if recipe.attention == "auto":
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        return "_native_cudnn" if hopper and recipe.precision != "fp32" else None
-    return {
-        "native": None,
-        "cudnn": "_native_cudnn",
-        "flash": "_native_flash",
-        "efficient": "_native_efficient",
-        "math": "_native_math",
-        "flash_attn": "flash",
-        "xformers": "xformers",
-    }[recipe.attention]
-
-
 def free_memory(device: torch.device) -> float:
     """Bytes of the card that this process may still take, with what it holds in reserve; no end on a
     CPU."""
@@ -193,13 +173,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
     """
     recipe = plan.recipe
     check_config(plan.deepspeed)
-    try:
-        with attention_dispatch.attention_backend(attention_backend(recipe, device) or "native"):
-            pass  # it has looked for the package
-    except RuntimeError as error:
-        raise UserError(
-            f"attention is {recipe.attention}: {error} Or set attention: auto."
-        ) from error
+    check_backend(recipe, device)
     check_card(recipe.base_weights, device)
 
 

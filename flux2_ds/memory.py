@@ -24,6 +24,7 @@ _NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
 _KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
 _NOT_COMPILED = 2.1  # autograd alone keeps what a compiler would recompute
 _WORKING = 34
+_RENDERING = 21  # without a backward pass
 _TIMESTEP_FREQUENCIES = 256
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
 
@@ -136,6 +137,32 @@ def base_bytes(
     return sum(_page_locked(size) if pinned else size for size in sizes)
 
 
+def rendering_bytes(
+    spec: Spec,
+    base_weights: str | None,
+    element: int,
+    image_tokens: int,
+    pixels: int,
+    channels: int,
+) -> float:
+    """Least bytes beside the weights while a picture is denoised and decoded; kernels' workspaces come on top.
+
+    `image_tokens`: references included. `channels`: of the VAE's decoder at the picture's full size. Both
+    parts were counted in tensors that exist at once, on the CPU.
+    """
+    stream = (image_tokens + TEXT_TOKENS) * spec.width * element
+    # Rotations are in fp32. The decoder's last stage takes in twice its channels, three times at once.
+    return max(
+        _RENDERING * stream + _expanded(spec, base_weights), 6.0 * channels * pixels * element
+    )
+
+
+def _expanded(spec: Spec, base_weights: str | None) -> int:
+    """Bytes of the widest weight as the product reads it."""
+    product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
+    return 9 * spec.width**2 * product.get(base_weights or "", 0)
+
+
 def _page_locked(size: float) -> float:
     return 2.0 ** math.ceil(math.log2(size))
 
@@ -202,10 +229,7 @@ def estimate(
     else:
         card["activations"] += stream * (spec.blocks - kept)
     # While one block runs: its intermediates, and its widest weight as the product reads it.
-    product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
-    card["working"] = _WORKING * stream + 9 * spec.width**2 * product.get(
-        recipe.base_weights or "", 0
-    )
+    card["working"] = _WORKING * stream + _expanded(spec, recipe.base_weights)
     card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     memory = Memory(card, host)
     if captures(plan):

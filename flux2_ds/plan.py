@@ -214,16 +214,25 @@ def _check_precision(recipe: Recipe, stage: int) -> None:
             "precision is fp16, which DeepSpeed does not offer on the CPU. Set precision to bf16 "
             "or fp32, or launch.accelerator to cuda."
         )
-    if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
-        raise UserError(
-            f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
-            "auto, or precision: bf16."
-        )
+    check_attention(recipe)
     if stage == 0 and _precision_sections(recipe):
         raise UserError(
             f"precision is {recipe.precision} with method {recipe.method}, whose fp32 masters need "
             "ZeRO, and the deepspeed config has stage 0. Set deepspeed: zero1, which costs nothing "
             "on one process, or precision: fp32."
+        )
+
+
+def check_attention(recipe: Recipe) -> None:
+    """Refuse a backend that does not go with the precision.
+
+    Raises:
+        UserError: naming both.
+    """
+    if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
+        raise UserError(
+            f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
+            "auto, or precision: bf16."
         )
 
 

@@ -303,8 +303,8 @@ class Recipe:
     """Attention backend: torch's (cuDNN, flash, memory-efficient, math, or `native`: its choice) or
     an installed package. `auto`: cuDNN on Hopper, else native."""
     compile: bool | None = None
-    """Compile each block with torch.compile. Default: on CUDA, below ZeRO stage 3; there it works on
-    the CPU and has not been tried on a GPU."""
+    """Compile each block with torch.compile; for training, not for pictures. Default: on CUDA, below ZeRO
+    stage 3; there it works on the CPU and has not been tried on a GPU."""
     cuda_graphs: bool | None = None
     """Record the forward and backward passes of each shape as CUDA graphs and replay them, so that Python
     does not hold up small models and pictures. For adapters with compiled blocks, below ZeRO stage 3,

@@ -5,6 +5,8 @@
 The prompts are encoded first, as `prepare` encodes captions, and the text encoder is freed. Then the
 transformer is loaded as it was trained, over the recipe's `base_weights` and with the exported adapter in the
 trainer's own layers; diffusers' pipeline denoises and decodes. So a card that trains a model renders with it.
+Attention is the recipe's. Blocks are not compiled (`compile`, `cuda_graphs`): the two columns are two models,
+which would each be compiled for some tens of passes.
 """
 
 from __future__ import annotations
@@ -13,32 +15,38 @@ import gc
 import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 
+from flux2_ds.attention import attention_backend, check_backend
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.memory import GIB, adapter_parameters, base_bytes
+from flux2_ds.memory import GIB, adapter_parameters, base_bytes, rendering_bytes
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.weights import check_card, open_file, read_weights
-from flux2_ds.plan import check_base
+from flux2_ds.plan import check_attention, check_base
 from flux2_ds.prepare.encode import text_precision
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rendering import Prompt, as_prompt, grid, open_reference, render
 from flux2_ds.rundir import export_path, trained_recipe
-from flux2_ds.spec import Spec, read_spec
+from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
 
 _PARTS = ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
+TEXT, MODEL, PICTURE = "text encoder", "transformer", "picture"
+"""What memory must hold, one after the other; a picture with the transformer."""
 
 
 def main() -> None:
@@ -56,6 +64,7 @@ def main() -> None:
     check_ranges(recipe)
     recipe = trained_recipe(recipe)
     check_base(recipe)
+    check_attention(recipe)
     trained = choose_export(recipe, options.step)
     step = step_of(trained)
     output = Path(options.output or Path(recipe.run_dir) / "samples" / f"step_{step:08d}.png")
@@ -63,24 +72,34 @@ def main() -> None:
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     device = torch.device("cpu" if recipe.launch.accelerator == "cpu" else "cuda:0")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.accelerator is cuda, and no GPU is visible here. Use a machine with one, or add "
+            "--launch.accelerator cpu."
+        )
     text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
     check_card(recipe.base_weights, device)
-    sizes = part_bytes(recipe, spec, directory)
-    check_room(recipe, "text encoder", sizes["text encoder"], free_bytes(text_device))
-    check_room(recipe, "transformer", sizes["transformer"], free_bytes(device))
+    check_backend(recipe, device)
+    sizes, free = part_bytes(recipe, spec, directory, references), free_bytes(device)
+    check_room(recipe, TEXT, sizes[TEXT], free_bytes(text_device))
+    check_room(recipe, MODEL, sizes["weights"], free)
+    check_room(recipe, PICTURE, sizes["weights"] + sizes["picture"], free)
 
-    prompts = encode_prompts(recipe, spec, directory, text_device)
-    model = load_transformer(recipe, directory, device)
-    pipeline = load_image_pipeline(directory, spec, model, device)
+    with enough_memory(recipe, TEXT):
+        prompts = encode_prompts(recipe, spec, directory, text_device)
+    with enough_memory(recipe, MODEL):
+        model = load_transformer(recipe, directory, device)
+        pipeline = load_image_pipeline(directory, spec, model, device)
     del model
-    before = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
-    if recipe.method == "full":
-        # Two of them need not fit into memory.
-        pipeline.transformer = None
-        pipeline.transformer = load_transformer(recipe, trained.parent, device)
-    else:
-        put_adapter(pipeline.transformer, recipe, spec, trained)
-    after = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
+    with enough_memory(recipe, PICTURE):
+        before = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
+        if recipe.method == "full":
+            # Two of them need not fit into memory.
+            pipeline.transformer = None
+            pipeline.transformer = load_transformer(recipe, trained.parent, device)
+        else:
+            put_adapter(pipeline.transformer, recipe, spec, trained)
+        after = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
 
     output.parent.mkdir(parents=True, exist_ok=True)
     held = recipe.base_weights or recipe.precision
@@ -89,26 +108,43 @@ def main() -> None:
     log.info("rendered %d prompts over %s with %s: %s", len(before), held, trained, output)
 
 
-def part_bytes(recipe: Recipe, spec: Spec, directory: Path) -> dict[str, float]:
-    """Bytes of weights in memory: of the text encoder, which goes first, and of what renders.
+def part_bytes(
+    recipe: Recipe, spec: Spec, directory: Path, references: list[Image.Image]
+) -> dict[str, float]:
+    """Bytes in memory: weights of the text encoder, which goes first; weights of what renders; and what
+    the largest of its tensors take beside them.
 
     At least: bitsandbytes leaves some weights of a quantised encoder in 16 bits.
     """
-
-    def elements(part: str) -> int:
-        count = 0
-        for path in (directory / part).glob("*.safetensors"):
-            with open_file(path) as file:
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        return count
-
+    text, vae = (stored_shapes(directory / part) for part in ("text_encoder", "vae"))
     dtype, quantization = text_precision(recipe)
     of_text = {None: dtype.itemsize, "int8": 1, "nf4": 0.5}[quantization]
     element = transformer.compute_dtype(recipe.precision).itemsize
-    renders = base_bytes(spec, recipe.base_weights, element) + element * elements("vae")
+    weights = base_bytes(spec, recipe.base_weights, element) + element * elements(vae)
     if recipe.method != "full":
-        renders += 4 * adapter_parameters(spec, recipe)
-    return {"text encoder": of_text * elements("text_encoder"), "transformer": renders}
+        weights += 4 * adapter_parameters(spec, recipe)
+    pixels = recipe.preview.height * recipe.preview.width
+    # The pipeline makes larger references smaller.
+    tokens = sum(min(image.width * image.height, 1024**2) for image in references) + pixels
+    (channels,) = vae["decoder.conv_norm_out.weight"]
+    picture = rendering_bytes(
+        spec, recipe.base_weights, element, tokens // PIXELS_PER_TOKEN**2, pixels, channels
+    )
+    return {TEXT: of_text * elements(text), "weights": weights, "picture": picture}
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of a part's tensors, by name."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with open_file(path) as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def elements(shapes: dict[str, list[int]]) -> int:
+    """Of all tensors."""
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def free_bytes(device: torch.device) -> int:
@@ -124,19 +160,59 @@ def check_room(recipe: Recipe, part: str, needed: float, free: float) -> None:
     Raises:
         UserError: naming the part, its size and what to do.
     """
-    if needed <= free:
-        return
+    if needed > free:
+        raise UserError(
+            f"{described(recipe, part)} takes at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
+            f"are free. {remedies(recipe, part)}"
+        )
+
+
+@contextmanager
+def enough_memory(recipe: Recipe, part: str) -> Iterator[None]:
+    """What `check_room` counts is the least that is needed; the card may still be too small.
+
+    Raises:
+        UserError: it was, naming the part and what to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the card's memory is not enough: {described(recipe, part)} "
+            f"({str(error).splitlines()[0]}). {remedies(recipe, part)}"
+        ) from error
+
+
+def described(recipe: Recipe, part: str) -> str:
+    """The part and the settings that decide its size."""
+    if part == TEXT:
+        return f"the {TEXT} with prepare.text_weights {recipe.prepare.text_weights}"
     held = f"base_weights {recipe.base_weights or recipe.precision}"
-    remedy = "Set --base_weights nf4, or run sample"
-    if part == "text encoder":
-        held = f"prepare.text_weights {recipe.prepare.text_weights}"
-        remedy = "Set --prepare.text_weights nf4 or --prepare.text_device cpu, or run sample"
-    elif recipe.method == "full":
-        held, remedy = f"precision {recipe.precision}", "Run sample"
-    raise UserError(
-        f"the {part} with {held} takes at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
-        f"are free. {remedy} on a larger machine with the same run_dir."
-    )
+    if recipe.method == "full":
+        held = f"precision {recipe.precision}"
+    if part == PICTURE:
+        preview = recipe.preview
+        return f"a picture of {preview.width}x{preview.height} px over the {MODEL} with {held}"
+    return f"the {MODEL} with {held}"
+
+
+def remedies(recipe: Recipe, part: str) -> str:
+    """What to change if memory is not enough for a part."""
+    ways = []
+    if part == TEXT:
+        if recipe.prepare.text_weights != "nf4":
+            ways.append("--prepare.text_weights nf4")
+        if recipe.prepare.text_device != "cpu":
+            ways.append("--prepare.text_device cpu")
+    else:
+        if part == PICTURE:
+            ways.append("smaller --preview.width and --preview.height")
+            if recipe.preview.references:
+                ways.append("fewer --preview.references")
+        if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):
+            ways.append("--base_weights nf4")
+    larger = "un sample on a larger machine with the same run_dir."
+    return f"Set {' or '.join(ways)}, or r{larger}" if ways else f"R{larger}"
 
 
 def choose_export(recipe: Recipe, step: int | None) -> Path:
@@ -185,12 +261,15 @@ def encode_prompts(
 def load_transformer(
     recipe: Recipe, directory: Path, device: torch.device
 ) -> Flux2Transformer2DModel:
-    """`directory`/transformer, its weights held as the recipe says."""
+    """`directory`/transformer, with its weights and its attention as the recipe says."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     dtype = transformer.compute_dtype(recipe.precision)
     quantized = BASE_WEIGHTS.get(recipe.base_weights or "")
     read_weights(model, directory / "transformer", dtype, device, quantized)
+    attention = attention_backend(recipe, device)
+    if attention is not None:
+        model.set_attention_backend(attention)
     return model.eval()
 
 

@@ -1,25 +1,32 @@
 """Previews: over every base they are what diffusers' own pipeline renders with the exported file."""
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from reference import load_pipeline
 from test_export import recipe_for, trained
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux2_ds import sample
 from flux2_ds.errors import UserError
 from flux2_ds.export import choose, export
+from flux2_ds.memory import rendering_bytes
 from flux2_ds.model import transformer
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.quantize import QuantizedLinear
+from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Launch, Prepare, Preview, Recipe
 from flux2_ds.rendering import Prompt, open_reference, render
+from flux2_ds.rundir import write_run_dir
 from flux2_ds.spec import Spec
 
 CPU = torch.device("cpu")
@@ -140,23 +147,140 @@ def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) ->
         config = transformer.lora_config(tiny_spec, recipe.lora, dora=False)
         transformer.add_lora(model, config, 0)
         held = [*model.parameters(), *pipeline.vae.parameters(), *pipeline.vae.buffers()]
-        found = sample.part_bytes(recipe, tiny_spec, tiny_model)
-        assert found["transformer"] == pytest.approx(sum(p.nbytes for p in held), rel=0.01)
+        found = sample.part_bytes(recipe, tiny_spec, tiny_model, [])
+        assert found["weights"] == pytest.approx(sum(p.nbytes for p in held), rel=0.01)
     encoder = load_pipeline(tiny_model, tiny_spec, torch.bfloat16).text_encoder
     assert found["text encoder"] == pytest.approx(encoder.get_memory_footprint(), rel=0.01)
+
+
+class Live(TorchDispatchMode):
+    """Counts bytes of tensors that exist at once, beside those that are known."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.sizes.values()))
+        return output
+
+
+def noise(spec: Spec, tokens: int) -> dict[str, torch.Tensor]:
+    """The transformer's inputs for a picture of so many tokens."""
+    guidance = {"guidance": torch.ones(1)} if spec.guidance else {}
+    return guidance | {
+        "hidden_states": torch.randn(1, tokens, 128),
+        "encoder_hidden_states": torch.randn(1, 512, spec.text_width),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(tokens, 4),
+        "txt_ids": torch.zeros(512, 4),
+    }
+
+
+def test_a_picture_takes_what_is_counted(tiny_model: Path, tiny_spec: Spec) -> None:
+    """Of both parts the peak of living tensors is the formula's, and hardly more."""
+    recipe = previewed(tiny_model, Path("unused"))
+    recipe = dataclasses.replace(recipe, preview=Preview(height=512, width=384, steps=1))
+    model = sample.load_transformer(recipe, tiny_model, CPU)
+    vae = load_image_pipeline(tiny_model, tiny_spec, model, CPU).vae
+    stored = sample.stored_shapes(tiny_model / "vae")
+    (channels,) = stored["decoder.conv_norm_out.weight"]
+    tokens, pixels = 32 * 24, 512 * 384
+    inputs = noise(tiny_spec, tokens)
+    latent = torch.randn(1, 32, 64, 48)
+    given = [*model.parameters(), *vae.parameters(), *vae.buffers(), latent, *inputs.values()]
+    with attention_backend("native"), torch.no_grad():  # diffusers keeps the one last set
+        with Live(given) as forward:
+            model(**inputs)
+        with Live(given) as decoding:
+            vae.decode(latent)
+    for live, counted in ((forward, (tokens, 0)), (decoding, (0, pixels))):
+        least = rendering_bytes(tiny_spec, None, 4, *counted, channels)
+        assert least <= live.peak < 1.15 * least
+    found = sample.part_bytes(recipe, tiny_spec, tiny_model, [])["picture"]
+    assert found == pytest.approx(max(forward.peak, decoding.peak), rel=0.15)
+    references = 3 * [Image.new("RGB", (2048, 1024))]  # of which the pipeline takes 1024² px
+    more = sample.part_bytes(recipe, tiny_spec, tiny_model, references)["picture"]
+    assert more == rendering_bytes(tiny_spec, None, 4, tokens + 3 * 4096, 0, 0) > found
+
+
+@pytest.mark.parametrize("attention", ["auto", "math"])
+def test_attention_is_the_recipes(attention: Any, tiny_model: Path, tiny_spec: Spec) -> None:
+    recipe = dataclasses.replace(previewed(tiny_model, Path("unused")), attention=attention)
+    inputs = noise(tiny_spec, 24)
+    native = sample.load_transformer(previewed(tiny_model, Path("unused")), tiny_model, CPU)
+    with attention_backend("native"), torch.no_grad():
+        model = sample.load_transformer(recipe, tiny_model, CPU)
+        with torch.profiler.profile() as profile:
+            found = model(**inputs).sample
+        fused = {e.key for e in profile.key_averages() if "flash_attention" in e.key}
+        assert bool(fused) == (attention == "auto")
+        torch.testing.assert_close(found, native(**inputs).sample, rtol=1e-4, atol=1e-5)
 
 
 def test_what_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
     recipe = previewed(tmp_path, tmp_path)
     sample.check_room(recipe, "transformer", 60 << 30, 60 << 30)
+    text = {"prepare": Prepare(text_weights="nf4")}
     for changes, part, told in (
-        ({"base_weights": "fp8"}, "transformer", r"base_weights fp8 .*Set --base_weights nf4"),
-        ({"method": "full"}, "transformer", r"precision fp32 .*Run sample on a larger"),
-        ({"prepare": Prepare(text_weights="int8")}, "text encoder", "int8 .*text_weights nf4"),
+        ({"base_weights": "fp8"}, "transformer", r"base_weights fp8 .*Set --base_weights nf4, or"),
+        (
+            {"base_weights": "nf4"},
+            "transformer",
+            r"base_weights nf4 .* free\. Run sample on a larger",
+        ),
+        ({"method": "full"}, "transformer", r"precision fp32 .* free\. Run sample on a larger"),
+        ({"prepare": Prepare(text_weights="int8")}, "text encoder", "int8 .*text_weights nf4 or"),
+        (text, "text encoder", r"Set --prepare\.text_device cpu, or run"),
+        ({}, "picture", r"96x64 px .*Set smaller --preview\.width .* or --base_weights nf4, or"),
     ):
         changed = dataclasses.replace(recipe, **changes)
         size = r"takes at least 32\.0 GiB, and 23\.5 GiB are free"
-        with pytest.raises(UserError, match=f"the {part} with .*{size}.*"):
+        with pytest.raises(UserError, match=f"{part} .*{size}"):
             sample.check_room(changed, part, 32 << 30, int(23.5 * 2**30))
         with pytest.raises(UserError, match=told):
             sample.check_room(changed, part, 32 << 30, int(23.5 * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("encode_prompts", r"the text encoder .* 9 GiB\)\. Set --prepare\.text_weights nf4"),
+        ("load_transformer", r"the transformer with .* 9 GiB\)\. Set --base_weights nf4"),
+        ("render", r"a picture of 96x64 px over .* 9 GiB\)\. Set smaller --preview\.width"),
+    ],
+)
+def test_a_card_that_is_too_small_after_all(
+    where: str,
+    message: str,
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = previewed(tiny_model, tmp_path / "run")
+    exported(recipe, tiny_spec, write_checkpoint)
+    write_run_dir(make_plan(recipe, 1))
+    command = ["sample", "--config", str(tmp_path / "run" / "recipe.yaml")]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nGPU 0 has")
+
+    monkeypatch.setattr(sample, where, full)
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=f"the card's memory is not enough: {message}"):
+        sample.main()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", [*command, "--launch.accelerator", "cuda"])
+    with pytest.raises(UserError, match=r"no GPU is visible .*add --launch\.accelerator cpu"):
+        sample.main()
