@@ -15,6 +15,7 @@ from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
+from flux2_ds.data.sweep import Sweep
 from flux2_ds.engine import Engine, Process, check_config, divider, exchange, gathering
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
@@ -120,7 +121,7 @@ def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
 def build_loader(
     recipe: Recipe,
     index: Index,
-    order: Order,
+    order: Order | Sweep,
     process: Process,
     conditioning: dict[str, torch.Tensor],
 ) -> Loader:

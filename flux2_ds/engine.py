@@ -286,10 +286,15 @@ class Engine:
         return self._norm
 
 
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes. Collective."""
+    distributed.all_reduce(value, op=distributed.ReduceOp.SUM)
+    return value
+
+
 def average(value: torch.Tensor) -> torch.Tensor:
     """Mean over all processes. Collective."""
-    distributed.all_reduce(value, op=distributed.ReduceOp.SUM)
-    return value / distributed.get_world_size()
+    return total(value) / distributed.get_world_size()
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

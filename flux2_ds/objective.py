@@ -32,8 +32,8 @@ class FlowObjective:
     global_batch: int
     device: torch.device
 
-    def loss(self, forward: Forward, batch: MicroBatch) -> torch.Tensor:
-        """Mean flow-matching loss of a micro-batch, a scalar in fp32.
+    def loss(self, forward: Forward, batch: MicroBatch, counted: int | None = None) -> torch.Tensor:
+        """Mean flow-matching loss of a micro-batch, or of its first `counted` samples; a scalar in fp32.
 
         Tokens and t enter the model in fp32, text as it was stored; `keep_timestep_exact` casts them
         behind t's sinusoids. No text token is trimmed or masked, because the model is used that way.
@@ -58,9 +58,9 @@ class FlowObjective:
             img_ids=torch.cat(ids),
             txt_ids=latents.text_ids(batch.text.shape[1], self.device),
             guidance=t.new_full((size,), settings.guidance) if self.guidance else None,
-        )[:, : x0.shape[1]]
-        mask = None if batch.masks is None else self._here(batch.masks).flatten(1)
-        return flow.flow_loss(prediction, flow.velocity(x0, noise), mask)
+        )[:counted, : x0.shape[1]]
+        mask = None if batch.masks is None else self._here(batch.masks[:counted]).flatten(1)
+        return flow.flow_loss(prediction, flow.velocity(x0, noise)[:counted], mask)
 
     def _deviates(self, batch: MicroBatch) -> torch.Tensor:
         deviates = self._here(batch.deviates)

@@ -232,7 +232,7 @@ class Evaluation:
     every: int = 500
     """Steps between evaluations; the first comes after so many, one more at the end."""
     samples: int = 64
-    """Largest number of held-out samples that are used."""
+    """Largest number of held-out samples that are used, from all buckets in proportion, each once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ the recipe or the data, 75 stopped by a signal with a checkpoint saved (start ag
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import sys
@@ -30,6 +29,7 @@ from flux2_ds.assembly import (
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning, read_prompts
+from flux2_ds.data.sweep import Sweep
 from flux2_ds.engine import (
     Engine,
     Process,
@@ -235,12 +235,12 @@ def build_evaluation(
     """The loss on what is held out, with every caption; None if nothing is."""
     if not held_out.samples:
         return None
-    size = recipe.batch.global_size
-    order = Order(held_out, size, recipe.seed, recipe.data.shuffle_window)
-    recipe = replace(recipe, objective=replace(recipe.objective, caption_dropout=0.0))
-    loader = build_loader(recipe, held_out, order, process, conditioning)
-    batches = min(order.steps_per_epoch, math.ceil(recipe.evaluation.samples / size))
-    return Evaluation(engine, loader, objective, batches, recipe.evaluation.every)
+    wide = replace(recipe.batch, global_size=process.world * recipe.batch.micro_size)
+    sweep = Sweep(held_out, recipe.evaluation.samples, wide.global_size)
+    captioned = replace(recipe.objective, caption_dropout=0.0)
+    recipe = replace(recipe, batch=wide, objective=captioned)
+    loader = build_loader(recipe, held_out, sweep, process, conditioning)
+    return Evaluation(engine, loader, objective, sweep, recipe.evaluation.every)
 
 
 def build_previews(

@@ -28,6 +28,7 @@ from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order, Sample
 from flux2_ds.data.shards import Fetch, ShardReader
 from flux2_ds.data.storage import Blob, join
+from flux2_ds.data.sweep import Sweep
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
 _STEPS_READY = 2
@@ -93,7 +94,7 @@ class Loader:
         self,
         folder: str | Path,
         index: Index,
-        order: Order,
+        order: Order | Sweep,
         share: Share,
         *,
         seed: int,

@@ -42,7 +42,7 @@ LIGHT = {
             "metrics",
         )
     ),
-    *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order")),
+    *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order", "sweep")),
 }
 HEAVY = {"torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "webdataset"}
 

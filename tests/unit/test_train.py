@@ -8,8 +8,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
-from flux2_ds.evaluate import Evaluation
 from flux2_ds.loop import Cadence, StopRequest
 from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
@@ -235,32 +233,6 @@ def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stoppi
     (tmp_path / "stop").write_text("SIGTERM")
     assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, Mock(), previews=previews)
     assert [call.args[0] for call in previews.render.call_args_list] == [0]
-
-
-def test_an_evaluation_is_the_same_each_time_and_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr("flux2_ds.evaluate.average", lambda value: value)
-    linear, dropout = torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)
-    model = torch.nn.Sequential(linear, dropout)
-
-    @contextmanager
-    def evaluating() -> Iterator[None]:
-        model.eval()
-        yield
-        model.train()
-
-    engine = SimpleNamespace(forward=model, evaluating=evaluating)
-    loader = SimpleNamespace(steps=lambda first, last: ([n, n + 1] for n in range(first, last)))
-    objective = SimpleNamespace(loss=lambda forward, n: forward(torch.tensor([n, 1.0])).sum())
-    evaluation = Evaluation(engine, loader, objective, batches=3, every=1)  # type: ignore[arg-type]
-    before = torch.get_rng_state()
-    first = evaluation.loss()
-    assert evaluation.loss() == first
-    numbers = [0.0, 1.0, 1.0, 2.0, 2.0, 3.0]
-    assert first == pytest.approx(
-        sum(float(linear(torch.tensor([n, 1.0])).sum()) for n in numbers) / 6, rel=1e-5
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.training and linear.weight.grad is None
 
 
 def test_a_stop_file_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, caplog):
