@@ -89,8 +89,10 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = Non
     report = Report()
     prints = fingerprint(directory)
     content = content_of(recipe, prints)
-    check_folder(folder, content)
-    entries = find_entries(data.images, data.caption_column, folder / ledger.FOLDER / "tars")
+    if not untouched(folder):
+        check_folder(folder, content)
+    scratch = folder / ledger.FOLDER / "tars"
+    entries = find_entries(data.images, data.caption_column, scratch, made_here(recipe))
     entries = with_captions(entries, data, report.skipped)
     with claimed(folder, content), full_disk_explained(folder), team.gathered(folder):
         notes = ledger.read_notes(folder)
@@ -143,6 +145,12 @@ def content_of(recipe: Recipe, prints: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def made_here(recipe: Recipe) -> list[Path]:
+    """Folders whose pictures are ours: contact sheets and previews."""
+    data = recipe.data
+    return [Path(each) for each in (data.shards, *data.more_shards.values(), recipe.run_dir)]
+
+
 def check_target(shards: str) -> None:
     """Check that the output folder is one of a file system.
 
@@ -157,7 +165,7 @@ def check_target(shards: str) -> None:
 
 
 def check_folder(folder: Path, content: dict[str, Any]) -> None:
-    """Check that the output folder is new, or of the same settings and model.
+    """Check that the output folder is of the same settings and model, or that nothing is in it.
 
     Raises:
         UserError: it holds something else; nothing in it is touched.
@@ -172,12 +180,19 @@ def check_folder(folder: Path, content: dict[str, Any]) -> None:
                 f"{', '.join(changed)}; {path} has the old values). Give a new folder, or remove "
                 "this one."
             )
-    elif folder.exists():
-        ours = {f"{CONTENT_NAME}.partial", ledger.FOLDER}  # all that a kill right here can leave
-        if any(found.name not in ours for found in folder.iterdir()):
-            raise UserError(
-                f"data.shards {folder} is not empty and was not made by prepare. Give a new folder."
-            )
+    elif not untouched(folder):
+        raise UserError(
+            f"data.shards {folder} is not empty and was not made by prepare. Give a new folder."
+        )
+
+
+def untouched(folder: Path) -> bool:
+    """Whether nothing has been encoded into a folder: it is new, or a start that was refused or killed
+    before has left its settings, which bind nobody."""
+    ours = {CONTENT_NAME, f"{CONTENT_NAME}.partial", ledger.FOLDER}
+    return not folder.exists() or (
+        all(found.name in ours for found in folder.iterdir()) and not ledger.read_notes(folder)
+    )
 
 
 @contextmanager
@@ -187,7 +202,8 @@ def claimed(folder: Path, content: dict[str, Any]) -> Iterator[None]:
     Raises:
         UserError: the folder holds something else, or is being written.
     """
-    check_folder(folder, content)
+    if not untouched(folder):
+        check_folder(folder, content)
     path = folder / CONTENT_NAME
     (folder / ledger.FOLDER).mkdir(parents=True, exist_ok=True)
     with (folder / ledger.FOLDER / "lock").open("w") as lock:
@@ -199,7 +215,7 @@ def claimed(folder: Path, content: dict[str, Any]) -> Iterator[None]:
             ) from None
         except OSError as error:
             log.warning("%s cannot be locked (%s); do not prepare twice at a time", folder, error)
-        if not path.is_file():
+        if untouched(folder):
             write_whole(path, json.dumps(content, indent=1) + "\n")
         yield
 

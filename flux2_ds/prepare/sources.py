@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ DEFAULT_SOURCE = "images"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def find_entries(images: str | dict[str, str], caption_column: str, scratch: Path) -> list[Entry]:
+def find_entries(
+    images: str | dict[str, str], caption_column: str, scratch: Path, apart: Sequence[Path] = ()
+) -> list[Entry]:
     """All pictures of all sources, sorted by source and name.
 
-    `scratch` keeps what was found in tars, so that a second start does not read them again.
+    `scratch` keeps what was found in tars, so that a second start does not read them again. Folders
+    in `apart` are not searched where they lie within a source.
 
     Raises:
         UserError: a source that is missing, unreadable or without pictures, or a bad name.
@@ -50,7 +53,7 @@ def find_entries(images: str | dict[str, str], caption_column: str, scratch: Pat
                 f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
                 "are named after it."
             )
-        entries = list(_source(name, location, caption_column, scratch))
+        entries = list(_source(name, location, caption_column, scratch, apart))
         if not entries:
             raise UserError(
                 f"data.images {location} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither "
@@ -68,7 +71,9 @@ def find_entries(images: str | dict[str, str], caption_column: str, scratch: Pat
     return found
 
 
-def _source(name: str, location: str, caption_column: str, scratch: Path) -> Iterator[Entry]:
+def _source(
+    name: str, location: str, caption_column: str, scratch: Path, apart: Sequence[Path]
+) -> Iterator[Entry]:
     if location.endswith(".tar"):
         tars = expand(location)
     elif is_url(location):
@@ -81,18 +86,20 @@ def _source(name: str, location: str, caption_column: str, scratch: Path) -> Ite
             f"data.images {location} is not a folder. Give the folder of your pictures."
         )
     else:
-        yield from _folder(name, location, caption_column)
+        yield from _folder(name, location, caption_column, apart)
         tars = sorted(str(path) for path in Path(location).glob("*.tar"))
     for tar in tars:
         yield from read_tar(name, tar, caption_column, scratch)
 
 
-def _folder(source: str, folder: str, caption_column: str) -> Iterator[Entry]:
+def _folder(
+    source: str, folder: str, caption_column: str, apart: Sequence[Path]
+) -> Iterator[Entry]:
     """The pictures below a folder on disk."""
     listed: dict[str, str | None] = {}
     pictures: list[os.DirEntry[str]] = []
     texts: set[str] = set()
-    for file in _walk(folder):
+    for file in _walk(folder, apart):
         suffix = Path(file.name).suffix.lower()
         if file.name in _METADATA:
             listed |= _metadata(file.path, caption_column)
@@ -120,8 +127,9 @@ def _folder(source: str, folder: str, caption_column: str) -> Iterator[Entry]:
         yield Entry(source, key, "", "", Blob(path), missing)
 
 
-def _walk(folder: str) -> Iterator[os.DirEntry[str]]:
-    """All files below `folder`; a folder that links reach again is searched once."""
+def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
+    """All files below `folder`, but for the folders in `apart`; a folder that links reach again is
+    searched once."""
     seen: set[tuple[int, int]] = set()
     left = [folder]
     while left:
@@ -135,7 +143,10 @@ def _walk(folder: str) -> Iterator[os.DirEntry[str]]:
             with os.scandir(current) as files:
                 for file in sorted(files, key=lambda file: file.name):
                     if file.is_dir():
-                        left.append(file.path)
+                        if any(path.exists() and path.samefile(file.path) for path in apart):
+                            log.info("%s is not searched: its pictures were made here", file.path)
+                        else:
+                            left.append(file.path)
                     elif file.is_file():
                         yield file
         except OSError as error:

@@ -503,6 +503,7 @@ def test_shards_of_other_settings_are_not_continued(model, photos, tmp_path, cha
     for _ in range(2):
         with root.claimed(tmp_path / "s", content):
             pass
+    (tmp_path / "s" / ".texts").mkdir()  # encoding has begun
     ((name, value),) = change.items()
     section, _, field = name.rpartition(".")
     if section:
@@ -513,6 +514,32 @@ def test_shards_of_other_settings_are_not_continued(model, photos, tmp_path, cha
         root.claimed(tmp_path / "s", root.content_of(other, {})),
     ):
         pass
+
+
+def test_a_start_that_was_refused_binds_the_folder_to_nothing(model, photos, tmp_path):
+    """But while other machines wait for it, they are held to its settings."""
+    shards = tmp_path / "s"
+    with pytest.raises(UserError, match="none of the pictures"):
+        run(recipe_for(model, photos, shards, resolution=1024))
+    assert (shards / root.CONTENT_NAME).is_file()
+    recipe = recipe_for(model, photos, shards)
+    with pytest.raises(UserError, match="changed: settings"):
+        root.check_folder(shards, root.content_of(recipe, fingerprint(model)))
+    assert run(recipe).samples == 4
+    assert run(recipe).samples == 4
+    with pytest.raises(UserError, match="changed: settings"):
+        run(recipe_for(model, photos, shards, resolution=1024))
+
+
+def test_pictures_that_were_made_here_are_not_trained_on(model, photos, tmp_path):
+    recipe = recipe_for(model, photos, photos / "shards")
+    recipe = dataclasses.replace(recipe, run_dir=str(photos / "linked"))
+    (tmp_path / "run" / "previews").mkdir(parents=True)
+    shutil.copy(photos / "a.png", tmp_path / "run" / "previews")
+    (photos / "linked").symlink_to(tmp_path / "run")
+    for _ in range(2):
+        assert run(recipe).samples == 4
+    assert list((photos / "shards" / "contact_sheets").glob("*.jpg"))
 
 
 def test_two_at_a_time_are_refused(tmp_path):
