@@ -61,18 +61,23 @@ def build_order(recipe: Recipe, index: Index) -> Order:
 
 
 def check_shards(
-    index: Index, held_out: Index, spec: Spec, directory: Path, recipe: Recipe
+    index: Index, held_out: Index, spec: Spec | None, directory: Path | None, recipe: Recipe
 ) -> None:
-    """Refuse shards that another model than that in `directory` made, or that do not fit the recipe.
+    """Refuse shards that another model than that in `directory` made, or that do not fit the recipe. All
+    that look at shards ask this. `spec` and `directory` are None while they are not known, because the
+    model is yet to be fetched.
 
     Raises:
         UserError: another variant, text width, or other weights of VAE or text encoder.
     """
-    from flux2_ds.model.files import check_fingerprint  # here: the launcher need not wait for it
-
-    check_variant(recipe, index, spec)
+    if spec is not None:
+        check_variant(recipe, index, spec)
     check_settings(recipe, index)
     check_companions(recipe, index, held_out)
+    if directory is None:
+        return
+    from flux2_ds.model.files import check_fingerprint  # here: the launcher need not wait for it
+
     unchecked = check_fingerprint(index.fingerprint, directory, recipe.data.shards)
     if unchecked:
         log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))

@@ -83,6 +83,7 @@ RELEASED = {
     "black-forest-labs/FLUX.2-klein-4B": _KLEIN_4B,
 }
 """Hub id -> dimensions, to plan and to benchmark without the files. Training reads the files."""
+_DISTILLED = ("black-forest-labs/FLUX.2-klein-9B", "black-forest-labs/FLUX.2-klein-4B")
 
 
 def planned_spec(path: str) -> Spec:
@@ -99,6 +100,26 @@ def planned_spec(path: str) -> Spec:
             "its size is not known. Give a local directory."
         )
     return RELEASED[path]
+
+
+def spec_here(path: str, *, allow_distilled: bool) -> Spec | None:
+    """The model in the directory `path`; None for a hub id, which is recognised when it is fetched.
+
+    Raises:
+        UserError: as `read_spec`, and the id of a distilled model that need not be fetched to be refused.
+    """
+    if Path(path).is_dir():
+        return read_spec(Path(path), allow_distilled=allow_distilled)
+    if path in _DISTILLED and not allow_distilled:
+        raise _distilled(path)
+    return None
+
+
+def _distilled(path: str | Path) -> UserError:
+    return UserError(
+        f"model.path {path} is step-distilled (is_distilled in model_index.json) and "
+        "collapses when trained. Use the base model, or set model.allow_distilled: true."
+    )
 
 
 def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
@@ -129,10 +150,7 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
                 "again or correct model_index.json."
             )
     if index.get("is_distilled") and not allow_distilled:
-        raise UserError(
-            f"model.path {directory} is step-distilled (is_distilled in model_index.json) and "
-            "collapses when trained. Use the base model, or set model.allow_distilled: true."
-        )
+        raise _distilled(directory)
     # Keys that a config leaves out have the defaults of Flux2Transformer2DModel, which are dev's; the
     # released dev config leaves out guidance_embeds.
     spec = Spec(

@@ -28,10 +28,10 @@ from packaging.requirements import Requirement
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.memory import checkpoint_bytes
 from flux2_ds.plan import make_plan
-from flux2_ds.prepared import check_companions, check_settings, check_variant, read_data
+from flux2_ds.prepared import check_shards, read_data
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir
-from flux2_ds.spec import RELEASED, Spec, read_spec
+from flux2_ds.spec import RELEASED, Spec, spec_here
 from launcher.findings import Findings
 
 _GIB = 1 << 30
@@ -172,14 +172,13 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     refuses("run_dir", lambda: check_run_dir(recipe))
 
     model = Path(recipe.model.path)
-    spec = None
-    if model.is_dir():
-        spec = refuses(
-            "model", lambda: read_spec(model, allow_distilled=recipe.model.allow_distilled)
-        )
-        if spec is not None:
-            findings.ok("model", f"{spec} in {model}")
-    else:
+    spec = refuses(
+        "model", lambda: spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
+    )
+    directory = model if spec else None
+    if spec is not None:
+        findings.ok("model", f"{spec} in {model}")
+    elif not model.is_dir():
         check_cache(findings, recipe)
         spec = RELEASED.get(recipe.model.path)
     check_disk(findings, recipe, spec, token)
@@ -187,10 +186,7 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     data = refuses("shards", lambda: read_data(recipe))
     if data is not None:
         index, held_out = data
-        refuses("shards", lambda: check_settings(recipe, index))
-        refuses("shards", lambda: check_companions(recipe, index, held_out))
-        if spec is not None:
-            refuses("shards", lambda: check_variant(recipe, index, spec))
+        refuses("shards", lambda: check_shards(index, held_out, spec, directory, recipe))
         findings.facts["shards"] = index.digest
         findings.ok("shards", f"{index.samples} samples in {len(index.shards)} shards")
 

@@ -15,20 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flux2_ds import bench_options
-from flux2_ds.data.index import is_prepared
+from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
 from flux2_ds.metrics import check_wandb
 from flux2_ds.plan import make_plan
-from flux2_ds.prepared import (
-    build_order,
-    check_companions,
-    check_settings,
-    check_variant,
-    read_data,
-)
+from flux2_ds.prepared import build_order, check_shards, read_data
 from flux2_ds.recipe import Launch, Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
-from flux2_ds.spec import planned_spec, read_spec
+from flux2_ds.spec import planned_spec, spec_here
 from launcher.commands import collective_timeout
 from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
@@ -118,8 +112,8 @@ def plan(argv: list[str]) -> None:
         )
     hosts = hosts_of(recipe, options.gpus)
     the_plan = make_plan(recipe, hosts.processes)
-    prepared = is_prepared(recipe.data.shards)
-    index, held_out = read_data(recipe) if prepared else (None, None)
+    data = read_data(recipe) if is_prepared(recipe.data.shards) else None
+    index = data and data[0]
     try:
         memory = plan_memory(the_plan, hosts, index, options.gpu, options.host)
     except UserError as error:
@@ -129,16 +123,22 @@ def plan(argv: list[str]) -> None:
     else:
         if options.json:
             print(json.dumps(memory.values(), indent=2))
-            return
-        spec = planned_spec(recipe.model.path)
-        print("\n".join([*the_plan.lines(spec), *memory.lines()]))
-    if index is None or held_out is None:
-        print(f"data       {recipe.data.shards} is not prepared yet")
-        return
+        else:
+            spec = planned_spec(recipe.model.path)
+            print("\n".join([*the_plan.lines(spec), *memory.lines()]))
+    if not options.json:
+        print("\n".join(data_lines(recipe, data)))
+    check_inputs(recipe, data)  # last: the figures are of use all the same
+
+
+def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
+    """What is trained on and what is held out, for people."""
+    if data is None:
+        return [f"data       {recipe.data.shards} is not prepared yet"]
+    index, held_out = data
     order = build_order(recipe, index)
-    print(f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch")
-    if held_out.samples:
-        print(f"held out   {held_out.samples} samples")
+    lines = [f"data       {index.samples} samples, {order.steps_per_epoch} steps an epoch"]
+    return lines + [f"held out   {held_out.samples} samples"] * bool(held_out.samples)
 
 
 def doctor(argv: list[str]) -> None:
@@ -195,7 +195,7 @@ def train(argv: list[str]) -> None:
         commands = commands_here(recipe.launch, hosts, arguments, node=options.node_rank)
         print("\n".join([*the_plan.lines(), *map(str, commands)]))
         return
-    check_inputs(recipe)
+    check_inputs(recipe, read_data(recipe))
     if options.node_rank is None:
         check_programs(recipe.launch)
     if recipe.launch.accelerator == "cuda":
@@ -332,25 +332,23 @@ def slurm(argv: list[str]) -> None:
         print(script, end="")
         return
     if not prepares:
-        check_inputs(recipe)
+        check_inputs(recipe, read_data(recipe))
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine. Run this on a Slurm login node.")
     sys.exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """What the training processes will refuse, said once and before they start.
+def check_inputs(recipe: Recipe, data: tuple[Index, Index] | None) -> None:
+    """What the training processes will refuse, said once and before they start; `data` is None while
+    nothing is prepared.
 
     A model that is not in a local directory yet is recognised when it has been fetched.
     """
     check_run_dir(recipe)
     check_wandb(recipe.log.wandb)
-    index, held_out = read_data(recipe)
-    check_settings(recipe, index)
-    check_companions(recipe, index, held_out)
-    if Path(recipe.model.path).is_dir():
-        spec = read_spec(Path(recipe.model.path), allow_distilled=recipe.model.allow_distilled)
-        check_variant(recipe, index, spec)
+    spec = spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
+    if data is not None:
+        check_shards(*data, spec, Path(recipe.model.path) if spec else None, recipe)
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:

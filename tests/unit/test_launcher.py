@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
+from test_spec import write_model
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
+from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, read_index, write_index
 from flux2_ds.errors import EXIT_STOPPED, UserError
 from flux2_ds.recipe import Launch, load_recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import lock_run_dir
@@ -565,10 +566,22 @@ def other_model(folder: Path) -> None:
     (folder / "models" / "klein" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
 
 
+def distilled_model(folder: Path) -> None:
+    (folder / "models" / "klein").mkdir(parents=True)
+    write_model(folder / "models" / "klein", "klein", {"is_distilled": True})
+
+
+def other_settings(folder: Path) -> None:
+    index = dataclasses.replace(read_index(folder / "shards"), settings={"resolution": 512})
+    write_index(folder / "shards", index)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: None, None),
+        (other_settings, "data.resolution is 1024, but data.shards shards were prepared with 512"),
+        (distilled_model, "models/klein is step-distilled"),
         (other_run, "is not a run of flux2-ds"),
         (lambda folder: (folder / "shards" / "x.tar").unlink(), "x.tar has None bytes"),
         (lambda folder: (folder / "shards" / "index.json").unlink(), "flux2-ds prepare"),
@@ -591,6 +604,12 @@ def test_train_checks_what_it_reads_before_it_starts(
     else:
         assert message in captured.err
         assert call(monkeypatch, "train", "--config", recipe, "--dry-run") == 0
+        refused = bool(
+            list(tmp_path.glob("shards/index.json"))
+        )  # or there is nothing to look at yet
+        assert call(monkeypatch, "plan", "--config", recipe) == 2 * refused
+        captured = capsys.readouterr()
+        assert (message in captured.err) == refused
 
 
 def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.errors import UserError
-from flux2_ds.spec import read_spec
+from flux2_ds.spec import read_spec, spec_here
 
 DEV = {
     "num_layers": 8,
@@ -90,6 +90,17 @@ def test_what_is_no_flux2_to_train_is_refused(tmp_path, index, config, message):
 def test_base_weights_are_accepted_and_distilled_ones_if_allowed(tmp_path, distilled, allowed):
     folder = write_model(tmp_path, "klein", {"is_distilled": distilled})
     assert read_spec(folder, allow_distilled=allowed).variant == "klein"
+
+
+def test_a_distilled_model_is_refused_before_it_is_fetched(tmp_path):
+    for name in ("klein-4B", "klein-9B"):
+        path = f"black-forest-labs/FLUX.2-{name}"
+        with pytest.raises(UserError, match=rf"model\.path {path} is step-distilled"):
+            spec_here(path, allow_distilled=False)
+        assert spec_here(path, allow_distilled=True) is None
+    assert spec_here("black-forest-labs/FLUX.2-klein-base-4B", allow_distilled=False) is None
+    here = write_model(tmp_path, "klein")
+    assert spec_here(str(here), allow_distilled=False) == read_spec(here)
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
