@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from flux2_ds.data.index import Index, read_index
+from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import is_url, join
 from flux2_ds.errors import UserError
@@ -81,6 +81,24 @@ def check_shards(
     unchecked = check_fingerprint(index.fingerprint, directory, recipe.data.shards)
     if unchecked:
         log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
+
+
+def check_prompts(recipe: Recipe) -> None:
+    """Refuse previews of a prompt that has not been encoded.
+
+    Raises:
+        UserError: naming the first such prompt.
+    """
+    if recipe.preview.every is None:
+        return
+    known = encoded_prompts(recipe.data.shards)
+    for prompt in recipe.preview.prompts:
+        if prompt not in known:
+            raise UserError(
+                f"preview.every is set, and {join(recipe.data.shards, PROMPTS_NAME)} has no prompt "
+                f"{prompt!r}. Run `flux2-ds prepare` with this recipe, which adds it, or remove "
+                "preview.every."
+            )
 
 
 def check_settings(recipe: Recipe, index: Index) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from flux2_ds.data.shards import read_prompts
 from flux2_ds.engine import Engine, Process, barrier
 from flux2_ds.errors import UserError
 from flux2_ds.model.pipeline import load_image_pipeline
+from flux2_ds.prepared import check_prompts
 from flux2_ds.recipe import Preview, Recipe
 from flux2_ds.rendering import Prompt, grid, open_reference, render
 from flux2_ds.spec import Spec
@@ -38,7 +38,7 @@ def check_previews(recipe: Recipe, directory: Path) -> None:
     Raises:
         UserError: a prompt that has not been encoded, a reference image, or a model without VAE.
     """
-    read_prompts(recipe.data.shards, recipe.preview.prompts)
+    check_prompts(recipe)
     for path in recipe.preview.references:
         open_reference(path)
     for part in ("vae", "scheduler"):

@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.memory import checkpoint_bytes
 from flux2_ds.plan import make_plan
-from flux2_ds.prepared import check_shards, read_data
+from flux2_ds.prepared import check_prompts, check_shards, read_data
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir
 from flux2_ds.spec import RELEASED, Spec, spec_here
@@ -186,9 +186,15 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     data = refuses("shards", lambda: read_data(recipe))
     if data is not None:
         index, held_out = data
-        refuses("shards", lambda: check_shards(index, held_out, spec, directory, recipe))
         findings.facts["shards"] = index.digest
-        findings.ok("shards", f"{index.samples} samples in {len(index.shards)} shards")
+
+        def fitting() -> str:
+            check_shards(index, held_out, spec, directory, recipe)
+            return f"{index.samples} samples in {len(index.shards)} shards"
+
+        if text := refuses("shards", fitting):
+            findings.ok("shards", text)
+        refuses("previews", lambda: check_prompts(recipe))
 
     if recipe.log.wandb == "online":
         if os.environ.get("WANDB_API_KEY") or has_netrc_key():

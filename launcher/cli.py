@@ -19,7 +19,7 @@ from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
 from flux2_ds.metrics import check_wandb
 from flux2_ds.plan import make_plan
-from flux2_ds.prepared import build_order, check_shards, read_data
+from flux2_ds.prepared import build_order, check_prompts, check_shards, read_data
 from flux2_ds.recipe import Launch, Recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import planned_spec, spec_here
@@ -349,6 +349,7 @@ def check_inputs(recipe: Recipe, data: tuple[Index, Index] | None) -> None:
     spec = spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
     if data is not None:
         check_shards(*data, spec, Path(recipe.model.path) if spec else None, recipe)
+        check_prompts(recipe)
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:

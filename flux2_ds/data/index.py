@@ -15,7 +15,7 @@ from typing import Any
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.storage import Blob, is_url, join
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 
 FORMAT = 2
 INDEX_NAME = "index.json"
@@ -160,6 +160,19 @@ def read_index(folder: str | Path, setting: str = "data.shards") -> Index:
     if not is_url(folder):
         _check_files(Path(folder), index)
     return index
+
+
+def encoded_prompts(folder: str) -> set[str]:
+    """The preview prompts of a folder of shards, by the header of their file; none if there is no file."""
+    path = join(folder, PROMPTS_NAME)
+    try:
+        size = int.from_bytes(Blob(path, 0, 8).read(), "little")
+        header: dict[str, Any] = json.loads(Blob(path, 8, size).read())
+    except OutageError:
+        raise
+    except UserError:
+        return set()
+    return header.keys() - {"__metadata__"}
 
 
 def parse_index(content: bytes, path: str) -> Index:

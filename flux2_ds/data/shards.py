@@ -37,7 +37,7 @@ from safetensors.torch import save as save_tensors
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
-from flux2_ds.errors import OutageError, UserError
+from flux2_ds.errors import UserError
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
 MASK, REFERENCES = "mask.safetensors", "references.safetensors"
@@ -262,23 +262,6 @@ def read_conditioning(folder: str) -> dict[str, torch.Tensor]:
 
 
 def read_prompts(folder: str, prompts: Sequence[str]) -> list[torch.Tensor]:
-    """The encoded preview prompts of a folder of shards, [512, text width] each.
-
-    Raises:
-        UserError: one has not been encoded.
-    """
-    path, reason = join(folder, PROMPTS_NAME), None
-    known: dict[str, torch.Tensor] = {}
-    try:
-        known = tensors_in(Blob(path).view())
-    except OutageError:
-        raise
-    except UserError as error:
-        reason = error
-    for prompt in prompts:
-        if prompt not in known:
-            raise UserError(
-                f"preview.every is set, and {path} has no prompt {prompt!r}. Run `flux2-ds prepare` with this "
-                "recipe, which adds it, or remove preview.every."
-            ) from reason
+    """The encoded preview prompts of a folder of shards, [512, text width] each."""
+    known = tensors_in(Blob(join(folder, PROMPTS_NAME)).view())
     return [known[prompt] for prompt in prompts]

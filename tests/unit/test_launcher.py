@@ -10,12 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
+from safetensors.numpy import save_file
 from test_spec import write_model
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, read_index, write_index
+from flux2_ds.data.index import (
+    CONDITIONING_NAME,
+    PROMPTS_NAME,
+    Index,
+    Shard,
+    read_index,
+    write_index,
+)
 from flux2_ds.errors import EXIT_STOPPED, UserError
 from flux2_ds.recipe import Launch, load_recipe, parse_recipe, recipe_parser
 from flux2_ds.rundir import lock_run_dir
@@ -610,6 +619,20 @@ def test_train_checks_what_it_reads_before_it_starts(
         assert call(monkeypatch, "plan", "--config", recipe) == 2 * refused
         captured = capsys.readouterr()
         assert (message in captured.err) == refused
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_previews_of_prompts_that_nobody_encoded_are_refused(
+    recipe, tmp_path, monkeypatch, capsys, command
+):
+    prepare(tmp_path)
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
+    argv = [command, "--config", recipe, "--preview.prompts=[a cat]", "--preview.every"]
+    assert call(monkeypatch, *argv, "5") == 2
+    assert "prompts.safetensors has no prompt 'a cat'" in capsys.readouterr().err
+    assert call(monkeypatch, *argv, "null") == (75 if command == "train" else 0)
+    save_file({"a cat": np.zeros(2)}, tmp_path / "shards" / PROMPTS_NAME, {"format": "np"})
+    assert call(monkeypatch, *argv, "5") == (75 if command == "train" else 0)
 
 
 def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):
