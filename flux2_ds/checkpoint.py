@@ -121,7 +121,7 @@ def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
         UserError: there are checkpoints, but none is intact.
     """
     damaged: dict[Path, str] = {}
-    for checkpoint in reversed(_all(root)):
+    for checkpoint in reversed(find(root)):
         damage = verify(checkpoint)
         if damage is None:
             return checkpoint, damaged
@@ -133,6 +133,13 @@ def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
             "directories to start from the beginning."
         )
     return None, {}
+
+
+def find(root: Path) -> list[Checkpoint]:
+    """Checkpoints by ascending step; directories of other names are not ours."""
+    names = [(path, re.fullmatch(r"step_(\d{8,})", path.name)) for path in root.glob("step_*")]
+    found = [Checkpoint(path, int(name[1])) for path, name in names if name]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def set_aside(path: Path) -> Path:
@@ -168,20 +175,13 @@ def verify(checkpoint: Checkpoint) -> str | None:
 
 def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:
     """Remove all but the last `keep_last` checkpoints and the multiples of `keep_every`."""
-    for checkpoint in _all(root)[:-keep_last]:
+    for checkpoint in find(root)[:-keep_last]:
         if keep_every is None or checkpoint.step % keep_every:
             # Renamed first: a removal that is cut short leaves no directory that looks complete.
             doomed = root / f".{checkpoint.path.name}.removed"
             shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.path.rename(doomed)
             shutil.rmtree(doomed)
-
-
-def _all(root: Path) -> list[Checkpoint]:
-    """Checkpoints by ascending step; directories of other names are not ours."""
-    names = [(path, re.fullmatch(r"step_(\d{8,})", path.name)) for path in root.glob("step_*")]
-    found = [Checkpoint(path, int(name[1])) for path, name in names if name]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def _kind(name: str) -> str:

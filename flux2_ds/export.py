@@ -1,6 +1,6 @@
 """Export: a checkpoint to files that diffusers loads.
 
-    flux2-ds export --config RECIPE [--step N] [--dtype bf16]
+    flux2-ds export --config RECIPE [--step N] [--dtype bf16] [--weights ema]
 
 An adapter becomes one safetensors file for `load_lora_weights`; a full fine-tune a `transformer`
 directory for `Flux2Transformer2DModel.from_pretrained`. Reads the checkpoint and the model's configs
@@ -9,6 +9,7 @@ only; the base weights are not loaded.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -28,8 +29,8 @@ from flux2_ds.model.transformer import (
     exported_settings,
     lora_config,
 )
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import export_path, trained_recipe
+from flux2_ds.recipe import Lora, Recipe, parse_recipe, recipe_parser
+from flux2_ds.rundir import Weights, export_path
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import StoredTensors
 from flux2_ds.tensors import use_default_permissions, write_tensors
@@ -49,11 +50,11 @@ def main() -> None:
                         help="Checkpoint to export. Default: the newest.")  # fmt: skip
     parser.add_argument("--dtype", type=Literal["bf16", "fp16", "fp32"] | None, default=None,
                         help="Precision of the file. Default: the recipe's.")  # fmt: skip
-    parser.add_argument("--weights", type=Literal["trained", "ema"], default="trained",
+    parser.add_argument("--weights", type=Weights, default="trained",
                         help="The trained weights, or their moving average.")  # fmt: skip
     recipe, options = parse_recipe(parser)
-    recipe = trained_recipe(recipe)
     chosen = choose(Path(recipe.run_dir) / "checkpoints", options.step)
+    recipe = recipe_of(recipe, chosen)
     path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision), options.weights)
     log.info("exported %s to %s", chosen.path, path)
 
@@ -72,23 +73,45 @@ def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
             raise UserError(f"{root} holds no checkpoint. Train first, or correct run_dir.")
         return found
     found = checkpoint.Checkpoint(checkpoint.checkpoint_path(root, step), step)
+    if not found.path.is_dir():
+        there = ", ".join(str(one.step) for one in checkpoint.find(root)) or "none"
+        raise UserError(f"{root} holds no checkpoint of step {step}. There are: {there}.")
     damage = checkpoint.verify(found)
     if damage:
         raise UserError(f"checkpoint {found.path} cannot be exported: {damage}.")
     return found
 
 
+def recipe_of(recipe: Recipe, chosen: checkpoint.Checkpoint) -> Recipe:
+    """`recipe` with the method and adapter settings that the checkpoint was trained with; those of the run
+    may have changed since."""
+    values = chosen.state()["recipe"]
+    method, lora = values["method"], Lora(**values["lora"])
+    if (method, lora) != (recipe.method, recipe.lora):
+        log.warning("method and lora are those of %s; what else was given is ignored", chosen.path)
+    return dataclasses.replace(recipe, method=method, lora=lora)
+
+
 def export(
     recipe: Recipe,
     chosen: checkpoint.Checkpoint,
     dtype: torch.dtype,
-    weights: Literal["trained", "ema"] = "trained",
+    weights: Weights = "trained",
 ) -> Path:
-    """Write the export of one checkpoint; returns the file (adapter) or directory (full)."""
+    """Write the export of one checkpoint; returns the file (adapter) or directory (full).
+
+    Raises:
+        UserError: the checkpoint has no moving average.
+    """
+    if weights == "ema" and "ema" not in chosen.kinds():
+        raise UserError(
+            f"{chosen.path} holds no moving average: it was trained without optimizer.ema_decay. Export "
+            "--weights trained, or set optimizer.ema_decay and train in a new run_dir."
+        )
     directory = model_directory(recipe.model.path, recipe.model.revision, [])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     stored = chosen.stored("weights" if weights == "trained" else "ema")
-    path = export_path(recipe, chosen.step)
+    path = export_path(recipe, chosen.step, weights)
     if recipe.method == "full":
         path.mkdir(parents=True, exist_ok=True)
         export_transformer(stored, path, dtype)

@@ -225,7 +225,7 @@ def summarise(
     loss = float(average(meter.loss / meter.updates)) if meter.updates else None
     if loss is not None and not math.isfinite(loss):
         raise UserError(
-            f"the loss is {loss} at step {step}. The last checkpoint is untouched. Lower "
+            f"the loss is {loss} at step {step}, of which no checkpoint was written. Lower "
             "optimizer.learning_rate, or use precision: bf16 instead of fp16."
         )
     seconds = time.perf_counter() - meter.since

@@ -22,6 +22,7 @@ log = logging.getLogger("flux2_ds")
 Mode = Literal["online", "offline", "disabled"]
 
 METRICS_NAME = "metrics.jsonl"
+_WANDB_ID = "wandb_id"
 _FINISH = 120.0
 """s that W&B gets to send its last records before the run ends without them; they stay in wandb/."""
 
@@ -54,6 +55,8 @@ class Metrics:
         self._run_dir = run_dir
         path = run_dir / METRICS_NAME
         _cut_after(path, resumed_at)
+        if resumed_at == 0:  # what an earlier try sent to W&B is not part of this run
+            (run_dir / _WANDB_ID).unlink(missing_ok=True)
         self._stream = path.open("a")
         self._full = False
         self._run = None if mode == "disabled" else _start_wandb(run_dir, mode, project, config)
@@ -167,7 +170,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 def _wandb_id(run_dir: Path) -> str:
     """The run's W&B id, kept in the run directory so that a resumed run is one run."""
-    path = run_dir / "wandb_id"
+    path = run_dir / _WANDB_ID
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:8])
     return path.read_text().strip()

@@ -58,16 +58,16 @@ class NonFinite:
             where = f"{path} has this process's samples and their statistics."
         except OSError as error:
             where = f"What was in it could not be written: {error}."
-        what = f"the gradient norm is {norm} at step {step}; no update was made. {where} "
+        what = f"the gradient norm is {norm} at step {step}; no update was made and no checkpoint written. {where} "
         if self.policy == "stop":
             raise UserError(
-                f"{what}The last checkpoint is untouched. Look for a broken sample there, lower "
+                f"{what}Look for a broken sample there, lower "
                 "optimizer.learning_rate, or set optimizer.nonfinite: skip to go on without it."
             )
         if self.in_a_row == IN_A_ROW:
             raise UserError(
-                f"{what}It is the {IN_A_ROW}th such step in a row. The last checkpoint is "
-                "untouched; lower optimizer.learning_rate and start again from it."
+                f"{what}It is the {IN_A_ROW}th such step in a row. Lower optimizer.learning_rate and "
+                "start again."
             )
         log.warning("%sSkipped; %d so far", what, self.skipped)
         return False

@@ -29,6 +29,11 @@ Read = Callable[[str, str, int, int], torch.Tensor]
 """(kind, parameter name, start, stop) -> saved elements [start, stop), flat."""
 
 
+def compatible(before: str, now: str) -> bool:
+    """Whether the optimizer `now` can continue from the state that `before` left."""
+    return before == now or (before in ELEMENTWISE and ELEMENTWISE[before] == ELEMENTWISE.get(now))
+
+
 def build(settings: Optimizer, parameters: list[nn.Parameter], *, fused: bool) -> Any:
     """The optimizer that `settings.name` names; `fused`: AdamW in one CUDA kernel."""
     decay = settings.weight_decay

@@ -17,7 +17,7 @@ import logging
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -34,6 +34,8 @@ _FREE = ("run_dir", "accept_changes", "activations", "offload_activations", "att
 """Settings that may change between two starts of a run: they do not change what is computed."""
 _BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs"}
 """What a start that was refused may leave."""
+Weights = Literal["trained", "ema"]
+"""The trained weights, or their moving average."""
 DOCTOR_TOKEN = ".doctor-"
 """So begins the name of a file that `doctor` lets the other hosts look for."""
 
@@ -45,10 +47,9 @@ def check_run_dir(recipe: Recipe) -> None:
         UserError: naming the settings that differ, old and new.
     """
     run_dir = Path(recipe.run_dir)
-    stored = run_dir / RECIPE_NAME
     if not run_dir.exists():
         return
-    if not stored.is_file():
+    if not (run_dir / RECIPE_NAME).is_file():
         if run_dir.is_dir() and all(
             path.name in _BEFORE_A_RUN or path.name.startswith(DOCTOR_TOKEN)
             for path in run_dir.iterdir()
@@ -58,18 +59,32 @@ def check_run_dir(recipe: Recipe) -> None:
             f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
             "Give a new directory."
         )
+    changes = changed_settings(recipe)
+    if changes and not recipe.accept_changes:
+        raise UserError(
+            f"run_dir {run_dir} holds a different run: {'; '.join(changes)}. Give a new run_dir, "
+            "restore the settings, or set accept_changes: true to go on with the new ones."
+        )
+
+
+def changed_settings(recipe: Recipe) -> list[str]:
+    """The settings, old and new, that make `recipe` another run than the one in its run_dir.
+
+    A run without a checkpoint has trained nothing that would bind the next start.
+
+    Raises:
+        UserError: the stored recipe is damaged.
+    """
+    stored = Path(recipe.run_dir) / RECIPE_NAME
+    if newest_step(recipe) == 0 or not stored.is_file():
+        return []
     try:
         before = _identity(yaml.safe_load(stored.read_text()))
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error
-    changes = _differences(before, _identity(recipe_values(recipe)))
-    if changes and not recipe.accept_changes:
-        raise UserError(
-            f"run_dir {run_dir} holds a different run: {'; '.join(changes)}. Give a new run_dir, "
-            "restore the settings, or set accept_changes: true to go on with the new ones."
-        )
+    return _differences(before, _identity(recipe_values(recipe)))
 
 
 def write_run_dir(plan: Plan) -> None:
@@ -82,12 +97,13 @@ def write_run_dir(plan: Plan) -> None:
     _write(run_dir / RECIPE_NAME, yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False))
 
 
-def export_path(recipe: Recipe, step: int) -> Path:
+def export_path(recipe: Recipe, step: int, weights: Weights = "trained") -> Path:
     """Where the export of a checkpoint is: a file for an adapter, a directory for all weights."""
     run_dir = Path(recipe.run_dir)
+    name = f"step_{step:08d}{'-ema' if weights == 'ema' else ''}"
     if recipe.method == "full":
-        return run_dir / "export" / f"step_{step:08d}" / "transformer"
-    return run_dir / "export" / f"{run_dir.resolve().name}-step_{step:08d}.safetensors"
+        return run_dir / "export" / name / "transformer"
+    return run_dir / "export" / f"{run_dir.resolve().name}-{name}.safetensors"
 
 
 def stop_file(recipe: Recipe) -> Path:

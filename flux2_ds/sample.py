@@ -1,6 +1,6 @@
 """Sample: render the recipe's preview prompts without and with what was trained, side by side.
 
-    flux2-ds sample --config RECIPE [--step N] [--base_weights nf4] [--output FILE]
+    flux2-ds sample --config RECIPE [--step N] [--weights ema] [--base_weights nf4] [--output FILE]
 
 The prompts are encoded first, as `prepare` encodes captions, and the text encoder is freed. Then the
 transformer is loaded as it was trained, over the recipe's `base_weights` and with the exported adapter in the
@@ -39,7 +39,7 @@ from flux2_ds.prepare.encode import text_precision
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rendering import Prompt, as_prompt, grid, open_reference, render
-from flux2_ds.rundir import export_path, trained_recipe
+from flux2_ds.rundir import Weights, export_path, trained_recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 
 log = logging.getLogger("flux2_ds")
@@ -58,16 +58,22 @@ def main() -> None:
     )
     parser.add_argument("--step", type=int | None, default=None,
                         help="Export to render. Default: the newest.")  # fmt: skip
+    parser.add_argument("--weights", type=Weights, default="trained",
+                        help="The export of the trained weights, or of their moving average.")  # fmt: skip
     parser.add_argument("--output", type=str | None, default=None,
                         help="Picture to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
     recipe, options = parse_recipe(parser)
+    if options.output is not None:
+        check_output(Path(options.output))
     check_ranges(recipe)
     recipe = trained_recipe(recipe)
     check_base(recipe)
     check_attention(recipe)
-    trained = choose_export(recipe, options.step)
+    trained = choose_export(recipe, options.step, options.weights)
     step = step_of(trained)
-    output = Path(options.output or Path(recipe.run_dir) / "samples" / f"step_{step:08d}.png")
+    average = options.weights == "ema"
+    name = f"step_{step:08d}{'-ema' if average else ''}.png"
+    output = Path(options.output or Path(recipe.run_dir) / "samples" / name)
     references = [open_reference(path) for path in recipe.preview.references]
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
@@ -103,7 +109,7 @@ def main() -> None:
 
     output.parent.mkdir(parents=True, exist_ok=True)
     held = recipe.base_weights or recipe.precision
-    titles = (f"base model, {held}", f"{recipe.method}, step {step}")
+    titles = (f"base model, {held}", f"{recipe.method}, step {step}{', ema' if average else ''}")
     grid(recipe.preview.prompts, titles, (before, after)).save(output)
     log.info("rendered %d prompts over %s with %s: %s", len(before), held, trained, output)
 
@@ -215,25 +221,39 @@ def remedies(recipe: Recipe, part: str) -> str:
     return f"Set {' or '.join(ways)}, or r{larger}" if ways else f"R{larger}"
 
 
-def choose_export(recipe: Recipe, step: int | None) -> Path:
+def check_output(path: Path) -> None:
+    """Refuse a picture in no format that can be written.
+
+    Raises:
+        UserError: naming the suffix.
+    """
+    formats = Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(
+            f"--output {path}: no picture format has the suffix {path.suffix!r}. Use .png, .jpg or .webp."
+        )
+
+
+def choose_export(recipe: Recipe, step: int | None, weights: Weights = "trained") -> Path:
     """The export of `step`, or the newest.
 
     Raises:
         UserError: it does not exist.
     """
     if step is not None:
-        path = export_path(recipe, step)
+        path = export_path(recipe, step, weights)
         if path.exists():
             return path
     else:
-        name = export_path(recipe, 0)
+        name = export_path(recipe, 0, weights)
         folder = Path(recipe.run_dir) / "export"
-        pattern = str(name.relative_to(folder)).replace("0" * 8, "*")
+        pattern = str(name.relative_to(folder)).replace("0" * 8, "?" * 8)
         found = sorted(folder.glob(pattern))
         if found:
             return found[-1]
         path = folder / pattern
-    raise UserError(f"{path} does not exist. Run `flux2-ds export` with this recipe first.")
+    command = f"flux2-ds export{' --weights ema' if weights == 'ema' else ''}"
+    raise UserError(f"{path} does not exist. Run `{command}` with this recipe first.")
 
 
 def step_of(trained: Path) -> int:

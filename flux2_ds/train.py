@@ -49,6 +49,7 @@ from flux2_ds.metrics import Metrics, check_wandb
 from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
+from flux2_ds.optimizers import compatible
 from flux2_ds.plan import Plan, captures, compiles, learning_rate, make_plan
 from flux2_ds.prepared import (
     build_order,
@@ -61,6 +62,7 @@ from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
 from flux2_ds.rendering import as_prompt
 from flux2_ds.rundir import (
+    changed_settings,
     check_run_dir,
     lock_run_dir,
     logs_directory,
@@ -111,9 +113,8 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     check_wandb(recipe.log.wandb)
     order = build_order(recipe, index)
 
-    barrier()  # every process has passed the checks before the first file is written
+    barrier()  # every process has passed the checks
     if process.first:
-        write_run_dir(plan)
         say_plan(plan, spec, index, order)
         if held_out.samples:
             log.info("held out   %d samples", held_out.samples)
@@ -128,6 +129,11 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     first_step = resume(engine, recipe, index, process)
     finished = True
     if first_step < recipe.steps:
+        barrier()  # nothing refuses any more: the run directory may say what it holds now
+        if process.first:
+            for change in changed_settings(recipe):
+                log.warning("accepted: %s", change)
+            write_run_dir(plan)
         finished = run(
             plan,
             spec,
@@ -142,7 +148,14 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
             first_step,
         )
     else:
-        log.info("nothing to do: the run has its %d steps; raise steps to go on", recipe.steps)
+        log.info(
+            "nothing to do: the newest checkpoint is of step %d, and steps is %d. To go on, raise steps%s",
+            first_step,
+            recipe.steps,
+            " and set accept_changes: true, because the schedule depends on it"
+            if recipe.optimizer.schedule != "constant"
+            else "",
+        )
     lookout.at(0, "ending")
     say_memory(expected, process.device)
     stop_process()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
@@ -213,12 +226,20 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
             "run_dir must be on a file system that all hosts share."
         )
     state = chosen.state()
-    if state["index"] != index.digest and not recipe.accept_changes:
+    before = state["recipe"]["optimizer"]["name"]
+    if not compatible(before, recipe.optimizer.name):
         raise UserError(
-            f"data.shards {recipe.data.shards} are not the shards that {chosen.path} was trained on "
-            f"(index {index.digest}, was {state['index']}). Restore them, give a new run_dir, or set "
-            "accept_changes: true."
+            f"{chosen.path} was written with other optimizer settings: optimizer.name was {before}, is "
+            f"{recipe.optimizer.name}, which cannot use its state. Go on with {before}, or give a new run_dir."
         )
+    if state["index"] != index.digest:
+        what = f"(index {index.digest}, was {state['index']})"
+        if not recipe.accept_changes:
+            raise UserError(
+                f"data.shards {recipe.data.shards} are not the shards that {chosen.path} was trained on "
+                f"{what}. Restore them, give a new run_dir, or set accept_changes: true."
+            )
+        log.warning("accepted: other shards in data.shards %s %s", recipe.data.shards, what)
     engine.state.load(chosen)
     log.info("continuing after step %d from %s", step, chosen.path)
     return step

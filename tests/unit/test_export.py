@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flux2_ds import export as export_module
-from flux2_ds.export import choose, export
+from flux2_ds.errors import UserError
+from flux2_ds.export import choose, export, recipe_of
 from flux2_ds.model import transformer
-from flux2_ds.recipe import Data, Lora, Model, Recipe
+from flux2_ds.recipe import Data, Lora, Model, Recipe, recipe_values
 from flux2_ds.spec import Spec
 from flux2_ds.stored import Piece
 
@@ -142,7 +143,32 @@ def test_an_export_in_several_files_and_of_the_average(
     chosen = choose(tmp_path / "run" / "checkpoints", 3)
     monkeypatch.setattr(export_module, "FILE_SIZE", "1MB")
     path = export(recipe, chosen, torch.float32, "ema")
+    assert path.parent.name == "step_00000003-ema"
     assert len(list(path.glob("*.safetensors"))) > 2
     loaded = dict(Flux2Transformer2DModel.from_pretrained(path).named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded[name], parameter * 2)
+
+
+def test_what_is_not_there_is_named(
+    tiny_model: Path, tmp_path: Path, write_checkpoint: Callable[..., Path]
+) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    for step in (3, 6):
+        write_checkpoint(root, step, [("weights", "a", torch.zeros(1))])
+    with pytest.raises(UserError, match=r"no checkpoint of step 7\. There are: 3, 6\."):
+        choose(root, 7)
+    recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
+    with pytest.raises(UserError, match=r"trained without optimizer\.ema_decay"):
+        export(recipe, choose(root, 6), torch.float32, "ema")
+
+
+def test_adapter_settings_are_those_of_the_checkpoint(
+    tiny_model: Path, tmp_path: Path, write_checkpoint: Callable[..., Path]
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", "dora")
+    state = {"recipe": recipe_values(recipe)}
+    write_checkpoint(tmp_path / "run/checkpoints", 3, [("weights", "a", torch.zeros(1))], state)
+    now = dataclasses.replace(recipe, method="lora", precision="bf16", lora=Lora(rank=4, alpha=9.0))
+    found = recipe_of(now, choose(tmp_path / "run/checkpoints", 3))
+    assert found == dataclasses.replace(recipe, precision="bf16")

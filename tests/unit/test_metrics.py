@@ -215,13 +215,14 @@ def test_wandb_is_given_pictures_with_their_captions(run_dir, monkeypatch):
 def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **arguments: Mock())
 
-    def identity() -> str:
-        start(run_dir, mode="offline").close()
+    def identity(resumed_at: int = 0) -> str:
+        start(run_dir, "offline", resumed_at).close()
         return (run_dir / "wandb_id").read_text()
 
     first = identity()
     assert first
-    assert identity() == first
+    assert identity(resumed_at=10) == first
+    assert identity() != first  # after a try that left no checkpoint
     other = tmp_path / "dogs"
     other.mkdir()
     start(other, mode="offline").close()

@@ -29,9 +29,15 @@ def make_recipe(run_dir: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
-    """The directory of a run that was started."""
+    """The directory of a run that has a checkpoint."""
     write_run_dir(make_plan(make_recipe(tmp_path / "run"), 1))
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
     return tmp_path / "run"
+
+
+def test_a_run_without_a_checkpoint_binds_nobody(started):
+    (started / "checkpoints" / "step_00000002").rmdir()
+    check_run_dir(make_recipe(started, seed=5))
 
 
 def test_new_and_empty_directories_are_accepted(tmp_path):
@@ -119,6 +125,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(started):
 def test_a_run_may_be_lengthened_only_if_that_changes_no_step_done(tmp_path, schedule):
     recipe = make_recipe(tmp_path / "run", optimizer=Optimizer(schedule=schedule))
     write_run_dir(make_plan(recipe, 1))
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
     longer = dataclasses.replace(recipe, steps=2 * recipe.steps)
     if schedule == "constant":
         check_run_dir(longer)
@@ -151,4 +158,6 @@ def test_exports_are_named_after_the_run(tmp_path):
     recipe = make_recipe(tmp_path / "cats")
     assert export_path(recipe, 40) == tmp_path / "cats/export/cats-step_00000040.safetensors"
     full = dataclasses.replace(recipe, method="full")
+    assert export_path(recipe, 40, "ema").name == "cats-step_00000040-ema.safetensors"
+    assert export_path(full, 40, "ema").parent.name == "step_00000040-ema"
     assert export_path(full, 40) == tmp_path / "cats/export/step_00000040/transformer"

@@ -26,7 +26,7 @@ from flux2_ds.model.quantize import QuantizedLinear
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Launch, Prepare, Preview, Recipe
 from flux2_ds.rendering import Prompt, open_reference, render
-from flux2_ds.rundir import write_run_dir
+from flux2_ds.rundir import export_path, write_run_dir
 from flux2_ds.spec import Spec
 
 CPU = torch.device("cpu")
@@ -83,6 +83,8 @@ def test_both_columns_are_diffusers_own(
     references = [Image.new("RGB", (64, 80), (250, 20, 20))]
 
     prompts = sample.encode_prompts(recipe, tiny_spec, tiny_model, CPU)
+    # As after a resume with another alpha: the file's own counts.
+    recipe = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, alpha=60.0))
     model = sample.load_transformer(recipe, tiny_model, CPU)
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert bool(quantized) == (base is not None)
@@ -284,3 +286,24 @@ def test_a_card_that_is_too_small_after_all(
     monkeypatch.setattr("sys.argv", [*command, "--launch.accelerator", "cuda"])
     with pytest.raises(UserError, match=r"no GPU is visible .*add --launch\.accelerator cpu"):
         sample.main()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_newest_export_of_the_weights_asked_for_is_chosen(tmp_path: Path, method: str) -> None:
+    recipe = previewed(tmp_path, tmp_path / "run", method)
+    for step, weights in ((3, "trained"), (7, "trained"), (7, "ema"), (9, "ema")):
+        path = export_path(recipe, step, weights)  # type: ignore[arg-type]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert sample.choose_export(recipe, None) == export_path(recipe, 7)
+    assert sample.choose_export(recipe, None, "ema") == export_path(recipe, 9, "ema")
+    assert sample.step_of(export_path(recipe, 9, "ema")) == 9
+    with pytest.raises(UserError, match="export --weights ema"):
+        sample.choose_export(recipe, 3, "ema")
+
+
+def test_an_output_that_is_no_picture_is_refused() -> None:
+    sample.check_output(Path("a.PNG"))
+    for name in ("a", "a.txt"):
+        with pytest.raises(UserError, match=rf"--output {name}: no picture format"):
+            sample.check_output(Path(name))

@@ -29,7 +29,7 @@ from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Data, Model, Recipe, load_recipe
+from flux2_ds.recipe import Data, Lora, Model, Optimizer, Recipe, load_recipe, recipe_values
 from flux2_ds.rundir import lock_run_dir
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
@@ -395,7 +395,7 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
 
 def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
     pieces = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
-    state = {"updates": step - 1, "index": index.digest}
+    state = {"updates": step - 1, "index": index.digest, "recipe": recipe_values(recipe)}
     return write(Path(recipe.run_dir) / "checkpoints", step, pieces, state)
 
 
@@ -433,7 +433,7 @@ def test_steps_that_an_earlier_start_skipped_are_counted_on(tmp_path, monkeypatc
     assert nonfinite.skipped == 3
 
 
-def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_checkpoint):
+def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_checkpoint, caplog):
     save(write_checkpoint, recipe_for(tmp_path), 10)
     other = dataclasses.replace(INDEX, shards=[*INDEX.shards, *INDEX.shards])
     engine = Mock()
@@ -441,6 +441,86 @@ def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_
         train.resume(engine, recipe_for(tmp_path), other, FIRST)
     engine.state.load.assert_not_called()
     assert train.resume(engine, recipe_for(tmp_path, accept_changes=True), other, FIRST) == 10
+    assert f"accepted: other shards in data.shards shards (index {other.digest}, was" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("adamw", "adafactor"), ("adamw", "muon"), ("prodigy", "adamw"), ("adamw8bit", "adamw")],
+)
+def test_another_optimizer_is_refused_before_anything_changes(
+    tmp_path, write_checkpoint, before, now
+):
+    save(write_checkpoint, recipe_for(tmp_path, optimizer=Optimizer(name=before)), 10)
+    other = recipe_for(tmp_path, optimizer=Optimizer(name=now), accept_changes=True)
+    engine = Mock()
+    with pytest.raises(UserError, match=f"optimizer.name was {before}, is {now}"):
+        train.resume(engine, other, INDEX, FIRST)
+    engine.state.load.assert_not_called()
+
+
+def test_eight_bit_adamw_may_be_paged_from_a_checkpoint_on(tmp_path, write_checkpoint):
+    save(write_checkpoint, recipe_for(tmp_path, optimizer=Optimizer(name="adamw8bit")), 10)
+    paged = recipe_for(tmp_path, optimizer=Optimizer(name="adamw8bit_paged"), accept_changes=True)
+    assert train.resume(Mock(), paged, INDEX, FIRST) == 10
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
+    """`train.train` with stand-ins for the model, the engine and the loop; returns run()'s."""
+    spec, index = Mock(), Mock(digest=INDEX.digest, largest_tokens=1)
+    stand_ins = {
+        "start_process": lambda accelerator: FIRST,
+        "read_data": lambda recipe: (index, Mock(samples=0)),
+        "build_model": lambda *_: (Mock(), Memory({}, {})),
+        "recordable": lambda plan, index: plan,
+        "read_spec": lambda *_, **__: spec,
+    }
+    for name in ("model_directory", "check_same", "check_shards", "check_wandb", "build_order",
+                 "barrier", "say_plan", "say_memory", "stop_process", "build_engine", "run"):  # fmt: skip
+        monkeypatch.setattr(train, name, Mock())
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(train, name, stand_in)
+
+    def starts(recipe: Recipe) -> Any:
+        train.train(recipe, Mock(), Mock())
+        return train.run
+
+    return starts
+
+
+def test_a_refused_start_leaves_the_run_directory_as_it_was(
+    tmp_path, start, write_checkpoint, caplog
+):
+    recipe = recipe_for(tmp_path)
+    start(recipe)
+    save(write_checkpoint, recipe, 10)
+    written = {path: path.read_text() for path in (tmp_path / "run").glob("*.*")}
+    assert {path.name for path in written} == {"recipe.yaml", "deepspeed.json", "versions.json"}
+    changed = recipe_for(tmp_path, lora=Lora(rank=8), accept_changes=True)
+    train.build_engine().state.load.side_effect = UserError("does not fit")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="does not fit"):
+        start(changed)
+    assert {path: path.read_text() for path in (tmp_path / "run").glob("*.*")} == written
+    assert "accepted" not in caplog.text
+
+    train.build_engine().state.load.side_effect = None  # type: ignore[attr-defined]
+    start(changed)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").lora.rank == 8
+    assert "accepted: lora.rank was 32, is 8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "remedy"), [("constant", "raise steps"), ("cosine", "raise steps and set accept_")]
+)
+def test_a_run_that_is_past_its_steps_says_where_it_is(
+    tmp_path, start, write_checkpoint, caplog, schedule, remedy
+):
+    recipe = recipe_for(tmp_path, steps=7, optimizer=Optimizer(schedule=schedule))
+    save(write_checkpoint, recipe, 10)
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        start(recipe).assert_not_called()
+    assert f"newest checkpoint is of step 10, and steps is 7. To go on, {remedy}" in caplog.text
 
 
 def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatch):
