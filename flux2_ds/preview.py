@@ -84,7 +84,7 @@ class Previews:
         barrier()
         if self._process.first:
             with self._surviving(step):
-                self._overview().save(self._folder.with_suffix(".png"))
+                self._overview(target.name).save(self._folder.with_suffix(".png"))
         paths = [target / f"{number}.png" for number in range(len(self._prompts))]
         made = zip(self._settings.prompts, paths, strict=True)
         return [(prompt, path) for prompt, path in made if path.is_file()]
@@ -120,9 +120,10 @@ class Previews:
                 if number <= last:
                     picture.save(target / f"{number}.png")
 
-    def _overview(self) -> Image.Image:
-        """A row a prompt, a column for each of some steps, the first and the last among them."""
-        folders = sorted(self._folder.glob("step_*"))
+    def _overview(self, newest: str) -> Image.Image:
+        """A row a prompt, a column for each of some steps, the first and the `newest` among them."""
+        # Later ones are of an earlier start, whose steps after its last checkpoint are done again.
+        folders = sorted(path for path in self._folder.glob("step_*") if path.name <= newest)
         count = min(len(folders), _COLUMNS)
         chosen = [folders[round(n * (len(folders) - 1) / max(1, count - 1))] for n in range(count)]
         wide, high = self._settings.width, self._settings.height

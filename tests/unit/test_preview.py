@@ -155,3 +155,13 @@ def test_what_cannot_be_previewed_is_refused_before_the_model_is_loaded(tmp_path
     (tmp_path / "vae").mkdir()
     (tmp_path / "scheduler").mkdir()
     check_previews(recipe, tmp_path)
+
+
+def test_pictures_of_an_earlier_start_are_not_in_the_overview(previews, tmp_path):
+    overview = tmp_path / "run" / "previews.png"
+    previews().render(2)
+    alone = pixels(overview)
+    previews().render(4)
+    assert pixels(overview).shape[1] > alone.shape[1]
+    previews().render(2)  # that start left no checkpoint
+    assert (pixels(overview) == alone).all()
