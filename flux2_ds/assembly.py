@@ -82,7 +82,7 @@ def finish_model(
         free = min(exchange(free))
     kept = kept_blocks(spec, plan, image_tokens, free)
     attention = attention_backend(recipe, process.device)
-    compiled = compiles(recipe, plan.zero_stage)
+    compiled = compiles(recipe)
     arrange_blocks(
         model,
         kept=kept,
@@ -114,7 +114,7 @@ def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
         plan.recipe.optimizer,
         offload_optimizer=plan.offloads("offload_optimizer"),
         in_parts=plan.recipe.method == "full",
-        compiled=blocks_of(model) if compiles(plan.recipe, plan.zero_stage) else (),
+        compiled=blocks_of(model) if compiles(plan.recipe) else (),
     )
 
 

@@ -12,7 +12,10 @@ from flux2_ds.plan import Plan, compiles, make_plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 
-_STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+_STAGES = (
+    *("zero0", "zero1", "zero2", "zero2_offload"),
+    *("zero3", "zero3_offload_optimizer", "zero3_offload"),
+)
 _Base = Literal["fp8", "nf4_fp8", "int8", "nf4"] | None
 _BASES: tuple[_Base, ...] = (None, "fp8", "nf4_fp8", "int8", "nf4")
 _ACTIVATIONS = [(keep, False) for keep in (1.0, 0.75, 0.5, 0.25, 0.0)] + [(0.0, True)]
@@ -71,7 +74,7 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
-    if not compiles(recipe, plan.zero_stage):
+    if not compiles(recipe):
         seconds *= 1.35
     if "base weights" in memory.host:
         seconds += (2 + again) * base_bytes(spec, recipe.base_weights, 2) / _HOST_LINK

@@ -203,6 +203,9 @@ def estimate(
     bf16_masters = full and recipe.precision == "bf16"
     gradient = 6 if bf16_masters else 4
     optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
+    if bf16_masters and stage < 3:
+        # DeepSpeed sums them on the card in fp32, also where they go to the host afterwards.
+        card.setdefault("gradients", 4 * share)
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = bf16_masters and stage == 1 and optimizer_at is card
     if stage and zero.get("contiguous_gradients", True) and not bufferless:
@@ -217,7 +220,7 @@ def estimate(
     stream = tokens * spec.width * element
     kept_double = max(0, kept - spec.single_blocks)
     kept_single = kept - kept_double
-    each = 1 if compiles(recipe, stage) else _NOT_COMPILED
+    each = 1 if compiles(recipe) else _NOT_COMPILED
     kept_streams = each * (_KEPT_DOUBLE * kept_double + _KEPT_SINGLE * kept_single)
     card["activations"] = stream * kept_streams
     if recipe.offload_activations:

@@ -119,12 +119,12 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     _check_optimizer(recipe, stage, zero)
     if recipe.cuda_graphs and (reason := _not_captured(recipe, stage)):
         raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
-    if stage == 3 and compiles(recipe, stage):
+    if stage == 3 and compiles(recipe):
         # DeepSpeed's own linear looks at what it has gathered, which no graph can.
         if zero.get("memory_efficient_linear"):
             raise UserError(
-                "the deepspeed config sets memory_efficient_linear, which cannot be compiled, and compile "
-                "is true. Remove one of them."
+                "the deepspeed config sets memory_efficient_linear, which cannot be compiled, and the blocks "
+                "are compiled. Remove it, or set compile: false."
             )
         config["zero_optimization"] = zero | {"memory_efficient_linear": False}
     config |= {
@@ -143,11 +143,11 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     return Plan(recipe, processes, accumulation, config)
 
 
-def compiles(recipe: Recipe, stage: int) -> bool:
-    """Whether the blocks are compiled: by default on CUDA, below stage 3, where no GPU has tried it."""
+def compiles(recipe: Recipe) -> bool:
+    """Whether the blocks are compiled: by default on CUDA."""
     if recipe.compile is not None:
         return recipe.compile
-    return recipe.launch.accelerator == "cuda" and stage < 3
+    return recipe.launch.accelerator == "cuda"
 
 
 def captures(plan: Plan) -> bool:
@@ -165,7 +165,7 @@ def _not_captured(recipe: Recipe, stage: int) -> str | None:
         return f"launch.accelerator is {recipe.launch.accelerator}"
     if stage == 3:
         return "the deepspeed config has stage 3, at which Python gathers the weights"
-    if not compiles(recipe, stage):
+    if not compiles(recipe):
         return "the blocks are not compiled (compile is false)"
     if recipe.method == "full":
         return "method is full, whose gradients would be held twice"

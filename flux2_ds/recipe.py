@@ -303,8 +303,7 @@ class Recipe:
     """Attention backend: torch's (cuDNN, flash, memory-efficient, math, or `native`: its choice) or
     an installed package. `auto`: cuDNN on Hopper, else native."""
     compile: bool | None = None
-    """Compile each block with torch.compile; for training, not for pictures. Default: on CUDA, below ZeRO
-    stage 3; there it works on the CPU and has not been tried on a GPU."""
+    """Compile each block with torch.compile; for training, not for pictures. Default: on CUDA."""
     cuda_graphs: bool | None = None
     """Record the forward and backward passes of each shape as CUDA graphs and replay them, so that Python
     does not hold up small models and pictures. For adapters with compiled blocks, below ZeRO stage 3,
@@ -319,7 +318,7 @@ class Recipe:
     backward pass: less memory on the card, for larger pictures and micro-batches."""
     deepspeed: str | dict[str, Any] = "zero2"
     """DeepSpeed config: the name of a shipped file (zero0, zero1, zero2, zero2_offload, zero3,
-    zero3_offload), a path, or the config itself."""
+    zero3_offload_optimizer, zero3_offload), a path, or the config itself."""
     accept_changes: bool = False
     """Continue a run although the recipe differs from the one it was started with."""
     model: Model

@@ -309,7 +309,7 @@ def run(
         index,
         held_out,
         recipe,
-        every_length=compiles(recipe, plan.zero_stage),
+        every_length=compiles(recipe),
         recorded=expected.records,
         text_dtype=conditioning["empty_text"].dtype,
         room=not_yet_allocated(plan, expected, resumed=first_step > 0),

@@ -28,10 +28,12 @@ from flux2_ds.model.single import fuse_single_blocks
 
 Forward = Callable[..., Any]
 
-# Said by diffusers for every model; which backends work here the tests tell.
-logging.getLogger("diffusers.models.modeling_utils").addFilter(
-    lambda record: "Attention backends are an experimental feature" not in record.getMessage()
-)
+# Said for every model: which backends work here the tests tell, and nothing in a block works in place.
+for _logger, _said in (
+    ("diffusers.models.modeling_utils", "Attention backends are an experimental feature"),
+    ("torch._higher_order_ops.wrap", "Detected that context_fn is passed"),
+):
+    logging.getLogger(_logger).addFilter(lambda record, said=_said: said not in record.getMessage())
 
 _aten = torch.ops.aten
 _COSTLY = {
@@ -73,9 +75,11 @@ def arrange_blocks(
     fuse_single_blocks(model)
     if attention is not None:
         model.set_attention_backend(attention)
-    if divided and compiled:
-        # ZeRO-3 sees arguments by position only, and this is what makes diffusers pass them so.
-        model.enable_gradient_checkpointing(lambda block, *arguments: block(*arguments))
+    if compiled:
+        _set_up_compiler(divided)
+        if divided:
+            # ZeRO-3 sees arguments by position only, and this is what makes diffusers pass them so.
+            model.enable_gradient_checkpointing(lambda block, *arguments: block(*arguments))
     blocks = blocks_of(model)
     for number, block in enumerate(blocks):
         forward = block.forward
@@ -85,18 +89,21 @@ def arrange_blocks(
         elif compiled:
             forward = _keeping(forward)
         if compiled:
-            forward = _compiled(forward)
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
         if recomputes and offload:
             forward = _offloading(forward, block.forward)
         block.forward = forward
 
 
-def _compiled(forward: Forward) -> Forward:
+def _set_up_compiler(divided: bool) -> None:
     # One graph for each kind of block and each bucket, whose sizes it knows; all of them count
     # against one limit.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 4096
-    return torch.compile(forward, fullgraph=True, dynamic=False)
+    # ZeRO-3's warm-up is forward only, and torch would compile the backward pass at its first use.
+    differentiation = torch._functorch.config
+    if hasattr(differentiation, "force_non_lazy_backward_lowering"):  # newer than torch 2.9
+        differentiation.force_non_lazy_backward_lowering = divided
 
 
 def _recomputing(forward: Forward) -> Forward:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.dist
 def configs() -> dict[str, dict[str, Any]]:
     """Every shipped config; offload needs a C++ compiler for DeepSpeed's CPU Adam."""
     found = {name: read_deepspeed(name) for name in CONFIGS}
-    for name in ("zero3", "zero3_offload"):
+    for name in (name for name in CONFIGS if name.startswith("zero3")):
         # The shipped threshold would keep every parameter of so small a model gathered.
         found[name]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if shutil.which("c++") is None:

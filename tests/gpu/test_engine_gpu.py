@@ -1,69 +1,98 @@
-"""One golden trajectory: on a GPU every ZeRO stage follows plain PyTorch on the same GPU."""
+"""One golden trajectory: on one GPU and on two every ZeRO stage follows plain PyTorch on one."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flux2_ds.plan import read_deepspeed
+from flux2_ds.shipped import shipped_directory
 
 DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 STEPS = 20
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative, on every loss."""
-STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+KINDS = [("lora", "float32"), ("lora", "bfloat16"), ("dora", "bfloat16"), ("full", "float32")]
+"""Method and the base's dtype. A full fine-tune in bf16 has fp32 masters, which the plain loop has not."""
+STAGES = sorted(path.stem for path in shipped_directory("ds_configs").glob("*.json"))
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "dtype"),
-    # A full fine-tune in bf16 has fp32 masters, which the plain loop has not.
-    [("lora", "float32"), ("lora", "bfloat16"), ("dora", "bfloat16"), ("full", "float32")],
-)
-def test_every_stage_follows_plain_pytorch(method: str, dtype: str) -> None:
-    """In a process of its own, because DeepSpeed chooses its accelerator once."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_stage_follows_plain_pytorch(world: int, tmp_path: Path) -> None:
+    """In processes of their own, because DeepSpeed chooses its accelerator once."""
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
     cases = []
-    for name in STAGES:
-        config = read_deepspeed(name)
-        if "zero3" in name:
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        cases += [
-            {"method": method, "name": f"{name} in {4 // micro} micro-batches", "dtype": dtype,
-             "deepspeed": config, "micro": micro, "steps": STEPS}
-            for micro in (1, 4)
-        ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, json.dumps(cases)],
-        cwd=DISTRIBUTED, env={**os.environ, "DS_ACCELERATOR": "cuda"}, text=True, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected, *found = json.loads(done.stdout.splitlines()[-1])
-    assert expected[-1] < 0.98 * expected[0]
-    worst = {
-        case["name"]: max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
-        for case, losses in zip(cases, found, strict=True)
-    }
-    print(method, dtype, {name: f"{error:.1e}" for name, error in worst.items()})
-    assert max(worst.values()) < TOLERANCE[dtype], worst
+    for method, dtype in KINDS:
+        for name in STAGES:
+            config = read_deepspeed(name)
+            if "zero3" in name:
+                config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            cases += [
+                {"method": method, "name": name, "dtype": dtype, "deepspeed": config, "micro": micro,
+                 "steps": STEPS}
+                for micro in (1, 4 // world)
+            ]  # fmt: skip
+    references, found = train(cases, world, tmp_path)
+    worst: dict[tuple[str, str], float] = {}
+    for case, losses in zip(cases, found, strict=True):
+        kind = case["method"], case["dtype"]
+        expected = references[KINDS.index(kind)]
+        assert expected[-1] < 0.98 * expected[0]
+        error = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+        worst[kind] = max(worst.get(kind, 0), error)
+        assert error < TOLERANCE[case["dtype"]], (case, error)
+    print(f"{world} GPUs:", {" ".join(kind): f"{error:.1e}" for kind, error in worst.items()})
+
+
+def train(
+    cases: list[dict[str, Any]], world: int, folder: Path
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Losses of plain PyTorch for each of KINDS, and of each case in `world` processes with a GPU each."""
+    (folder / "cases.json").write_text(json.dumps([KINDS, STEPS, cases]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    logs = [folder / f"{rank}.log" for rank in range(world)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(folder)],
+            cwd=DISTRIBUTED, stdout=log.open("w"), stderr=subprocess.STDOUT,
+            env={**os.environ, **meeting, "DS_ACCELERATOR": "cuda", "WORLD_SIZE": str(world),
+                 "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * world, "\n".join(log.read_text() for log in logs)
+    references, found = json.loads((folder / "losses.json").read_text())
+    return references, found
 
 
 WORKER = """
 import json, sys, torch, trajectory
+from pathlib import Path
 from flux2_ds.engine import start_process, stop_process
-process, cases = start_process("cuda"), json.loads(sys.argv[1])
-first = cases[0]
-dtype = getattr(torch, first["dtype"])
-losses, _ = trajectory.reference(first["method"], first["steps"], device="cuda", dtype=dtype)
-results = [losses, *(trajectory.run_case(case, process) for case in cases)]
+process, folder = start_process("cuda"), Path(sys.argv[1])
+kinds, steps, cases = json.loads((folder / "cases.json").read_text())
+references = [
+    trajectory.reference(method, steps, device="cuda", dtype=getattr(torch, dtype))[0]
+    for method, dtype in kinds
+]
+found = [trajectory.run_case(case, process) for case in cases]
+if process.first:
+    (folder / "losses.json").write_text(json.dumps([references, found]))
 stop_process()
-print(json.dumps(results))
 """

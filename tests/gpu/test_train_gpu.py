@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,10 @@ def expected(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> lis
         ("flux2_ds.train", ["--precision", "bf16"], 3e-3),
         ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "true"], 3e-3),
         ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "true", "--deepspeed", "zero0"], 3e-3),
+        ("launcher", ["--precision", "fp32", "--launch.processes", "2"], 1e-4),
+        ("launcher", ["--precision", "bf16", "--launch.processes", "2", "--cuda_graphs", "true"], 3e-3),
+        ("launcher", ["--precision", "bf16", "--launch.processes", "2", "--deepspeed", "zero3",
+                      "--compile", "true"], 3e-3),
     ],
 )  # fmt: skip
 def test_losses_follow_the_cpu(
@@ -75,10 +81,37 @@ def test_losses_follow_the_cpu(
     expected: list[float],
     tmp_path: Path,
 ) -> None:
-    """Stopped after the sixth step and continued."""
+    """Stopped after the sixth step and continued, with pictures of the prompts before and after."""
+    if "2" in settings and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
     command = ["train"] if module == "launcher" else []
     for steps in ("6", "10"):
         log = run(module, *command, *common, *settings, "--run_dir", str(tmp_path),
                   "--launch.accelerator", "cuda", "--steps", steps, "--accept_changes", "true")  # fmt: skip
         assert ("replayed as CUDA graphs" in log) == ("--cuda_graphs" in settings)
     assert losses_of(tmp_path) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_a_killed_process_ends_the_others(common: list[str], tmp_path: Path) -> None:
+    """The other one waits for it inside NCCL; the same command then goes on from the checkpoint."""
+    command = [sys.executable, "-m", "launcher", "train", *common, "--run_dir", str(tmp_path),
+               "--launch.accelerator", "cuda", "--launch.processes", "2", "--steps"]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen([*command, "100000"], cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "checkpoints" / "step_00000012").exists():
+            assert running.poll() is None and time.monotonic() < deadline, log.name
+            time.sleep(0.1)
+        os.kill(json.loads((tmp_path / "logs" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        assert running.wait(timeout=60) not in (0, 2, 75)
+    print(f"ended {time.monotonic() - killed:.1f} s after the kill")
+    failure = json.loads((tmp_path / "logs" / "failure.json").read_text())
+    assert failure["where"].startswith("rank 1"), failure
+    newest = max((tmp_path / "checkpoints").glob("step_*")).name
+    steps = str(int(newest.removeprefix("step_")) + 6)
+    done = subprocess.run(
+        [*command, steps, "--accept_changes", "true"], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0 and newest in done.stdout, done.stdout + done.stderr

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from flux2_ds.model import blocks, quantize, transformer
 from flux2_ds.model.blocks import arrange_blocks
@@ -134,6 +136,32 @@ def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPa
     recomputing, half, keeping = waiting
     assert recomputing < half < keeping < 0.7 * plain.waiting, (waiting, plain.waiting)
     assert computed[0] > computed[1] > computed[2] == once > 0, (computed, once)
+
+
+def test_divided_blocks_are_compiled_both_ways_by_a_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their warm-up has no other; of blocks that are not divided the backward pass waits for its use."""
+    directions: list[str] = []
+
+    def compiler(direction: str) -> Any:
+        def compile_graph(graph: Any, inputs: Any) -> Any:
+            directions.append(direction)
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    monkeypatch.setattr(
+        blocks.torch, "compile", partial(blocks.torch.compile.func, backend=backend)
+    )
+    for divided in (True, False):
+        model = build(BOTH_KINDS)
+        arrange_blocks(model, kept=0, compiled=True, attention=None, divided=divided)
+        directions.clear()
+        predict(model)
+        assert directions.count("forward") == 2
+        assert directions.count("backward") == (2 if divided else 0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
