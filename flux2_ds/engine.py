@@ -27,6 +27,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from flux2_ds import optimizers
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.ranks import given_ranks
+from flux2_ds.readback import Readback
 from flux2_ds.recipe import Optimizer
 from flux2_ds.training_state import TrainingState
 
@@ -304,6 +305,27 @@ def any_process(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(int(flag), device=device)
     distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
     return bool(value)
+
+
+class Agreement:
+    """Whether any process has raised its flag, for all of them to act on together.
+
+    With several processes the answer is that to the call before, for which no device is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked = Readback(0.0)
+
+    def any(self, flag: bool) -> bool:
+        """Collective."""
+        if distributed.get_world_size() == 1:
+            return flag
+        before = self._asked
+        value = torch.full((), float(flag), device=self._device)
+        distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+        self._asked = Readback(value)
+        return bool(float(before))
 
 
 def exchange(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ import torch
 
 from flux2_ds import checkpoint, saving
 from flux2_ds.data.loader import Loader, MicroBatch
-from flux2_ds.engine import Engine, Process, any_process, average, barrier
+from flux2_ds.engine import Agreement, Engine, Process, average, barrier
 from flux2_ds.errors import UserError
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
@@ -28,6 +28,7 @@ from flux2_ds.metrics import Metrics
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.preview import Previews
+from flux2_ds.readback import Readback
 from flux2_ds.saving import SaveError
 from flux2_ds.stored import Piece
 from flux2_ds.warmup import Recompilations
@@ -50,7 +51,8 @@ class Cadence:
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of the step.
+    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of the step, with several processes
+    of the next one.
 
     The file is how `flux2-ds train` reaches the processes on every host; the first process looks for it.
     """
@@ -104,7 +106,7 @@ class Queued:
     number: int
     micro_batches: list[MicroBatch]
     losses: list[torch.Tensor]
-    gradient_norm: torch.Tensor | float
+    gradient_norm: Readback
 
 
 def train(
@@ -138,6 +140,7 @@ def train(
     meter = Meter(torch.zeros((), device=process.device))
     queued: deque[Queued] = deque()
     recompilations = Recompilations()
+    agreement = Agreement(process.device)
     lookout.at(first_step + 1, "waiting for data")
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
@@ -151,9 +154,9 @@ def train(
 
         done = step + 1
         recompilations.check(done, micro_batches[0].bucket)
-        queued.append(Queued(done, micro_batches, losses, engine.gradient_norm()))
+        queued.append(Queued(done, micro_batches, losses, Readback(engine.gradient_norm())))
         lookout.at(done, "agreeing")
-        stopping = any_process(stop.seen(process), process.device)
+        stopping = agreement.any(stop.seen(process))
         ending = stopping or done == cadence.steps
         evaluating = (
             evaluation is not None and not stopping and (ending or every(evaluation.every, done))

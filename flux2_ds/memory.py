@@ -157,6 +157,14 @@ def rendering_bytes(
     )
 
 
+def _gradient_bytes(stage: int, offloaded: bool) -> int:
+    """Of each bf16 weight, where the optimizer is, as DeepSpeed 0.19.8 holds them: their sum in fp32; on the
+    host another copy for its Adam (stage 3), or the updated weight on its way back; at stage 1 both dtypes."""
+    if offloaded:
+        return 8 if stage == 3 else 6
+    return 6 if stage == 1 else 4
+
+
 def _expanded(spec: Spec, base_weights: str | None) -> int:
     """Bytes of the widest weight as the product reads it."""
     product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
@@ -201,11 +209,13 @@ def estimate(
         optimizer_at["fp32 masters"] = 4 * share
     optimizer_at["optimizer"] = _STATE.get(recipe.optimizer.name, _MOMENTS) * share
     bf16_masters = full and recipe.precision == "bf16"
-    gradient = 6 if bf16_masters else 4
+    offloaded = optimizer_at is host
+    gradient = _gradient_bytes(stage, offloaded) if bf16_masters else 4
     optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
-    if bf16_masters and stage < 3:
-        # DeepSpeed sums them on the card in fp32, also where they go to the host afterwards.
-        card.setdefault("gradients", 4 * share)
+    if bf16_masters and offloaded and stage < 3:
+        card["gradients"] = (
+            4 * share
+        )  # summed there, and copied to the host with the last micro-batch
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = bf16_masters and stage == 1 and optimizer_at is card
     if stage and zero.get("contiguous_gradients", True) and not bufferless:

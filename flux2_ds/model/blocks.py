@@ -28,12 +28,14 @@ from flux2_ds.model.single import fuse_single_blocks
 
 Forward = Callable[..., Any]
 
-# Said for every model: which backends work here the tests tell, and nothing in a block works in place.
-for _logger, _said in (
-    ("diffusers.models.modeling_utils", "Attention backends are an experimental feature"),
-    ("torch._higher_order_ops.wrap", "Detected that context_fn is passed"),
-):
-    logging.getLogger(_logger).addFilter(lambda record, said=_said: said not in record.getMessage())
+
+def _silence(logger: str, said: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: said not in record.getMessage())
+
+
+# Said for every model. Which backends work here the tests tell, and nothing in a block works in place.
+_silence("diffusers.models.modeling_utils", "Attention backends are an experimental feature")
+_silence("torch._higher_order_ops.wrap", "Detected that context_fn is passed")
 
 _aten = torch.ops.aten
 _COSTLY = {

@@ -43,7 +43,7 @@ INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process group."""
     monkeypatch.setattr(loop, "average", lambda value: value)
-    monkeypatch.setattr(loop, "any_process", lambda flag, device: flag)
+    monkeypatch.setattr(loop.Agreement, "any", lambda agreement, flag: flag)
     monkeypatch.setattr(loop, "barrier", lambda: None)
     monkeypatch.setattr(train, "from_first", lambda value, device: value)
     monkeypatch.setattr(saving, "exchange", lambda value: [value])
