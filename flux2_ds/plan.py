@@ -151,11 +151,9 @@ def compiles(recipe: Recipe) -> bool:
 
 
 def captures(plan: Plan) -> bool:
-    """Whether passes are recorded as CUDA graphs: by default, if possible, where GPUs have tried it, which
-    is in a run of one process at stage 0."""
+    """Whether passes are recorded as CUDA graphs: by default, if possible."""
     if plan.recipe.cuda_graphs is None:
-        tried = plan.processes == 1 and plan.zero_stage == 0
-        return tried and _not_captured(plan.recipe, plan.zero_stage) is None
+        return _not_captured(plan.recipe, plan.zero_stage) is None
     return plan.recipe.cuda_graphs
 
 

@@ -26,6 +26,11 @@ class LoraLinear(lora.Linear):
 
     def __init__(self, base_layer: torch.nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
+        # Whether the base is quantised and here; ZeRO-3 gathers it when the base layer is called. Asked once:
+        # a compiler that sees DeepSpeed's number of a parameter makes a graph for each (torch 2.11).
+        self._whole = isinstance(base_layer, QuantizedLinear) and not hasattr(
+            base_layer.values, "ds_id"
+        )
         if adapter_name in self.lora_magnitude_vector:
             # B is zero now, so PEFT has just computed the norms of W's rows.
             norm = self.lora_magnitude_vector[adapter_name].weight.detach().float().clone()
@@ -52,12 +57,6 @@ class LoraLinear(lora.Linear):
         # Like PEFT, DoRA's part of the base product sees the dropped input too.
         inner = base if dropped is x else self.base_layer(dropped)
         return _add(base + (gain - 1).to(x.dtype) * inner, narrow, gain[:, None] * up)
-
-    @property
-    def _whole(self) -> bool:
-        """Whether the base is quantised and here; ZeRO-3 gathers it when the base layer is called."""
-        base = self.base_layer
-        return isinstance(base, QuantizedLinear) and not hasattr(base.values, "ds_id")
 
     def _adapted(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         base = self.base_layer
