@@ -55,9 +55,9 @@ class MemoryPlan:
         if not self.others:
             return [*found, "           nothing does: more or larger GPUs, or a smaller model"]
         found.append("what fits, fastest first:")
-        found.append("  deepspeed      base      keep  inputs  GPU GiB  host GiB")
+        found.append(f"  {'deepspeed':23}  base      keep  inputs  GPU GiB  host GiB")
         found += [
-            f"  {choice.deepspeed:13}  {choice.base_weights or '-':8}  {choice.activations:4.0%}"
+            f"  {choice.deepspeed:23}  {choice.base_weights or '-':8}  {choice.activations:4.0%}"
             f"  {'host' if choice.offload_activations else 'card':6}"
             f"  {choice.memory.on_card / GIB:7.1f}"
             f"  {choice.memory.on_host * self.per_host / GIB:8.1f}"
