@@ -213,9 +213,8 @@ def estimate(
     gradient = _gradient_bytes(stage, offloaded) if bf16_masters else 4
     optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
     if bf16_masters and offloaded and stage < 3:
-        card["gradients"] = (
-            4 * share
-        )  # summed there, and copied to the host with the last micro-batch
+        # Summed there, and copied to the host with the last micro-batch.
+        card["gradients"] = 4 * share
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = bf16_masters and stage == 1 and optimizer_at is card
     if stage and zero.get("contiguous_gradients", True) and not bufferless:

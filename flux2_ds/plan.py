@@ -151,10 +151,11 @@ def compiles(recipe: Recipe) -> bool:
 
 
 def captures(plan: Plan) -> bool:
-    """Whether passes are recorded as CUDA graphs: by default, if possible."""
-    if plan.recipe.cuda_graphs is None:
-        return _not_captured(plan.recipe, plan.zero_stage) is None
-    return plan.recipe.cuda_graphs
+    """Whether passes are recorded as CUDA graphs: by default, if possible, in bf16, where GPUs have tried it."""
+    recipe = plan.recipe
+    if recipe.cuda_graphs is None:
+        return recipe.precision == "bf16" and _not_captured(recipe, plan.zero_stage) is None
+    return recipe.cuda_graphs
 
 
 def _not_captured(recipe: Recipe, stage: int) -> str | None:

@@ -307,8 +307,8 @@ class Recipe:
     cuda_graphs: bool | None = None
     """Record the forward and backward passes of each shape as CUDA graphs and replay them, so that Python
     does not hold up small models and pictures. For adapters with compiled blocks, below ZeRO stage 3,
-    without lora.dropout, offload_activations and reference images of several sizes. Default: so, if memory
-    allows."""
+    without lora.dropout, offload_activations and reference images of several sizes. Default: so, in bf16, if
+    memory allows."""
     activations: Literal["auto", "recompute", "keep"] | float = "auto"
     """Share of the blocks that keep the activations the backward pass needs, 0..1, instead of
     recomputing them: more memory, faster. `keep` is 1, `recompute` is 0, `auto` as many as the card

@@ -64,13 +64,12 @@ def expected(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> lis
         ("flux2_ds.train", ["--precision", "fp16"], 1e-3),
         ("flux2_ds.train", ["--precision", "fp32", "--activations", "recompute",
                             "--offload_activations", "true"], 1e-4),
+        ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "false"], 3e-3),
         ("flux2_ds.train", ["--precision", "bf16"], 3e-3),
-        ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "true"], 3e-3),
-        ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "true", "--deepspeed", "zero0"], 3e-3),
+        ("flux2_ds.train", ["--precision", "bf16", "--deepspeed", "zero0"], 3e-3),
         ("launcher", ["--precision", "fp32", "--launch.processes", "2"], 1e-4),
-        ("launcher", ["--precision", "bf16", "--launch.processes", "2", "--cuda_graphs", "true"], 3e-3),
-        ("launcher", ["--precision", "bf16", "--launch.processes", "2", "--deepspeed", "zero3",
-                      "--compile", "true"], 3e-3),
+        ("launcher", ["--precision", "bf16", "--launch.processes", "2"], 3e-3),
+        ("launcher", ["--precision", "bf16", "--launch.processes", "2", "--deepspeed", "zero3"], 3e-3),
     ],
 )  # fmt: skip
 def test_losses_follow_the_cpu(
@@ -88,7 +87,8 @@ def test_losses_follow_the_cpu(
     for steps in ("6", "10"):
         log = run(module, *command, *common, *settings, "--run_dir", str(tmp_path),
                   "--launch.accelerator", "cuda", "--steps", steps, "--accept_changes", "true")  # fmt: skip
-        assert ("replayed as CUDA graphs" in log) == ("--cuda_graphs" in settings)
+        recorded = "bf16" in settings and not {"--cuda_graphs", "zero3"} & set(settings)
+        assert ("replayed as CUDA graphs" in log) == recorded
     assert losses_of(tmp_path) == pytest.approx(expected, rel=tolerance)
 
 

@@ -487,6 +487,7 @@ def test_what_deepspeed_can_do(changes):
 def test_passes_are_captured_by_default():
     assert captures(make_plan(make_recipe(deepspeed="zero0"), 1))
     assert captures(make_plan(make_recipe(deepspeed="zero2"), 2))
+    assert not captures(make_plan(make_recipe(deepspeed="zero2", precision="fp16"), 2))
     assert not captures(make_plan(make_recipe(deepspeed="zero0", cuda_graphs=False), 1))
 
 

@@ -17,12 +17,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from flux2_ds import checkpoint, loop, saving, train
+from flux2_ds import checkpoint, engine, loop, saving, train
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
-from flux2_ds.engine import Process
+from flux2_ds.engine import Agreement, Process
 from flux2_ds.errors import UserError
 from flux2_ds.loop import Cadence, StopRequest
 from flux2_ds.memory import Memory
@@ -35,6 +35,7 @@ from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
+ANY = Agreement.any
 FIRST, SECOND = (Process(rank, 2, torch.device("cpu")) for rank in (0, 1))
 INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
 
@@ -118,6 +119,20 @@ def test_a_signal_is_seen_by_any_process(tmp_path, name):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert stop.reason == name
+
+
+@pytest.mark.parametrize(
+    ("processes", "answers"),
+    [(1, [False, False, False, True]), (2, [False, False, True, False])],
+)
+def test_processes_agree_without_waiting_and_one_alone_at_once(processes, answers, monkeypatch):
+    others = iter([0.0, 1.0, 0.0, 0.0])
+    monkeypatch.setattr(engine.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(
+        engine.distributed, "all_reduce", lambda value, op: value.clamp_(min=next(others))
+    )
+    agreement = Agreement(torch.device("cpu"))
+    assert [ANY(agreement, flag) for flag in (False, False, False, True)] == answers
 
 
 # The loop
