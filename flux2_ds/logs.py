@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -21,6 +22,20 @@ class LogFile(logging.FileHandler):
             sys.stderr.write(f"lines are missing in {self.baseFilename} from here on: {error}\n")
 
 
+def once(said: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter that lets messages with these words pass once."""
+    passed = False
+
+    def new(record: logging.LogRecord) -> bool:
+        nonlocal passed
+        repeats = said in record.getMessage()
+        passes = not (repeats and passed)
+        passed = passed or repeats
+        return passes
+
+    return new
+
+
 def set_up_log(logs: Path, rank: int) -> None:
     """Log lines and Python's warnings of the first process, on the console and in its log; of the
     others the warnings, in theirs (lookout.py has sent their output there)."""
@@ -34,5 +49,7 @@ def set_up_log(logs: Path, rank: int) -> None:
     logging.captureWarnings(True)
     # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Of a card that is nearly full DeepSpeed says so after each step at stage 3.
+    logging.getLogger("DeepSpeed").addFilter(once("pytorch allocator cache flushes"))
     # A recipe that says fp32 means it.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")

@@ -76,7 +76,9 @@ class Stopper:
             say(f"{name}: ending at once")
         elif self.reason is None:
             self.reason = name
-            say(f"{name}: after this step or the next, save a checkpoint and stop (again: end at once)")
+            say(
+                f"{name}: after this step or the next, save a checkpoint and stop (again: end at once)"
+            )
         elif not self.at_once:
             self.at_once = True
             say(f"{name} again: ending at once, without a checkpoint")

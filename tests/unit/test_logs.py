@@ -1,8 +1,11 @@
 """The first process's log."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
+
+from flux2_ds.logs import once
 
 PROGRAM = """\
 import logging, resource, sys
@@ -30,3 +33,12 @@ def test_a_full_disk_is_said_once_and_the_console_has_everything(tmp_path):
         *(f"line {number}" for number in range(999)),
     ]
     assert (tmp_path / "rank_0.log").read_text().endswith("first\n")
+
+
+def test_a_message_that_repeats_passes_once(caplog):
+    log = logging.getLogger("once")
+    log.addFilter(once("cache flushes"))
+    for number in (1, 2, 1):
+        log.warning("%d cache flushes", number)
+        log.warning("%d steps", number)
+    assert caplog.messages == ["1 cache flushes", "1 steps", "2 steps", "1 steps"]
