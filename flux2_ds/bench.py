@@ -41,7 +41,7 @@ from flux2_ds.memory import GIB, Memory
 from flux2_ds.model import transformer
 from flux2_ds.model.random_weights import random_transformer
 from flux2_ds.objective import FlowObjective
-from flux2_ds.plan import Plan, make_plan
+from flux2_ds.plan import Plan, captures, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.warmup import synthetic, too_small
@@ -160,8 +160,8 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
             )
         timing = measure(built.step, process, options.warm_up, options.measure)
     except torch.OutOfMemoryError as error:
-        recorded = bool(recipe.cuda_graphs)
-        raise UserError(too_small(recipe, str(bucket), error, recorded=recorded)) from error
+        advice = too_small(recipe, str(bucket), error, recorded=captures(plan))
+        raise UserError(advice) from error
     result["cuda_graphs"] = built.expected.records
     samples = recipe.batch.global_size
     work = useful_flops(spec, bucket, recipe.method) * samples / process.world

@@ -298,34 +298,18 @@ def average(value: torch.Tensor) -> torch.Tensor:
     return total(value) / distributed.get_world_size()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process. Collective, so that all of them act on it together."""
-    if distributed.get_world_size() == 1:
-        return flag  # without a wait for the device
-    value = torch.tensor(int(flag), device=device)
-    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
-    return bool(value)
+def any_process(flag: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
+    """A function that says whether the flag is up in any process, for all of them to act on together. Collective.
 
-
-class Agreement:
-    """Whether any process has raised its flag, for all of them to act on together.
-
-    With several processes the answer is that to the call before, for which no device is waited for.
+    One alone looks at its flag when that is called. Several have looked now; what the device is given meanwhile
+    is not waited for.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._asked = Readback(0.0)
-
-    def any(self, flag: bool) -> bool:
-        """Collective."""
-        if distributed.get_world_size() == 1:
-            return flag
-        before = self._asked
-        value = torch.full((), float(flag), device=self._device)
-        distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
-        self._asked = Readback(value)
-        return bool(float(before))
+    if distributed.get_world_size() == 1:
+        return flag
+    value = torch.full((), float(flag()), device=device)
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    answer = Readback(value)
+    return lambda: bool(float(answer))
 
 
 def exchange(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ import torch
 
 from flux2_ds import checkpoint, saving
 from flux2_ds.data.loader import Loader, MicroBatch
-from flux2_ds.engine import Agreement, Engine, Process, average, barrier
+from flux2_ds.engine import Engine, Process, any_process, average, barrier
 from flux2_ds.errors import UserError
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
@@ -51,8 +51,8 @@ class Cadence:
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of the step, with several processes
-    of the next one.
+    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of a step, with several processes
+    of one that begins after it.
 
     The file is how `flux2-ds train` reaches the processes on every host; the first process looks for it.
     """
@@ -140,10 +140,10 @@ def train(
     meter = Meter(torch.zeros((), device=process.device))
     queued: deque[Queued] = deque()
     recompilations = Recompilations()
-    agreement = Agreement(process.device)
     lookout.at(first_step + 1, "waiting for data")
     for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
         lookout.at(step + 1, "computing")
+        asked_to_stop = any_process(partial(stop.seen, process), process.device)
         seed_dropout(seed, step, process.rank)
         losses = []
         for micro_batch in micro_batches:
@@ -156,7 +156,11 @@ def train(
         recompilations.check(done, micro_batches[0].bucket)
         queued.append(Queued(done, micro_batches, losses, Readback(engine.gradient_norm())))
         lookout.at(done, "agreeing")
-        stopping = agreement.any(stop.seen(process))
+        # The device works on this step while the host prepares the next: only the one before is
+        # looked at, unless the numbers are needed now.
+        while len(queued) > 1:
+            settle(queued.popleft(), nonfinite, meter, global_batch)
+        stopping = asked_to_stop()
         ending = stopping or done == cadence.steps
         evaluating = (
             evaluation is not None and not stopping and (ending or every(evaluation.every, done))
@@ -166,11 +170,8 @@ def train(
         )
         logging_due = ending or evaluating or previewing or every(cadence.log_every, done)
         saving_due = ending or every(cadence.save_every, done)
-        # The device works on this step while the host prepares the next: only the one before is
-        # looked at, unless the numbers are needed now.
-        while len(queued) > (0 if logging_due or saving_due else 1):
-            settle(queued.popleft(), nonfinite, meter, global_batch)
         if logging_due or saving_due:
+            settle(queued.popleft(), nonfinite, meter, global_batch)
             values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
             values["skipped_steps"] = nonfinite.skipped

@@ -14,7 +14,7 @@ from flux2_ds.data.index import Index
 from flux2_ds.errors import UserError
 from flux2_ds.plan import Plan, captures, compiles
 from flux2_ds.recipe import Recipe
-from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
+from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules
 
 GIB = 2**30
@@ -25,6 +25,7 @@ _KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
 _NOT_COMPILED = 2.1  # autograd alone keeps what a compiler would recompute
 _WORKING = 34
 _RENDERING = 21  # without a backward pass
+_DECODER_CHANNELS = 128  # of the released VAE, at a picture's full size
 _TIMESTEP_FREQUENCIES = 256
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
 
@@ -157,12 +158,27 @@ def rendering_bytes(
     )
 
 
-def _gradient_bytes(stage: int, offloaded: bool) -> int:
-    """Of each bf16 weight, where the optimizer is, as DeepSpeed 0.19.8 holds them: their sum in fp32; on the
-    host another copy for its Adam (stage 3), or the updated weight on its way back; at stage 1 both dtypes."""
-    if offloaded:
-        return 8 if stage == 3 else 6
-    return 6 if stage == 1 else 4
+def _preview_bytes(spec: Spec, recipe: Recipe, element: int) -> float:
+    pixels = recipe.preview.height * recipe.preview.width
+    tokens = pixels // PIXELS_PER_TOKEN**2
+    return rendering_bytes(spec, recipe.base_weights, element, tokens, pixels, _DECODER_CHANNELS)
+
+
+def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
+    """Host memory that DeepSpeed 0.19.8 gives its CPU Adam for `share` elements, beside the moments.
+
+    Page-locked, where the config says so, are at stage 3 the sums of gradients in one piece and a copy of
+    them in groups, below it masters, gradients and the updated weights on their way back to the card.
+    """
+    zero = plan.zero
+    locked = _page_locked if zero["offload_optimizer"].get("pin_memory") else float
+    if plan.zero_stage < 3:
+        gradients = locked(4 * share) + locked(element * share)
+        return {"fp32 masters": locked(4 * share), "gradients": gradients}
+    group = min(share, zero.get("sub_group_size", _LIVE))
+    whole, rest = divmod(share, group)
+    copies = whole * locked(4 * group) + (locked(4 * rest) if rest else 0)
+    return {"fp32 masters": 4 * share, "gradients": locked(4 * share) + copies}
 
 
 def _expanded(spec: Spec, base_weights: str | None) -> int:
@@ -205,16 +221,19 @@ def estimate(
     if not full:
         card["adapter"] = 4 * (share if stage == 3 else trained)
     optimizer_at = host if plan.offloads("offload_optimizer") else card
-    if stage and (full or stage < 3):
-        optimizer_at["fp32 masters"] = 4 * share
-    optimizer_at["optimizer"] = _STATE.get(recipe.optimizer.name, _MOMENTS) * share
     bf16_masters = full and recipe.precision == "bf16"
-    offloaded = optimizer_at is host
-    gradient = _gradient_bytes(stage, offloaded) if bf16_masters else 4
-    optimizer_at["gradients"] = gradient * (share if stage >= 2 else trained)
-    if bf16_masters and offloaded and stage < 3:
-        # Summed there, and copied to the host with the last micro-batch.
-        card["gradients"] = 4 * share
+    if optimizer_at is host:
+        host |= _offloaded(plan, share, element if full else 4)
+        if bf16_masters and stage < 3:
+            # Gradients are summed here first, at stage 1 those of all parameters besides.
+            card["gradients"] = 4 * share + (4 * trained if stage == 1 else 0)
+    else:
+        if stage and (full or stage < 3):
+            card["fp32 masters"] = 4 * share
+        # At stage 1 a full fine-tune in bf16 has its gradients in both dtypes.
+        gradient = 6 if bf16_masters and stage == 1 else 4
+        card["gradients"] = gradient * (share if stage >= 2 else trained)
+    optimizer_at["optimizer"] = _STATE.get(recipe.optimizer.name, _MOMENTS) * share
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = bf16_masters and stage == 1 and optimizer_at is card
     if stage and zero.get("contiguous_gradients", True) and not bufferless:
@@ -246,9 +265,12 @@ def estimate(
     memory = Memory(card, host)
     if captures(plan):
         # Gradients are copied out of the recorded passes, whose memory nothing else may use, and once more if
-        # they are then added to others.
-        graphs = 4 * trained * (1 + (plan.accumulation > 1)) + card["batch"]
-        graphs += card["working"] if recipe.data.held_out else 0
+        # they are then added to others or divided among processes.
+        graphs = 4 * trained * (1 + (plan.accumulation > 1 or stage == 2)) + card["batch"]
+        graphs += max(
+            card["working"] if recipe.data.held_out else 0,
+            _preview_bytes(spec, recipe, element) if recipe.preview.every else 0,
+        )
         captured = Memory(card | {_CUDA_GRAPHS: graphs}, host)
         if recipe.cuda_graphs or captured.fits(card_bytes):
             memory = captured
@@ -272,10 +294,13 @@ def recordable(plan: Plan, index: Index) -> Plan:
 
 
 def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
-    """Bytes of the card that the first forward pass finds free and later ones do not: the optimizer's
-    state, gradients that wait for the next micro-batch's, and below stage 3 ZeRO's buffers."""
-    parts = ["optimizer"] * (not resumed) + ["gradients"] * (plan.accumulation > 1)
+    """Bytes of the card that the warm-up finds free and the first step does not: the optimizer's state, below
+    stage 3 ZeRO's buffers and gradients, at stages 0 and 1 those that wait for the next micro-batch's."""
+    parts = ["optimizer"] * (not resumed)
     parts += ["reduction buffers"] * (plan.zero_stage < 3)
+    parts += ["gradients"] * (
+        plan.zero_stage == 2 or (plan.zero_stage < 2 and plan.accumulation > 1)
+    )
     return sum(memory.card.get(part, 0.0) for part in parts)
 
 

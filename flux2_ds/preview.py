@@ -98,8 +98,8 @@ class Previews:
             reason = f"previews of {size} cannot be made ({str(error).splitlines()[0]})"
             if step == 0:
                 raise UserError(
-                    f"{reason}. Lower preview.width and preview.height if memory is short, or remove "
-                    "preview.every."
+                    f"{reason}. If memory is short, lower preview.width and preview.height or set cuda_graphs: "
+                    "false; or remove preview.every."
                 ) from error
             log.warning("step %d: %s; training goes on", step, reason)
 

@@ -315,7 +315,7 @@ def run(
         room=not_yet_allocated(plan, expected, resumed=first_step > 0),
         step=first_step + 1,
         lookout=lookout,
-        stopping=lambda: any_process(stop.seen(process), process.device),
+        stopping=lambda: any_process(lambda: stop.seen(process), process.device)(),
     )
     metrics = None
     if process.first:

@@ -2,7 +2,8 @@
 
 Compiled blocks are a graph for each kind of block and each number of tokens, so everything is compiled
 here, with its progress shown, and not in the middle of the training. The longest comes first: a card
-that is too small for it is found before the first step. Nothing of this reaches the training: no
+that is too small for it is found before the first step (at ZeRO-3, whose compiled blocks pass forward alone, for
+its forward pass). Nothing of this reaches the training: no
 gradient, no random number, no state of the optimizer.
 """
 

@@ -29,7 +29,7 @@ _REPEAT = 1.0  # s after which the request to stop is repeated
 class Stopper:
     """The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks to save and stop, the second ends at once.
 
-    The request is `stop_file`, which the training processes look for after every step, on whatever
+    The request is `stop_file`, which the training processes look for at every step, on whatever
     host they are. It is repeated until they have ended, because a trainer that is just starting
     removes what it takes for an earlier request. DeepSpeed's own launchers would signal the processes
     one after the other and kill those still saving after 30 s, so they are left out of this. Without a

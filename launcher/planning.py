@@ -112,7 +112,7 @@ def plan_memory(
     if card_bytes is None:
         return MemoryPlan(plan.processes, per_host, tokens, keep, memory, None, [])
     fits = memory.fits(card_bytes, host_bytes)
-    others = choices(recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
+    others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
     return MemoryPlan(plan.processes, per_host, tokens, keep, memory, fits, others)
 
 

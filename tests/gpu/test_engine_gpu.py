@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,11 @@ def train(
         )
         for rank, log in enumerate(logs)
     ]  # fmt: skip
-    codes = [process.wait() for process in processes]
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):  # the others would wait for it in NCCL
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
     assert codes == [0] * world, "\n".join(log.read_text() for log in logs)
     references, found = json.loads((folder / "losses.json").read_text())
     return references, found

@@ -97,19 +97,23 @@ def test_a_killed_process_ends_the_others(common: list[str], tmp_path: Path) -> 
     """The other one waits for it inside NCCL; the same command then goes on from the checkpoint."""
     command = [sys.executable, "-m", "launcher", "train", *common, "--run_dir", str(tmp_path),
                "--launch.accelerator", "cuda", "--launch.processes", "2", "--steps"]  # fmt: skip
+    checkpoints = tmp_path / "checkpoints"
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen([*command, "100000"], cwd=ROOT, stdout=log, stderr=log)
+    try:
         deadline = time.monotonic() + 300
-        while not (tmp_path / "checkpoints" / "step_00000012").exists():
+        while not list(checkpoints.glob("step_*")):
             assert running.poll() is None and time.monotonic() < deadline, log.name
             time.sleep(0.1)
         os.kill(json.loads((tmp_path / "logs" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
         killed = time.monotonic()
         assert running.wait(timeout=60) not in (0, 2, 75)
+    finally:
+        running.kill()  # and with it, by its keeper, what it has started
     print(f"ended {time.monotonic() - killed:.1f} s after the kill")
     failure = json.loads((tmp_path / "logs" / "failure.json").read_text())
     assert failure["where"].startswith("rank 1"), failure
-    newest = max((tmp_path / "checkpoints").glob("step_*")).name
+    newest = max(checkpoints.glob("step_*")).name
     steps = str(int(newest.removeprefix("step_")) + 6)
     done = subprocess.run(
         [*command, steps, "--accept_changes", "true"], cwd=ROOT, text=True, capture_output=True

@@ -22,7 +22,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
-from flux2_ds.engine import Agreement, Process
+from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.loop import Cadence, StopRequest
 from flux2_ds.memory import Memory
@@ -35,7 +35,6 @@ from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-ANY = Agreement.any
 FIRST, SECOND = (Process(rank, 2, torch.device("cpu")) for rank in (0, 1))
 INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
 
@@ -44,7 +43,7 @@ INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process group."""
     monkeypatch.setattr(loop, "average", lambda value: value)
-    monkeypatch.setattr(loop.Agreement, "any", lambda agreement, flag: flag)
+    monkeypatch.setattr(loop, "any_process", lambda flag, device: flag)
     monkeypatch.setattr(loop, "barrier", lambda: None)
     monkeypatch.setattr(train, "from_first", lambda value, device: value)
     monkeypatch.setattr(saving, "exchange", lambda value: [value])
@@ -121,18 +120,18 @@ def test_a_signal_is_seen_by_any_process(tmp_path, name):
     assert stop.reason == name
 
 
-@pytest.mark.parametrize(
-    ("processes", "answers"),
-    [(1, [False, False, False, True]), (2, [False, False, True, False])],
-)
-def test_processes_agree_without_waiting_and_one_alone_at_once(processes, answers, monkeypatch):
-    others = iter([0.0, 1.0, 0.0, 0.0])
+@pytest.mark.parametrize(("processes", "late"), [(1, True), (2, False)])
+def test_several_processes_look_for_a_stop_when_asked_and_one_alone_when_it_is_needed(
+    processes, late, monkeypatch
+):
     monkeypatch.setattr(engine.distributed, "get_world_size", lambda: processes)
-    monkeypatch.setattr(
-        engine.distributed, "all_reduce", lambda value, op: value.clamp_(min=next(others))
-    )
-    agreement = Agreement(torch.device("cpu"))
-    assert [ANY(agreement, flag) for flag in (False, False, False, True)] == answers
+    monkeypatch.setattr(engine.distributed, "all_reduce", lambda value, op: None)
+    flags = {"up": False}
+    answer = engine.any_process(lambda: flags["up"], torch.device("cpu"))
+    flags["up"] = True
+    assert answer() == late
+    monkeypatch.setattr(engine.distributed, "all_reduce", lambda value, op: value.fill_(1))
+    assert engine.any_process(lambda: processes == 1, torch.device("cpu"))()
 
 
 # The loop
