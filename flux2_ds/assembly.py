@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from torch import nn
 
 from flux2_ds.attention import attention_backend, check_backend
 from flux2_ds.data.cache import Cache
@@ -16,7 +17,15 @@ from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
 from flux2_ds.data.sweep import Sweep
-from flux2_ds.engine import Engine, Process, check_config, divider, exchange, gathering
+from flux2_ds.engine import (
+    Engine,
+    Process,
+    Swapped,
+    check_config,
+    divider,
+    exchange,
+    gathering,
+)
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
@@ -50,12 +59,21 @@ def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transforme
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     files, quantized = directory / "transformer", BASE_WEIGHTS.get(recipe.base_weights or "")
-    if plan.zero_stage == 3:
+    if plan.swaps:
+        divide = divider(plan.deepspeed, swapped(model, dtype, recipe.base_weights))
+        read_weights(model, files, dtype, device, quantized, divide)
+    elif plan.zero_stage == 3:
         divide = divider(plan.deepspeed)
         read_parts(model, files, dtype, device, divide, process.rank, quantized)
     else:
         read_weights(model, files, dtype, device, quantized)
     return model
+
+
+def swapped(model: nn.Module, dtype: torch.dtype, base_weights: str | None) -> Swapped:
+    """What of a model of `dtype` goes to NVMe: all, or where the blocks' linears are quantised their values."""
+    largest = max(parameter.numel() for parameter in model.parameters())
+    return Swapped(torch.uint8 if base_weights in BASE_WEIGHTS else dtype, largest)
 
 
 def finish_model(

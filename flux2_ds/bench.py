@@ -28,7 +28,13 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_ds.assembly import build_engine, build_objective, check_machine, finish_model
+from flux2_ds.assembly import (
+    build_engine,
+    build_objective,
+    check_machine,
+    finish_model,
+    swapped,
+)
 from flux2_ds.bench_options import add_options, check_options
 from flux2_ds.comparisons import Step, bare_step, diffusers_step
 from flux2_ds.data.buckets import Bucket
@@ -39,7 +45,7 @@ from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.memory import GIB, Memory
 from flux2_ds.model import transformer
-from flux2_ds.model.random_weights import random_transformer
+from flux2_ds.model.random_weights import empty_transformer, random_transformer
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, captures, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
@@ -194,7 +200,10 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     """The recipe's step on this process's share of a global batch of noise. Collective."""
     recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
-    divide = divider(plan.deepspeed) if plan.zero_stage == 3 else None
+    divide = None
+    if plan.zero_stage == 3:
+        away = swapped(empty_transformer(spec), dtype, recipe.base_weights) if plan.swaps else None
+        divide = divider(plan.deepspeed, away)
     model = random_transformer(spec, dtype, recipe.base_weights, device, divide)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)

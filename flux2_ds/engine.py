@@ -12,12 +12,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.utils import set_z3_leaf_module
 from pydantic import ValidationError
@@ -27,8 +31,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from flux2_ds import optimizers
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.ranks import given_ranks
-from flux2_ds.readback import Readback
 from flux2_ds.recipe import Optimizer
+from flux2_ds.swapping import swaps
 from flux2_ds.training_state import TrainingState
 
 
@@ -96,10 +100,22 @@ def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
     return Process(distributed.get_rank(), distributed.get_world_size(), device)
 
 
-def divider(config: dict[str, Any]) -> Callable[[nn.Module], None]:
+@dataclass(frozen=True)
+class Swapped:
+    """What goes to NVMe, where the config says so: parameters of one dtype, of at most so many elements.
+
+    DeepSpeed's buffers have one dtype and would convert parameters of others.
+    """
+
+    dtype: torch.dtype
+    largest: int
+
+
+def divider(config: dict[str, Any], swapped: Swapped | None = None) -> Callable[[nn.Module], None]:
     """A function that leaves of a module's parameters this process's part of each (ZeRO-3).
 
-    Collective. Dtypes are kept.
+    Collective. Dtypes are kept. With `swapped`, parts that are not small go to NVMe at once, so that a module
+    must be filled before; all processes get the first one's values.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -107,10 +123,37 @@ def divider(config: dict[str, Any]) -> Callable[[nn.Module], None]:
         # as the model. M_MMAP_THRESHOLD: from this size on they go back to the system.
         libc.mallopt(-3, 4 << 20)
 
-    def divide(module: nn.Module) -> None:
-        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+    if swapped is None:
 
-    return divide
+        def divide(module: nn.Module) -> None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+        return divide
+
+    size = -(-swapped.largest // distributed.get_world_size())
+    config = _with_offload(config, buffer_size=size)
+    # Of its own each Init would make one, which empties the directory.
+    swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(config), swapped.dtype)
+
+    def swap(module: nn.Module) -> None:
+        away = [p for p in module.parameters() if p.dtype == swapped.dtype]
+        deepspeed.zero.Init(
+            module=nn.ParameterList(away), config_dict_or_path=config, param_swapper=swapper
+        )
+        divide_on_host([p for p in module.parameters() if p.dtype != swapped.dtype], config)
+
+    return swap
+
+
+def divide_on_host(parameters: Sequence[nn.Parameter], config: dict[str, Any]) -> None:
+    """Divide what does not go to NVMe though the config's other parameters do. Collective."""
+    config = _with_offload(config, device="cpu")
+    deepspeed.zero.Init(module=nn.ParameterList(parameters), config_dict_or_path=config)
+
+
+def _with_offload(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    zero = config["zero_optimization"]
+    return config | {"zero_optimization": zero | {"offload_param": zero["offload_param"] | changes}}
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -124,6 +167,28 @@ def check_config(config: dict[str, Any]) -> None:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"zero_optimization in the deepspeed config: {wrong}.") from error
+    zero = config.get("zero_optimization", {})
+    if swaps(zero):
+        _check_swapping(zero["offload_param"]["nvme_path"])
+
+
+def _check_swapping(place: str) -> None:
+    """Refuse a place on NVMe, or a machine, where DeepSpeed could not write; compiles its I/O at first use."""
+    try:
+        Path(place).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"nvme_path in the deepspeed config is {place}, where no directory can be made ({error}). Name "
+            "another one."
+        ) from error
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # whatever compiler and linker do wrong
+        raise UserError(
+            "the deepspeed config has offload_param on 'nvme', and DeepSpeed's async_io does not build "
+            f"({str(error).strip().splitlines()[0]}). It needs a C++ compiler, ninja and libaio (Debian's libaio-dev). "
+            'Install them, or set "device": "cpu".'
+        ) from error
 
 
 @contextmanager
@@ -177,6 +242,9 @@ class Engine:
             bucket = min(get_zero_config(config).reduce_bucket_size, trained)
             zero = config["zero_optimization"] | {"reduce_bucket_size": bucket}
             config = config | {"zero_optimization": zero}
+        if swaps(config.get("zero_optimization", {})):
+            # Left to `initialize`, adapters would go through buffers of the base's dtype.
+            divide_on_host(parameters, config)
         self._gathers_whole_modules = self._stage == 3 and bool(compiled)
         if self._gathers_whole_modules:
             for module in compiled:
@@ -296,20 +364,6 @@ def total(value: torch.Tensor) -> torch.Tensor:
 def average(value: torch.Tensor) -> torch.Tensor:
     """Mean over all processes. Collective."""
     return total(value) / distributed.get_world_size()
-
-
-def any_process(flag: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
-    """A function that says whether the flag is up in any process, for all of them to act on together. Collective.
-
-    One alone looks at its flag when that is called. Several have looked now; what the device is given meanwhile
-    is not waited for.
-    """
-    if distributed.get_world_size() == 1:
-        return flag
-    value = torch.full((), float(flag()), device=device)
-    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
-    answer = Readback(value)
-    return lambda: bool(float(answer))
 
 
 def exchange(value: Any) -> list[Any]:

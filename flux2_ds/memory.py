@@ -187,6 +187,14 @@ def _expanded(spec: Spec, base_weights: str | None) -> int:
     return 9 * spec.width**2 * product.get(base_weights or "", 0)
 
 
+def _swapped_bytes(spec: Spec, base_weights: str | None, element: int) -> list[float]:
+    """Bytes of each weight that `assembly.swapped` puts on NVMe: a quantised base's scales stay."""
+    if base_weights in (None, "bf16"):
+        return [elements * element for elements in block_matrices(spec) + other_matrices(spec)]
+    each = 0.5 if base_weights.startswith("nf4") else 1
+    return [elements * each for elements in block_matrices(spec)]
+
+
 def _page_locked(size: float) -> float:
     return 2.0 ** math.ceil(math.log2(size))
 
@@ -208,10 +216,14 @@ def estimate(
     card: dict[str, float] = {}
     host: dict[str, float] = {}
     offload = zero.get("offload_param") if plan.offloads("offload_param") else None
-    pinned = bool(offload and offload.get("pin_memory"))
+    pinned = bool(offload and offload.get("pin_memory") and not plan.swaps)
     parts = plan.processes if stage == 3 else 1
     base = base_bytes(spec, recipe.base_weights, element, parts, pinned=pinned)
     (host if offload else card)["base weights"] = base
+    if plan.swaps:
+        away = _swapped_bytes(spec, recipe.base_weights, element)
+        host["base weights"] -= sum(away) / parts
+        host["swap buffers"] = zero["offload_param"]["buffer_count"] * max(away) / parts
     if stage == 3:
         # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
         stored = element if recipe.base_weights in (None, "bf16") else 1

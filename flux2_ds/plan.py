@@ -19,6 +19,7 @@ from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe
 from flux2_ds.shipped import shipped_directory
 from flux2_ds.spec import Spec
+from flux2_ds.swapping import check_swapped, swapping, swaps
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _DEEPSPEED_KEYS = frozenset(
@@ -72,8 +73,13 @@ class Plan:
         return int(self.zero.get("stage", 0))
 
     def offloads(self, part: Literal["offload_optimizer", "offload_param"]) -> bool:
-        """Whether that part lives in host memory."""
+        """Whether that part lives in host memory, or on NVMe."""
         return _device(self.zero, part) != "none"
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the base is on NVMe."""
+        return swaps(self.zero)
 
     def lines(self, spec: Spec | None = None) -> list[str]:
         """The arithmetic, for people. `spec`: of the model, where it is known."""
@@ -117,6 +123,7 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     _check_precision(recipe, stage)
     check_base(recipe)
     _check_optimizer(recipe, stage, zero)
+    check_swapped(recipe, zero, processes, compiled=compiles(recipe))
     if recipe.cuda_graphs and (reason := _not_captured(recipe, stage)):
         raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
     if stage == 3 and compiles(recipe):
@@ -126,7 +133,11 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
                 "the deepspeed config sets memory_efficient_linear, which cannot be compiled, and the blocks "
                 "are compiled. Remove it, or set compile: false."
             )
-        config["zero_optimization"] = zero | {"memory_efficient_linear": False}
+        zero = zero | {"memory_efficient_linear": False}
+    if swaps(zero):
+        zero = swapping(zero, recipe.run_dir)
+    if zero:
+        config["zero_optimization"] = zero
     config |= {
         "train_batch_size": recipe.batch.global_size,
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
@@ -290,9 +301,9 @@ def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:
         )
     for part in _OFFLOADS:
         device = _device(zero, part)
-        if device not in ("none", "cpu"):
+        if device not in ("none", "cpu") and (part, device) != ("offload_param", "nvme"):
             raise UserError(
-                f"the deepspeed config has {part} on {device!r}, which checkpoints cannot read yet. "
+                f"the deepspeed config has {part} on {device!r}, which checkpoints cannot read. "
                 'Set "device": "cpu".'
             )
     if _device(zero, "offload_param") != "none" and stage != 3:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from flux2_ds import checkpoint, loop
+from flux2_ds.agreement import any_process
 from flux2_ds.assembly import (
     build_engine,
     build_loader,
@@ -33,7 +34,6 @@ from flux2_ds.data.sweep import Sweep
 from flux2_ds.engine import (
     Engine,
     Process,
-    any_process,
     barrier,
     from_first,
     start_process,

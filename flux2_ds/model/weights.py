@@ -89,12 +89,13 @@ def read_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantized: tuple[Storage, Compute] | None = None,
+    divide: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
     With `quantized` the blocks' linears become `QuantizedLinear`, each as soon as it is read, so that
     the peak is the quantised model and one tensor. Embedders, modulation, norms and the output layer
-    stay in `dtype`.
+    stay in `dtype`. With `divide` each is then divided, for parts that are out of reach at once, on NVMe.
 
     Raises:
         UserError: files are missing, or their tensors are not those of the model.
@@ -104,7 +105,10 @@ def read_weights(
     for name, shape in shapes.items():
         with open_file(files[name]) as file:
             _check_shape(files[name], name, tuple(file.get_slice(name).get_shape()), shape)
-            place_weight(model, name, file.get_tensor(name).to(device, dtype), quantized)
+            weight = file.get_tensor(name).to(device, dtype)
+        module = place_weight(model, name, weight, quantized)
+        if divide is not None:
+            divide(module)
 
 
 def check_card(base_weights: str | None, device: torch.device) -> None:

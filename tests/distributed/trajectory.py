@@ -31,9 +31,10 @@ from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS
-from flux2_ds.model.weights import place_weight, read_parts
+from flux2_ds.model.weights import place_weight, read_parts, read_weights
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import Spec
+from flux2_ds.swapping import swaps
 
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
 GLOBAL_BATCH = 4
@@ -42,10 +43,10 @@ ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
 CLIP = 0.05  # below the gradient norms here, so that clipping takes part
 
 
-def base() -> Flux2Transformer2DModel:
+def base(spec: Spec = SPEC) -> Flux2Transformer2DModel:
     """The same small model every time."""
     torch.manual_seed(0)
-    model = transformer.new_transformer(SPEC)
+    model = transformer.new_transformer(spec)
     for parameter in model.parameters():
         if parameter.ndim == 2:  # well above the default, so that every block matters to the loss
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
@@ -156,8 +157,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     """
+    from flux2_ds import assembly, saving
     from flux2_ds import engine as engines
-    from flux2_ds import saving
 
     micro = case["micro"]
     config = {
@@ -178,8 +179,14 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             with torch.device("meta"):
                 loaded = transformer.build_transformer(Path(case["files"]))
             quantized = BASE_WEIGHTS.get(case.get("base_weights", ""))
-            files, divide = Path(case["files"], "transformer"), engines.divider(config)
-            read_parts(loaded, files, dtype, process.device, divide, process.rank, quantized)
+            files = Path(case["files"], "transformer")
+            if swaps(config["zero_optimization"]):
+                away = assembly.swapped(loaded, dtype, case.get("base_weights"))
+                divide = engines.divider(config, away)
+                read_weights(loaded, files, dtype, process.device, quantized, divide)
+            else:
+                divide = engines.divider(config)
+                read_parts(loaded, files, dtype, process.device, divide, process.rank, quantized)
         stage = config.get("zero_optimization", {}).get("stage", 0)
         model = build(case["method"], loaded, divided=stage == 3, dtype=dtype, **chosen)
     replays: list[int] = []

@@ -1,18 +1,19 @@
 """What is refused before a model is loaded, and what all processes decide alike."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flux2_ds import assembly
+from flux2_ds import assembly, engine
 from flux2_ds.assembly import check_machine, finish_model
 from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, kept_blocks
 from flux2_ds.model import transformer
-from flux2_ds.plan import make_plan
+from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Batch, Data, Model, Recipe
 from flux2_ds.spec import Spec
 
@@ -52,3 +53,24 @@ def test_all_processes_keep_as_many_blocks_as_the_fullest_card_allows(
     model = transformer.new_transformer(spec)
     finish_model(model, spec, plan, Process(0, 2, CPU), 64)
     assert kept == [kept_blocks(spec, plan, 64, 0.601 * GIB)] and kept[0] < spec.blocks
+
+
+def test_nvme_is_refused_where_nothing_can_be_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan_at(place: Path) -> Plan:
+        offload = {"device": "nvme", "nvme_path": str(place)}
+        zero = {"zero_optimization": {"stage": 3, "offload_param": offload}}
+        return make_plan(replace(RECIPE, deepspeed=zero, batch=Batch(global_size=2)), 2)
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"nvme_path .*/file/a/.*, where no directory can be made"):
+        check_machine(plan_at(tmp_path / "file" / "a"), CPU)
+
+    def load(builder: Any, verbose: bool) -> None:
+        raise RuntimeError("Unable to JIT load the async_io op\nfor many reasons")
+
+    monkeypatch.setattr(engine.AsyncIOBuilder, "load", load)
+    message = r"not build \(Unable to JIT load the async_io op\)\. .*libaio-dev.*\"cpu\""
+    with pytest.raises(UserError, match=message):
+        check_machine(plan_at(tmp_path / "a"), CPU)

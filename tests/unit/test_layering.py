@@ -27,6 +27,7 @@ LIGHT = {
             "recipe",
             "home",
             "plan",
+            "swapping",
             "spec",
             "targets",
             "memory",

@@ -244,6 +244,18 @@ def test_a_pinned_base_takes_powers_of_two_of_host_memory():
     assert pinned.host["base weights"] == rounded
 
 
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_of_a_base_on_nvme_there_are_buffers_in_host_memory(base):
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/mnt/run"}}
+    memory = estimate_for(DEV, 0, 2, zero=zero, base_weights=base)
+    widest = 9 * RELEASED[DEV].width ** 2 * (0.5 if base else 2)
+    assert memory.host["swap buffers"] == 12 * widest / 2
+    assert "base weights" not in memory.card
+    # Scales and what is not quantised stay.
+    others = sum(other_matrices(RELEASED[DEV])) if base else 0
+    assert others <= memory.host["base weights"] <= others + 0.3e9
+
+
 def test_auto_keeps_as_many_blocks_as_just_fit():
     spec = RELEASED[DEV]
     plan = make_plan(recipe_for(base_weights="fp8", deepspeed="zero0"), 1)

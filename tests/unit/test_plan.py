@@ -44,6 +44,12 @@ def make_recipe(**changes: Any) -> Recipe:
     return recipe
 
 
+def nvme(stage: int = 3, **changes: Any) -> dict[str, Any]:
+    """A config with the parameters on NVMe."""
+    offload = {"device": "nvme", "nvme_path": "/mnt/run", **changes}
+    return {"zero_optimization": {"stage": stage, "offload_param": offload}}
+
+
 def test_directories_of_shipped_files_hold_some():
     assert len(DS_CONFIGS) >= 5
     assert RECIPES
@@ -453,6 +459,11 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
             },
             "offload_optimizer on 'nvme'",
         ),
+        ({"deepspeed": nvme(nvme_path=None)}, 'without a place. Set "nvme_path"'),
+        ({"deepspeed": nvme(), "method": "full"}, "'nvme' and method is full, .*method: lora"),
+        ({"deepspeed": nvme(buffer_count=5)}, "sets buffer_count of offload_param to 5, .*Remove"),
+        ({"deepspeed": nvme(), "compile": False}, "'nvme' and .* not compiled, .*compile: true"),
+        ({"deepspeed": nvme(stage=2)}, "offload_param at stage 2"),
         (
             {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
             "offload_param at stage 2; .* zero3_offload",
@@ -528,3 +539,27 @@ def test_what_is_compiled():
     with pytest.raises(UserError, match=f"sets {key}, .* set compile: false"):
         make_plan(make_recipe(deepspeed=own), 2)
     assert make_plan(make_recipe(deepspeed=own, compile=False), 2).zero[key] is True
+
+
+def test_weights_on_nvme_need_several_processes_on_the_cpu():
+    assert make_plan(make_recipe(deepspeed=nvme()), 1).swaps
+    on_cpu = {"launch.accelerator": "cpu", "compile": True}
+    with pytest.raises(UserError, match=r"'nvme' and one process .*CPU, .*2 processes"):
+        make_plan(make_recipe(deepspeed=nvme(), **on_cpu), 1)
+
+
+def test_weights_on_nvme_are_neither_kept_nor_read_ahead():
+    plan = make_plan(make_recipe(deepspeed=nvme(), compile=True), 2)
+    assert plan.swaps
+    assert plan.offloads("offload_param")
+    assert plan.zero["stage3_max_reuse_distance"] == plan.zero["stage3_prefetch_bucket_size"] == 0
+    assert plan.zero["memory_efficient_linear"] is False
+    assert not make_plan(make_recipe(deepspeed="zero3_offload"), 2).swaps
+
+
+def test_runs_have_places_of_their_own_on_nvme():
+    places = {
+        make_plan(make_recipe(deepspeed=nvme(), run_dir=run), 2).zero["offload_param"]["nvme_path"]
+        for run in ("/runs/a", "/runs/b", "/other/a")
+    }
+    assert places == {"/mnt/run/runs_a", "/mnt/run/runs_b", "/mnt/run/other_a"}

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from flux2_ds import checkpoint, engine, loop, saving, train
+from flux2_ds import agreement, checkpoint, loop, saving, train
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
@@ -124,14 +124,14 @@ def test_a_signal_is_seen_by_any_process(tmp_path, name):
 def test_several_processes_look_for_a_stop_when_asked_and_one_alone_when_it_is_needed(
     processes, late, monkeypatch
 ):
-    monkeypatch.setattr(engine.distributed, "get_world_size", lambda: processes)
-    monkeypatch.setattr(engine.distributed, "all_reduce", lambda value, op: None)
+    monkeypatch.setattr(agreement.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(agreement.distributed, "all_reduce", lambda value, op: None)
     flags = {"up": False}
-    answer = engine.any_process(lambda: flags["up"], torch.device("cpu"))
+    answer = agreement.any_process(lambda: flags["up"], torch.device("cpu"))
     flags["up"] = True
     assert answer() == late
-    monkeypatch.setattr(engine.distributed, "all_reduce", lambda value, op: value.fill_(1))
-    assert engine.any_process(lambda: processes == 1, torch.device("cpu"))()
+    monkeypatch.setattr(agreement.distributed, "all_reduce", lambda value, op: value.fill_(1))
+    assert agreement.any_process(lambda: processes == 1, torch.device("cpu"))()
 
 
 # The loop

@@ -141,3 +141,15 @@ def test_an_index_that_names_a_missing_file(tmp_path):
     )
     with pytest.raises(UserError, match="x cannot be read"):
         read(empty(), tmp_path)
+
+
+def test_whole_weights_are_divided_after_they_are_read(tmp_path):
+    tensors = write(tmp_path)
+    model, seen = empty(), []
+
+    def divide(module: nn.Module) -> None:
+        seen.append(next(module.parameters()).detach().clone())
+
+    read_weights(model, tmp_path, torch.float32, torch.device("cpu"), divide=divide)
+    for found, expected in zip(seen, tensors.values(), strict=True):
+        assert torch.equal(found, expected)

@@ -1,0 +1,74 @@
+"""A frozen base on NVMe, by DeepSpeed's `offload_param`. Pure, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flux2_ds.errors import UserError
+from flux2_ds.recipe import Recipe
+
+_BUFFERS = 12
+"""Weights that are in host memory at once: the linears of a double block."""
+
+
+def swaps(zero: dict[str, Any]) -> bool:
+    """Whether `zero_optimization` keeps parameters on NVMe."""
+    return bool((zero.get("offload_param") or {}).get("device") == "nvme")
+
+
+def swapping(zero: dict[str, Any], run_dir: str) -> dict[str, Any]:
+    """`zero_optimization` with what DeepSpeed 0.19.8 needs so that its buffers suffice, and a place of the run's own.
+
+    A gathered weight holds its buffer. Weights that are soon used again would be kept until no buffer is left,
+    and one that is needed twice would be read ahead into two. Every start empties its place.
+    """
+    offload = zero["offload_param"]
+    place = Path(offload["nvme_path"], "_".join(Path(run_dir).resolve().parts[1:]))
+    return zero | {
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "offload_param": offload | {"nvme_path": str(place), "buffer_count": _BUFFERS},
+    }
+
+
+def check_swapped(recipe: Recipe, zero: dict[str, Any], processes: int, *, compiled: bool) -> None:
+    """Refuse weights on NVMe that are trained, have no place or are given buffers, or that DeepSpeed would
+    hold too many of, or overwrite.
+
+    Raises:
+        UserError: naming the key of offload_param.
+    """
+    if not swaps(zero):
+        return
+    offload = zero["offload_param"]
+    if recipe.method == "full":
+        raise UserError(
+            "the deepspeed config has offload_param on 'nvme' and method is full, whose checkpoints cannot read "
+            'weights there. Set "device": "cpu", or method: lora.'
+        )
+    if not offload.get("nvme_path"):
+        raise UserError(
+            "the deepspeed config has offload_param on 'nvme' without a place. Set \"nvme_path\" to a directory "
+            "on such a disk of each machine."
+        )
+    if not compiled:
+        # In DeepSpeed 0.19.8 blocks that recompute release their weights, and DoRA its own, after the whole
+        # backward pass only.
+        raise UserError(
+            "the deepspeed config has offload_param on 'nvme' and the blocks are not compiled, which would hold "
+            'buffers for all of them at once. Set compile: true, or "device": "cpu".'
+        )
+    if processes == 1 and recipe.launch.accelerator == "cpu":
+        # Losses of DoRA were wrong there, without a word: by its code DeepSpeed then computes with the buffer
+        # itself, not with a copy, and reads the next weight into it while autograd may still refer to it.
+        raise UserError(
+            "the deepspeed config has offload_param on 'nvme' and one process runs on the CPU, where DeepSpeed "
+            'overwrites weights that are still in use. Start 2 processes, or set "device": "cpu".'
+        )
+    given = [key for key in ("buffer_count", "buffer_size", "max_in_cpu") if key in offload]
+    if given:
+        raise UserError(
+            f"the deepspeed config sets {given[0]} of offload_param to {offload[given[0]]}, which follows from "
+            "the model. Remove it."
+        )
