@@ -7,6 +7,7 @@ optimizer state by parameter name, whatever the ZeRO stage and the number of pro
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Optimizer
 from flux2_ds.swapping import swaps
 from flux2_ds.training_state import TrainingState
+
+log = logging.getLogger("flux2_ds")
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def _check_swapping(place: str) -> None:
             f"nvme_path in the deepspeed config is {place}, where no directory can be made ({error}). Name "
             "another one."
         ) from error
+    log.info("nvme       %s; the first start compiles DeepSpeed's async_io, some minutes", place)
     try:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # whatever compiler and linker do wrong
