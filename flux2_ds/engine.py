@@ -188,10 +188,10 @@ def _check_swapping(place: str) -> None:
     try:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # whatever compiler and linker do wrong
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            "the deepspeed config has offload_param on 'nvme', and DeepSpeed's async_io does not build "
-            f"({str(error).strip().splitlines()[0]}). It needs a C++ compiler, ninja and libaio (Debian's libaio-dev). "
-            'Install them, or set "device": "cpu".'
+            f"the deepspeed config has offload_param on 'nvme', and DeepSpeed's async_io does not build ({reason}). It "
+            'needs a C++ compiler, ninja and libaio-dev (Debian\'s name). Install them, or set "device": "cpu".'
         ) from error
 
 
