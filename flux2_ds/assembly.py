@@ -30,7 +30,7 @@ from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
-from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
 from flux2_ds.model.weights import check_card, read_parts, read_weights
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, compiles
@@ -110,15 +110,20 @@ def finish_model(
         divided=plan.zero_stage == 3,
     )
     expected = estimate(spec, plan, image_tokens, kept, free)
+    if expected.transposes:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.hold_transposed()
     if expected.records:
         replay_passes(model)
     log.info(
-        "blocks     %d of %d keep their activations, %s%s%s, attention %s",
+        "blocks     %d of %d keep their activations, %s%s%s%s, attention %s",
         kept,
         spec.blocks,
         "the others' inputs wait in host memory, " if recipe.offload_activations else "",
         "compiled" if compiled else "not compiled",
         ", replayed as CUDA graphs" if expected.records else "",
+        ", weights held transposed as well" if expected.transposes else "",
         attention or "by torch",
     )
     return expected

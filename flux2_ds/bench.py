@@ -47,7 +47,7 @@ from flux2_ds.memory import GIB, Memory
 from flux2_ds.model import transformer
 from flux2_ds.model.random_weights import empty_transformer, random_transformer
 from flux2_ds.objective import FlowObjective
-from flux2_ds.plan import Plan, captures, make_plan
+from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.warmup import synthetic, too_small
@@ -154,6 +154,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
 
+    built = None
     try:
         built = build(plan, spec, bucket, process)
         bare = None
@@ -166,9 +167,10 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
             )
         timing = measure(built.step, process, options.warm_up, options.measure)
     except torch.OutOfMemoryError as error:
-        advice = too_small(recipe, str(bucket), error, recorded=captures(plan))
-        raise UserError(advice) from error
+        spare = built.expected.spare if built else []
+        raise UserError(too_small(recipe, str(bucket), error, spare)) from error
     result["cuda_graphs"] = built.expected.records
+    result["transposed_base"] = built.expected.transposes
     samples = recipe.batch.global_size
     work = useful_flops(spec, bucket, recipe.method) * samples / process.world
     result |= {

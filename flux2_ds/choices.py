@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flux2_ds.errors import UserError
-from flux2_ds.memory import Memory, base_bytes, estimate
+from flux2_ds.memory import Memory, base_bytes, block_matrices, estimate
 from flux2_ds.plan import Plan, compiles, make_plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
@@ -24,7 +24,7 @@ _ACTIVATIONS = [(keep, False) for keep in (1.0, 0.75, 0.5, 0.25, 0.0)] + [(0.0, 
 # TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
 _PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
 _ATTENTION = 500
-_HOST_LINK = 25e9  # bytes a second
+_HOST_LINK, _CARD_BYTES = 25e9, 2.7e12  # a second
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory
     again = 1 - keep
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
+    if memory.transposes:
+        seconds -= 2 * sum(block_matrices(spec)) / _CARD_BYTES
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
     if not compiles(recipe):
         seconds *= 1.35

@@ -6,7 +6,6 @@ optimizer state by parameter name, whatever the ZeRO stage and the number of pro
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from flux2_ds import optimizers
 from flux2_ds.errors import OutageError, UserError
+from flux2_ds.host_memory import lock_pages, place_large_apart
 from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Optimizer
 from flux2_ds.swapping import swaps
@@ -120,16 +120,19 @@ def divider(config: dict[str, Any], swapped: Swapped | None = None) -> Callable[
     Collective. Dtypes are kept. With `swapped`, parts that are not small go to NVMe at once, so that a module
     must be filled before; all processes get the first one's values.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        # On its own glibc would soon keep freed tensors in its heap, where they leave holes as large
-        # as the model. M_MMAP_THRESHOLD: from this size on they go back to the system.
-        libc.mallopt(-3, 4 << 20)
-
+    place_large_apart()
     if swapped is None:
+        offload = config["zero_optimization"].get("offload_param") or {}
+        locked = offload.get("pin_memory", False) and get_accelerator().device_name() == "cuda"
+        if locked:
+            config = _with_offload(config, pin_memory=False)
 
         def divide(module: nn.Module) -> None:
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
+            parts = [parameter.ds_tensor for parameter in module.parameters()]
+            for part in parts if locked else []:
+                if part.device.type == "cpu":  # DeepSpeed keeps small ones on the card
+                    lock_pages(part)
 
         return divide
 

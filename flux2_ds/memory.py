@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 
 from flux2_ds.data.index import Index
 from flux2_ds.errors import UserError
-from flux2_ds.plan import Plan, captures, compiles
+from flux2_ds.plan import Plan, captures, compiles, transposable
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules
 
 GIB = 2**30
-_CUDA_GRAPHS = "CUDA graphs"
+_CUDA_GRAPHS, _TRANSPOSED = "CUDA graphs", "transposed base"
+_SPARE = {_CUDA_GRAPHS: "cuda_graphs", _TRANSPOSED: "transposed_base"}
+"""What is made only where memory is left for it -> its setting."""
 
 _NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
 _KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
@@ -66,6 +68,16 @@ class Memory:
     def records(self) -> bool:
         """Whether passes are recorded as CUDA graphs."""
         return _CUDA_GRAPHS in self.card
+
+    @property
+    def spare(self) -> list[str]:
+        """The settings that would free memory if they were false."""
+        return [setting for part, setting in _SPARE.items() if part in self.card]
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the base is held a second time, transposed."""
+        return _TRANSPOSED in self.card
 
     def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
         """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack, and
@@ -118,24 +130,14 @@ def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
     return each * trained_parameters(spec, recipe)
 
 
-def base_bytes(
-    spec: Spec, base_weights: str | None, element: int, processes: int = 1, *, pinned: bool = False
-) -> float:
-    """Bytes of the model's weights, or of one process's part of each.
-
-    `element`: bytes of a weight that is not quantised. `pinned`: page-locked in host memory, where torch
-    rounds each tensor up to a power of two.
-    """
+def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
+    """Bytes of the model's weights. `element`: bytes of one that is not quantised."""
     per_weight: float = element
     if base_weights in ("fp8", "int8"):
         per_weight = 1 + _ROW_SCALE / spec.width
     elif base_weights is not None and base_weights.startswith("nf4"):
         per_weight = _NF4_BITS + _ROW_SCALE / spec.width
-    sizes = [
-        *(elements * per_weight / processes for elements in block_matrices(spec)),
-        *(elements * element / processes for elements in other_matrices(spec)),
-    ]
-    return sum(_page_locked(size) if pinned else size for size in sizes)
+    return per_weight * sum(block_matrices(spec)) + element * sum(other_matrices(spec))
 
 
 def rendering_bytes(
@@ -205,8 +207,8 @@ def estimate(
     """Memory of one process of a run.
 
     `image_tokens`: of the largest bucket, references included. `kept`: number of blocks that keep
-    their activations. `card_bytes`: free on the card; CUDA graphs that would not fit are not counted, nor
-    made unless the recipe asks for them.
+    their activations. `card_bytes`: free on the card; CUDA graphs and a transposed base that would not fit are
+    not counted, nor made unless the recipe asks for them.
     """
     recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
     element = 4 if recipe.precision == "fp32" else 2
@@ -215,11 +217,9 @@ def estimate(
     share = trained / plan.processes if stage else trained
     card: dict[str, float] = {}
     host: dict[str, float] = {}
-    offload = zero.get("offload_param") if plan.offloads("offload_param") else None
-    pinned = bool(offload and offload.get("pin_memory") and not plan.swaps)
     parts = plan.processes if stage == 3 else 1
-    base = base_bytes(spec, recipe.base_weights, element, parts, pinned=pinned)
-    (host if offload else card)["base weights"] = base
+    at = host if plan.offloads("offload_param") else card
+    at["base weights"] = base_bytes(spec, recipe.base_weights, element) / parts
     if plan.swaps:
         away = _swapped_bytes(spec, recipe.base_weights, element)
         host["base weights"] -= sum(away) / parts
@@ -286,6 +286,10 @@ def estimate(
         captured = Memory(card | {_CUDA_GRAPHS: graphs}, host)
         if recipe.cuda_graphs or captured.fits(card_bytes):
             memory = captured
+    if transposable(plan):
+        turned = Memory(memory.card | {_TRANSPOSED: float(sum(block_matrices(spec)))}, host)
+        if recipe.transposed_base or turned.fits(card_bytes):
+            memory = turned
     return memory
 
 
@@ -323,9 +327,9 @@ def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) ->
     if setting != "auto":
         share = {"recompute": 0.0, "keep": 1.0}[setting] if isinstance(setting, str) else setting
         return round(share * spec.blocks)
-    if plan.recipe.cuda_graphs is None:
-        # Kept blocks gain more where memory is short, which is where the card is busy anyway.
-        plan = replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
+    # Kept blocks gain more than what is made only if memory is left for it.
+    spare = {name: False for name in _SPARE.values() if getattr(plan.recipe, name) is None}
+    plan = replace(plan, recipe=replace(plan.recipe, **spare))
     for kept in range(spec.blocks, 0, -1):
         if estimate(spec, plan, image_tokens, kept).fits(card_bytes):
             return kept

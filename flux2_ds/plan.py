@@ -126,6 +126,10 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     check_swapped(recipe, zero, processes, compiled=compiles(recipe))
     if recipe.cuda_graphs and (reason := _not_captured(recipe, stage)):
         raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
+    if recipe.transposed_base and (reason := _not_transposed(recipe, stage)):
+        raise UserError(
+            f"transposed_base is true, and {reason}. Change that, or remove transposed_base."
+        )
     if stage == 3 and compiles(recipe):
         # DeepSpeed's own linear looks at what it has gathered, which no graph can.
         if zero.get("memory_efficient_linear"):
@@ -184,6 +188,23 @@ def _not_captured(recipe: Recipe, stage: int) -> str | None:
         return "offload_activations is true"
     if recipe.lora.dropout:
         return f"lora.dropout is {recipe.lora.dropout:g}, which each step seeds anew"
+    return None
+
+
+def transposable(plan: Plan) -> bool:
+    """Whether the base may be held a second time, transposed."""
+    return (
+        plan.recipe.transposed_base is not False
+        and _not_transposed(plan.recipe, plan.zero_stage) is None
+    )
+
+
+def _not_transposed(recipe: Recipe, stage: int) -> str | None:
+    """Why a transposed copy of the base would save nothing, or take what was to be saved."""
+    if recipe.base_weights not in ("fp8", "int8"):
+        return f"base_weights is {recipe.base_weights or recipe.precision}, not fp8 or int8"
+    if stage == 3:
+        return "the deepspeed config has stage 3, which divides the base to save memory"
     return None
 
 

@@ -310,7 +310,7 @@ def run(
         held_out,
         recipe,
         every_length=compiles(recipe),
-        recorded=expected.records,
+        expected=expected,
         text_dtype=conditioning["empty_text"].dtype,
         room=not_yet_allocated(plan, expected, resumed=first_step > 0),
         step=first_step + 1,

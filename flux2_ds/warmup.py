@@ -24,7 +24,7 @@ from flux2_ds.data.order import Sample
 from flux2_ds.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.lookout import Lookout
-from flux2_ds.memory import GIB
+from flux2_ds.memory import GIB, Memory
 from flux2_ds.objective import FlowObjective
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS
@@ -42,7 +42,7 @@ def warm_up(
     recipe: Recipe,
     *,
     every_length: bool,
-    recorded: bool,
+    expected: Memory,
     text_dtype: torch.dtype,
     room: float,
     step: int,
@@ -51,8 +51,8 @@ def warm_up(
 ) -> None:
     """Pass forward and backward once for each length in `index`, and forward for those in `held_out`.
 
-    `every_length`: not the longest alone. `recorded`: passes that come for the second time are recorded as
-    CUDA graphs. `text_dtype`: of the shards' captions. `room`: bytes of the card to leave free for what the first
+    `every_length`: not the longest alone. `expected`: what the run takes; if it counts CUDA graphs, passes
+    that come for the second time are recorded. `text_dtype`: of the shards' captions. `room`: bytes of the card to leave free for what the first
     step will allocate. `step`: the first of the run, for the lookout. `stopping`: whether to end early,
     collective.
 
@@ -64,7 +64,7 @@ def warm_up(
     passes += [(shards, _EVALUATION) for shards in evaluated]
     if not every_length:
         passes = passes[:1]
-    if recorded:
+    if expected.records:
         # Only now, because nothing else may use the memory of what is recorded.
         passes += [(shards, " as CUDA graphs") for shards in trained]
     device, on_card = objective.device, objective.device.type == "cuda"
@@ -93,7 +93,7 @@ def warm_up(
                 torch.cuda.synchronize(device)
             del reserved
         except torch.OutOfMemoryError as error:
-            raise UserError(too_small(recipe, names, error, recorded=recorded)) from error
+            raise UserError(too_small(recipe, names, error, expected.spare)) from error
         log.info(
             "warm-up %d of %d: %s%s, %.0f s",
             number,
@@ -107,7 +107,7 @@ def warm_up(
         done += f", {compiled_graphs() - known} graphs compiled"
     if on_card:
         done += f", peak {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
-        if not recorded:  # replaying allocates nothing, so that was the training's own peak
+        if not expected.records:  # replaying allocates nothing, so that was the training's own peak
             torch.cuda.reset_peak_memory_stats(device)
     log.info(done)
 
@@ -127,15 +127,14 @@ def describe(shard: Shard) -> str:
     return f"{shard.bucket} with {references}" if shard.references else str(shard.bucket)
 
 
-def too_small(recipe: Recipe, names: str, error: Exception, *, recorded: bool) -> str:
-    """What to change if the card's memory is not enough."""
+def too_small(recipe: Recipe, names: str, error: Exception, spare: Sequence[str]) -> str:
+    """What to change if the card's memory is not enough. `spare`: settings that may become false."""
     ways = []
     if recipe.activations not in ("recompute", 0.0):
         ways.append(f"activations: recompute (it is {recipe.activations})")
     elif not recipe.offload_activations:
         ways.append("offload_activations: true")
-    if recorded:
-        ways.append("cuda_graphs: false")
+    ways += [f"{setting}: false" for setting in spare]
     if recipe.batch.micro_size > 1:
         ways.append(f"a smaller batch.micro_size (it is {recipe.batch.micro_size})")
     if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):

@@ -69,6 +69,7 @@ class LoraLinear(lora.Linear):
             base.scale,
             base.storage,
             base.compute,
+            base.transposed,
         )
         return rows.view(*x.shape[:-1], base.out_features)
 

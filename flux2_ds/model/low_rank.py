@@ -74,10 +74,12 @@ def adapted_product(
     scale: torch.Tensor,
     storage: str,
     compute: str,
+    transposed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x Wᵀ + narrow · upᵀ [M, N], narrow = x · downᵀ [M, r]) for x [M, K] and a quantised W [N, K].
 
-    The first is differentiable in x, down [r, K] and up [N, r]; the second is kept for that.
+    The first is differentiable in x, down [r, K] and up [N, r]; the second is kept for that. `transposed`: as for
+    `frozen_product`.
     """
     narrow = x @ down.t()
     return _add(product(x, values, block_scale, scale, storage, compute), narrow, up), narrow
@@ -100,9 +102,10 @@ def _adapted_gradient(
     scale: torch.Tensor,
     storage: str,
     compute: str,
+    transposed: torch.Tensor | None,
 ) -> torch.Tensor:
     """grad W + grad_narrow · down [M, K]."""
-    through_base = product_gradient(grad, values, block_scale, scale, storage, compute)
+    through_base = product_gradient(grad, values, block_scale, scale, storage, compute, transposed)
     return _add(through_base, grad_narrow, down.t())
 
 
@@ -112,19 +115,21 @@ def _(grad: torch.Tensor, grad_narrow: torch.Tensor, down: torch.Tensor, *_: Any
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, ctx.storage, ctx.compute = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, ctx.storage, ctx.compute, transposed = inputs
+    ctx.save_for_backward(*tensors, transposed, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _adapted_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    x, down, up, *base, narrow = ctx.saved_tensors
+    x, down, up, *base, transposed, narrow = ctx.saved_tensors
     grad = grad.contiguous()
     grad_narrow, grad_up = low_rank_gradients(grad, narrow, up)
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _adapted_gradient(grad, grad_narrow, down, *base, ctx.storage, ctx.compute)
-    return grad_x, grad_narrow.t() @ x, grad_up, *[None] * 5
+        grad_x = _adapted_gradient(
+            grad, grad_narrow, down, *base, ctx.storage, ctx.compute, transposed
+        )
+    return grad_x, grad_narrow.t() @ x, grad_up, *[None] * 6
 
 
 adapted_product.register_autograd(_adapted_gradients, setup_context=_keep)

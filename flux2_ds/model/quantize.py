@@ -10,7 +10,7 @@ Storage, always with one fp32 scale for each output row n of a weight W [N, K]:
 Products: `fp8` and `int8` quantise the other operand by rows as well and multiply in 8 bits, forward
 and backward; `bf16` expands the weight first. Only x's gradient exists, since W is frozen. In the
 backward pass W's row scale is folded into the gradient before that is quantised, so that one copy of
-the 8-bit weight serves both directions.
+the 8-bit weight serves both directions; a second, transposed one saves turning it around each time.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ class QuantizedLinear(nn.Module):
             None if block_scale is None else nn.Parameter(block_scale, requires_grad=False)
         )
         self.scale = nn.Parameter(scale, requires_grad=False)
+        self.transposed: torch.Tensor | None
+        self.register_buffer("transposed", None, persistent=False)
+
+    def hold_transposed(self) -> None:
+        """Hold the 8-bit values a second time, as [K, N], which is how the backward pass reads them."""
+        assert self.storage != "nf4", "a product expands nf4 in either orientation"
+        self.transposed = _transpose(self.values.detach())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -76,7 +83,13 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
         rows = frozen_product(
-            x.flatten(0, -2), self.values, self.block_scale, self.scale, self.storage, self.compute
+            x.flatten(0, -2),
+            self.values,
+            self.block_scale,
+            self.scale,
+            self.storage,
+            self.compute,
+            self.transposed,
         )
         return rows.view(*x.shape[:-1], self.out_features)
 
@@ -214,8 +227,14 @@ def _operand(
     if storage == "nf4":
         assert block_scale is not None
         return expand_nf4(values, block_scale, scale, compute, transposed=transposed)
-    if transposed:
-        values = kernels.transpose(values) if values.is_cuda else values.t().contiguous()
+    return _eight_bits(_transpose(values) if transposed else values, storage)
+
+
+def _transpose(values: torch.Tensor) -> torch.Tensor:
+    return kernels.transpose(values) if values.is_cuda else values.t().contiguous()
+
+
+def _eight_bits(values: torch.Tensor, storage: str) -> torch.Tensor:
     return values.view(torch.float8_e4m3fn if storage == "fp8" else torch.int8)
 
 
@@ -262,8 +281,12 @@ def product(
     scale: torch.Tensor,
     storage: str,
     compute: str,
+    transposed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x Wᵀ [M, N] in x's dtype, for x [M, K] and a quantised W [N, K]."""
+    """x Wᵀ [M, N] in x's dtype, for x [M, K] and a quantised W [N, K].
+
+    `transposed`: of 8-bit values, [K, N], for the gradient.
+    """
     weight = _operand(values, block_scale, scale, storage, compute)
     if compute == "bf16":
         return x @ weight.to(x.dtype).t()
@@ -278,12 +301,16 @@ def product_gradient(
     scale: torch.Tensor,
     storage: str,
     compute: str,
+    transposed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """grad W [M, K] for grad [M, N]."""
+    """grad W [M, K] for grad [M, N]. `transposed`: of 8-bit values, [K, N], if they are held so as well."""
     if compute == "bf16":
         return grad @ _operand(values, block_scale, scale, storage, compute).to(grad.dtype)
     # 8-bit products want both operands contiguous along the summed dimension.
-    weight = _operand(values, block_scale, scale, storage, compute, transposed=True)
+    if transposed is None:
+        weight = _operand(values, block_scale, scale, storage, compute, transposed=True)
+    else:
+        weight = _eight_bits(transposed, storage)
     quantized, row_scale = quantize_rows(grad, _step(scale, storage, compute), compute)
     ones = _ones(grad.device, weight.shape[0])
     return _multiply(quantized, row_scale, weight, ones, grad.dtype)
@@ -306,20 +333,21 @@ def _(x: torch.Tensor, values: torch.Tensor, *_: Any) -> torch.Tensor:
 
 @_gradient.register_fake
 def _(
-    grad: torch.Tensor, values: torch.Tensor, block_scale: Any, scale: Any, storage: str, _: str
+    grad: torch.Tensor, values: torch.Tensor, block_scale: Any, scale: Any, storage: str, *_: Any
 ) -> torch.Tensor:
     columns = values.shape[1] * 2 if storage == "nf4" else values.shape[1]
     return grad.new_empty((grad.shape[0], columns))
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, block_scale, scale, ctx.storage, ctx.compute = inputs
-    ctx.save_for_backward(values, block_scale, scale)
+    _, values, block_scale, scale, ctx.storage, ctx.compute, transposed = inputs
+    ctx.save_for_backward(values, block_scale, scale, transposed)
 
 
 def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx = _gradient(grad.contiguous(), *ctx.saved_tensors, ctx.storage, ctx.compute)
-    return dx, None, None, None, None, None
+    *base, transposed = ctx.saved_tensors
+    dx = _gradient(grad.contiguous(), *base, ctx.storage, ctx.compute, transposed)
+    return dx, *[None] * 6
 
 
 frozen_product.register_autograd(_gradient_of_x, setup_context=_keep_weight)

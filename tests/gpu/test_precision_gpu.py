@@ -30,9 +30,9 @@ def moved_share(folder: Path, method: str, precision: str, accelerator: str = "c
                 "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0",
                 "--log.wandb", "disabled", "--launch.processes", "1",
                 "--launch.accelerator", accelerator]  # fmt: skip
-    run("tiny", "--variant", "klein", "--out", str(folder / "model"))
-    run("prepare", "--config", "recipes/smoke-cpu.yaml", *settings)
-    run("train", "--config", "recipes/smoke-cpu.yaml", *settings)
+    run("launcher", "tiny", "--variant", "klein", "--out", str(folder / "model"))
+    run("launcher", "prepare", "--config", "recipes/smoke-cpu.yaml", *settings)
+    run("launcher", "train", "--config", "recipes/smoke-cpu.yaml", *settings)
     recipe = load_recipe(ROOT / "recipes" / "smoke-cpu.yaml", settings)
     directory = Path(recipe.model.path)
     plan = make_plan(recipe, 1)

@@ -37,7 +37,7 @@ ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
 
 
 def recipe_for(model: str = DEV, processes: int = 1, **settings) -> Recipe:
-    settings = {"lora": Lora(rank=16, targets="diffusers"), **settings}
+    settings = {"lora": Lora(rank=16, targets="diffusers"), "transposed_base": False, **settings}
     return Recipe(
         run_dir="r",
         model=Model(path=model),
@@ -219,6 +219,28 @@ def test_cuda_graphs_are_counted_where_there_is_room():
     assert accumulated.card[_CUDA_GRAPHS] == graphs + trained + without.card["working"]
 
 
+def test_a_transposed_base_is_counted_where_there_is_room():
+    """After the CUDA graphs, with a byte for each weight of the blocks, and before no kept block."""
+    spec = RELEASED[DEV]
+    recipe = recipe_for(deepspeed="zero0", base_weights="fp8", transposed_base=None)
+    plan = make_plan(recipe, 1)
+    both = estimate(spec, plan, 4096, 0)
+    assert both.spare == ["cuda_graphs", "transposed_base"]
+    turned = both.card["transposed base"]
+    assert turned == sum(block_matrices(spec))
+    room = both.on_card * 1.03 + GIB
+    assert estimate(spec, plan, 4096, 0, room).transposes
+    less = estimate(spec, plan, 4096, 0, room - 0.2 * turned)
+    assert less.spare == ["cuda_graphs"] and less.on_card == both.on_card - turned
+    asked = make_plan(replace(recipe, transposed_base=True), 1)
+    assert estimate(spec, asked, 4096, 0, 0).transposes
+    never = make_plan(replace(recipe, transposed_base=False), 1)
+    assert (
+        kept_blocks(spec, plan, 4096, room) == kept_blocks(spec, never, 4096, room) == spec.blocks
+    )
+    assert kept_blocks(spec, asked, 4096, room) < spec.blocks
+
+
 def test_inputs_are_offloaded_where_nothing_else_fits():
     """A 24 GiB card holds dev at 1536² (9216 image tokens) only so, if the base stays on it."""
     found = choices(recipe_for(), RELEASED[DEV], 1, 9216, 24 * GIB, 64 * GIB)
@@ -231,17 +253,12 @@ def test_inputs_are_offloaded_where_nothing_else_fits():
     assert all(choice.offload_activations for choice in found)
 
 
-def test_a_pinned_base_takes_powers_of_two_of_host_memory():
-    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
-    loose = estimate_for(DEV, 0, zero=zero)
-    assert "base weights" not in loose.card
-    assert loose.host["base weights"] == pytest.approx(2 * 32.22e9, rel=0.001)
-    zero["offload_param"]["pin_memory"] = True
-    sizes = [p.numel() * 2 for p in empty_transformer(RELEASED[DEV]).parameters() if p.ndim > 1]
-    rounded = sum(1 << (size - 1).bit_length() for size in sizes)
-    pinned = estimate_for(DEV, 0, zero=zero)
-    assert rounded > 1.4 * sum(sizes)
-    assert pinned.host["base weights"] == rounded
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_base_in_host_memory_takes_its_own_bytes(locked):
+    zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": locked}}
+    memory = estimate_for(DEV, 0, zero=zero)
+    assert "base weights" not in memory.card
+    assert memory.host["base weights"] == pytest.approx(2 * 32.22e9, rel=0.001)
 
 
 @pytest.mark.parametrize("base", [None, "nf4"])

@@ -11,7 +11,7 @@ import pytest
 
 from flux2_ds.errors import UserError
 from flux2_ds.ignored import ignored_settings
-from flux2_ds.plan import captures, compiles, learning_rate, make_plan
+from flux2_ds.plan import captures, compiles, learning_rate, make_plan, transposable
 from flux2_ds.recipe import (
     Batch,
     Data,
@@ -520,6 +520,26 @@ def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
         UserError, match=f"cuda_graphs is true, and .*{reason}.* remove cuda_graphs"
     ):
         make_plan(make_recipe(cuda_graphs=True, **changes), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "base_weights is bf16, not fp8 or int8"),
+        ({"base_weights": "nf4_int8"}, "base_weights is nf4_int8, not fp8 or int8"),
+        ({"base_weights": "fp8", "deepspeed": "zero3"}, "has stage 3"),
+    ],
+)
+def test_what_is_not_held_transposed(changes, reason):
+    assert not transposable(make_plan(make_recipe(**changes), 1))
+    with pytest.raises(UserError, match=f"transposed_base is true, and .*{reason}"):
+        make_plan(make_recipe(transposed_base=True, **changes), 1)
+
+
+def test_an_8_bit_base_may_be_held_transposed():
+    for given, expected in ((None, True), (True, True), (False, False)):
+        asked = make_recipe(base_weights="int8", transposed_base=given)
+        assert transposable(make_plan(asked, 1)) == expected
 
 
 def test_what_is_compiled():

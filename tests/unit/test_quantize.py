@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flux2_ds.errors import UserError
+from flux2_ds.model import quantize as quantize_module
 from flux2_ds.model.low_rank import adapted_product, add_low_rank, low_rank_gradients
 from flux2_ds.model.quantize import (
     BASE_WEIGHTS,
@@ -237,9 +238,40 @@ def test_the_products_are_sound_operators(mode):
     """Shapes for a compiler, no hidden mutation, a registered gradient."""
     storage, compute = BASE_WEIGHTS[mode]
     x = gaussian(20, 64).requires_grad_()
-    torch.library.opcheck(
-        frozen_product, (x, *quantize(gaussian(32, 64), storage), storage, compute)
-    )
+    weight = quantize(gaussian(32, 64), storage)
+    torch.library.opcheck(frozen_product, (x, *weight, storage, compute))
+    if storage != "nf4":
+        turned = weight[0].t().contiguous()
+        torch.library.opcheck(frozen_product, (x, *weight, storage, compute, turned))
+        down, up = gaussian(3, 64).requires_grad_(), gaussian(32, 3).requires_grad_()
+        torch.library.opcheck(adapted_product, (x, down, up, *weight, storage, compute, turned))
+
+
+@pytest.mark.parametrize("mode", ["fp8", "int8"])
+def test_weights_held_transposed_change_no_bit(mode, monkeypatch):
+    """Of y, of x's gradient and of an adapter's; and the backward pass turns nothing around."""
+    linear, grad = QuantizedLinear(gaussian(32, 64), *BASE_WEIGHTS[mode]), gaussian(20, 32, seed=3)
+    inputs = [
+        gaussian(*s, seed=i).requires_grad_() for i, s in enumerate([(20, 64), (3, 64), (32, 3)])
+    ]
+    found, turned = [], []
+    for held in (False, True):
+        if held:
+            linear.hold_transposed()
+            monkeypatch.setattr(quantize_module, "_transpose", turned.append)
+        base = linear.values, None, linear.scale, linear.storage, linear.compute, linear.transposed
+        adapted, _ = adapted_product(*inputs, *base)
+        x, y = inputs[0], linear(inputs[0])
+        found.append(
+            (
+                y,
+                adapted,
+                *torch.autograd.grad(y, x, grad),
+                *torch.autograd.grad(adapted, inputs, grad),
+            )
+        )
+    assert all(map(torch.equal, *found)) and not turned
+    assert "transposed" not in linear.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

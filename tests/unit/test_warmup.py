@@ -18,6 +18,7 @@ from flux2_ds import warmup
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.errors import UserError
+from flux2_ds.memory import Memory
 from flux2_ds.model import blocks
 from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.objective import FlowObjective
@@ -74,7 +75,7 @@ def run(engine: Any, loss: Any = None, **changes: Any) -> Mock:
         objective = Mock(loss=loss, device=objective.device)
     given = {
         "every_length": True,
-        "recorded": False,
+        "expected": Memory({}, {}),
         "text_dtype": torch.bfloat16,
         "room": 1e15,
         "step": 5,
@@ -187,7 +188,7 @@ def test_passes_that_are_recorded_come_twice(monkeypatch):
     """The second time, when they are recorded, after all the others, whose memory graphs would hold."""
     engine = Stand(torch.nn.Identity())
     loss = Mock(side_effect=lambda *given, **named: torch.zeros((), requires_grad=True))
-    run(engine, loss, recorded=True)
+    run(engine, loss, expected=Memory({"CUDA graphs": 1}, {}))
     named = [str(call.kwargs["batch"].bucket) for call in loss.call_args_list if call.kwargs]
     assert named == 2 * ["64x48", "32x32", "64x32"]
     assert [len(call.kwargs) for call in loss.call_args_list] == [1, 1, 1, 0, 1, 1, 1]
@@ -208,6 +209,6 @@ def test_what_is_recorded_is_what_the_training_passes(dtype):
 
 def test_the_advice_names_what_is_at_work():
     error = torch.OutOfMemoryError("no")
-    for recorded in (True, False):
-        advice = warmup.too_small(RECIPE, "64x64", error, recorded=recorded)
-        assert ("cuda_graphs: false" in advice) == recorded
+    for spare in ("cuda_graphs", "transposed_base"):
+        advice = warmup.too_small(RECIPE, "64x64", error, [spare])
+        assert f"{spare}: false" in advice and advice.count("false") == 1

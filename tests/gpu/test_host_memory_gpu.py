@@ -1,0 +1,48 @@
+"""Host memory is locked where it is, and no more of it than asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flux2_ds.host_memory import LARGE, lock_pages, place_large_apart
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _apart() -> None:
+    place_large_apart()
+
+
+@pytest.mark.parametrize("size", [1, 1000, LARGE - 1, LARGE, 3 * LARGE + 12345])
+def test_a_locked_tensor_is_what_it_was(size: int) -> None:
+    tensor = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    expected, before = tensor.clone(), tensor.data_ptr()
+    lock_pages(tensor)
+    lock_pages(tensor)
+    assert tensor.is_pinned() and torch.equal(tensor, expected)
+    assert (tensor.data_ptr() == before) == (size >= LARGE)
+    assert torch.equal(tensor.to("cuda", non_blocking=True).cpu(), expected)
+
+
+def test_memory_is_unlocked_with_its_tensor() -> None:
+    """Or its addresses could not be locked again."""
+    addresses = set()
+    for _ in range(20):
+        tensor = torch.empty(8 * LARGE, dtype=torch.uint8)
+        addresses.add(tensor.data_ptr())
+        lock_pages(tensor)
+    assert len(addresses) < 20
+
+
+def test_a_copy_from_locked_memory_does_not_wait() -> None:
+    tensor, done = torch.empty(1 << 28, dtype=torch.uint8), torch.cuda.Event()
+    lock_pages(tensor)
+    torch.cuda._sleep(10**9)
+    tensor.to("cuda", non_blocking=True)
+    done.record()
+    assert not done.query()
