@@ -129,10 +129,12 @@ def divider(config: dict[str, Any], swapped: Swapped | None = None) -> Callable[
 
         def divide(module: nn.Module) -> None:
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
-            parts = [parameter.ds_tensor for parameter in module.parameters()]
-            for part in parts if locked else []:
-                if part.device.type == "cpu":  # DeepSpeed keeps small ones on the card
-                    lock_pages(part)
+            parameters: list[Any] = list(module.parameters()) if locked else []
+            for parameter in parameters:
+                if (
+                    parameter.ds_tensor.device.type == "cpu"
+                ):  # DeepSpeed keeps small ones on the card
+                    lock_pages(parameter.ds_tensor)
 
         return divide
 

@@ -327,10 +327,8 @@ def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) ->
     if setting != "auto":
         share = {"recompute": 0.0, "keep": 1.0}[setting] if isinstance(setting, str) else setting
         return round(share * spec.blocks)
-    # Kept blocks gain more than what is made only if memory is left for it.
-    spare = {name: False for name in _SPARE.values() if getattr(plan.recipe, name) is None}
-    plan = replace(plan, recipe=replace(plan.recipe, **spare))
     for kept in range(spec.blocks, 0, -1):
-        if estimate(spec, plan, image_tokens, kept).fits(card_bytes):
+        # Kept blocks gain more than what is made where memory is left for it: for that there is none here.
+        if estimate(spec, plan, image_tokens, kept, card_bytes=0).fits(card_bytes):
             return kept
     return 0
