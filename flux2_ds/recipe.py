@@ -311,7 +311,7 @@ class Recipe:
     memory allows."""
     transposed_base: bool | None = None
     """Hold an fp8 or int8 base a second time, transposed, which spares the backward pass turning every weight
-    around: about 3 % of a step for as many bytes again. Not at ZeRO stage 3. Default: if memory allows."""
+    around: about 2 % of a step for as many bytes again. Not at ZeRO stage 3. Default: if memory allows."""
     activations: Literal["auto", "recompute", "keep"] | float = "auto"
     """Share of the blocks that keep the activations the backward pass needs, 0..1, instead of
     recomputing them: more memory, faster. `keep` is 1, `recompute` is 0, `auto` as many as the card

@@ -109,9 +109,10 @@ def test_losses_follow_the_cpu(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 def test_a_killed_process_ends_the_others(common: list[str], tmp_path: Path) -> None:
     """The other one waits for it inside NCCL; the same command then goes on from the checkpoint."""
-    command = [sys.executable, "-m", "launcher", "train", *common, "--run_dir", str(tmp_path),
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "launcher", "train", *common, "--run_dir", str(run_dir),
                "--launch.accelerator", "cuda", "--launch.processes", "2", "--steps"]  # fmt: skip
-    checkpoints = tmp_path / "checkpoints"
+    checkpoints = run_dir / "checkpoints"
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen([*command, "100000"], cwd=ROOT, stdout=log, stderr=log)
     try:
@@ -121,17 +122,18 @@ def test_a_killed_process_ends_the_others(common: list[str], tmp_path: Path) -> 
                 log.name
             ).read_text()
             time.sleep(0.1)
-        os.kill(json.loads((tmp_path / "logs" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
+        os.kill(json.loads((run_dir / "logs" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
         killed = time.monotonic()
         assert running.wait(timeout=60) not in (0, 2, 75)
     finally:
         running.kill()  # and with it, by its keeper, what it has started
     print(f"ended {time.monotonic() - killed:.1f} s after the kill")
-    failure = json.loads((tmp_path / "logs" / "failure.json").read_text())
+    failure = json.loads((run_dir / "logs" / "failure.json").read_text())
     assert failure["where"].startswith("rank 1"), failure
     newest = max(checkpoints.glob("step_*")).name
     steps = str(int(newest.removeprefix("step_")) + 6)
     done = subprocess.run(
         [*command, steps, "--accept_changes", "true"], cwd=ROOT, text=True, capture_output=True
     )
-    assert done.returncode == 0 and newest in done.stdout, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "continuing after" in said and newest in said, said
