@@ -26,6 +26,7 @@ from flux2_ds.engine import (
     exchange,
     gathering,
 )
+from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
@@ -111,9 +112,15 @@ def finish_model(
     )
     expected = estimate(spec, plan, image_tokens, kept, free)
     if expected.transposes:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.hold_transposed()
+        try:
+            for module in model.modules():
+                if isinstance(module, QuantizedLinear):
+                    module.hold_transposed()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the card's memory is not enough to hold the base a second time, transposed "
+                f"({str(error).splitlines()[0]}). Remove transposed_base."
+            ) from error
     if expected.records:
         replay_passes(model)
     log.info(

@@ -24,7 +24,7 @@ _ACTIVATIONS = [(keep, False) for keep in (1.0, 0.75, 0.5, 0.25, 0.0)] + [(0.0, 
 # TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
 _PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
 _ATTENTION = 500
-_HOST_LINK, _CARD_BYTES = 25e9, 2.7e12  # a second
+_HOST_LINK, _CARD_MEMORY = 25e9, 2.7e12  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,12 @@ def choices(
     found = []
     for deepspeed in _STAGES:
         for base in _BASES if recipe.method != "full" else (None,):
-            changed = dataclasses.replace(recipe, deepspeed=deepspeed, base_weights=base)
+            changed = dataclasses.replace(
+                recipe,
+                deepspeed=deepspeed,
+                base_weights=base,
+                transposed_base=recipe.transposed_base and None,  # not every base can be
+            )
             for keep, offload in _ACTIVATIONS:
                 offload = offload or recipe.offload_activations
                 tried = dataclasses.replace(changed, offload_activations=offload)
@@ -74,7 +79,8 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
     if memory.transposes:
-        seconds -= 2 * sum(block_matrices(spec)) / _CARD_BYTES
+        # Each weight is not read and written once more.
+        seconds -= 2 * sum(block_matrices(spec)) / _CARD_MEMORY
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
     if not compiles(recipe):
         seconds *= 1.35

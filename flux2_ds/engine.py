@@ -122,19 +122,11 @@ def divider(config: dict[str, Any], swapped: Swapped | None = None) -> Callable[
     """
     place_large_apart()
     if swapped is None:
-        offload = config["zero_optimization"].get("offload_param") or {}
-        locked = offload.get("pin_memory", False) and get_accelerator().device_name() == "cuda"
-        if locked:
-            config = _with_offload(config, pin_memory=False)
+        if _locks(config):
+            config = _with_offload(config, pin_memory=False)  # `Engine` locks them
 
         def divide(module: nn.Module) -> None:
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
-            parameters: list[Any] = list(module.parameters()) if locked else []
-            for parameter in parameters:
-                if (
-                    parameter.ds_tensor.device.type == "cpu"
-                ):  # DeepSpeed keeps small ones on the card
-                    lock_pages(parameter.ds_tensor)
 
         return divide
 
@@ -162,6 +154,13 @@ def divide_on_host(parameters: Sequence[nn.Parameter], config: dict[str, Any]) -
 def _with_offload(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     zero = config["zero_optimization"]
     return config | {"zero_optimization": zero | {"offload_param": zero["offload_param"] | changes}}
+
+
+def _locks(config: dict[str, Any]) -> bool:
+    """Whether parameters wait in page-locked host memory."""
+    offload = config.get("zero_optimization", {}).get("offload_param") or {}
+    on_cuda = get_accelerator().device_name() == "cuda"
+    return on_cuda and offload.get("device") == "cpu" and bool(offload.get("pin_memory", True))
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -261,6 +260,11 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
+        if _locks(config):
+            divided: list[Any] = list(model.parameters())
+            for part in (parameter.ds_tensor for parameter in divided):
+                if part.is_cpu:  # DeepSpeed keeps small ones on the card
+                    lock_pages(part)
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, in_parts

@@ -25,7 +25,7 @@ def lock_pages(tensor: torch.Tensor) -> None:
     """Let copies between `tensor`, contiguous in host memory, and a card run beside other work.
 
     torch's own way takes a power of two of bytes, 94 GiB for the 60 GiB of FLUX.2-dev in bf16. Here a large
-    tensor, placed apart, is locked where it is, as long as the object lives; small ones move.
+    tensor, placed apart, is locked where it is, until its memory is freed; small ones move.
 
     Raises:
         RuntimeError: CUDA cannot lock so much.
@@ -37,5 +37,7 @@ def lock_pages(tensor: torch.Tensor) -> None:
         return
     address = tensor.data_ptr()
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
-    unlock = weakref.finalize(tensor, torch.cuda.cudart().cudaHostUnregister, address)
+    unlock = weakref.finalize(
+        tensor.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, address
+    )
     unlock.atexit = False  # the process takes its memory along

@@ -23,8 +23,18 @@ _SPARE = {_CUDA_GRAPHS: "cuda_graphs", _TRANSPOSED: "transposed_base"}
 """What is made only where memory is left for it -> its setting."""
 
 _NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
-_KEPT_DOUBLE, _KEPT_SINGLE = 12, 11
-_NOT_COMPILED = 2.1  # autograd alone keeps what a compiler would recompute
+_KEPT = {
+    (True, "lora"): (12, 11),
+    (True, "dora"): (13.5, 12),
+    (True, "full"): (13, 12),
+    (False, "lora"): (24.5, 19),
+    (False, "dora"): (35.5, 29),
+    (False, "full"): (32, 21),
+}
+"""Compiled or by autograd alone, method -> streams that a double and a single block keep; adapters on all linears."""
+_KEPT_DROPPED = {(True, "lora"): (0, 0), (True, "dora"): (10.5, 9)}
+"""The same of what lora.dropout adds; by autograd alone:"""
+_KEPT_DROPPED_BY_AUTOGRAD = (11.5, 5)
 _WORKING = 34
 _RENDERING = 21  # without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at a picture's full size
@@ -173,7 +183,7 @@ def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
     them in groups, below it masters, gradients and the updated weights on their way back to the card.
     """
     zero = plan.zero
-    locked = _page_locked if zero["offload_optimizer"].get("pin_memory") else float
+    locked = _page_locked if zero["offload_optimizer"].get("pin_memory", True) else float
     if plan.zero_stage < 3:
         gradients = locked(4 * share) + locked(element * share)
         return {"fp32 masters": locked(4 * share), "gradients": gradients}
@@ -201,6 +211,16 @@ def _page_locked(size: float) -> float:
     return 2.0 ** math.ceil(math.log2(size))
 
 
+def kept_streams(recipe: Recipe) -> tuple[float, float]:
+    """What a double and a single block keep for the backward pass if they recompute nothing costly, in streams."""
+    which = compiles(recipe), recipe.method
+    double, single = _KEPT[which]
+    if recipe.method == "full" or not recipe.lora.dropout:
+        return double, single
+    more_double, more_single = _KEPT_DROPPED.get(which, _KEPT_DROPPED_BY_AUTOGRAD)
+    return double + more_double, single + more_single
+
+
 def estimate(
     spec: Spec, plan: Plan, image_tokens: int, kept: int, card_bytes: float = math.inf
 ) -> Memory:
@@ -220,6 +240,9 @@ def estimate(
     parts = plan.processes if stage == 3 else 1
     at = host if plan.offloads("offload_param") else card
     at["base weights"] = base_bytes(spec, recipe.base_weights, element) / parts
+    if at is host and not plan.swaps:
+        # What is trained DeepSpeed moves into one page-locked piece.
+        host["base weights" if full else "adapter"] = _page_locked((element if full else 4) * share)
     if plan.swaps:
         away = _swapped_bytes(spec, recipe.base_weights, element)
         host["base weights"] -= sum(away) / parts
@@ -260,9 +283,8 @@ def estimate(
     stream = tokens * spec.width * element
     kept_double = max(0, kept - spec.single_blocks)
     kept_single = kept - kept_double
-    each = 1 if compiles(recipe) else _NOT_COMPILED
-    kept_streams = each * (_KEPT_DOUBLE * kept_double + _KEPT_SINGLE * kept_single)
-    card["activations"] = stream * kept_streams
+    in_double, in_single = kept_streams(recipe)
+    card["activations"] = stream * (in_double * kept_double + in_single * kept_single)
     if recipe.offload_activations:
         text = _page_locked(stream * TEXT_TOKENS / (image_tokens + TEXT_TOKENS))
         image = _page_locked(stream * image_tokens / (image_tokens + TEXT_TOKENS))
@@ -275,6 +297,7 @@ def estimate(
     card["working"] = _WORKING * stream + _expanded(spec, recipe.base_weights)
     card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     memory = Memory(card, host)
+    spare: dict[str, float] = {}
     if captures(plan):
         # Gradients are copied out of the recorded passes, whose memory nothing else may use, and once more if
         # they are then added to others or divided among processes.
@@ -283,13 +306,13 @@ def estimate(
             card["working"] if recipe.data.held_out else 0,
             _preview_bytes(spec, recipe, element) if recipe.preview.every else 0,
         )
-        captured = Memory(card | {_CUDA_GRAPHS: graphs}, host)
-        if recipe.cuda_graphs or captured.fits(card_bytes):
-            memory = captured
+        spare[_CUDA_GRAPHS] = graphs
     if transposable(plan):
-        turned = Memory(memory.card | {_TRANSPOSED: float(sum(block_matrices(spec)))}, host)
-        if recipe.transposed_base or turned.fits(card_bytes):
-            memory = turned
+        spare[_TRANSPOSED] = float(sum(block_matrices(spec)))
+    for part, size in spare.items():
+        more = Memory(memory.card | {part: size}, host)
+        if getattr(recipe, _SPARE[part]) or more.fits(card_bytes):
+            memory = more
     return memory
 
 

@@ -166,8 +166,7 @@ def compiles(recipe: Recipe) -> bool:
 
 
 def captures(plan: Plan) -> bool:
-    """Whether passes are recorded as CUDA graphs: by default, if possible, in bf16. (GPUs have tried it with LoRA at
-    stages 0 and 2.)"""
+    """Whether passes are recorded as CUDA graphs: by default, if possible, in bf16."""
     recipe = plan.recipe
     if recipe.cuda_graphs is None:
         return recipe.precision == "bf16" and _not_captured(recipe, plan.zero_stage) is None

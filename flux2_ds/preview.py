@@ -99,7 +99,7 @@ class Previews:
             if step == 0:
                 raise UserError(
                     f"{reason}. If memory is short, lower preview.width and preview.height or set cuda_graphs: "
-                    "false; or remove preview.every."
+                    "false, transposed_base: false; or remove preview.every."
                 ) from error
             log.warning("step %d: %s; training goes on", step, reason)
 

@@ -96,7 +96,7 @@ class Experiment:
     def build(self, mode: str) -> tuple[torch.nn.Module, Recipe]:
         """A model with its base in `mode` and a new adapter, and the recipe that it follows."""
         # Nothing is warmed up here, so shapes come in any order.
-        recipe = replace(self.recipe, base_weights=None, cuda_graphs=False)
+        recipe = replace(self.recipe, base_weights=None, cuda_graphs=False, transposed_base=False)
         if mode == "fp32":
             recipe = replace(recipe, precision="fp32")
         elif mode in BASE_WEIGHTS:

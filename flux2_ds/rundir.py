@@ -30,7 +30,8 @@ log = logging.getLogger("flux2_ds")
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
 _FREE = ("run_dir", "accept_changes", "activations", "offload_activations", "attention", "compile",
-         "cuda_graphs", "transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch", "prepare", "evaluation")  # fmt: skip
+         "cuda_graphs", "transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch",
+         "prepare", "evaluation")  # fmt: skip
 """Settings that may change between two starts of a run: they do not change what is computed."""
 _BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs"}
 """What a start that was refused may leave."""

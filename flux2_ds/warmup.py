@@ -52,9 +52,9 @@ def warm_up(
     """Pass forward and backward once for each length in `index`, and forward for those in `held_out`.
 
     `every_length`: not the longest alone. `expected`: what the run takes; if it counts CUDA graphs, passes
-    that come for the second time are recorded. `text_dtype`: of the shards' captions. `room`: bytes of the card to leave free for what the first
-    step will allocate. `step`: the first of the run, for the lookout. `stopping`: whether to end early,
-    collective.
+    that come for the second time are recorded. `text_dtype`: of the shards' captions. `room`: bytes of the
+    card to leave free for what the first step will allocate. `step`: the first of the run, for the lookout.
+    `stopping`: whether to end early, collective.
 
     Raises:
         UserError: the card's memory is not enough.

@@ -107,7 +107,7 @@ def plan_memory(
     if index is not None:
         plan = recordable(plan, index)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
-    memory = estimate(spec, plan, tokens, kept, card_bytes or math.inf)
+    memory = estimate(spec, plan, tokens, kept, card_bytes or 0)
     keep = kept / spec.blocks
     if card_bytes is None:
         return MemoryPlan(plan.processes, per_host, tokens, keep, memory, None, [])

@@ -45,18 +45,19 @@ class LoraLinear(lora.Linear):
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = self.scaling[adapter]
         dropped = self.lora_dropout[adapter](x)
-        dora = adapter in self.lora_magnitude_vector
-        if self._whole and dropped is x and not dora:
-            return self._adapted(x, scaling * down, up)
-        base: torch.Tensor = self.base_layer(x)
-        narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
-        if not dora:
-            return _add(base, narrow, up)
+        if self._whole and dropped is x:
+            y = self._adapted(x, scaling * down, up)
+        else:
+            narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
+            y = _add(self.base_layer(x), narrow, up)
+        if adapter not in self.lora_magnitude_vector:
+            return y
         magnitude = self.lora_magnitude_vector[adapter].weight
         gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
-        # Like PEFT, DoRA's part of the base product sees the dropped input too.
-        inner = base if dropped is x else self.base_layer(dropped)
-        return _add(base + (gain - 1).to(x.dtype) * inner, narrow, gain[:, None] * up)
+        # Less one, because near one 16 bits are coarse. Like PEFT, DoRA's part of the base product sees the
+        # dropped input too.
+        inner = y if dropped is x else _add(self.base_layer(dropped), narrow, up)
+        return y + (gain - 1).to(x.dtype) * inner
 
     def _adapted(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         base = self.base_layer

@@ -29,20 +29,26 @@ def test_a_locked_tensor_is_what_it_was(size: int) -> None:
     assert torch.equal(tensor.to("cuda", non_blocking=True).cpu(), expected)
 
 
-def test_memory_is_unlocked_with_its_tensor() -> None:
-    """Or its addresses could not be locked again."""
-    addresses = set()
-    for _ in range(20):
+def test_memory_is_unlocked_as_it_is_freed() -> None:
+    """Or another tensor at its address would look locked."""
+    for _ in range(3):
         tensor = torch.empty(8 * LARGE, dtype=torch.uint8)
-        addresses.add(tensor.data_ptr())
+        address = tensor.data_ptr()
+        assert not tensor.is_pinned()
         lock_pages(tensor)
-    assert len(addresses) < 20
+        view = tensor[10:]
+        tensor.data = torch.empty(1, dtype=torch.uint8)
+        assert view.is_pinned()
+        del view
+        other = torch.empty(8 * LARGE, dtype=torch.uint8)
+        assert other.data_ptr() == address and not other.is_pinned()
+        del other
 
 
 def test_a_copy_from_locked_memory_does_not_wait() -> None:
-    tensor, done = torch.empty(1 << 28, dtype=torch.uint8), torch.cuda.Event()
+    tensor, before = torch.empty(1 << 28, dtype=torch.uint8), torch.cuda.Event()
     lock_pages(tensor)
     torch.cuda._sleep(10**9)
+    before.record()
     tensor.to("cuda", non_blocking=True)
-    done.record()
-    assert not done.query()
+    assert not before.query()

@@ -13,8 +13,10 @@ from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, kept_blocks
 from flux2_ds.model import transformer
+from flux2_ds.model.quantize import QuantizedLinear
+from flux2_ds.model.weights import place_weight
 from flux2_ds.plan import Plan, make_plan
-from flux2_ds.recipe import Batch, Data, Model, Recipe
+from flux2_ds.recipe import Batch, Data, Launch, Model, Recipe
 from flux2_ds.spec import Spec
 
 CPU = torch.device("cpu")
@@ -53,6 +55,32 @@ def test_all_processes_keep_as_many_blocks_as_the_fullest_card_allows(
     model = transformer.new_transformer(spec)
     finish_model(model, spec, plan, Process(0, 2, CPU), 64)
     assert kept == [kept_blocks(spec, plan, 64, 0.601 * GIB)] and kept[0] < spec.blocks
+
+
+@pytest.mark.parametrize("room", [GIB, 0.55 * GIB])
+def test_an_8_bit_base_is_held_transposed_where_the_fullest_card_allows(
+    monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    spec = Spec("klein", "Flux2KleinPipeline", 1, 3, 2, 32, 64, False)
+    changes = {
+        "base_weights": "fp8",
+        "batch": Batch(global_size=2),
+        "launch": Launch(accelerator="cpu"),
+    }
+    plan = make_plan(replace(RECIPE, **changes), 2)
+    monkeypatch.setattr(assembly, "exchange", lambda free: [free, room])
+    model = transformer.new_transformer(spec)
+    for name, parameter in list(model.named_parameters()):
+        place_weight(model, name, parameter.detach(), ("fp8", "fp8"))
+    expected = finish_model(model, spec, plan, Process(0, 2, CPU), 64)
+    assert expected.transposes == (room == GIB)
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 12 + 3 * 2
+    for linear in linears:
+        if expected.transposes:
+            assert torch.equal(linear.transposed, linear.values.t())
+        else:
+            assert linear.transposed is None
 
 
 def test_nvme_is_refused_where_nothing_can_be_swapped(

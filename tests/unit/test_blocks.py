@@ -15,12 +15,13 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+from flux2_ds.memory import kept_streams
 from flux2_ds.model import blocks, quantize, transformer
 from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.quantize import BASE_WEIGHTS, expand_nf4
 from flux2_ds.model.single import fuse_single_blocks
 from flux2_ds.model.weights import place_weight
-from flux2_ds.recipe import Lora
+from flux2_ds.recipe import Data, Lora, Model, Recipe
 from flux2_ds.spec import Spec
 
 BOTH_KINDS = Spec("klein", "Flux2KleinPipeline", 1, 1, 2, 32, 64, False)
@@ -60,19 +61,20 @@ def build(spec: Spec, base: str | None = None, dropout: float = 0.0) -> Flux2Tra
     return model.train()
 
 
-def predict(model: Flux2Transformer2DModel) -> torch.Tensor:
+def predict(model: Flux2Transformer2DModel, image: int = 32, text: int = 8) -> torch.Tensor:
+    """The model's output for so many tokens."""
     generator = torch.Generator().manual_seed(1)
     return model(
-        hidden_states=torch.randn(1, 32, 128, generator=generator),
-        encoder_hidden_states=torch.randn(1, 8, 64, generator=generator).bfloat16(),
+        hidden_states=torch.randn(1, image, 128, generator=generator),
+        encoder_hidden_states=torch.randn(1, text, 64, generator=generator).bfloat16(),
         timestep=torch.tensor([0.5]),
-        img_ids=torch.cartesian_prod(*map(torch.arange, (1, 4, 8, 1))).float(),
-        txt_ids=torch.zeros(8, 4),
+        img_ids=torch.cartesian_prod(*map(torch.arange, (1, image // 8, 8, 1))).float(),
+        txt_ids=torch.zeros(text, 4),
         return_dict=False,
     )[0]
 
 
-def step(model: Flux2Transformer2DModel) -> Step:
+def step(model: Flux2Transformer2DModel, *tokens: int) -> Step:
     """One forward and backward pass; counts each storage once, parameters not at all."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     waiting: dict[int, int] = {}
@@ -85,7 +87,7 @@ def step(model: Flux2Transformer2DModel) -> Step:
 
     torch.manual_seed(2)  # of dropout
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = predict(model).float().square().mean()
+        loss = predict(model, *tokens).float().square().mean()
     loss.backward()
     gradients = {name: p.grad for name, p in transformer.trainable(model).items()}
     return Step(loss.detach(), gradients, sum(waiting.values()))
@@ -136,6 +138,40 @@ def test_compiled_blocks_keep_what_they_are_told_to(monkeypatch: pytest.MonkeyPa
     recomputing, half, keeping = waiting
     assert recomputing < half < keeping < 0.7 * plain.waiting, (waiting, plain.waiting)
     assert computed[0] > computed[1] > computed[2] == once > 0, (computed, once)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("method", "dropout"),
+    [("lora", 0.0), ("lora", 0.1), ("dora", 0.0), ("dora", 0.1), ("full", 0.0)],
+)
+def test_blocks_keep_what_the_plan_counts(method: Any, dropout: float, compiled: bool) -> None:
+    """Of two more blocks of each kind."""
+    waiting, image, text = [], 1024, 512
+    for blocks_of_a_kind in (1, 3):
+        spec = replace(
+            BOTH_KINDS, double_blocks=blocks_of_a_kind, single_blocks=blocks_of_a_kind, head_dim=64
+        )
+        model = transformer.new_transformer(spec).bfloat16()
+        transformer.keep_timestep_exact(model)
+        lora = Lora(rank=4, dropout=dropout)
+        if method != "full":
+            config = transformer.lora_config(spec, lora, dora=method == "dora")
+            transformer.add_lora(model, config, seed=0)
+        arrange_blocks(model, kept=spec.blocks, compiled=compiled, attention=None)
+        waiting.append(step(model.train(), image, text).waiting)
+    recipe = Recipe(
+        run_dir="r",
+        model=Model(path="m"),
+        data=Data(images="i", shards="s"),
+        method=method,
+        lora=lora,
+        compile=compiled,
+    )
+    stream = (image + text) * spec.width * 2
+    assert waiting[1] - waiting[0] == pytest.approx(
+        2 * stream * sum(kept_streams(recipe)), rel=0.04
+    )
 
 
 def test_divided_blocks_are_compiled_both_ways_by_a_forward_pass(

@@ -33,7 +33,10 @@ from launcher.hosts import Hosts
 from launcher.planning import plan_memory, size
 
 DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"
+KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
 ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
+ZERO3 = {**ZERO2, "stage": 3}
+ALL_LINEARS = Lora(rank=32, targets="all")
 
 
 def recipe_for(model: str = DEV, processes: int = 1, **settings) -> Recipe:
@@ -90,23 +93,51 @@ def test_quantised_weights_take_what_is_planned(name):
 
 
 @pytest.mark.parametrize(
-    ("model", "base", "zero", "kept", "measured"),
-    [  # GiB on an H100 at 1024², from docs/performance.md
-        (DEV, "fp8", {}, 56, 65.85),
-        (DEV, "fp8", ZERO2, 56, 67.05),
-        (DEV, "nf4_fp8", {}, 0, 22.09),
-        (KLEIN_4B, "fp8", {}, 25, 12.03),
+    ("model", "tokens", "settings", "measured"),
+    [  # GiB on an H100 or H200, from docs/performance.md; 4096, 3952 and 1024 tokens are 1024², 1216×832, 512²
+        (DEV, 4096, {"base_weights": "fp8"}, 65.9),
+        (DEV, 3952, {"base_weights": "fp8"}, 64.9),
+        (DEV, 1024, {"base_weights": "fp8"}, 43.5),
+        (DEV, 4096, {"base_weights": "fp8", "transposed_base": True}, 95.2),
+        (DEV, 4096, {"base_weights": "fp8", "zero": ZERO2}, 67.05),
+        (DEV, 4096, {"base_weights": "nf4_fp8", "activations": 0.0, "cuda_graphs": False}, 22.0),
+        (DEV, 4096, {"base_weights": "nf4", "activations": 0.0, "cuda_graphs": False}, 22.1),
+        (
+            DEV,
+            4096,
+            {"base_weights": "fp8", "zero": ZERO3, "processes": 4, "lora": ALL_LINEARS},
+            45.0,
+        ),
+        (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS}, 69.8),
+        (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS, "compile": False}, 94.5),
+        (KLEIN_9B, 4096, {"base_weights": "fp8"}, 22.6),
+        (KLEIN_9B, 3952, {"base_weights": "fp8"}, 22.2),
+        (KLEIN_9B, 1024, {"base_weights": "fp8"}, 13.8),
+        (KLEIN_9B, 4096, {"base_weights": "int8"}, 22.7),
+        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True}, 30.8),
+        (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 2}, 99.8),
+        (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 4}, 66.0),
+        (KLEIN_4B, 4096, {"base_weights": "fp8"}, 12.0),
+        (KLEIN_4B, 3952, {"base_weights": "fp8"}, 11.8),
+        (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
+        (KLEIN_4B, 4096, {"base_weights": "fp8", "transposed_base": True}, 15.5),
     ],
 )
-def test_estimates_are_within_seven_percent_of_measured_peaks(model, base, zero, kept, measured):
-    memory = estimate_for(model, kept, zero=zero, base_weights=base)
+def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, settings, measured):
+    settings = dict(settings)
+    zero, processes = settings.pop("zero", {}), settings.pop("processes", 1)
+    settings = {"activations": "keep", "deepspeed": {"zero_optimization": zero}, **settings}
+    recipe, spec = recipe_for(model, processes, **settings), RELEASED[model]
+    plan = make_plan(recipe, processes)
+    memory = estimate(spec, plan, tokens, kept_blocks(spec, plan, tokens, math.inf))
     assert memory.on_card / GIB == pytest.approx(measured, rel=0.07)
 
 
 def test_offload_moves_and_processes_divide():
     here = estimate_for(DEV, 0, zero=ZERO2)
     divided = estimate_for(DEV, 0, processes=4, zero=ZERO2)
-    away = estimate_for(DEV, 0, zero={**ZERO2, "offload_optimizer": {"device": "cpu"}})
+    loose = {"device": "cpu", "pin_memory": False}
+    away = estimate_for(DEV, 0, zero={**ZERO2, "offload_optimizer": loose})
     assert divided.card["optimizer"] == here.card["optimizer"] / 4
     parts = ("fp32 masters", "optimizer", "gradients")
     weights_on_their_way = {"fp32 masters": 0, "optimizer": 0, "gradients": here.card["adapter"]}
@@ -120,29 +151,26 @@ def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3(
     trained = sum(block_matrices(RELEASED[KLEIN_4B]) + other_matrices(RELEASED[KLEIN_4B]))
 
     def gradients(stage: int, offload: bool) -> list[float]:
-        zero = {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
+        loose = {"device": "cpu", "pin_memory": False}
+        zero = {"stage": stage, **({"offload_optimizer": loose} if offload else {})}
         memory = estimate_for(KLEIN_4B, 0, processes=2, zero=zero, method="full")
         return [part.get("gradients", 0) / trained for part in (memory.card, memory.host)]
 
     assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [2, 0], [2, 0]]
     assert [gradients(stage, offload=True) for stage in (1, 2)] == [[6, 3], [2, 3]]
     assert gradients(3, offload=True) == [0, pytest.approx(4)]
-    klein_9b = KLEIN_4B.replace("4B", "9B")
-    on_two = estimate_for(klein_9b, 32, processes=2, zero=ZERO2, method="full")
-    assert on_two.on_card / GIB == pytest.approx(99.8, rel=0.03)
     zero3 = read_deepspeed("zero3_offload_optimizer")["zero_optimization"]
     on_one = estimate_for(KLEIN_4B, 25, zero=zero3, method="full")
-    assert on_one.on_card / GIB == pytest.approx(16.85, rel=0.07)
+    assert 16.85 < on_one.on_card / GIB < 1.1 * 16.85  # not all that may be gathered is
 
 
 def test_what_is_page_locked_takes_powers_of_two():
     """Flat buffers of a full fine-tune of 9.08 B parameters: 36.3 and 18.2 GB become 64 and 32 GiB, groups of
     4 GB become 4 GiB."""
-    klein_9b = KLEIN_4B.replace("4B", "9B")
 
     def held(config: str) -> dict[str, float]:
         zero = read_deepspeed(config)["zero_optimization"]
-        found = estimate_for(klein_9b, 0, zero=zero, method="full").host
+        found = estimate_for(KLEIN_9B, 0, zero=zero, method="full").host
         return {part: round(size / GIB, 1) for part, size in found.items()}
 
     adam = {"optimizer": 67.6}
@@ -239,6 +267,15 @@ def test_a_transposed_base_is_counted_where_there_is_room():
         kept_blocks(spec, plan, 4096, room) == kept_blocks(spec, never, 4096, room) == spec.blocks
     )
     assert kept_blocks(spec, asked, 4096, room) < spec.blocks
+    # It says nothing of the bases that cannot be held so.
+    listed = choices(asked.recipe, spec, 1, 4096, 24 * GIB, 64 * GIB)
+    assert any(choice.base_weights == "nf4_fp8" for choice in listed)
+
+
+def test_without_a_card_the_plan_counts_the_least():
+    plan = make_plan(recipe_for(deepspeed="zero0", base_weights="fp8", transposed_base=None), 1)
+    found = plan_memory(plan, Hosts(1), None, None, None)
+    assert found.memory.spare == [] and found.memory == estimate(RELEASED[DEV], plan, 4096, 0, 0)
 
 
 def test_inputs_are_offloaded_where_nothing_else_fits():
@@ -253,12 +290,16 @@ def test_inputs_are_offloaded_where_nothing_else_fits():
     assert all(choice.offload_activations for choice in found)
 
 
-@pytest.mark.parametrize("locked", [False, True])
-def test_a_base_in_host_memory_takes_its_own_bytes(locked):
-    zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": locked}}
+def test_a_base_in_host_memory_takes_its_own_bytes():
+    """Which the adapter, moved by DeepSpeed into one page-locked piece, does not; nor what is trained whole."""
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
     memory = estimate_for(DEV, 0, zero=zero)
     assert "base weights" not in memory.card
     assert memory.host["base weights"] == pytest.approx(2 * 32.22e9, rel=0.001)
+    adapter = 4 * adapter_parameters(RELEASED[DEV], recipe_for())
+    assert adapter < memory.host["adapter"] == 2**29
+    full = estimate_for(KLEIN_9B, 0, zero=zero, method="full")
+    assert full.host["base weights"] == 32 * GIB and "adapter" not in full.host
 
 
 @pytest.mark.parametrize("base", [None, "nf4"])
