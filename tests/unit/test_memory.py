@@ -147,7 +147,7 @@ def test_offload_moves_and_processes_divide():
 
 def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3():
     """Bytes of each parameter on the card and on the host, on two processes; read in DeepSpeed. On two H200 a
-    klein 9B took 99.8 GiB of each at stage 2, a klein 4B with stage 3's optimizer in host memory 16.9."""
+    klein 9B took 99.8 GiB of each at stage 2, a klein 4B with stage 3's optimizer in host memory 16.8."""
     trained = sum(block_matrices(RELEASED[KLEIN_4B]) + other_matrices(RELEASED[KLEIN_4B]))
 
     def gradients(stage: int, offload: bool) -> list[float]:
