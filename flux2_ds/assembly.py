@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
+from flux2_ds.agreement import exchange
 from flux2_ds.attention import attention_backend, check_backend
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
@@ -23,10 +25,10 @@ from flux2_ds.engine import (
     Swapped,
     check_config,
     divider,
-    exchange,
     gathering,
 )
 from flux2_ds.errors import UserError
+from flux2_ds.execution import compiles
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
@@ -34,9 +36,10 @@ from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
 from flux2_ds.model.weights import check_card, read_parts, read_weights
 from flux2_ds.objective import FlowObjective
-from flux2_ds.plan import Plan, compiles
+from flux2_ds.plan import Plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
+from flux2_ds.swapping import swaps
 
 log = logging.getLogger("flux2_ds")
 
@@ -54,18 +57,29 @@ def build_model(
 
 def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transformer2DModel:
     """The transformer in `directory` as the plan wants its weights: divided, quantised or plain."""
-    recipe, device = plan.recipe, process.device
+    recipe = plan.recipe
+    check_machine(plan, process.device)
     dtype = transformer.compute_dtype(recipe.precision)
-    check_machine(plan, device)
+    return load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process)
+
+
+def load_as(
+    config: dict[str, Any],
+    directory: Path,
+    dtype: torch.dtype,
+    base_weights: str | None,
+    process: Process,
+) -> Flux2Transformer2DModel:
+    """The transformer in `directory`, divided if that DeepSpeed config divides it."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
-    files, quantized = directory / "transformer", BASE_WEIGHTS.get(recipe.base_weights or "")
-    if plan.swaps:
-        divide = divider(plan.deepspeed, swapped(model, dtype, recipe.base_weights))
+    zero, device = config.get("zero_optimization", {}), process.device
+    files, quantized = directory / "transformer", BASE_WEIGHTS.get(base_weights or "")
+    if swaps(zero):
+        divide = divider(config, swapped(model, dtype, base_weights))
         read_weights(model, files, dtype, device, quantized, divide)
-    elif plan.zero_stage == 3:
-        divide = divider(plan.deepspeed)
-        read_parts(model, files, dtype, device, divide, process.rank, quantized)
+    elif zero.get("stage") == 3:
+        read_parts(model, files, dtype, device, divider(config), process.rank, quantized)
     else:
         read_weights(model, files, dtype, device, quantized)
     return model

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from flux2_ds.agreement import exchange
 from flux2_ds.assembly import (
     build_engine,
     build_objective,
@@ -39,7 +40,7 @@ from flux2_ds.bench_options import add_options, check_options
 from flux2_ds.comparisons import Step, bare_step, diffusers_step
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.loader import MicroBatch
-from flux2_ds.engine import Process, barrier, divider, exchange, start_process, stop_process
+from flux2_ds.engine import Process, barrier, divider, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flux2_ds.errors import UserError
+from flux2_ds.execution import compiles
 from flux2_ds.memory import Memory, base_bytes, block_matrices, estimate
-from flux2_ds.plan import Plan, compiles, make_plan
+from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 

@@ -368,31 +368,6 @@ class Engine:
         return self._norm
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes. Collective."""
-    distributed.all_reduce(value, op=distributed.ReduceOp.SUM)
-    return value
-
-
-def average(value: torch.Tensor) -> torch.Tensor:
-    """Mean over all processes. Collective."""
-    return total(value) / distributed.get_world_size()
-
-
-def exchange(value: Any) -> list[Any]:
-    """What each process gives, by rank, in all of them. Collective."""
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
-
-
-def from_first(value: int, device: torch.device) -> int:
-    """The first process's value, in all of them. Collective."""
-    tensor = torch.tensor(value, device=device)
-    distributed.broadcast(tensor, src=0)
-    return int(tensor)
-
-
 def barrier() -> None:
     """Wait for all processes."""
     # Without a device torch warns, where DeepSpeed has bound none to the group: with one process.

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 
+from flux2_ds.agreement import total
 from flux2_ds.data.loader import Loader
 from flux2_ds.data.sweep import Sweep
-from flux2_ds.engine import Engine, total
+from flux2_ds.engine import Engine
 from flux2_ds.objective import FlowObjective
 
 

@@ -19,9 +19,9 @@ import psutil
 import torch
 
 from flux2_ds import checkpoint, saving
-from flux2_ds.agreement import any_process
+from flux2_ds.agreement import any_process, average
 from flux2_ds.data.loader import Loader, MicroBatch
-from flux2_ds.engine import Engine, Process, average, barrier
+from flux2_ds.engine import Engine, Process, barrier
 from flux2_ds.errors import UserError
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from flux2_ds.data.index import Index
 from flux2_ds.errors import UserError
-from flux2_ds.plan import Plan, captures, compiles, transposable
+from flux2_ds.execution import compiles
+from flux2_ds.plan import Plan, captures, transposable
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux2_ds.errors import UserError
+from flux2_ds.execution import compiles, why_not_captured, why_not_transposed
 from flux2_ds.ignored import ignored_settings
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe
@@ -124,9 +125,9 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     check_base(recipe)
     _check_optimizer(recipe, stage, zero)
     check_swapped(recipe, zero, processes, compiled=compiles(recipe))
-    if recipe.cuda_graphs and (reason := _not_captured(recipe, stage)):
+    if recipe.cuda_graphs and (reason := why_not_captured(recipe, stage)):
         raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
-    if recipe.transposed_base and (reason := _not_transposed(recipe, stage)):
+    if recipe.transposed_base and (reason := why_not_transposed(recipe, stage)):
         raise UserError(
             f"transposed_base is true, and {reason}. Change that, or remove transposed_base."
         )
@@ -158,53 +159,20 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     return Plan(recipe, processes, accumulation, config)
 
 
-def compiles(recipe: Recipe) -> bool:
-    """Whether the blocks are compiled: by default on CUDA."""
-    if recipe.compile is not None:
-        return recipe.compile
-    return recipe.launch.accelerator == "cuda"
-
-
 def captures(plan: Plan) -> bool:
     """Whether passes are recorded as CUDA graphs: by default, if possible, in bf16."""
     recipe = plan.recipe
     if recipe.cuda_graphs is None:
-        return recipe.precision == "bf16" and _not_captured(recipe, plan.zero_stage) is None
+        return recipe.precision == "bf16" and why_not_captured(recipe, plan.zero_stage) is None
     return recipe.cuda_graphs
-
-
-def _not_captured(recipe: Recipe, stage: int) -> str | None:
-    """Why passes cannot be recorded as CUDA graphs, which hold work for the card only."""
-    if recipe.launch.accelerator != "cuda":
-        return f"launch.accelerator is {recipe.launch.accelerator}"
-    if stage == 3:
-        return "the deepspeed config has stage 3, at which Python gathers the weights"
-    if not compiles(recipe):
-        return "the blocks are not compiled (compile is false)"
-    if recipe.method == "full":
-        return "method is full, whose gradients would be held twice"
-    if recipe.offload_activations:
-        return "offload_activations is true"
-    if recipe.lora.dropout:
-        return f"lora.dropout is {recipe.lora.dropout:g}, which each step seeds anew"
-    return None
 
 
 def transposable(plan: Plan) -> bool:
     """Whether the base may be held a second time, transposed."""
     return (
         plan.recipe.transposed_base is not False
-        and _not_transposed(plan.recipe, plan.zero_stage) is None
+        and why_not_transposed(plan.recipe, plan.zero_stage) is None
     )
-
-
-def _not_transposed(recipe: Recipe, stage: int) -> str | None:
-    """Why a transposed copy of the base would save nothing, or take what was to be saved."""
-    if recipe.base_weights not in ("fp8", "int8"):
-        return f"base_weights is {recipe.base_weights or recipe.precision}, not fp8 or int8"
-    if stage == 3:
-        return "the deepspeed config has stage 3, which divides the base to save memory"
-    return None
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from flux2_ds.assembly import (
     build_engine,
@@ -110,8 +111,9 @@ class Experiment:
     def train(self, model: torch.nn.Module, recipe: Recipe) -> list[float]:
         """Train as the recipe says; the loss of each step."""
         engine: Engine = build_engine(model, make_plan(recipe, 1))
-        losses = []
-        for step, micro_batches in enumerate(self.loader.steps(0, recipe.steps)):
+        steps = self.loader.steps(0, recipe.steps)
+        mode, losses = recipe.base_weights or recipe.precision, []
+        for step, micro_batches in enumerate(tqdm(steps, mode, recipe.steps, unit="step")):
             seed_dropout(recipe.seed, step, 0)
             for micro_batch in micro_batches:
                 loss = self.objective.loss(engine.forward, micro_batch)
@@ -192,6 +194,8 @@ def compare(recipe: Recipe, modes: list[str], batches: int) -> list[Trained]:
         model, changed = experiment.build(mode)
         put(model, adapter)
         nearness = compared(list(experiment.gradients(model)), expected)
+        log.info("%s: gradients' cosine %.4f, error %.3f (medians)", mode, nearness.cosine_median,
+                 nearness.error_median)  # fmt: skip
         put(model, start)
         results.append(Trained(mode, experiment.train(model, changed), nearness))
         say(results[-1])

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from flux2_ds import checkpoint
-from flux2_ds.engine import Process, exchange
+from flux2_ds.agreement import exchange
+from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.stored import Piece
 

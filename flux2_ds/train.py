@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from flux2_ds import checkpoint, loop
-from flux2_ds.agreement import any_process
+from flux2_ds.agreement import any_process, from_first
 from flux2_ds.assembly import (
     build_engine,
     build_loader,
@@ -35,12 +35,12 @@ from flux2_ds.engine import (
     Engine,
     Process,
     barrier,
-    from_first,
     start_process,
     stop_process,
 )
 from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
 from flux2_ds.evaluate import Evaluation
+from flux2_ds.execution import compiles
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
@@ -50,7 +50,7 @@ from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.optimizers import compatible
-from flux2_ds.plan import Plan, captures, compiles, learning_rate, make_plan
+from flux2_ds.plan import Plan, captures, learning_rate, make_plan
 from flux2_ds.prepared import (
     build_order,
     check_shards,

@@ -31,10 +31,9 @@ from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
 from flux2_ds.model.quantize import BASE_WEIGHTS
-from flux2_ds.model.weights import place_weight, read_parts, read_weights
+from flux2_ds.model.weights import place_weight
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import Spec
-from flux2_ds.swapping import swaps
 
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
 GLOBAL_BATCH = 4
@@ -157,7 +156,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     """
-    from flux2_ds import assembly, saving
+    from flux2_ds import agreement, assembly, saving
     from flux2_ds import engine as engines
 
     micro = case["micro"]
@@ -176,17 +175,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     loaded = None
     with engines.gathering(config):
         if "files" in case:  # the way train.py builds a model at stage 3
-            with torch.device("meta"):
-                loaded = transformer.build_transformer(Path(case["files"]))
-            quantized = BASE_WEIGHTS.get(case.get("base_weights", ""))
-            files = Path(case["files"], "transformer")
-            if swaps(config["zero_optimization"]):
-                away = assembly.swapped(loaded, dtype, case.get("base_weights"))
-                divide = engines.divider(config, away)
-                read_weights(loaded, files, dtype, process.device, quantized, divide)
-            else:
-                divide = engines.divider(config)
-                read_parts(loaded, files, dtype, process.device, divide, process.rank, quantized)
+            base_weights = case.get("base_weights")
+            loaded = assembly.load_as(config, Path(case["files"]), dtype, base_weights, process)
         stage = config.get("zero_optimization", {}).get("stage", 0)
         model = build(case["method"], loaded, divided=stage == 3, dtype=dtype, **chosen)
     replays: list[int] = []
@@ -240,7 +230,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 os.kill(os.getpid(), signal.SIGKILL)
             engine.step(learning_rate)
             total += loss.detach() * micro / own
-        losses.append(float(engines.average(total)))
+        losses.append(float(agreement.average(total)))
         if case.get("previewed"):
             look(engine)
         if "save" in case and step + 1 in (case["steps"], case.get("save_at")):
@@ -262,7 +252,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
 
 def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
     """Losses of the steps that bench.py times on the small model, in the last process."""
-    from flux2_ds import bench
+    from flux2_ds import agreement, bench
     from flux2_ds import engine as engines
 
     losses = []
@@ -296,9 +286,9 @@ def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
         measure=recorded,
     ):
         result = bench.bench(recipe, asked)
-    assert len(set(map(str, engines.exchange(result)))) == 1  # the same is told to all
+    assert len(set(map(str, agreement.exchange(result)))) == 1  # the same is told to all
     assert result["samples_per_second"] * result["seconds_per_step"] == pytest.approx(GLOBAL_BATCH)
-    last: list[float] = engines.exchange(losses)[-1]
+    last: list[float] = agreement.exchange(losses)[-1]
     return last
 
 

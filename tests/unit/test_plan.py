@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from flux2_ds.errors import UserError
+from flux2_ds.execution import compiles
 from flux2_ds.ignored import ignored_settings
-from flux2_ds.plan import captures, compiles, learning_rate, make_plan, transposable
+from flux2_ds.plan import captures, learning_rate, make_plan, transposable
 from flux2_ds.recipe import (
     Batch,
     Data,
