@@ -38,7 +38,7 @@ from flux2_ds.engine import (
     start_process,
     stop_process,
 )
-from flux2_ds.errors import EXIT_STOPPED, UserError, run_root
+from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.execution import compiles
 from flux2_ds.logs import set_up_log
@@ -71,7 +71,7 @@ from flux2_ds.rundir import (
     write_run_dir,
 )
 from flux2_ds.spec import Spec, read_spec
-from flux2_ds.warmup import warm_up
+from flux2_ds.warmup import too_small, warm_up
 
 log = logging.getLogger("flux2_ds")
 
@@ -296,7 +296,11 @@ def run(
     lookout: Lookout,
     first_step: int,
 ) -> bool:
-    """Run the loop with its data, objective and metrics; False if a signal ended it."""
+    """Run the loop with its data, objective and metrics; False if a signal ended it.
+
+    Raises:
+        OutageError: the card's memory was not enough for a step.
+    """
     recipe = plan.recipe
     run_dir = Path(recipe.run_dir)
     conditioning = read_conditioning(recipe.data.shards)
@@ -326,44 +330,48 @@ def run(
             config=recipe_values(recipe),
             resumed_at=first_step,
         )
-    finished = loop.train(
-        engine,
-        loader,
-        objective,
-        metrics,
-        process,
-        loop.Cadence(
-            recipe.steps,
-            recipe.log.every,
-            recipe.checkpoint.every,
-            recipe.checkpoint.keep_last,
-            recipe.checkpoint.keep_every,
-        ),
-        stop,
-        lookout,
-        NonFinite(
-            run_dir / "nonfinite",
-            recipe.optimizer.nonfinite,
-            engine.skips_overflows,
-            loader.describe,
-            process.rank,
-            skipped=first_step - engine.state.updates(),
-        ),
-        first_step=first_step,
-        seed=recipe.seed,
-        learning_rate=lambda step: learning_rate(recipe, step),
-        global_batch=recipe.batch.global_size,
-        steps_per_epoch=order.steps_per_epoch,
-        checkpoints=run_dir / "checkpoints",
-        run_state={
-            "recipe": recipe_values(recipe),
-            "versions": versions(),
-            "index": index.digest,
-            "processes": process.world,
-        },
-        evaluation=build_evaluation(recipe, held_out, engine, process, conditioning, objective),
-        previews=build_previews(recipe, spec, directory, engine, process, conditioning),
-    )
+    try:
+        finished = loop.train(
+            engine,
+            loader,
+            objective,
+            metrics,
+            process,
+            loop.Cadence(
+                recipe.steps,
+                recipe.log.every,
+                recipe.checkpoint.every,
+                recipe.checkpoint.keep_last,
+                recipe.checkpoint.keep_every,
+            ),
+            stop,
+            lookout,
+            NonFinite(
+                run_dir / "nonfinite",
+                recipe.optimizer.nonfinite,
+                engine.skips_overflows,
+                loader.describe,
+                process.rank,
+                skipped=first_step - engine.state.updates(),
+            ),
+            first_step=first_step,
+            seed=recipe.seed,
+            learning_rate=lambda step: learning_rate(recipe, step),
+            global_batch=recipe.batch.global_size,
+            steps_per_epoch=order.steps_per_epoch,
+            checkpoints=run_dir / "checkpoints",
+            run_state={
+                "recipe": recipe_values(recipe),
+                "versions": versions(),
+                "index": index.digest,
+                "processes": process.world,
+            },
+            evaluation=build_evaluation(recipe, held_out, engine, process, conditioning, objective),
+            previews=build_previews(recipe, spec, directory, engine, process, conditioning),
+        )
+    except torch.OutOfMemoryError as error:
+        # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
+        raise OutageError(too_small(recipe, "a step", error, expected.spare)) from error
     if metrics is not None:
         lookout.at(0, "closing the metrics")
         metrics.close()

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.engine import Process
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 from flux2_ds.loop import Cadence, StopRequest
 from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
@@ -431,7 +432,9 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog, write
     assert last.with_name(f"{last.name}.damaged").is_dir()
 
 
-def test_steps_that_an_earlier_start_skipped_are_counted_on(tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`train.run` from step 10 with a loop that does nothing; returns that."""
     for name in ("build_loader", "build_objective", "warm_up", "Metrics"):
         monkeypatch.setattr(train, name, Mock())
     conditioning = {"empty_text": torch.zeros(1)}
@@ -440,9 +443,25 @@ def test_steps_that_an_earlier_start_skipped_are_counted_on(tmp_path, monkeypatc
     engine = Mock(skips_overflows=False)
     engine.state.updates.return_value = 7
     plan, none = make_plan(recipe_for(tmp_path), 1), dataclasses.replace(INDEX, shards=[])
-    expected = Memory({}, {})
-    start = Mock(), tmp_path, INDEX, none, engine, expected, FIRST, Mock(), Mock()
-    train.run(plan, *start, first_step=10)
+    expected = Memory({"CUDA graphs": 1}, {})
+    start = plan, Mock(), tmp_path, INDEX, none, engine, expected, FIRST, Mock(), Mock()
+    return partial(train.run, *start, first_step=10), trained
+
+
+def test_a_card_that_is_too_small_for_a_step_is_answered_with_settings(run):
+    """With another exit code than a recipe that is wrong, for a restart may find more memory."""
+    start, trained = run
+    trained.side_effect = torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nstack")
+    with pytest.raises(
+        OutageError, match=r"not enough for a step .*Tried 9 GiB.\). Set .*cuda_graphs: false"
+    ) as raised:
+        start()
+    assert raised.value.code == 1 and "stack" not in str(raised.value)
+
+
+def test_steps_that_an_earlier_start_skipped_are_counted_on(run):
+    start, trained = run
+    start()
     (nonfinite,) = (each for each in trained.call_args.args if isinstance(each, NonFinite))
     assert nonfinite.skipped == 3
 
