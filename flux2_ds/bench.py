@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import psutil
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -155,7 +156,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
 
-    built = None
+    built, resident = None, psutil.Process().memory_info().rss
     try:
         built = build(plan, spec, bucket, process)
         bare = None
@@ -186,6 +187,10 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         # Replaying CUDA graphs allocates nothing; what recorded them, did.
         result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
         result["predicted_gib"] = built.expected.on_card / GIB
+        if built.expected.host:
+            grown = psutil.Process().memory_info().rss - resident
+            result["host_gib"] = max(exchange(grown)) / GIB
+            result["predicted_host_gib"] = built.expected.on_host / GIB
     if plain is not None:
         result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
         result["diffusers_peak_gib"] = plain.peak_bytes / GIB
