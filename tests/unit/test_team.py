@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,9 @@ from flux2_ds.errors import UserError
 from flux2_ds.prepare import __main__ as root
 from flux2_ds.prepare.entries import Entry, Picture
 from flux2_ds.prepare.ledger import Job
+from flux2_ds.prepare.pictures import PictureWorker
 from flux2_ds.prepare.team import PICTURES, Team
+from flux2_ds.prepare.texts import TextWorker
 from flux2_ds.recipe import Prepare, Recipe, recipe_values
 from flux2_ds.spec import read_spec
 
@@ -35,6 +38,19 @@ pictures.latents.encode = lambda *a: (time.sleep(0.3), encode(*a))[1]
 sys.argv = ["prepare", "--config", sys.argv[1]]
 root.main()
 """
+
+
+@pytest.fixture(autouse=True)
+def _one_loads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While diffusers loads a model it patches torch's modules, in all threads; two at a time may leave that so."""
+    lock = threading.Lock()
+    for worker in (PictureWorker, TextWorker):
+
+        def load(self: Any, *call: Any, init: Any = worker.__init__) -> None:
+            with lock:
+                init(self, *call)
+
+        monkeypatch.setattr(worker, "__init__", load)
 
 
 def together(recipe: Recipe, start: str) -> None:
