@@ -25,17 +25,19 @@ _SPARE = {_CUDA_GRAPHS: "cuda_graphs", _TRANSPOSED: "transposed_base"}
 
 _NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
 _KEPT = {
-    (True, "lora"): (12, 11),
-    (True, "dora"): (13.5, 12),
-    (True, "full"): (13, 12),
-    (False, "lora"): (24.5, 19),
-    (False, "dora"): (35.5, 29),
-    (False, "full"): (32, 21),
+    (True, "lora", False): (12, 11),
+    (True, "lora", True): (12, 11),
+    (True, "dora", False): (13.5, 12),
+    (True, "dora", True): (24, 21),
+    (True, "full", False): (13, 12),
+    (False, "lora", False): (24.5, 19),
+    (False, "lora", True): (36, 24),
+    (False, "dora", False): (35.5, 29),
+    (False, "dora", True): (47, 34),
+    (False, "full", False): (32, 21),
 }
-"""Compiled or by autograd alone, method -> streams that a double and a single block keep; adapters on all linears."""
-_KEPT_DROPPED = {(True, "lora"): (0, 0), (True, "dora"): (10.5, 9)}
-"""The same of what lora.dropout adds; by autograd alone:"""
-_KEPT_DROPPED_BY_AUTOGRAD = (11.5, 5)
+"""Whether compiled, method, whether with dropout -> streams that a double and a single block keep; adapters on
+all linears."""
 _WORKING = 34
 _RENDERING = 21  # without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at a picture's full size
@@ -214,12 +216,8 @@ def _page_locked(size: float) -> float:
 
 def kept_streams(recipe: Recipe) -> tuple[float, float]:
     """What a double and a single block keep for the backward pass if they recompute nothing costly, in streams."""
-    which = compiles(recipe), recipe.method
-    double, single = _KEPT[which]
-    if recipe.method == "full" or not recipe.lora.dropout:
-        return double, single
-    more_double, more_single = _KEPT_DROPPED.get(which, _KEPT_DROPPED_BY_AUTOGRAD)
-    return double + more_double, single + more_single
+    drops = recipe.method != "full" and recipe.lora.dropout > 0
+    return _KEPT[compiles(recipe), recipe.method, drops]
 
 
 def estimate(

@@ -125,12 +125,12 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     check_base(recipe)
     _check_optimizer(recipe, stage, zero)
     check_swapped(recipe, zero, processes, compiled=compiles(recipe))
-    if recipe.cuda_graphs and (reason := why_not_captured(recipe, stage)):
-        raise UserError(f"cuda_graphs is true, and {reason}. Change that, or remove cuda_graphs.")
-    if recipe.transposed_base and (reason := why_not_transposed(recipe, stage)):
-        raise UserError(
-            f"transposed_base is true, and {reason}. Change that, or remove transposed_base."
-        )
+    for name, why_not in (
+        ("cuda_graphs", why_not_captured),
+        ("transposed_base", why_not_transposed),
+    ):
+        if getattr(recipe, name) and (reason := why_not(recipe, stage)):
+            raise UserError(f"{name} is true, and {reason}. Change that, or remove {name}.")
     if stage == 3 and compiles(recipe):
         # DeepSpeed's own linear looks at what it has gathered, which no graph can.
         if zero.get("memory_efficient_linear"):
