@@ -23,6 +23,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from deepspeed.runtime.zero.config import get_zero_config
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
 from pydantic import ValidationError
 from torch import distributed, nn
@@ -330,7 +331,8 @@ class Engine:
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._stage == 0:
             self._norm = self._clip()
-        self._engine.step()
+        advance = self._step_divided if last and self._stage == 3 else self._engine.step
+        advance()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
             if self._stage < 3 and not math.isfinite(self._norm):
@@ -342,6 +344,16 @@ class Engine:
             norm = self._norm
             finite = norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm)
             self.state.average(finite)
+
+    def _step_divided(self) -> None:
+        """A step at stage 3, after which DeepSpeed would gather each small parameter in a collective of its own."""
+        zero = self._engine.optimizer
+        small, zero.persistent_parameters = zero.persistent_parameters, []
+        self._engine.step()
+        zero.persistent_parameters = small
+        away = [p for p in small if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if away:  # not after a skipped step
+            away[0].all_gather_coalesced(away).wait()
 
     def _clip(self) -> torch.Tensor:
         """Clip at stage 0 and return the norm before it; withhold an update that is not finite.

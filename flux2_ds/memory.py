@@ -253,7 +253,8 @@ def estimate(
         live = zero.get("stage3_max_live_parameters", _LIVE)
         card["gathered weights"] = min(whole, live * stored)
     if not full:
-        card["adapter"] = 4 * (share if stage == 3 else trained)
+        # At stage 3 each process's part, and all of it: ZeRO-3 keeps what is small whole.
+        card["adapter"] = 4 * (trained + (share if stage == 3 and parts > 1 else 0))
     optimizer_at = host if plan.offloads("offload_optimizer") else card
     bf16_masters = full and recipe.precision == "bf16"
     if optimizer_at is host:

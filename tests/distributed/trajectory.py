@@ -156,6 +156,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     """
+    from deepspeed.comm.comm import cdb as comm
+
     from flux2_ds import agreement, assembly, saving
     from flux2_ds import engine as engines
 
@@ -228,7 +230,12 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             engine.backward(loss * math.inf if poisoned else loss)
             if [step, process.rank] == case.get("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            engine.step(learning_rate)
+            with patch.object(
+                comm, "all_gather_into_tensor", wraps=comm.all_gather_into_tensor
+            ) as gathers:
+                engine.step(learning_rate)
+            if stage == 3:  # small parameters are whole again, by one collective for each dtype
+                assert gathers.call_count <= len({p.dtype for p in model.parameters()})
             total += loss.detach() * micro / own
         losses.append(float(agreement.average(total)))
         if case.get("previewed"):
