@@ -43,31 +43,40 @@ class LoraLinear(lora.Linear):
             return plain
         (adapter,) = self.active_adapters
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        scaling = self.scaling[adapter]
+        scaling, gain = self.scaling[adapter], None
+        if adapter in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[adapter].weight
+            gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
         dropped = self.lora_dropout[adapter](x)
         if self._whole and dropped is x:
-            y = self._adapted(x, scaling * down, up)
+            # An 8-bit product applies its scales to its sums; for any other W would be rounded with its gain.
+            folded = self.base_layer.compute != "bf16"
+            y = self._adapted(x, scaling * down, up, gain if folded else None)
         else:
-            narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
+            folded, narrow = False, functional.linear(dropped, (scaling * down).to(x.dtype))
             y = _add(self.base_layer(x), narrow, up)
-        if adapter not in self.lora_magnitude_vector:
+        if gain is None or folded:
             return y
-        magnitude = self.lora_magnitude_vector[adapter].weight
-        gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
         # Less one, because near one 16 bits are coarse. Like PEFT, DoRA's part of the base product sees the
         # dropped input too.
         inner = y if dropped is x else _add(self.base_layer(dropped), narrow, up)
         return y + (gain - 1).to(x.dtype) * inner
 
-    def _adapted(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def _adapted(
+        self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, gain: torch.Tensor | None
+    ) -> torch.Tensor:
         base = self.base_layer
+        scale = base.scale
+        if gain is not None:
+            # gain ∘ (x Wᵀ + narrow Bᵀ) for the price of two small products, W's rows having a scale already.
+            scale, up = scale * gain[:, None], up * gain[:, None]
         rows, _ = adapted_product(
             x.flatten(0, -2),
             down.to(x.dtype),
             up.to(x.dtype),
             base.values,
             base.block_scale,
-            base.scale,
+            scale,
             base.storage,
             base.compute,
             base.transposed,

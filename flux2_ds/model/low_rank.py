@@ -78,8 +78,8 @@ def adapted_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x Wᵀ + narrow · upᵀ [M, N], narrow = x · downᵀ [M, r]) for x [M, K] and a quantised W [N, K].
 
-    The first is differentiable in x, down [r, K] and up [N, r]; the second is kept for that. `transposed`: as for
-    `frozen_product`.
+    The first is differentiable in x, down [r, K], up [N, r] and scale [N, 1]; the second is kept for that.
+    `transposed`: as for `frozen_product`.
     """
     narrow = x @ down.t()
     return _add(product(x, values, block_scale, scale, storage, compute), narrow, up), narrow
@@ -116,20 +116,24 @@ def _(grad: torch.Tensor, grad_narrow: torch.Tensor, down: torch.Tensor, *_: Any
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, ctx.storage, ctx.compute, transposed = inputs
-    ctx.save_for_backward(*tensors, transposed, output[1])
+    result = output[0] if inputs[5].requires_grad else None
+    ctx.save_for_backward(*tensors, transposed, output[1], result)
     ctx.mark_non_differentiable(output[1])
 
 
 def _adapted_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    x, down, up, *base, transposed, narrow = ctx.saved_tensors
+    x, down, up, values, block_scale, scale, transposed, narrow, result = ctx.saved_tensors
     grad = grad.contiguous()
     grad_narrow, grad_up = low_rank_gradients(grad, narrow, up)
-    grad_x = None
+    grad_x = grad_scale = None
     if ctx.needs_input_grad[0]:
-        grad_x = _adapted_gradient(
-            grad, grad_narrow, down, *base, ctx.storage, ctx.compute, transposed
-        )
-    return grad_x, grad_narrow.t() @ x, grad_up, *[None] * 6
+        base = values, block_scale, scale, ctx.storage, ctx.compute, transposed
+        grad_x = _adapted_gradient(grad, grad_narrow, down, *base)
+    if result is not None:
+        through_both = (grad * result).sum(0, keepdim=True, dtype=torch.float32).t()
+        through_update = (grad_up.float() * up).sum(1, keepdim=True)
+        grad_scale = (through_both - through_update) / scale
+    return grad_x, grad_narrow.t() @ x, grad_up, None, None, grad_scale, None, None, None
 
 
 adapted_product.register_autograd(_adapted_gradients, setup_context=_keep)

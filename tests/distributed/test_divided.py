@@ -40,7 +40,7 @@ def test_a_divided_quantised_base_follows_stage_0(tmp_path: Path) -> None:
         {"method": "lora", "base_weights": base, "micro": 1, "steps": STEPS}
         for base in ("fp8", "nf4_int8", "nf4")
     ]
-    kinds.append({**kinds[2], "method": "dora"})
+    kinds += [{**kinds[0], "method": "dora"}, {**kinds[2], "method": "dora"}]
     divided = [kind | {"deepspeed": zero3()} for kind in kinds]
     recomputing = {"blocks": {"kept": 1, "compiled": False}}
     divided.append(kinds[2] | recomputing | {"deepspeed": read_deepspeed("zero3")})
