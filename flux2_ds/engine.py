@@ -23,7 +23,6 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from deepspeed.runtime.zero.config import get_zero_config
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
 from pydantic import ValidationError
 from torch import distributed, nn
@@ -346,14 +345,18 @@ class Engine:
             self.state.average(finite)
 
     def _step_divided(self) -> None:
-        """A step at stage 3, after which DeepSpeed would gather each small parameter in a collective of its own."""
+        """A step at stage 3, in which DeepSpeed releases the small parameters that it keeps whole.
+
+        Left to it, each would then be gathered in a collective of its own, some hundred for an adapter.
+        """
         zero = self._engine.optimizer
         small, zero.persistent_parameters = zero.persistent_parameters, []
-        self._engine.step()
-        zero.persistent_parameters = small
-        away = [p for p in small if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if away:  # not after a skipped step
-            away[0].all_gather_coalesced(away).wait()
+        try:
+            self._engine.step()
+        finally:
+            zero.persistent_parameters = small
+        if small:
+            small[0].all_gather_coalesced(small).wait()
 
     def _clip(self) -> torch.Tensor:
         """Clip at stage 0 and return the norm before it; withhold an update that is not finite.

@@ -54,7 +54,10 @@ _DOUBLE_LINEARS = {
 }
 _SINGLE_LINEARS = {"attn.to_qkv_mlp_proj": (1, 9), "attn.to_out": (4, 1)}
 """Linear -> input and output features, in widths."""
-_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
+_LIVE, _SMALL = (
+    1e9,
+    1e5,
+)  # DeepSpeed's stage3_max_live_parameters and stage3_param_persistence_threshold
 _STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
 """Optimizer -> bytes of its state for each trained element; the others have two fp32 moments."""
 _MOMENTS = 8
@@ -114,16 +117,21 @@ def other_matrices(spec: Spec) -> list[int]:
     return [*embedders, *time, *modulation, 2 * width**2, width * TOKEN_CHANNELS]
 
 
-def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
-    """Elements of the adapter."""
-    count = 0
+def _adapter_sizes(spec: Spec, recipe: Recipe) -> list[int]:
+    """Elements of each of the adapter's tensors."""
+    sizes = []
     for name in target_modules(spec, recipe.lora.targets):
         group, _, linear = name.split(".", 2)
         shapes = _DOUBLE_LINEARS if group == "transformer_blocks" else _SINGLE_LINEARS
         inputs, outputs = (features * spec.width for features in shapes[linear])
-        count += recipe.lora.rank * (inputs + outputs)
-        count += outputs if recipe.method == "dora" else 0
-    return count
+        sizes += [recipe.lora.rank * inputs, recipe.lora.rank * outputs]
+        sizes += [outputs] if recipe.method == "dora" else []
+    return sizes
+
+
+def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
+    """Elements of the adapter."""
+    return sum(_adapter_sizes(spec, recipe))
 
 
 def trained_parameters(spec: Spec, recipe: Recipe) -> int:
@@ -210,6 +218,14 @@ def _swapped_bytes(spec: Spec, base_weights: str | None, element: int) -> list[f
     return [elements * each for elements in block_matrices(spec)]
 
 
+def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
+    """Bytes of small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
+    adapter = [] if recipe.method == "full" else _adapter_sizes(spec, recipe)
+    nf4 = (recipe.base_weights or "").startswith("nf4")
+    scales = [elements / 64 for elements in block_matrices(spec)] if nf4 else []
+    return 4 * sum(n for n in adapter if n <= threshold) + sum(n for n in scales if n <= threshold)
+
+
 def _page_locked(size: float) -> float:
     return 2.0 ** math.ceil(math.log2(size))
 
@@ -252,9 +268,11 @@ def estimate(
         whole = base_bytes(spec, recipe.base_weights, element)
         live = zero.get("stage3_max_live_parameters", _LIVE)
         card["gathered weights"] = min(whole, live * stored)
+        if plan.processes > 1:
+            threshold = zero.get("stage3_param_persistence_threshold", _SMALL)
+            card["kept whole"] = _kept_whole(spec, recipe, threshold)
     if not full:
-        # At stage 3 each process's part, and all of it: ZeRO-3 keeps what is small whole.
-        card["adapter"] = 4 * (trained + (share if stage == 3 and parts > 1 else 0))
+        card["adapter"] = 4 * (share if stage == 3 else trained)
     optimizer_at = host if plan.offloads("offload_optimizer") else card
     bf16_masters = full and recipe.precision == "bf16"
     if optimizer_at is host:

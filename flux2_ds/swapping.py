@@ -20,14 +20,16 @@ def swaps(zero: dict[str, Any]) -> bool:
 def swapping(zero: dict[str, Any], run_dir: str) -> dict[str, Any]:
     """`zero_optimization` with what DeepSpeed 0.19.8 needs so that its buffers suffice, and a place of the run's own.
 
-    A gathered weight holds its buffer. Weights that are soon used again would be kept until no buffer is left,
-    and one that is needed twice would be read ahead into two. Every start empties its place.
+    A gathered weight holds its buffer. Weights that are soon used again, or small enough to stay gathered, would be
+    kept until no buffer is left, and one that is needed twice would be read ahead into two. Every start empties
+    its place.
     """
     offload = zero["offload_param"]
     place = Path(offload["nvme_path"], "_".join(Path(run_dir).resolve().parts[1:]))
     return zero | {
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
         "offload_param": offload | {"nvme_path": str(place), "buffer_count": _BUFFERS},
     }
 

@@ -68,7 +68,7 @@ class LoraLinear(lora.Linear):
         base = self.base_layer
         scale = base.scale
         if gain is not None:
-            # gain ∘ (x Wᵀ + narrow Bᵀ) for the price of two small products, W's rows having a scale already.
+            # gain ∘ (x Wᵀ + narrow Bᵀ) without a pass over it, W's rows having a scale already.
             scale, up = scale * gain[:, None], up * gain[:, None]
         rows, _ = adapted_product(
             x.flatten(0, -2),

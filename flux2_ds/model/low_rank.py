@@ -78,8 +78,8 @@ def adapted_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x Wᵀ + narrow · upᵀ [M, N], narrow = x · downᵀ [M, r]) for x [M, K] and a quantised W [N, K].
 
-    The first is differentiable in x, down [r, K], up [N, r] and scale [N, 1]; the second is kept for that.
-    `transposed`: as for `frozen_product`.
+    The first is differentiable in x, down [r, K], up [N, r] and scale [N, 1], if no scale is zero; the second is
+    kept for that, and where scale has a gradient the first. `transposed`: as for `frozen_product`.
     """
     narrow = x @ down.t()
     return _add(product(x, values, block_scale, scale, storage, compute), narrow, up), narrow
@@ -129,7 +129,7 @@ def _adapted_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tens
     if ctx.needs_input_grad[0]:
         base = values, block_scale, scale, ctx.storage, ctx.compute, transposed
         grad_x = _adapted_gradient(grad, grad_narrow, down, *base)
-    if result is not None:
+    if result is not None:  # y = scale ∘ z + u: ∂/∂scale = Σ grad z = (Σ grad y - Σ grad u) / scale
         through_both = (grad * result).sum(0, keepdim=True, dtype=torch.float32).t()
         through_update = (grad_up.float() * up).sum(1, keepdim=True)
         grad_scale = (through_both - through_update) / scale

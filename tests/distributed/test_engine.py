@@ -329,6 +329,8 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(
         for number, (method, name, extra) in enumerate(kinds)
     ]  # fmt: skip
     cases.append({**cases[0], "fused": True, "save": str(tmp_path / "fused")})
+    shipped = {"deepspeed": read_deepspeed("zero3"), "save": str(tmp_path / "kept-whole")}
+    cases.append({**cases[0], **shipped})
     expected, _ = trajectory.reference("lora", 5, skipped=bad)
     assert expected != pytest.approx(references["lora"][0][:5], rel=TOLERANCE)
     for case, losses in zip(cases, launch(2, cases, tmp_path), strict=True):

@@ -235,6 +235,9 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             ) as gathers:
                 engine.step(learning_rate)
             if stage == 3:  # small parameters are whole again, by one collective for each dtype
+                small = engine._engine.optimizer.persistent_parameters
+                last = at + micro == (process.rank + 1) * own
+                assert not last or all(p.ds_status.name == "AVAILABLE" for p in small)
                 assert gathers.call_count <= len({p.dtype for p in model.parameters()})
             total += loss.detach() * micro / own
         losses.append(float(agreement.average(total)))

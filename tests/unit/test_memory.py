@@ -78,6 +78,22 @@ def test_adapters_are_counted_as_they_are(method, targets):
     assert adapter_parameters(spec, recipe) == count
 
 
+def test_what_zero3_keeps_whole_is_counted():
+    """On several processes, and of an adapter what is small by the shipped config: up to rank 72 for dev."""
+    zero = read_deepspeed("zero3")["zero_optimization"]
+
+    def kept_whole(rank, processes=2, **settings):
+        lora = Lora(rank=rank, targets="all")
+        settings = {"zero": zero, "processes": processes, "lora": lora, **settings}
+        return estimate_for(DEV, 56, **settings).card.get("kept whole", 0)
+
+    trained = adapter_parameters(RELEASED[DEV], recipe_for(lora=Lora(rank=72, targets="all")))
+    assert kept_whole(72) == 4 * trained
+    assert kept_whole(73) < 4 * trained
+    assert kept_whole(72, processes=1) == kept_whole(72, method="full") == 0
+    assert kept_whole(72, base_weights="nf4") - 4 * trained == pytest.approx(0.22 * GIB, rel=0.02)
+
+
 @pytest.mark.parametrize("name", sorted(BASE_WEIGHTS))
 def test_quantised_weights_take_what_is_planned(name):
     spec = Spec("klein", "Flux2KleinPipeline", 0, 1, 4, 64, 96, guidance=False)

@@ -574,6 +574,7 @@ def test_weights_on_nvme_are_neither_kept_nor_read_ahead():
     assert plan.swaps
     assert plan.offloads("offload_param")
     assert plan.zero["stage3_max_reuse_distance"] == plan.zero["stage3_prefetch_bucket_size"] == 0
+    assert plan.zero["stage3_param_persistence_threshold"] == 0
     assert plan.zero["memory_efficient_linear"] is False
     assert not make_plan(make_recipe(deepspeed="zero3_offload"), 2).swaps
 

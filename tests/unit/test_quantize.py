@@ -245,6 +245,8 @@ def test_the_products_are_sound_operators(mode):
         torch.library.opcheck(frozen_product, (x, *weight, storage, compute, turned))
         down, up = gaussian(3, 64).requires_grad_(), gaussian(32, 3).requires_grad_()
         torch.library.opcheck(adapted_product, (x, down, up, *weight, storage, compute, turned))
+        weight[2].requires_grad_()
+        torch.library.opcheck(adapted_product, (x, down, up, *weight, storage, compute, turned))
 
 
 @pytest.mark.parametrize("mode", ["fp8", "int8"])
