@@ -54,10 +54,8 @@ _DOUBLE_LINEARS = {
 }
 _SINGLE_LINEARS = {"attn.to_qkv_mlp_proj": (1, 9), "attn.to_out": (4, 1)}
 """Linear -> input and output features, in widths."""
-_LIVE, _SMALL = (
-    1e9,
-    1e5,
-)  # DeepSpeed's stage3_max_live_parameters and stage3_param_persistence_threshold
+_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
+_SMALL = 1e5  # and of stage3_param_persistence_threshold
 _STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
 """Optimizer -> bytes of its state for each trained element; the others have two fp32 moments."""
 _MOMENTS = 8
