@@ -156,7 +156,8 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
 
-    built, resident = None, psutil.Process().memory_info().rss
+    this = psutil.Process()
+    resident, built = this.memory_info().rss, None
     try:
         built = build(plan, spec, bucket, process)
         bare = None
@@ -188,7 +189,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
         result["predicted_gib"] = built.expected.on_card / GIB
         if built.expected.host:
-            grown = psutil.Process().memory_info().rss - resident
+            grown = this.memory_info().rss - resident
             result["host_gib"] = max(exchange(grown)) / GIB
             result["predicted_host_gib"] = built.expected.on_host / GIB
     if plain is not None:

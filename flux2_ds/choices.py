@@ -8,7 +8,7 @@ from typing import Literal
 
 from flux2_ds.errors import UserError
 from flux2_ds.execution import compiles
-from flux2_ds.memory import Memory, base_bytes, estimate
+from flux2_ds.memory import TRANSPOSED, Memory, base_bytes, estimate
 from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
@@ -80,7 +80,7 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
     # Weights that are held transposed are not read and written once more.
-    seconds -= 2 * memory.card.get("transposed base", 0) / _CARD_MEMORY
+    seconds -= 2 * memory.card.get(TRANSPOSED, 0) / _CARD_MEMORY
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
     if not compiles(recipe):
         seconds *= 1.35

@@ -19,11 +19,12 @@ from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.targets import target_modules
 
 GIB = 2**30
-_CUDA_GRAPHS, _TRANSPOSED = "CUDA graphs", "transposed base"
-_SPARE = {_CUDA_GRAPHS: "cuda_graphs", _TRANSPOSED: "transposed_base"}
+_CUDA_GRAPHS, TRANSPOSED = "CUDA graphs", "transposed base"
+_SPARE = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "transposed_base"}
 """What is made only where memory is left for it -> its setting."""
 
-_NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4
+_NF4_SCALES, _ROW_SCALE = 1 / 64, 4  # bytes a weight, and a row
+_NF4_BITS = 0.5 + _NF4_SCALES
 _KEPT = {
     (True, "lora", False): (12, 11),
     (True, "lora", True): (12, 11),
@@ -91,7 +92,7 @@ class Memory:
     @property
     def transposes(self) -> bool:
         """Whether the base is held a second time, transposed."""
-        return _TRANSPOSED in self.card
+        return TRANSPOSED in self.card
 
     def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
         """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack, and
@@ -218,10 +219,12 @@ def _swapped_bytes(spec: Spec, base_weights: str | None, element: int) -> list[f
 
 def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
     """Bytes of small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
-    adapter = [] if recipe.method == "full" else _adapter_sizes(spec, recipe)
-    nf4 = (recipe.base_weights or "").startswith("nf4")
-    scales = [elements / 64 for elements in block_matrices(spec)] if nf4 else []
-    return 4 * sum(n for n in adapter if n <= threshold) + sum(n for n in scales if n <= threshold)
+    tensors: list[tuple[float, int]] = []  # elements, and bytes of each
+    if recipe.method != "full":
+        tensors += [(elements, 4) for elements in _adapter_sizes(spec, recipe)]
+    if (recipe.base_weights or "").startswith("nf4"):
+        tensors += [(elements * _NF4_SCALES, 1) for elements in block_matrices(spec)]
+    return sum(elements * each for elements, each in tensors if elements <= threshold)
 
 
 def _page_locked(size: float) -> float:
@@ -324,7 +327,7 @@ def estimate(
         )
         spare[_CUDA_GRAPHS] = graphs
     if transposable(plan):
-        spare[_TRANSPOSED] = float(sum(block_matrices(spec)))
+        spare[TRANSPOSED] = float(sum(block_matrices(spec)))
     for part, size in spare.items():
         more = Memory(memory.card | {part: size}, host)
         if getattr(recipe, _SPARE[part]) or more.fits(card_bytes):

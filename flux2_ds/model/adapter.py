@@ -49,13 +49,16 @@ class LoraLinear(lora.Linear):
             gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
         dropped = self.lora_dropout[adapter](x)
         if self._whole and dropped is x:
-            # An 8-bit product applies its scales to its sums; for any other W would be rounded with its gain.
-            folded = self.base_layer.compute != "bf16"
-            y = self._adapted(x, scaling * down, up, gain if folded else None)
+            scale = self.base_layer.scale
+            if gain is not None and self.base_layer.compute != "bf16":
+                # gain ∘ (x Wᵀ + narrow Bᵀ) without a pass over it: an 8-bit product applies the scales of W's rows
+                # to its sums. In bf16 W would be rounded with its gain.
+                scale, up, gain = scale * gain[:, None], up * gain[:, None], None
+            y = self._adapted(x, scaling * down, up, scale)
         else:
-            folded, narrow = False, functional.linear(dropped, (scaling * down).to(x.dtype))
+            narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
             y = _add(self.base_layer(x), narrow, up)
-        if gain is None or folded:
+        if gain is None:
             return y
         # Less one, because near one 16 bits are coarse. Like PEFT, DoRA's part of the base product sees the
         # dropped input too.
@@ -63,13 +66,9 @@ class LoraLinear(lora.Linear):
         return y + (gain - 1).to(x.dtype) * inner
 
     def _adapted(
-        self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, gain: torch.Tensor | None
+        self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         base = self.base_layer
-        scale = base.scale
-        if gain is not None:
-            # gain ∘ (x Wᵀ + narrow Bᵀ) without a pass over it, W's rows having a scale already.
-            scale, up = scale * gain[:, None], up * gain[:, None]
         rows, _ = adapted_product(
             x.flatten(0, -2),
             down.to(x.dtype),

@@ -116,9 +116,10 @@ def _(grad: torch.Tensor, grad_narrow: torch.Tensor, down: torch.Tensor, *_: Any
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, ctx.storage, ctx.compute, transposed = inputs
-    result = output[0] if inputs[5].requires_grad else None
-    ctx.save_for_backward(*tensors, transposed, output[1], result)
-    ctx.mark_non_differentiable(output[1])
+    result, narrow = output
+    scale = tensors[-1]
+    ctx.save_for_backward(*tensors, transposed, narrow, result if scale.requires_grad else None)
+    ctx.mark_non_differentiable(narrow)
 
 
 def _adapted_gradients(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
