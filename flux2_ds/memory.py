@@ -268,7 +268,8 @@ def estimate(
         stored = element if recipe.base_weights in (None, "bf16") else 1
         whole = base_bytes(spec, recipe.base_weights, element)
         live = zero.get("stage3_max_live_parameters", _LIVE)
-        card["gathered weights"] = min(whole, live * stored)
+        if plan.processes > 1 or at is host:  # else they are whole where they lie
+            card["gathered weights"] = min(whole, live * stored)
         if plan.processes > 1:
             threshold = zero.get("stage3_param_persistence_threshold", _SMALL)
             card["kept whole"] = _kept_whole(spec, recipe, threshold)
@@ -291,7 +292,8 @@ def estimate(
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = bf16_masters and stage == 1 and optimizer_at is card
     if stage and zero.get("contiguous_gradients", True) and not bufferless:
-        buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        # Stage 3 orders a bucket by process in a copy. An adapter fills its bucket once most activations are gone.
+        buffers = 2 if (full if stage == 3 else zero.get("overlap_comm")) else 1
         halved = recipe.precision == "fp16" or (bf16_masters and stage > 1)
         bucket = min(zero.get("reduce_bucket_size", 5e8), trained)  # engine.py sees to it
         card["reduction buffers"] = (2 if halved else 4) * buffers * bucket

@@ -117,14 +117,15 @@ def test_quantised_weights_take_what_is_planned(name):
         (DEV, 4096, {"base_weights": "fp8", "transposed_base": True}, 95.2),
         (DEV, 4096, {"base_weights": "fp8", "zero": ZERO2}, 67.05),
         (DEV, 4096, {"base_weights": "fp8", "zero": ZERO3}, 66.5),
-        (DEV, 4096, {"base_weights": "fp8", "method": "dora"}, 69.2),
+        (DEV, 4096, {"base_weights": "fp8", "method": "dora"}, 68.7),
         (DEV, 4096, {"base_weights": "nf4_fp8", "activations": 0.0, "cuda_graphs": False}, 22.0),
         (DEV, 4096, {"base_weights": "nf4", "activations": 0.0, "cuda_graphs": False}, 22.1),
+        (DEV, 4096, {"zero": "zero3_offload", "activations": 0.5}, 21.5),
         (
             DEV,
             4096,
-            {"base_weights": "fp8", "zero": ZERO3, "processes": 2, "lora": ALL_LINEARS},
-            53.6,
+            {"base_weights": "fp8", "zero": "zero3", "processes": 2, "lora": ALL_LINEARS},
+            54.0,
         ),
         (
             DEV,
@@ -132,26 +133,29 @@ def test_quantised_weights_take_what_is_planned(name):
             {"base_weights": "fp8", "zero": ZERO3, "processes": 4, "lora": ALL_LINEARS},
             45.0,
         ),
-        (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS}, 69.8),
+        (DEV, 4096, {"zero": "zero3", "processes": 2, "lora": ALL_LINEARS}, 69.9),
         (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS, "compile": False}, 94.5),
         (KLEIN_9B, 4096, {"base_weights": "fp8"}, 22.6),
         (KLEIN_9B, 3952, {"base_weights": "fp8"}, 22.2),
         (KLEIN_9B, 1024, {"base_weights": "fp8"}, 13.8),
         (KLEIN_9B, 4096, {"base_weights": "int8"}, 22.7),
         (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True}, 30.8),
-        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True, "method": "dora"}, 32.0),
+        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True, "method": "dora"}, 31.7),
         (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 2}, 99.8),
         (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 4}, 66.0),
         (KLEIN_4B, 4096, {"base_weights": "fp8"}, 12.0),
         (KLEIN_4B, 3952, {"base_weights": "fp8"}, 11.8),
         (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
         (KLEIN_4B, 4096, {"base_weights": "fp8", "transposed_base": True}, 15.5),
+        (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload_optimizer"}, 16.8),
+        (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
     ],
 )
 def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, settings, measured):
     settings = dict(settings)
     zero, processes = settings.pop("zero", {}), settings.pop("processes", 1)
-    settings = {"activations": "keep", "deepspeed": {"zero_optimization": zero}, **settings}
+    deepspeed = zero if isinstance(zero, str) else {"zero_optimization": zero}
+    settings = {"activations": "keep", "deepspeed": deepspeed, **settings}
     recipe, spec = recipe_for(model, processes, **settings), RELEASED[model]
     plan = make_plan(recipe, processes)
     memory = estimate(spec, plan, tokens, kept_blocks(spec, plan, tokens, math.inf))
@@ -171,8 +175,7 @@ def test_offload_moves_and_processes_divide():
 
 
 def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3():
-    """Bytes of each parameter on the card and on the host, on two processes; read in DeepSpeed. On two H200 a
-    klein 9B took 99.8 GiB of each at stage 2, a klein 4B with stage 3's optimizer in host memory 16.8."""
+    """Bytes of each parameter on the card and on the host, on two processes; read in DeepSpeed."""
     trained = sum(block_matrices(RELEASED[KLEIN_4B]) + other_matrices(RELEASED[KLEIN_4B]))
 
     def gradients(stage: int, offload: bool) -> list[float]:
@@ -184,9 +187,6 @@ def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3(
     assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [2, 0], [2, 0]]
     assert [gradients(stage, offload=True) for stage in (1, 2)] == [[6, 3], [2, 3]]
     assert gradients(3, offload=True) == [0, pytest.approx(4)]
-    zero3 = read_deepspeed("zero3_offload_optimizer")["zero_optimization"]
-    on_one = estimate_for(KLEIN_4B, 25, zero=zero3, method="full")
-    assert 16.85 < on_one.on_card / GIB < 1.1 * 16.85  # not all that may be gathered is
 
 
 def test_what_is_page_locked_takes_powers_of_two():
@@ -224,12 +224,19 @@ def test_stage_3_divides_the_base_and_gathers_some_of_it():
         assert parts.card["base weights"] == pytest.approx(whole.card["base weights"] / 4)
         assert parts.card["gathered weights"] == 5e8 * stored
         assert parts.card["working"] == whole.card["working"]
-    small = estimate_for(KLEIN_4B, 0, zero=zero | {"stage3_max_live_parameters": 10**12})
-    assert small.card["gathered weights"] == small.card["base weights"]  # never more than all of it
+    everything = zero | {"stage3_max_live_parameters": 10**12}
+    small = estimate_for(KLEIN_4B, 0, processes=2, zero=everything)
+    # Never more than all of it.
+    assert small.card["gathered weights"] == 2 * small.card["base weights"]
+    # One process uses weights where they lie, unless that is the host.
+    assert "gathered weights" not in estimate_for(DEV, 0, zero=zero).card
+    streamed = estimate_for(DEV, 0, zero=zero | {"offload_param": {"device": "cpu"}})
+    assert streamed.card["gathered weights"] == 5e8 * 2
 
 
 def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
-    """Adapters have fp32 gradients; a full fine-tune in bf16 has another optimizer at stage 1."""
+    """Adapters have fp32 gradients; a full fine-tune in bf16 has another optimizer at stage 1, and the copy of a
+    bucket at stage 3."""
 
     def buffers(stage: int, bucket: int = 10**6, **settings) -> float:
         zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": bucket}
@@ -237,7 +244,7 @@ def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
 
     assert [buffers(stage) for stage in (1, 2, 3)] == [8e6, 8e6, 4e6]
     assert [buffers(stage, precision="fp16") for stage in (1, 2, 3)] == [4e6, 4e6, 2e6]
-    assert [buffers(stage, method="full") for stage in (1, 2, 3)] == [0, 4e6, 2e6]
+    assert [buffers(stage, method="full") for stage in (1, 2, 3)] == [0, 4e6, 4e6]
     trained = adapter_parameters(RELEASED[KLEIN_4B], recipe_for(KLEIN_4B))
     assert buffers(2, 10**12) == 8 * trained  # see Engine
     none = {"stage": 2, "contiguous_gradients": False}
