@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from flux2_ds.errors import UserError
+from flux2_ds.rundir import checkpoint_steps
 from flux2_ds.stored import Piece, StoredTensors, write
 
 STATE_NAME = "state.json"
@@ -136,10 +136,8 @@ def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
 
 
 def find(root: Path) -> list[Checkpoint]:
-    """Checkpoints by ascending step; directories of other names are not ours."""
-    names = [(path, re.fullmatch(r"step_(\d{8,})", path.name)) for path in root.glob("step_*")]
-    found = [Checkpoint(path, int(name[1])) for path, name in names if name]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """Checkpoints by ascending step."""
+    return [Checkpoint(path, step) for step, path in checkpoint_steps(root).items()]
 
 
 def set_aside(path: Path) -> Path:

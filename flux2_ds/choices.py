@@ -8,9 +8,10 @@ from typing import Literal
 
 from flux2_ds.errors import UserError
 from flux2_ds.execution import compiles
-from flux2_ds.memory import TRANSPOSED, Memory, base_bytes, estimate
+from flux2_ds.memory import TRANSPOSED, Memory, estimate
 from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe
+from flux2_ds.sizes import base_bytes
 from flux2_ds.spec import Spec
 
 _STAGES = (

@@ -30,7 +30,7 @@ from flux2_ds.model.transformer import (
     lora_config,
 )
 from flux2_ds.recipe import Lora, Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import Weights, export_path
+from flux2_ds.rundir import Weights, checkpoints_directory, export_path
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import StoredTensors
 from flux2_ds.tensors import use_default_permissions, write_tensors
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Weights, default="trained",
                         help="The trained weights, or their moving average.")  # fmt: skip
     recipe, options = parse_recipe(parser)
-    chosen = choose(Path(recipe.run_dir) / "checkpoints", options.step)
+    chosen = choose(checkpoints_directory(recipe), options.step)
     recipe = recipe_of(recipe, chosen)
     path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision), options.weights)
     log.info("exported %s to %s", chosen.path, path)

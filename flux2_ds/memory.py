@@ -15,16 +15,24 @@ from flux2_ds.errors import UserError
 from flux2_ds.execution import compiles
 from flux2_ds.plan import Plan, captures, transposable
 from flux2_ds.recipe import Recipe
-from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, TOKEN_CHANNELS, Spec
-from flux2_ds.targets import target_modules
+from flux2_ds.sizes import (
+    NF4_SCALES,
+    adapter_tensors,
+    base_bytes,
+    block_matrices,
+    expanded_bytes,
+    optimizer_bytes,
+    other_matrices,
+    rendering_bytes,
+    trained_parameters,
+)
+from flux2_ds.spec import PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
 
 GIB = 2**30
 _CUDA_GRAPHS, TRANSPOSED = "CUDA graphs", "transposed base"
 _SPARE = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "transposed_base"}
 """What is made only where memory is left for it -> its setting."""
 
-_NF4_SCALES, _ROW_SCALE = 1 / 64, 4  # bytes a weight, and a row
-_NF4_BITS = 0.5 + _NF4_SCALES
 _KEPT = {
     (True, "lora", False): (12, 11),
     (True, "lora", True): (12, 11),
@@ -40,26 +48,11 @@ _KEPT = {
 """Whether compiled, method, whether with dropout -> streams that a double and a single block keep; adapters on
 all linears."""
 _WORKING = 34
-_RENDERING = 21  # without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at a picture's full size
-_TIMESTEP_FREQUENCIES = 256
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
 
-_DOUBLE_LINEARS = {
-    **dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"), (1, 1)),
-    **dict.fromkeys(
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"), (1, 1)
-    ),
-    **dict.fromkeys(("ff.linear_in", "ff_context.linear_in"), (1, 6)),
-    **dict.fromkeys(("ff.linear_out", "ff_context.linear_out"), (3, 1)),
-}
-_SINGLE_LINEARS = {"attn.to_qkv_mlp_proj": (1, 9), "attn.to_out": (4, 1)}
-"""Linear -> input and output features, in widths."""
 _LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
 _SMALL = 1e5  # and of stage3_param_persistence_threshold
-_STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
-"""Optimizer -> bytes of its state for each trained element; the others have two fp32 moments."""
-_MOMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -100,86 +93,6 @@ class Memory:
         return self.on_card * 1.02 + _CONTEXT <= card_bytes and self.on_host <= host_bytes
 
 
-def block_matrices(spec: Spec) -> list[int]:
-    """Elements of each of the blocks' linears."""
-    double, single = _DOUBLE_LINEARS.values(), _SINGLE_LINEARS.values()
-    widths = [*double] * spec.double_blocks + [*single] * spec.single_blocks
-    return [spec.width**2 * inputs * outputs for inputs, outputs in widths]
-
-
-def other_matrices(spec: Spec) -> list[int]:
-    """Elements of each of the other linears: embedders, modulation and output layers."""
-    width = spec.width
-    embedders = [width * TOKEN_CHANNELS, width * spec.text_width]
-    time = [width * _TIMESTEP_FREQUENCIES, width**2] * (1 + spec.guidance)
-    modulation = [6 * width**2, 6 * width**2, 3 * width**2]
-    return [*embedders, *time, *modulation, 2 * width**2, width * TOKEN_CHANNELS]
-
-
-def _adapter_sizes(spec: Spec, recipe: Recipe) -> list[int]:
-    """Elements of each of the adapter's tensors."""
-    sizes = []
-    for name in target_modules(spec, recipe.lora.targets):
-        group, _, linear = name.split(".", 2)
-        shapes = _DOUBLE_LINEARS if group == "transformer_blocks" else _SINGLE_LINEARS
-        inputs, outputs = (features * spec.width for features in shapes[linear])
-        sizes += [recipe.lora.rank * inputs, recipe.lora.rank * outputs]
-        sizes += [outputs] if recipe.method == "dora" else []
-    return sizes
-
-
-def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
-    """Elements of the adapter."""
-    return sum(_adapter_sizes(spec, recipe))
-
-
-def trained_parameters(spec: Spec, recipe: Recipe) -> int:
-    """Elements of what is trained: the model, or the adapter."""
-    if recipe.method == "full":
-        return sum(block_matrices(spec) + other_matrices(spec))
-    return adapter_parameters(spec, recipe)
-
-
-def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
-    """Bytes of a checkpoint on disk: fp32 weights, the optimizer's state, the average."""
-    name = recipe.optimizer.name
-    # With each element of an 8-bit optimizer's two moments its scale is stored.
-    scales = 8 if "8bit" in name else 0
-    average = 0 if recipe.optimizer.ema_decay is None else 4
-    each = 4 + _STATE.get(name, _MOMENTS) + scales + average
-    return each * trained_parameters(spec, recipe)
-
-
-def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
-    """Bytes of the model's weights. `element`: bytes of one that is not quantised."""
-    per_weight: float = element
-    if base_weights in ("fp8", "int8"):
-        per_weight = 1 + _ROW_SCALE / spec.width
-    elif base_weights is not None and base_weights.startswith("nf4"):
-        per_weight = _NF4_BITS + _ROW_SCALE / spec.width
-    return per_weight * sum(block_matrices(spec)) + element * sum(other_matrices(spec))
-
-
-def rendering_bytes(
-    spec: Spec,
-    base_weights: str | None,
-    element: int,
-    image_tokens: int,
-    pixels: int,
-    channels: int,
-) -> float:
-    """Least bytes beside the weights while a picture is denoised and decoded; kernels' workspaces come on top.
-
-    `image_tokens`: references included. `channels`: of the VAE's decoder at the picture's full size. Both
-    parts were counted in tensors that exist at once, on the CPU.
-    """
-    stream = (image_tokens + TEXT_TOKENS) * spec.width * element
-    # Rotations are in fp32. The decoder's last stage takes in twice its channels, three times at once.
-    return max(
-        _RENDERING * stream + _expanded(spec, base_weights), 6.0 * channels * pixels * element
-    )
-
-
 def _preview_bytes(spec: Spec, recipe: Recipe, element: int) -> float:
     pixels = recipe.preview.height * recipe.preview.width
     tokens = pixels // PIXELS_PER_TOKEN**2
@@ -203,12 +116,6 @@ def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
     return {"fp32 masters": 4 * share, "gradients": locked(4 * share) + copies}
 
 
-def _expanded(spec: Spec, base_weights: str | None) -> int:
-    """Bytes of the widest weight as the product reads it."""
-    product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
-    return 9 * spec.width**2 * product.get(base_weights or "", 0)
-
-
 def _swapped_bytes(spec: Spec, base_weights: str | None, element: int) -> list[float]:
     """Bytes of each weight that `assembly.swapped` puts on NVMe: a quantised base's scales stay."""
     if base_weights in (None, "bf16"):
@@ -221,9 +128,9 @@ def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
     """Bytes of small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
     tensors: list[tuple[float, int]] = []  # elements, and bytes of each
     if recipe.method != "full":
-        tensors += [(elements, 4) for elements in _adapter_sizes(spec, recipe)]
+        tensors += [(elements, 4) for elements in adapter_tensors(spec, recipe)]
     if (recipe.base_weights or "").startswith("nf4"):
-        tensors += [(elements * _NF4_SCALES, 1) for elements in block_matrices(spec)]
+        tensors += [(elements * NF4_SCALES, 1) for elements in block_matrices(spec)]
     return sum(elements * each for elements, each in tensors if elements <= threshold)
 
 
@@ -288,7 +195,7 @@ def estimate(
         # At stage 1 a full fine-tune in bf16 has its gradients in both dtypes.
         gradient = 6 if bf16_masters and stage == 1 else 4
         card["gradients"] = gradient * (share if stage >= 2 else trained)
-    optimizer_at["optimizer"] = _STATE.get(recipe.optimizer.name, _MOMENTS) * share
+    optimizer_at["optimizer"] = optimizer_bytes(recipe.optimizer.name) * share
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = bf16_masters and stage == 1 and optimizer_at is card
     if stage and zero.get("contiguous_gradients", True) and not bufferless:
@@ -315,7 +222,7 @@ def estimate(
     else:
         card["activations"] += stream * (spec.blocks - kept)
     # While one block runs: its intermediates, and its widest weight as the product reads it.
-    card["working"] = _WORKING * stream + _expanded(spec, recipe.base_weights)
+    card["working"] = _WORKING * stream + expanded_bytes(spec, recipe.base_weights)
     card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     memory = Memory(card, host)
     spare: dict[str, float] = {}

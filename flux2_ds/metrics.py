@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux2_ds.errors import UserError
+from flux2_ds.whole import write_whole
 
 log = logging.getLogger("flux2_ds")
 
@@ -163,9 +164,7 @@ def _cut_after(path: Path, step: int) -> None:
     """Drop records after `step`: those steps are done again."""
     if path.is_file():
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -5,12 +5,41 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from flux2_ds.data.buckets import bucket_table, resolutions
 from flux2_ds.errors import UserError
 from flux2_ds.recipe import Data, Recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN
+
+_TOKEN = PIXELS_PER_TOKEN
+_RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("at least 1", lambda v: v >= 1,
+     "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard data.shuffle_window "
+     "data.readers prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
+     "evaluation.every evaluation.samples checkpoint.every checkpoint.keep_last checkpoint.keep_every "
+     "log.every launch.processes preview.steps preview.every objective.max_shift_tokens"),
+    ("0 or more", lambda v: v >= 0,
+     "seed preview.seed launch.hang_after objective.guidance optimizer.warmup_steps "
+     "optimizer.max_grad_norm optimizer.eps optimizer.weight_decay"),
+    ("positive", lambda v: v > 0,
+     "data.max_upscale data.cache_gb prepare.scratch_gb optimizer.learning_rate lora.alpha "
+     "objective.shift objective.std"),
+    (f"a multiple of {_TOKEN}", lambda v: v > 0 and v % _TOKEN == 0,
+     "data.bucket_step preview.height preview.width"),
+    (f"at least {_TOKEN}", lambda v: v >= _TOKEN, "prepare.reference_resolution"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "objective.caption_dropout"),
+    ("in [0, 1)", lambda v: 0 <= v < 1, "lora.dropout"),
+    ("in [0, 1)", lambda v: all(0 <= beta < 1 for beta in v), "optimizer.betas"),
+    ("in (0, 1)", lambda v: 0 < v < 1, "optimizer.ema_decay"),
+    ("between 0 and 0.5", lambda v: 0 <= v <= 0.5, "data.held_out"),
+    ("between 1 and 64", lambda v: 1 <= v <= 64, "data.max_aspect"),
+    ("between -1 and 1.75", lambda v: -1 <= v <= 1.75, "objective.mode_scale"),
+    ("auto, recompute, keep or between 0 and 1", lambda v: isinstance(v, str) or 0 <= v <= 1, "activations"),
+    ("one prompt or more", bool, "preview.prompts"),
+]  # fmt: skip
+"""What a setting must be, if it is given, and the settings of which that holds."""
 
 
 def check_ranges(recipe: Recipe) -> None:
@@ -19,83 +48,19 @@ def check_ranges(recipe: Recipe) -> None:
     Raises:
         UserError: naming the setting, its value and the rule.
     """
-    data, preview = recipe.data, recipe.preview
+    data, every = recipe.data, recipe.checkpoint.every
     _check_urls(data)
-    at_least_one: dict[str, int | None] = {
-        "steps": recipe.steps,
-        "batch.global_size": recipe.batch.global_size,
-        "batch.micro_size": recipe.batch.micro_size,
-        "lora.rank": recipe.lora.rank,
-        "data.samples_per_shard": data.samples_per_shard,
-        "data.shuffle_window": data.shuffle_window,
-        "data.readers": data.readers,
-        "prepare.processes": recipe.prepare.processes,
-        "prepare.text_batch": recipe.prepare.text_batch,
-        "prepare.image_batch": recipe.prepare.image_batch,
-        "prepare.decode_threads": recipe.prepare.decode_threads,
-        "evaluation.every": recipe.evaluation.every,
-        "evaluation.samples": recipe.evaluation.samples,
-        "checkpoint.every": recipe.checkpoint.every,
-        "checkpoint.keep_last": recipe.checkpoint.keep_last,
-        "checkpoint.keep_every": recipe.checkpoint.keep_every,
-        "log.every": recipe.log.every,
-        "launch.processes": recipe.launch.processes,
-        "preview.steps": preview.steps,
-        "preview.every": preview.every,
-    }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-
-    def require(name: str, value: Any, ok: Callable[[Any], bool], rule: str) -> None:
-        if not ok(value):
-            raise UserError(f"{name} is {value}; it must be {rule}.")
-
-    token = PIXELS_PER_TOKEN
-    adam = recipe.optimizer
-    require("launch.hang_after", recipe.launch.hang_after, lambda v: v >= 0, "0 or more")
-    require("data.bucket_step", data.bucket_step, lambda v: v > 0 and v % token == 0,
-            f"a multiple of {token}")  # fmt: skip
-    require("preview.height", preview.height, lambda v: v > 0 and v % token == 0,
-            f"a multiple of {token}")  # fmt: skip
-    require("preview.width", preview.width, lambda v: v > 0 and v % token == 0,
-            f"a multiple of {token}")  # fmt: skip
-    require("data.max_aspect", data.max_aspect, lambda v: 1 <= v <= 64, "between 1 and 64")
-    require("data.max_upscale", data.max_upscale, lambda v: v > 0, "positive")
-    require("data.held_out", data.held_out, lambda v: 0 <= v <= 0.5, "between 0 and 0.5")
-    require("data.cache_gb", data.cache_gb, lambda v: v > 0, "positive")
-    saving = recipe.checkpoint
-    require("checkpoint.keep_every", saving.keep_every,
-            lambda v: v is None or v % saving.every == 0,
-            f"a multiple of checkpoint.every, which is {saving.every}")  # fmt: skip
+    for rule, holds, names in _RULES:
+        for name in names.split():
+            _require(name, attrgetter(name)(recipe), holds, rule)
     for name, weight in data.weights.items():
-        require(f"data.weights.{name}", weight, lambda v: 0 < v < math.inf, "positive")
-    require("prepare.scratch_gb", recipe.prepare.scratch_gb, lambda v: v > 0, "positive")
-    require("prepare.reference_resolution", recipe.prepare.reference_resolution,
-            lambda v: v >= token, f"at least {token}")  # fmt: skip
-    require("objective.caption_dropout", recipe.objective.caption_dropout,
-            lambda v: 0 <= v <= 1, "between 0 and 1")  # fmt: skip
-    require("lora.dropout", recipe.lora.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
-    require("optimizer.learning_rate", adam.learning_rate, lambda v: v > 0, "positive")
-    require("optimizer.warmup_steps", adam.warmup_steps, lambda v: v >= 0, "0 or more")
-    require("optimizer.max_grad_norm", adam.max_grad_norm, lambda v: v >= 0, "0 or more")
-    require("activations", recipe.activations, lambda v: isinstance(v, str) or 0 <= v <= 1,
-            "auto, recompute, keep or between 0 and 1")  # fmt: skip
-    require("seed", recipe.seed, lambda v: v >= 0, "0 or more")
-    require("preview.prompts", preview.prompts, bool, "one prompt or more")
-    require("preview.seed", preview.seed, lambda v: v >= 0, "0 or more")
-    require("optimizer.betas", adam.betas, lambda v: all(0 <= b < 1 for b in v), "in [0, 1)")
-    require("optimizer.eps", adam.eps, lambda v: v >= 0, "0 or more")
-    require("optimizer.ema_decay", adam.ema_decay, lambda v: v is None or 0 < v < 1, "in (0, 1)")
-    require("optimizer.weight_decay", adam.weight_decay, lambda v: v >= 0, "0 or more")
-    require("lora.alpha", recipe.lora.alpha, lambda v: v is None or v > 0, "positive")
-    require("objective.shift", recipe.objective.shift, lambda v: v > 0, "positive")
-    require("objective.guidance", recipe.objective.guidance, lambda v: v >= 0, "0 or more")
-    require("objective.max_shift_tokens", recipe.objective.max_shift_tokens,
-            lambda v: v >= 1, "at least 1")  # fmt: skip
-    require("objective.std", recipe.objective.std, lambda v: v > 0, "positive")
-    require("objective.mode_scale", recipe.objective.mode_scale, lambda v: -1 <= v <= 1.75,
-            "between -1 and 1.75")  # fmt: skip
+        _require(f"data.weights.{name}", weight, lambda v: 0 < v < math.inf, "positive")
+    _require(
+        "checkpoint.keep_every",
+        recipe.checkpoint.keep_every,
+        lambda v: v % every == 0,
+        f"a multiple of checkpoint.every, which is {every}",
+    )
     for resolution in resolutions(data.resolution) or [0]:
         if not bucket_table(resolution, data.bucket_step, data.max_aspect):
             raise UserError(
@@ -106,6 +71,11 @@ def check_ranges(recipe: Recipe) -> None:
         raise UserError(
             "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
         )
+
+
+def _require(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> None:
+    if value is not None and not holds(value):
+        raise UserError(f"{name} is {value}; it must be {rule}.")
 
 
 def _check_urls(data: Data) -> None:

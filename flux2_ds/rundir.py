@@ -2,7 +2,9 @@
 
 recipe.yaml      the resolved recipe      deepspeed.json   the DeepSpeed config it led to
 versions.json    of the packages          metrics.jsonl    one record a log line
-checkpoints/     step_N                   export/          adapters for diffusers
+checkpoints/     step_N                   export/          adapters or whole models for diffusers
+previews/        pictures of the prompts  previews.png     some of them side by side
+samples/         pictures of `sample`     stop             asks a running training to save and stop
 wandb/           the W&B run              loss.png         drawn at every stop
 nonfinite/       steps with NaN or infinite gradients
 logs/            what each process printed, where it is, the first failure (lookout.py)
@@ -15,6 +17,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -24,6 +27,7 @@ import yaml
 from flux2_ds.errors import UserError
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Lora, Recipe, recipe_values
+from flux2_ds.whole import write_whole
 
 log = logging.getLogger("flux2_ds")
 
@@ -33,8 +37,8 @@ _FREE = ("run_dir", "accept_changes", "activations", "offload_activations", "att
          "cuda_graphs", "transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch",
          "prepare", "evaluation")  # fmt: skip
 """Settings that may change between two starts of a run: they do not change what is computed."""
-_BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs"}
-"""What a start that was refused may leave."""
+_BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs", "deepspeed.json", "versions.json"}
+"""What a start that was refused or killed may leave."""
 Weights = Literal["trained", "ema"]
 """The trained weights, or their moving average."""
 DOCTOR_TOKEN = ".doctor-"
@@ -92,10 +96,10 @@ def write_run_dir(plan: Plan) -> None:
     """Write recipe, DeepSpeed config and versions."""
     run_dir = Path(plan.recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / "deepspeed.json", json.dumps(plan.deepspeed, indent=1) + "\n")
-    _write(run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
+    write_whole(run_dir / "deepspeed.json", json.dumps(plan.deepspeed, indent=1) + "\n")
+    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
     # Last: a directory without a recipe.yaml holds no run.
-    _write(run_dir / RECIPE_NAME, yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False))
+    write_whole(run_dir / RECIPE_NAME, yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False))
 
 
 def export_path(recipe: Recipe, step: int, weights: Weights = "trained") -> Path:
@@ -114,8 +118,26 @@ def stop_file(recipe: Recipe) -> Path:
 
 def newest_step(recipe: Recipe) -> int:
     """Step of the newest checkpoint; 0 without one."""
-    names = (Path(recipe.run_dir) / "checkpoints").glob("step_*")
-    return max((int(n.name[5:]) for n in names if n.name[5:].isdecimal()), default=0)
+    return max(checkpoint_steps(checkpoints_directory(recipe)), default=0)
+
+
+def checkpoints_directory(recipe: Recipe) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(recipe.run_dir) / "checkpoints"
+
+
+def checkpoint_steps(root: Path) -> dict[int, Path]:
+    """Directories of complete checkpoints by step, ascending; those of other names are not ours."""
+    names = [(re.fullmatch(r"step_(\d{8,})", path.name), path) for path in root.glob("step_*")]
+    return dict(sorted((int(name[1]), path) for name, path in names if name))
+
+
+def existing_parent(recipe: Recipe) -> Path:
+    """run_dir, or the nearest directory above it that there is."""
+    place = Path(recipe.run_dir).resolve()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def logs_directory(recipe: Recipe) -> Path:
@@ -200,9 +222,3 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from flux2_ds.attention import attention_backend, check_backend
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.memory import GIB, adapter_parameters, base_bytes, rendering_bytes
+from flux2_ds.memory import GIB
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_image_pipeline
@@ -40,6 +40,7 @@ from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.rendering import Prompt, as_prompt, grid, open_reference, render
 from flux2_ds.rundir import Weights, export_path, trained_recipe
+from flux2_ds.sizes import adapter_parameters, base_bytes, rendering_bytes
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 
 log = logging.getLogger("flux2_ds")

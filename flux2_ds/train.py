@@ -64,6 +64,7 @@ from flux2_ds.rendering import as_prompt
 from flux2_ds.rundir import (
     changed_settings,
     check_run_dir,
+    checkpoints_directory,
     lock_run_dir,
     logs_directory,
     stop_file,
@@ -208,7 +209,7 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     Raises:
         UserError: it does not fit the recipe or the shards, or this process cannot see it.
     """
-    root = Path(recipe.run_dir) / "checkpoints"
+    root = checkpoints_directory(recipe)
     step = 0
     if process.first:
         found, damaged = checkpoint.newest(root)
@@ -359,7 +360,7 @@ def run(
             learning_rate=lambda step: learning_rate(recipe, step),
             global_batch=recipe.batch.global_size,
             steps_per_epoch=order.steps_per_epoch,
-            checkpoints=run_dir / "checkpoints",
+            checkpoints=checkpoints_directory(recipe),
             run_state={
                 "recipe": recipe_values(recipe),
                 "versions": versions(),

@@ -26,15 +26,14 @@ from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.memory import checkpoint_bytes
+from flux2_ds.memory import GIB
 from flux2_ds.plan import make_plan
 from flux2_ds.prepared import check_prompts, check_shards, read_data
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import check_run_dir
+from flux2_ds.rundir import check_run_dir, checkpoint_steps, checkpoints_directory, existing_parent
+from flux2_ds.sizes import checkpoint_bytes
 from flux2_ds.spec import RELEASED, Spec, spec_here
 from launcher.findings import Findings
-
-_GIB = 1 << 30
 
 
 def main() -> None:
@@ -91,7 +90,7 @@ def check_machine(findings: Findings) -> None:
     findings.facts["cores"] = str(os.cpu_count())
     shm = Path("/dev/shm")
     if shm.is_dir():
-        free = shutil.disk_usage(shm).free / _GIB
+        free = shutil.disk_usage(shm).free / GIB
         if free < 1:
             findings.warn(
                 "/dev/shm",
@@ -225,9 +224,7 @@ def check_cache(findings: Findings, recipe: Recipe) -> None:
 
 def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str | None) -> None:
     """Whether checkpoints fit beside run_dir, and whether it is the launcher's file system."""
-    place = Path(recipe.run_dir).resolve()
-    while not place.exists():
-        place = place.parent
+    place = existing_parent(recipe)
     if token is not None and not Path(token).exists():
         findings.fail(
             "run_dir",
@@ -238,14 +235,14 @@ def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str
     if not os.access(place, os.W_OK):
         findings.fail("run_dir", f"{place} cannot be written", "correct its owner, or run_dir")
         return
-    free = shutil.disk_usage(place).free / _GIB
+    free = shutil.disk_usage(place).free / GIB
     if spec is None:
         findings.ok(
             "disk", f"{free:.0f} GiB free in {place}; the model tells what a checkpoint takes"
         )
         return
     count = checkpoints_to_come(recipe)
-    one = checkpoint_bytes(spec, recipe) / _GIB
+    one = checkpoint_bytes(spec, recipe) / GIB
     plural = "" if count == 1 else "s"
     text = f"{free:.0f} GiB free in {place}, for {count} checkpoint{plural} of {one:.2g} GiB"
     if free < count * one:
@@ -260,7 +257,7 @@ def checkpoints_to_come(recipe: Recipe) -> int:
     settings, steps = recipe.checkpoint, recipe.steps
     for_good = steps // settings.keep_every if settings.keep_every else 0
     most = min(math.ceil(steps / settings.every), settings.keep_last + for_good + 1)
-    there = len(list((Path(recipe.run_dir) / "checkpoints").glob("step_*")))
+    there = len(checkpoint_steps(checkpoints_directory(recipe)))
     return max(1, most - there)
 
 

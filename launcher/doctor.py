@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flux2_ds.recipe import Launch, Recipe
-from flux2_ds.rundir import DOCTOR_TOKEN
+from flux2_ds.rundir import DOCTOR_TOKEN, existing_parent
 from launcher.commands import forwarded, ssh
 from launcher.findings import Finding, Findings, odd_ones_out
 from launcher.hosts import Hosts
@@ -106,9 +106,7 @@ def place_token(recipe: Recipe | None) -> Path | None:
     """A file where run_dir will be, for other hosts to see."""
     if recipe is None:
         return None
-    place = Path(recipe.run_dir).resolve()
-    while not place.exists():
-        place = place.parent
+    place = existing_parent(recipe)
     if not os.access(place, os.W_OK):
         return None  # the checks say so
     token = place / f"{DOCTOR_TOKEN}{uuid.uuid4().hex[:8]}"

@@ -16,6 +16,7 @@ from typing import Any
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.storage import Blob, is_url, join
 from flux2_ds.errors import OutageError, UserError
+from flux2_ds.whole import write_whole
 
 FORMAT = 2
 INDEX_NAME = "index.json"
@@ -131,9 +132,7 @@ class Index:
 def write_index(directory: Path, index: Index) -> Path:
     """Write `index` to `directory`/index.json; it appears whole or not at all."""
     path = directory / INDEX_NAME
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
     return path
 
 

@@ -38,6 +38,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
+from flux2_ds.whole import appearing
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
 MASK, REFERENCES = "mask.safetensors", "references.safetensors"
@@ -69,8 +70,7 @@ def write_shard(
     source: str = "",
 ) -> Shard:
     """Write one shard; it appears whole or not at all. `text_of` gives a caption's [512, D]."""
-    partial = path.with_suffix(".partial")
-    try:
+    with appearing(path) as partial:
         with partial.open("wb") as stream:
             facts = _write_tar(stream, bucket, records, text_of)
             stream.flush()
@@ -78,9 +78,6 @@ def write_shard(
         with partial.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         size = partial.stat().st_size
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # above all when the disk is full
     return Shard(path.name, bucket, size=size, sha256=sha256, source=source, **facts)
 
 

@@ -29,7 +29,7 @@ from flux2_ds.model.files import fingerprint, model_directory
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
 from flux2_ds.prepare.encode import Encoding, encode, text_bytes, text_precision
-from flux2_ds.prepare.entries import Picture, write_whole
+from flux2_ds.prepare.entries import Picture
 from flux2_ds.prepare.ledger import Job
 from flux2_ds.prepare.report import Report, write_report
 from flux2_ds.prepare.sources import find_entries
@@ -37,6 +37,7 @@ from flux2_ds.prepare.team import Team
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
+from flux2_ds.whole import write_whole
 
 log = logging.getLogger("flux2_ds")
 

@@ -25,6 +25,7 @@ from flux2_ds.prepare.texts import TextFiles, TextWorker, copy_known
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, Spec
 from flux2_ds.tensors import write_tensors
+from flux2_ds.whole import appearing
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,8 @@ def write_conditioning(folder: Path, vae: AutoencoderKLFlux2, texts: TextFiles) 
 
 def write_whole_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file that appears whole or not at all."""
-    partial_path = path.with_suffix(".partial")
-    write_tensors(partial_path, tensors)
-    partial_path.replace(path)
+    with appearing(path) as partial:
+        write_tensors(partial, tensors)
 
 
 def rounds(jobs: list[Job], captions: int) -> Iterator[list[Job]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.storage import Blob
@@ -86,10 +85,3 @@ def decode_caption(content: bytes, name: str) -> tuple[str | None, str | None]:
         return content.decode("utf-8-sig").strip() or None, None
     except UnicodeDecodeError as error:
         return None, f"caption {printable(name)} is not UTF-8 ({error.reason})"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -16,7 +16,8 @@ from typing import Any
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Shard
-from flux2_ds.prepare.entries import Entry, Picture, write_whole
+from flux2_ds.prepare.entries import Entry, Picture
+from flux2_ds.whole import write_whole
 
 FOLDER = "prepared"
 

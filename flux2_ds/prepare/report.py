@@ -16,9 +16,10 @@ from flux2_ds.data.images import CAPTION_SIZE, contact_sheet
 from flux2_ds.data.index import Index
 from flux2_ds.fonts import font_for
 from flux2_ds.prepare.choose import bucket_lines
-from flux2_ds.prepare.entries import Picture, Skipped, write_whole
+from flux2_ds.prepare.entries import Picture, Skipped
 from flux2_ds.prepare.pictures import decode
 from flux2_ds.spec import TEXT_TOKENS
+from flux2_ds.whole import write_whole
 
 REPORT_NAME, SUMMARY_NAME, SHEETS = "report.json", "report.txt", "contact_sheets"
 _SHEET_PICTURES, _SHEET_SIDE = 36, 192

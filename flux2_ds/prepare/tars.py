@@ -31,8 +31,8 @@ from flux2_ds.prepare.entries import (
     clean_caption,
     decode_caption,
     printable,
-    write_whole,
 )
+from flux2_ds.whole import write_whole
 
 
 def expand(pattern: str) -> list[str]:

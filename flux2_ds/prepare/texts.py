@@ -15,6 +15,7 @@ from flux2_ds.errors import UserError
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.prepare.ledger import Note, caption_digest
 from flux2_ds.spec import TEXT_TOKENS, Spec
+from flux2_ds.whole import appearing
 
 
 class TextFiles:
@@ -34,13 +35,8 @@ class TextFiles:
     def write(self, caption: str, embedding: torch.Tensor) -> None:
         """Keep an embedding; the file appears whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(caption)
-        partial = path.with_suffix(".partial")
-        try:
+        with appearing(self._path(caption)) as partial:
             partial.write_bytes(save_tensors({"text": embedding.contiguous()}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)  # above all when the disk is full
 
     def _path(self, caption: str) -> Path:
         return self._folder / f"{caption_digest(caption)}.safetensors"

@@ -12,9 +12,9 @@ import pytest
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
 from flux2_ds.errors import UserError
-from flux2_ds.memory import checkpoint_bytes
 from flux2_ds.recipe import Batch, Checkpoint, Data, Launch, Log, Model, Recipe
 from flux2_ds.rundir import check_run_dir
+from flux2_ds.sizes import checkpoint_bytes
 from flux2_ds.spec import RELEASED
 from launcher import checks, cli, doctor
 from launcher.findings import Finding, Findings, odd_ones_out
@@ -116,6 +116,7 @@ def test_disk_for_checkpoints(recipe, monkeypatch, method):
         for step in range(there):
             place = Path(recipe.run_dir) / "checkpoints" / f"step_{step:08d}"
             place.mkdir(parents=True, exist_ok=True)
+            place.with_suffix(".damaged").mkdir(exist_ok=True)
         for usage.free in ((7 - there) * one - 1, (7 - there) * one + 1):
             findings = Findings()
             checks.check_disk(findings, recipe, DEV, None)

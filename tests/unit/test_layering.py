@@ -30,6 +30,7 @@ LIGHT = {
             "swapping",
             "spec",
             "targets",
+            "sizes",
             "memory",
             "choices",
             "ranges",
@@ -41,6 +42,7 @@ LIGHT = {
             "lookout",
             "logs",
             "metrics",
+            "whole",
         )
     ),
     *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order", "sweep")),

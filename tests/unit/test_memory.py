@@ -14,13 +14,9 @@ from flux2_ds.errors import UserError
 from flux2_ds.memory import (
     _CUDA_GRAPHS,
     GIB,
-    adapter_parameters,
-    base_bytes,
-    block_matrices,
     estimate,
     kept_blocks,
     not_yet_allocated,
-    other_matrices,
     recordable,
 )
 from flux2_ds.model import transformer
@@ -28,6 +24,7 @@ from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
 from flux2_ds.model.random_weights import empty_transformer
 from flux2_ds.plan import captures, make_plan, read_deepspeed
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
+from flux2_ds.sizes import adapter_parameters, base_bytes, block_matrices, other_matrices
 from flux2_ds.spec import RELEASED, Spec
 from launcher.hosts import Hosts
 from launcher.planning import plan_memory, size

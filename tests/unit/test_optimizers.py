@@ -7,9 +7,9 @@ from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
 from flux2_ds import optimizers
 from flux2_ds.fragments import Fragment
-from flux2_ds.memory import checkpoint_bytes, trained_parameters
 from flux2_ds.optimizers import join_blocks
 from flux2_ds.recipe import Data, Model, Optimizer, Recipe
+from flux2_ds.sizes import checkpoint_bytes, trained_parameters
 from flux2_ds.spec import RELEASED
 
 QMAP = create_dynamic_map(signed=True)

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from flux2_ds import sample
 from flux2_ds.errors import UserError
 from flux2_ds.export import choose, export
-from flux2_ds.memory import rendering_bytes
 from flux2_ds.model import transformer
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.quantize import QuantizedLinear
@@ -27,6 +26,7 @@ from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Launch, Prepare, Preview, Recipe
 from flux2_ds.rendering import Prompt, open_reference, render
 from flux2_ds.rundir import export_path, write_run_dir
+from flux2_ds.sizes import rendering_bytes
 from flux2_ds.spec import Spec
 
 CPU = torch.device("cpu")

@@ -1,0 +1,27 @@
+"""Files that appear whole or not at all. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write: it becomes `path` at the block's end, or is removed if the block raises.
+
+    One writer at a time.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # above all when the disk is full
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 that appears whole or not at all."""
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
