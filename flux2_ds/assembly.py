@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,24 @@ def load_as(
     """The transformer in `directory`, divided if that DeepSpeed config divides it."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
-    zero, device = config.get("zero_optimization", {}), process.device
-    files, quantized = directory / "transformer", BASE_WEIGHTS.get(base_weights or "")
-    if swaps(zero):
-        divide = divider(config, swapped(model, dtype, base_weights))
-        read_weights(model, files, dtype, device, quantized, divide)
-    elif zero.get("stage") == 3:
-        read_parts(model, files, dtype, device, divider(config), process.rank, quantized)
+    divide = division(config, model, dtype, base_weights)
+    files, device = directory / "transformer", process.device
+    if divide is None or swaps(config["zero_optimization"]):
+        read_weights(model, files, dtype, device, base_weights, divide)
     else:
-        read_weights(model, files, dtype, device, quantized)
+        read_parts(model, files, dtype, device, divide, process.rank, base_weights)
     return model
+
+
+def division(
+    config: dict[str, Any], model: nn.Module, dtype: torch.dtype, base_weights: str | None
+) -> Callable[[nn.Module], None] | None:
+    """What divides each module of an empty model once it has its weight (see `engine.divider`), if that DeepSpeed
+    config divides it. Collective."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        return None
+    return divider(config, swapped(model, dtype, base_weights) if swaps(zero) else None)
 
 
 def swapped(model: nn.Module, dtype: torch.dtype, base_weights: str | None) -> Swapped:

@@ -34,20 +34,21 @@ from flux2_ds.assembly import (
     build_engine,
     build_objective,
     check_machine,
+    division,
     finish_model,
-    swapped,
 )
 from flux2_ds.bench_options import add_options, check_options
 from flux2_ds.comparisons import Step, bare_step, diffusers_step
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.loader import MicroBatch
-from flux2_ds.engine import Process, barrier, divider, start_process, stop_process
+from flux2_ds.engine import Process, barrier, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
+from flux2_ds.loop import update
 from flux2_ds.memory import GIB, Memory
 from flux2_ds.model import transformer
-from flux2_ds.model.random_weights import empty_transformer, random_transformer
+from flux2_ds.model.random_weights import empty_transformer, fill_randomly
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, make_plan
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
@@ -209,11 +210,9 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     """The recipe's step on this process's share of a global batch of noise. Collective."""
     recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
-    divide = None
-    if plan.zero_stage == 3:
-        away = swapped(empty_transformer(spec), dtype, recipe.base_weights) if plan.swaps else None
-        divide = divider(plan.deepspeed, away)
-    model = random_transformer(spec, dtype, recipe.base_weights, device, divide)
+    model = empty_transformer(spec)
+    divide = division(plan.deepspeed, model, dtype, recipe.base_weights)
+    fill_randomly(model, dtype, recipe.base_weights, device, divide)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)
@@ -229,11 +228,7 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     ]
 
     def step() -> torch.Tensor:
-        for batch in batches:
-            loss = objective.loss(engine.forward, batch)
-            engine.backward(loss)
-            engine.step(recipe.optimizer.learning_rate)
-        return loss.detach()
+        return update(engine, objective, batches, recipe.optimizer.learning_rate)[-1]
 
     return Built(model, objective, batches, expected, step)
 

@@ -14,7 +14,7 @@ from flux2_ds import optimizers
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.model import latents, transformer
-from flux2_ds.model.random_weights import random_transformer
+from flux2_ds.model.random_weights import empty_transformer, fill_randomly
 from flux2_ds.objective import FlowObjective
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
@@ -47,7 +47,8 @@ def bare_step(
 def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.device) -> Step:
     """The step of diffusers' LoRA example for FLUX.2, one micro-batch: bf16 base, PEFT, gradient
     checkpointing, autocast, fused AdamW."""
-    model = random_transformer(spec, torch.bfloat16, None, device)
+    model = empty_transformer(spec)
+    fill_randomly(model, torch.bfloat16, None, device)
     model.requires_grad_(False)
     names = target_modules(spec, recipe.lora.targets)
     rank = recipe.lora.rank

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,11 @@ from flux2_ds.lookout import Lookout
 from flux2_ds.metrics import Metrics
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
+from flux2_ds.plan import learning_rate
 from flux2_ds.preview import Previews
 from flux2_ds.readback import Readback
+from flux2_ds.recipe import Recipe
+from flux2_ds.rundir import checkpoints_directory
 from flux2_ds.saving import SaveError
 from flux2_ds.stored import Piece
 from flux2_ds.warmup import Recompilations
@@ -37,17 +40,6 @@ from flux2_ds.warmup import Recompilations
 log = logging.getLogger("flux2_ds")
 
 _STREAM = 3  # keeps this random stream apart from those of data/order.py and data/loader.py
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """Steps of the run and how often what happens."""
-
-    steps: int
-    log_every: int
-    save_every: int
-    keep_last: int
-    keep_every: int | None
 
 
 @dataclass
@@ -116,42 +108,35 @@ def train(
     objective: FlowObjective,
     metrics: Metrics | None,
     process: Process,
-    cadence: Cadence,
+    recipe: Recipe,
     stop: StopRequest,
     lookout: Lookout,
     nonfinite: NonFinite,
     *,
     first_step: int,
-    seed: int,
-    learning_rate: Callable[[int], float],
-    global_batch: int,
     steps_per_epoch: int,
-    checkpoints: Path,
     run_state: dict[str, object],
     evaluation: Evaluation | None = None,
     previews: Previews | None = None,
 ) -> bool:
-    """Run steps [first_step, cadence.steps). Returns False if a signal ended it early.
+    """Run steps [first_step, recipe.steps). Returns False if a signal ended it early.
 
     `metrics` is None in all processes but the first, `evaluation` if nothing is held out, `previews` if none
     are wanted.
     """
     if previews is not None and first_step == 0:
         show(previews, metrics, 0, lookout)
+    steps, global_batch = recipe.steps, recipe.batch.global_size
     meter = Meter(torch.zeros((), device=process.device))
     queued: deque[Queued] = deque()
     recompilations = Recompilations()
     lookout.at(first_step + 1, "waiting for data")
-    for step, micro_batches in enumerate(loader.steps(first_step, cadence.steps), start=first_step):
+    for step, micro_batches in enumerate(loader.steps(first_step, steps), start=first_step):
         lookout.at(step + 1, "computing")
         asked_to_stop = any_process(partial(stop.seen, process), process.device)
-        seed_dropout(seed, step, process.rank)
-        losses = []
-        for micro_batch in micro_batches:
-            loss = objective.loss(engine.forward, micro_batch)
-            engine.backward(loss)
-            engine.step(learning_rate(step))
-            losses.append(loss.detach())
+        seed_dropout(recipe.seed, step, process.rank)
+        rate = learning_rate(recipe, step)
+        losses = update(engine, objective, micro_batches, rate)
 
         done = step + 1
         recompilations.check(done, micro_batches[0].bucket)
@@ -162,36 +147,52 @@ def train(
         while len(queued) > 1:
             settle(queued.popleft(), nonfinite, meter, global_batch)
         stopping = asked_to_stop()
-        ending = stopping or done == cadence.steps
+        ending = stopping or done == steps
         evaluating = (
             evaluation is not None and not stopping and (ending or every(evaluation.every, done))
         )
         previewing = (
             previews is not None and not stopping and (ending or every(previews.every, done))
         )
-        logging_due = ending or evaluating or previewing or every(cadence.log_every, done)
-        saving_due = ending or every(cadence.save_every, done)
+        logging_due = ending or evaluating or previewing or every(recipe.log.every, done)
+        saving_due = ending or every(recipe.checkpoint.every, done)
         if logging_due or saving_due:
             settle(queued.popleft(), nonfinite, meter, global_batch)
-            values = summarise(meter, engine, done, learning_rate(step), steps_per_epoch)
+            values = summarise(meter, engine, done, rate, steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
             values["skipped_steps"] = nonfinite.skipped
         if evaluation is not None and evaluating:
             values["evaluation_loss"] = evaluation.loss(partial(lookout.at, done, "evaluating"))
         if logging_due:
-            report(values, metrics, done, cadence.steps)
+            report(values, metrics, done, steps)
         if saving_due:
             moving = partial(lookout.at, done, "saving")
-            save(engine, checkpoints, done, run_state, process, cadence, moving, ending=ending)
+            save(engine, recipe, done, run_state, process, moving, ending=ending)
         if previews is not None and previewing:
             show(previews, metrics, done, lookout)
         if logging_due:
             meter = Meter(torch.zeros((), device=process.device))
-        if stopping and done < cadence.steps:
+        if stopping and done < steps:
             log.info("stopped by %s after step %d", stop.reason or "another process", done)
             return False
         lookout.at(done + 1, "waiting for data")
     return True
+
+
+def update(
+    engine: Engine,
+    objective: FlowObjective,
+    micro_batches: Sequence[MicroBatch],
+    learning_rate: float,
+) -> list[torch.Tensor]:
+    """One step of the optimizer; returns the loss of each micro-batch, on the device."""
+    losses = []
+    for micro_batch in micro_batches:
+        loss = objective.loss(engine.forward, micro_batch)
+        engine.backward(loss)
+        engine.step(learning_rate)
+        losses.append(loss.detach())
+    return losses
 
 
 def settle(step: Queued, nonfinite: NonFinite, meter: Meter, samples: int) -> None:
@@ -281,11 +282,10 @@ def show(previews: Previews, metrics: Metrics | None, step: int, lookout: Lookou
 
 def save(
     engine: Engine,
-    checkpoints: Path,
+    recipe: Recipe,
     step: int,
     run_state: dict[str, object],
     process: Process,
-    cadence: Cadence,
     moving: Callable[[], None],
     *,
     ending: bool,
@@ -304,6 +304,7 @@ def save(
         return piece
 
     moving()
+    checkpoints, kept = checkpoints_directory(recipe), recipe.checkpoint
     state = {**run_state, **engine.state.counters()}
     try:
         path = saving.save(
@@ -322,7 +323,7 @@ def save(
     if process.first:
         log.info("saved %s", path)
         try:
-            checkpoint.remove_old(checkpoints, cadence.keep_last, cadence.keep_every)
+            checkpoint.remove_old(checkpoints, kept.keep_last, kept.keep_every)
         except OSError as error:
             log.warning("old checkpoints cannot be removed (%s); training goes on", error)
     barrier()

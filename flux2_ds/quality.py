@@ -33,7 +33,7 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
 from flux2_ds.engine import Engine, Process, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.loop import seed_dropout
+from flux2_ds.loop import seed_dropout, update
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.quantize import BASE_WEIGHTS
@@ -115,11 +115,7 @@ class Experiment:
         mode, losses = recipe.base_weights or recipe.precision, []
         for step, micro_batches in enumerate(tqdm(steps, mode, recipe.steps, unit="step")):
             seed_dropout(recipe.seed, step, 0)
-            for micro_batch in micro_batches:
-                loss = self.objective.loss(engine.forward, micro_batch)
-                engine.backward(loss)
-                engine.step(learning_rate(recipe, step))
-                losses.append(loss.detach())
+            losses += update(engine, self.objective, micro_batches, learning_rate(recipe, step))
         return torch.stack(losses).view(recipe.steps, -1).mean(1).tolist()
 
     def gradients(self, model: torch.nn.Module) -> Iterator[Tensors]:

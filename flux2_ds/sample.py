@@ -31,7 +31,6 @@ from flux2_ds.memory import GIB
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_image_pipeline
-from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.weights import check_card, open_file, read_weights
 from flux2_ds.plan import check_attention, check_base
@@ -286,8 +285,7 @@ def load_transformer(
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     dtype = transformer.compute_dtype(recipe.precision)
-    quantized = BASE_WEIGHTS.get(recipe.base_weights or "")
-    read_weights(model, directory / "transformer", dtype, device, quantized)
+    read_weights(model, directory / "transformer", dtype, device, recipe.base_weights)
     attention = attention_backend(recipe, device)
     if attention is not None:
         model.set_attention_backend(attention)

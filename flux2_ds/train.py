@@ -40,17 +40,16 @@ from flux2_ds.engine import (
 )
 from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
 from flux2_ds.evaluate import Evaluation
-from flux2_ds.execution import compiles
 from flux2_ds.logs import set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import StopRequest
-from flux2_ds.memory import Memory, not_yet_allocated, recordable
+from flux2_ds.memory import Memory, recordable
 from flux2_ds.metrics import Metrics, check_wandb
 from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.optimizers import compatible
-from flux2_ds.plan import Plan, captures, learning_rate, make_plan
+from flux2_ds.plan import Plan, captures, make_plan
 from flux2_ds.prepared import (
     build_order,
     check_shards,
@@ -141,6 +140,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
             directory,
             index,
             held_out,
+            order,
             engine,
             expected,
             process,
@@ -290,6 +290,7 @@ def run(
     directory: Path,
     index: Index,
     held_out: Index,
+    order: Order,
     engine: Engine,
     expected: Memory,
     process: Process,
@@ -305,7 +306,6 @@ def run(
     recipe = plan.recipe
     run_dir = Path(recipe.run_dir)
     conditioning = read_conditioning(recipe.data.shards)
-    order = build_order(recipe, index)
     loader = build_loader(recipe, index, order, process, conditioning)
     objective = build_objective(recipe, spec, conditioning, process.device)
     warm_up(
@@ -313,12 +313,10 @@ def run(
         objective,
         index,
         held_out,
-        recipe,
-        every_length=compiles(recipe),
+        plan,
         expected=expected,
         text_dtype=conditioning["empty_text"].dtype,
-        room=not_yet_allocated(plan, expected, resumed=first_step > 0),
-        step=first_step + 1,
+        first_step=first_step,
         lookout=lookout,
         stopping=lambda: any_process(lambda: stop.seen(process), process.device)(),
     )
@@ -338,13 +336,7 @@ def run(
             objective,
             metrics,
             process,
-            loop.Cadence(
-                recipe.steps,
-                recipe.log.every,
-                recipe.checkpoint.every,
-                recipe.checkpoint.keep_last,
-                recipe.checkpoint.keep_every,
-            ),
+            recipe,
             stop,
             lookout,
             NonFinite(
@@ -356,11 +348,7 @@ def run(
                 skipped=first_step - engine.state.updates(),
             ),
             first_step=first_step,
-            seed=recipe.seed,
-            learning_rate=lambda step: learning_rate(recipe, step),
-            global_batch=recipe.batch.global_size,
             steps_per_epoch=order.steps_per_epoch,
-            checkpoints=checkpoints_directory(recipe),
             run_state={
                 "recipe": recipe_values(recipe),
                 "versions": versions(),

@@ -23,9 +23,11 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.engine import Engine
 from flux2_ds.errors import UserError
+from flux2_ds.execution import compiles
 from flux2_ds.lookout import Lookout
-from flux2_ds.memory import GIB, Memory
+from flux2_ds.memory import GIB, Memory, not_yet_allocated
 from flux2_ds.objective import FlowObjective
+from flux2_ds.plan import Plan
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS
 
@@ -39,26 +41,27 @@ def warm_up(
     objective: FlowObjective,
     index: Index,
     held_out: Index,
-    recipe: Recipe,
+    plan: Plan,
     *,
-    every_length: bool,
     expected: Memory,
     text_dtype: torch.dtype,
-    room: float,
-    step: int,
+    first_step: int,
     lookout: Lookout,
     stopping: Callable[[], bool],
 ) -> None:
-    """Pass forward and backward once for each length in `index`, and forward for those in `held_out`.
+    """Pass forward and backward once for each length in `index`, and forward for those in `held_out`; where
+    nothing is compiled, the longest alone.
 
-    `every_length`: not the longest alone. `expected`: what the run takes; if it counts CUDA graphs, passes
-    that come for the second time are recorded. `text_dtype`: of the shards' captions. `room`: bytes of the
-    card to leave free for what the first step will allocate. `step`: the first of the run, for the lookout.
+    `expected`: what the run takes; if it counts CUDA graphs, passes that come for the second time are
+    recorded. What the first step will allocate is left free. `text_dtype`: of the shards' captions.
     `stopping`: whether to end early, collective.
 
     Raises:
         UserError: the card's memory is not enough.
     """
+    recipe = plan.recipe
+    every_length = compiles(recipe)
+    room = not_yet_allocated(plan, expected, resumed=first_step > 0)
     trained, evaluated = lengths(index), lengths(held_out)
     passes = [(shards, "") for shards in trained]
     passes += [(shards, _EVALUATION) for shards in evaluated]
@@ -73,7 +76,7 @@ def warm_up(
         if stopping():
             return
         names = ", ".join(dict.fromkeys(describe(shard) for shard in shards))
-        lookout.at(step, f"warming up for {names}")
+        lookout.at(first_step + 1, f"warming up for {names}")
         before = time.perf_counter()
         batch = synthetic(
             recipe.batch.micro_size,

@@ -11,32 +11,29 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from flux2_ds.model import transformer
-from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight
 from flux2_ds.spec import Spec
 
 
-def random_transformer(
-    spec: Spec,
+def fill_randomly(
+    model: Flux2Transformer2DModel,
     dtype: torch.dtype,
     base_weights: str | None,
     device: torch.device,
     divide: Callable[[nn.Module], None] | None = None,
-) -> Flux2Transformer2DModel:
-    """A transformer of the spec's shapes with random weights, quantised and divided one by one.
+) -> None:
+    """Give an empty transformer random weights, quantised and divided one by one.
 
     They are the same in every process, as those of a file would be.
     """
-    model = empty_transformer(spec)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         weight = torch.ones(parameter.shape, device=device, dtype=dtype)
         if weight.ndim > 1:
             weight.normal_(0, 1 / math.sqrt(weight.shape[1]), generator=generator)
-        module = place_weight(model, name, weight, BASE_WEIGHTS.get(base_weights or ""))
+        module = place_weight(model, name, weight, base_weights)
         if divide is not None:
             divide(module)
-    return model
 
 
 def empty_transformer(spec: Spec) -> Flux2Transformer2DModel:

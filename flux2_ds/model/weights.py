@@ -18,9 +18,7 @@ from torch import nn
 from flux2_ds.errors import UserError
 from flux2_ds.model.quantize import (
     BASE_WEIGHTS,
-    Compute,
     QuantizedLinear,
-    Storage,
     quantize,
 )
 
@@ -34,7 +32,7 @@ def read_parts(
     device: torch.device,
     divide: Callable[[nn.Module], None],
     rank: int,
-    quantized: tuple[Storage, Compute] | None = None,
+    base_weights: str | None = None,
 ) -> None:
     """As `read_weights`, each parameter divided among processes as soon as it exists.
 
@@ -47,7 +45,9 @@ def read_parts(
     files = _checked_files(model, directory)
     for name, parameter in list(model.named_parameters()):
         # Nothing in FLUX.2 has a bias: a module's parameters are those of one weight.
-        module = place_weight(model, name, parameter.to(dtype), quantized).to_empty(device=device)
+        module = place_weight(model, name, parameter.to(dtype), base_weights).to_empty(
+            device=device
+        )
         divide(module)
         # Opened anew for each tensor: pages of the file stay resident only while it is open.
         with open_file(files[name]) as file:
@@ -88,12 +88,12 @@ def read_weights(
     directory: Path,
     dtype: torch.dtype,
     device: torch.device,
-    quantized: tuple[Storage, Compute] | None = None,
+    base_weights: str | None = None,
     divide: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
-    With `quantized` the blocks' linears become `QuantizedLinear`, each as soon as it is read, so that
+    With quantised `base_weights` the blocks' linears become `QuantizedLinear`, each as soon as it is read, so that
     the peak is the quantised model and one tensor. Embedders, modulation, norms and the output layer
     stay in `dtype`. With `divide` each is then divided, for parts that are out of reach at once, on NVMe.
 
@@ -106,7 +106,7 @@ def read_weights(
         with open_file(files[name]) as file:
             _check_shape(files[name], name, tuple(file.get_slice(name).get_shape()), shape)
             weight = file.get_tensor(name).to(device, dtype)
-        module = place_weight(model, name, weight, quantized)
+        module = place_weight(model, name, weight, base_weights)
         if divide is not None:
             divide(module)
 
@@ -133,7 +133,7 @@ def check_card(base_weights: str | None, device: torch.device) -> None:
 
 
 def place_weight(
-    model: nn.Module, name: str, weight: torch.Tensor, quantized: tuple[Storage, Compute] | None
+    model: nn.Module, name: str, weight: torch.Tensor, base_weights: str | None
 ) -> nn.Module:
     """Put one weight where it belongs, quantised if it is a block's linear; returns its module.
 
@@ -141,9 +141,9 @@ def place_weight(
         UserError: a linear of a width that the format cannot hold.
     """
     path, _, leaf = name.rpartition(".")
-    if quantized is not None and "transformer_blocks." in name and weight.ndim == 2:
+    if base_weights in BASE_WEIGHTS and "transformer_blocks." in name and weight.ndim == 2:
         try:
-            model.set_submodule(path, QuantizedLinear(weight, *quantized))
+            model.set_submodule(path, QuantizedLinear(weight, *BASE_WEIGHTS[base_weights]))
         except ValueError as error:
             raise UserError(
                 f"base_weights: the model's {name} cannot be quantised: {error}. Set base_weights: fp8 or "

@@ -15,7 +15,6 @@ from torch import distributed
 
 from flux2_ds import engine as engines
 from flux2_ds.model import transformer, weights
-from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.plan import read_deepspeed
 
 
@@ -29,7 +28,6 @@ def load(directory: Path, base_weights: str | None, process: engines.Process) ->
     """Bytes by which this process rose while it loaded, bytes of its own part, and wrong parameters."""
     config = read_deepspeed("zero3") | {"train_batch_size": process.world}
     files, cpu, dtype = directory / "transformer", torch.device("cpu"), torch.bfloat16
-    quantized = BASE_WEIGHTS.get(base_weights or "")
     gc.collect()  # what DeepSpeed adds to parameters refers to them
     Path("/proc/self/clear_refs").write_text("5")  # the highest is counted from here
     before = resident("VmRSS")
@@ -37,10 +35,10 @@ def load(directory: Path, base_weights: str | None, process: engines.Process) ->
         model = transformer.build_transformer(directory)
         whole = transformer.build_transformer(directory)
     divide = engines.divider(config)
-    weights.read_parts(model, files, dtype, cpu, divide, process.rank, quantized)
+    weights.read_parts(model, files, dtype, cpu, divide, process.rank, base_weights)
     used = resident("VmHWM") - before
 
-    weights.read_weights(whole, files, dtype, cpu, quantized)
+    weights.read_weights(whole, files, dtype, cpu, base_weights)
     expected = dict(whole.named_parameters())
     wrong, own = [], 0
     for name, parameter in model.named_parameters():

@@ -30,7 +30,6 @@ from flux2_ds import checkpoint, optimizers
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks, blocks_of
 from flux2_ds.model.graphs import replay_passes
-from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.model.weights import place_weight
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.spec import Spec
@@ -71,7 +70,7 @@ def build(
     if model is None:
         model = base().to(dtype)
         for name, weight in list(model.named_parameters()):
-            place_weight(model, name, weight.data, BASE_WEIGHTS.get(base_weights or ""))
+            place_weight(model, name, weight.data, base_weights)
     if method == "full":
         model.requires_grad_(True)
     else:

@@ -171,7 +171,7 @@ def test_a_transformer_with_an_adapter(mode: str | None, dora: bool) -> None:
     model = transformer.new_transformer(SPEC).bfloat16()
     if mode is not None:
         for name, weight in dict(model.named_parameters()).items():
-            place_weight(model, name, weight.data, BASE_WEIGHTS[mode])
+            place_weight(model, name, weight.data, mode)
     transformer.keep_timestep_exact(model)
     config = transformer.lora_config(SPEC, Lora(rank=4, targets="all"), dora=dora)
 

@@ -71,7 +71,7 @@ def test_an_8_bit_base_is_held_transposed_where_the_fullest_card_allows(
     monkeypatch.setattr(assembly, "exchange", lambda free: [free, room])
     model = transformer.new_transformer(spec)
     for name, parameter in list(model.named_parameters()):
-        place_weight(model, name, parameter.detach(), ("fp8", "fp8"))
+        place_weight(model, name, parameter.detach(), "fp8")
     expected = finish_model(model, spec, plan, Process(0, 2, CPU), 64)
     assert expected.transposes == (room == GIB)
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]

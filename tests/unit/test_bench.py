@@ -13,7 +13,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
-from flux2_ds.model.random_weights import random_transformer
+from flux2_ds.model.random_weights import empty_transformer, fill_randomly
 from flux2_ds.recipe import Data, Launch, Model, Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 
@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_useful_products(tiny_spec: Spec, method: str) -> None:
     bucket = Bucket(64, 96)
-    model = random_transformer(tiny_spec, torch.float32, None, CPU)
+    model = empty_transformer(tiny_spec)
+    fill_randomly(model, torch.float32, None, CPU)
     model.requires_grad_(method == "full")
     # As with an adapter, gradients flow through every block.
     tokens = torch.randn(1, bucket.tokens, TOKEN_CHANNELS, requires_grad=True)

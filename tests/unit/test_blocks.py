@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from flux2_ds.memory import kept_streams
 from flux2_ds.model import blocks, quantize, transformer
 from flux2_ds.model.blocks import arrange_blocks
-from flux2_ds.model.quantize import BASE_WEIGHTS, expand_nf4
+from flux2_ds.model.quantize import expand_nf4
 from flux2_ds.model.single import fuse_single_blocks
 from flux2_ds.model.weights import place_weight
 from flux2_ds.recipe import Data, Lora, Model, Recipe
@@ -52,7 +52,7 @@ def build(
     torch.manual_seed(0)
     model = transformer.new_transformer(spec).bfloat16()
     for name, weight in dict(model.named_parameters()).items():
-        place_weight(model, name, weight.data, BASE_WEIGHTS[base] if base else None)
+        place_weight(model, name, weight.data, base)
     transformer.keep_timestep_exact(model)
     lora = Lora(rank=4, targets="diffusers", dropout=dropout)
     transformer.add_lora(model, transformer.lora_config(spec, lora, dora=dora), seed=0)
@@ -162,7 +162,7 @@ def test_blocks_keep_what_the_plan_counts(
         )
         model = transformer.new_transformer(spec).bfloat16()
         for name, weight in dict(model.named_parameters()).items():
-            place_weight(model, name, weight.data, BASE_WEIGHTS.get(base))
+            place_weight(model, name, weight.data, base)
         transformer.keep_timestep_exact(model)
         lora = Lora(rank=4, dropout=dropout)
         if method != "full":

@@ -351,8 +351,7 @@ def test_a_model_read_from_its_files(mode: str | None, tmp_path: Path) -> None:
     save_file(original.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
     with torch.device("meta"):
         model = small_model()
-    quantized = None if mode is None else BASE_WEIGHTS[mode]
-    read_weights(model, tmp_path, torch.float32, torch.device("cpu"), quantized)
+    read_weights(model, tmp_path, torch.float32, torch.device("cpu"), mode)
     found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     linears = {
         name
@@ -362,13 +361,13 @@ def test_a_model_read_from_its_files(mode: str | None, tmp_path: Path) -> None:
     assert found.keys() == (linears if mode else set())
     plain = copy.deepcopy(original)
     for name, module in found.items():
-        assert (module.storage, module.compute) == quantized
+        assert (module.storage, module.compute) == BASE_WEIGHTS[mode]
         plain.get_submodule(name).weight.data = module.weight.float()
     parameters = dict(model.named_parameters())
     for name, weight in original.named_parameters():
         if name.rpartition(".")[0] not in found:
             assert torch.equal(parameters[name], weight), name
-    compute = quantized[1] if quantized else "bf16"
+    compute = "bf16" if mode is None else BASE_WEIGHTS[mode][1]
     difference = error(output(model), output(plain))
     assert difference < {"bf16": 0.002, "int8": 0.02, "fp8": 0.05}[compute]
 
@@ -377,7 +376,7 @@ def test_a_models_dtype_is_not_that_of_its_files(tmp_path: Path) -> None:
     save_file(small_model().state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
     with torch.device("meta"):
         model = small_model()
-    read_weights(model, tmp_path, torch.bfloat16, torch.device("cpu"), BASE_WEIGHTS["nf4"])
+    read_weights(model, tmp_path, torch.bfloat16, torch.device("cpu"), "nf4")
     dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
     assert dtypes == {
         "weight": torch.bfloat16,
@@ -396,7 +395,7 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = small_model()
     with pytest.raises(UserError, match=rf"{name} has the shape \(64, 64\), config.json asks for"):
-        read_weights(model, tmp_path, torch.float32, torch.device("cpu"), BASE_WEIGHTS["fp8"])
+        read_weights(model, tmp_path, torch.float32, torch.device("cpu"), "fp8")
 
 
 def test_where_a_weight_is_placed() -> None:
@@ -411,7 +410,7 @@ def test_where_a_weight_is_placed() -> None:
         model["transformer_blocks"][0]["linear"] = nn.Linear(64, 8, bias=False)
         model["transformer_blocks"][0]["norm"] = nn.RMSNorm(64)
     for name, parameter in dict(model.named_parameters()).items():
-        place_weight(model, name, gaussian(*parameter.shape), BASE_WEIGHTS["int8"])
+        place_weight(model, name, gaussian(*parameter.shape), "int8")
     block = model["transformer_blocks"][0]
     assert isinstance(block["linear"], QuantizedLinear)
     assert isinstance(block["norm"], nn.RMSNorm)

@@ -25,12 +25,22 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.engine import Process
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.loop import Cadence, StopRequest
+from flux2_ds.loop import StopRequest
 from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Data, Lora, Model, Optimizer, Recipe, load_recipe, recipe_values
+from flux2_ds.recipe import (
+    Checkpoint,
+    Data,
+    Log,
+    Lora,
+    Model,
+    Optimizer,
+    Recipe,
+    load_recipe,
+    recipe_values,
+)
 from flux2_ds.rundir import lock_run_dir
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
@@ -184,27 +194,30 @@ def run_loop(
     evaluation: Any = None,
     previews: Any = None,
     lookout: Any = None,
-    **cadence: int,
+    log_every: int = 1,
+    save_every: int = 100,
 ) -> bool:
-    often = {"log_every": 1, "save_every": 100, "keep_last": 9, **cadence}
+    recipe = recipe_for(
+        folder,
+        run_dir=str(folder),
+        steps=steps,
+        log=Log(every=log_every),
+        checkpoint=Checkpoint(every=save_every, keep_last=9),
+    )
     return loop.train(
         engine,  # type: ignore[arg-type]
         SimpleNamespace(steps=lambda first, last: itertools.repeat([BATCH], last - first)),  # type: ignore[arg-type]
         SimpleNamespace(loss=lambda forward, batch: forward()),  # type: ignore[arg-type]
         metrics,
         FIRST,
-        Cadence(steps=steps, keep_every=None, **often),
+        recipe,
         StopRequest(folder / "stop"),
         lookout or Mock(),
         NonFinite(
             folder / "nonfinite", policy, engine.skips_overflows, lambda s: {"row": s.row}, rank=1
         ),
         first_step=0,
-        seed=0,
-        learning_rate=lambda step: 1e-4,
-        global_batch=1,
         steps_per_epoch=3,
-        checkpoints=folder / "checkpoints",
         run_state={},
         evaluation=evaluation,
         previews=previews,
@@ -444,7 +457,7 @@ def run(tmp_path, monkeypatch):
     engine.state.updates.return_value = 7
     plan, none = make_plan(recipe_for(tmp_path), 1), dataclasses.replace(INDEX, shards=[])
     expected = Memory({"CUDA graphs": 1}, {})
-    start = plan, Mock(), tmp_path, INDEX, none, engine, expected, FIRST, Mock(), Mock()
+    start = plan, Mock(), tmp_path, INDEX, none, Mock(), engine, expected, FIRST, Mock(), Mock()
     return partial(train.run, *start, first_step=10), trained
 
 

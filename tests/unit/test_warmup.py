@@ -22,6 +22,7 @@ from flux2_ds.memory import Memory
 from flux2_ds.model import blocks
 from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.objective import FlowObjective
+from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Batch, Data, Model, Objective, Recipe
 from flux2_ds.warmup import Recompilations, synthetic, warm_up
 
@@ -66,7 +67,7 @@ class Stand:
         self.model.train()
 
 
-def run(engine: Any, loss: Any = None, **changes: Any) -> Mock:
+def run(engine: Any, loss: Any = None, recipe: Recipe = RECIPE, **changes: Any) -> Mock:
     """Warm up; returns the lookout."""
     objective = FlowObjective(
         Objective(), torch.zeros(128), torch.ones(128), False, 2, torch.device("cpu")
@@ -74,16 +75,14 @@ def run(engine: Any, loss: Any = None, **changes: Any) -> Mock:
     if loss is not None:
         objective = Mock(loss=loss, device=objective.device)
     given = {
-        "every_length": True,
         "expected": Memory({}, {}),
         "text_dtype": torch.bfloat16,
-        "room": 1e15,
-        "step": 5,
+        "first_step": 4,
         "stopping": lambda: False,
         **changes,
     }
     lookout = Mock()
-    warm_up(engine, objective, TRAINED, HELD_OUT, RECIPE, lookout=lookout, **given)
+    warm_up(engine, objective, TRAINED, HELD_OUT, make_plan(recipe, 1), lookout=lookout, **given)
     return lookout
 
 
@@ -156,7 +155,7 @@ def test_the_longest_samples_come_first_and_each_length_once(caplog):
 
 def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
     loss = Mock(side_effect=lambda *given, **named: torch.zeros((), requires_grad=True))
-    run(Stand(torch.nn.Identity()), loss, every_length=False)
+    run(Stand(torch.nn.Identity()), loss, replace(RECIPE, compile=False))
     assert [str(call.kwargs["batch"].bucket) for call in loss.call_args_list] == ["64x48"]
     run(Stand(torch.nn.Identity()), loss, stopping=Mock(side_effect=[False, True]))
     assert loss.call_count == 2
@@ -171,11 +170,10 @@ def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
         ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
     ],
 )  # fmt: skip
-def test_a_card_that_is_too_small_is_said_before_step_1(monkeypatch, change, advice):
-    monkeypatch.setattr("test_warmup.RECIPE", replace(RECIPE, **change))
+def test_a_card_that_is_too_small_is_said_before_step_1(change, advice):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
     with pytest.raises(UserError) as raised:
-        run(Stand(torch.nn.Identity()), Mock(side_effect=error))
+        run(Stand(torch.nn.Identity()), Mock(side_effect=error), replace(RECIPE, **change))
     message = str(raised.value)
     assert message.startswith(
         "the card's memory is not enough for 64x48 with references 32x16,16x16"

@@ -48,10 +48,10 @@ def empty(shapes: dict[str, tuple[int, ...]] = SHAPES) -> nn.Module:
 
 
 def read(
-    model: nn.Module, folder: Path, world: int = 2, rank: int = 0, quantized: Any = None
+    model: nn.Module, folder: Path, world: int = 2, rank: int = 0, base_weights: str | None = None
 ) -> nn.Module:
     cpu = torch.device("cpu")
-    read_parts(model, folder, torch.float32, cpu, Divider(world), rank, quantized)
+    read_parts(model, folder, torch.float32, cpu, Divider(world), rank, base_weights)
     return model
 
 
@@ -89,8 +89,8 @@ def test_the_parts_of_a_quantised_model_are_those_of_a_whole_one(tmp_path, world
     shapes = {"norm": (5,), "transformer_blocks.linear": (7, 128), "transformer_blocks.norm": (6,)}
     write(tmp_path, shapes)
     whole = empty(shapes)
-    read_weights(whole, tmp_path, torch.float32, torch.device("cpu"), BASE_WEIGHTS[base])
-    models = [read(empty(shapes), tmp_path, world, r, BASE_WEIGHTS[base]) for r in range(world)]
+    read_weights(whole, tmp_path, torch.float32, torch.device("cpu"), base)
+    models = [read(empty(shapes), tmp_path, world, r, base) for r in range(world)]
     expected = dict(whole.named_parameters())
     assert "transformer_blocks.linear.scale" in expected
     for name, value in expected.items():
@@ -122,9 +122,9 @@ def test_a_width_that_nf4_cannot_hold(tmp_path, parts):
     given = (tmp_path, torch.float32, torch.device("cpu"))
     with pytest.raises(UserError, match=r"linear\.weight cannot be .* 64 .*, not 96\. Set base_w"):
         if parts:
-            read(empty(shapes), tmp_path, quantized=BASE_WEIGHTS["nf4"])
+            read(empty(shapes), tmp_path, base_weights="nf4")
         else:
-            read_weights(empty(shapes), *given, BASE_WEIGHTS["nf4"])
+            read_weights(empty(shapes), *given, "nf4")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0damaged!"])
