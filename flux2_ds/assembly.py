@@ -108,12 +108,8 @@ def finish_model(
     `image_tokens`: of the longest sample, reference images included.
     """
     recipe = plan.recipe
-    if recipe.method == "full":
-        model.requires_grad_(True)
-    else:
-        config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
-        with gathering(plan.deepspeed if plan.zero_stage == 3 else {}):
-            transformer.add_lora(model, config, recipe.seed)
+    with gathering(plan.deepspeed if plan.zero_stage == 3 else {}):
+        transformer.make_trainable(model, spec, recipe)
     model.train()
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
     trained = sum(sizes[name] for name in transformer.trainable(model))

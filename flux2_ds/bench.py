@@ -43,7 +43,7 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.engine import Process, barrier, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.logs import set_up_log
+from flux2_ds.logs import set_up_console, set_up_log
 from flux2_ds.lookout import Lookout
 from flux2_ds.loop import update
 from flux2_ds.memory import GIB, Memory
@@ -51,6 +51,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.random_weights import empty_transformer, fill_randomly
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, make_plan
+from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.warmup import synthetic, too_small
@@ -84,7 +85,8 @@ def main() -> None:
     parser = recipe_parser("flux2-ds bench", "Time the recipe's training step.")
     add_options(parser)
     recipe, options = parse_recipe(parser)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    ranks = given_ranks(os.environ)
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     with looking_out(rank, world):
         if options.json:
             log.setLevel(logging.WARNING)
@@ -100,8 +102,7 @@ def looking_out(rank: int, world: int) -> Iterator[None]:
     Where they log is no run's directory; it stays if one of them fails.
     """
     if world == 1:
-        logging.basicConfig(format="%(message)s", force=True)
-        log.setLevel(logging.INFO)
+        set_up_console()
         yield
         return
     # The launcher is the parent of all of them.

@@ -9,7 +9,6 @@ only; the base weights are not loaded.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -22,6 +21,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds import checkpoint
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.logs import set_up_console
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.transformer import (
     compute_dtype,
@@ -29,8 +29,8 @@ from flux2_ds.model.transformer import (
     exported_settings,
     lora_config,
 )
-from flux2_ds.recipe import Lora, Recipe, parse_recipe, recipe_parser
-from flux2_ds.rundir import Weights, checkpoints_directory, export_path
+from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.rundir import Weights, as_trained, checkpoints_directory, export_path
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import StoredTensors
 from flux2_ds.tensors import use_default_permissions, write_tensors
@@ -43,8 +43,7 @@ FILE_SIZE = "10GB"
 
 def main() -> None:
     """Entry point of `flux2-ds export`."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO)
+    set_up_console()
     parser = recipe_parser("flux2-ds export", "Write a checkpoint in the form diffusers loads.")
     parser.add_argument("--step", type=int | None, default=None,
                         help="Checkpoint to export. Default: the newest.")  # fmt: skip
@@ -54,7 +53,8 @@ def main() -> None:
                         help="The trained weights, or their moving average.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     chosen = choose(checkpoints_directory(recipe), options.step)
-    recipe = recipe_of(recipe, chosen)
+    # The run's may have changed since.
+    recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
     path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision), options.weights)
     log.info("exported %s to %s", chosen.path, path)
 
@@ -80,16 +80,6 @@ def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
     if damage:
         raise UserError(f"checkpoint {found.path} cannot be exported: {damage}.")
     return found
-
-
-def recipe_of(recipe: Recipe, chosen: checkpoint.Checkpoint) -> Recipe:
-    """`recipe` with the method and adapter settings that the checkpoint was trained with; those of the run
-    may have changed since."""
-    values = chosen.state()["recipe"]
-    method, lora = values["method"], Lora(**values["lora"])
-    if (method, lora) != (recipe.method, recipe.lora):
-        log.warning("method and lora are those of %s; what else was given is ignored", chosen.path)
-    return dataclasses.replace(recipe, method=method, lora=lora)
 
 
 def export(

@@ -9,7 +9,6 @@ the picture, which shows samples decoded from their latents.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -26,6 +25,7 @@ from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join
 from flux2_ds.errors import run_root
 from flux2_ds.fonts import font_for
+from flux2_ds.logs import set_up_console
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.prompt import read_prompt
@@ -33,7 +33,7 @@ from flux2_ds.prepared import check_shards, companion_lines, read_data
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
-from flux2_ds.targets import TARGETS
+from flux2_ds.targets import TARGETS, target_modules
 from flux2_ds.timesteps import shift_of, timesteps
 
 _BINS, _BARS = 20, "▁▂▃▄▅▆▇█"
@@ -43,7 +43,7 @@ _EVEN_DEVIATES = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) 
 
 def main() -> None:
     """Entry point of `flux2-ds inspect`."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    set_up_console()
     parser = recipe_parser("flux2-ds inspect", "Show what a recipe will train on.")
     parser.add_argument("--picture", type=str | None, default=None,
                         help="File to write the samples to, decoded from their latents.")  # fmt: skip
@@ -87,17 +87,13 @@ def target_lines(directory: Path, spec: Spec, recipe: Recipe) -> list[str]:
     """What is trained, counted on the model without its weights."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
-        if recipe.method == "full":
-            model.requires_grad_(True)
-        else:
-            config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
-            transformer.add_lora(model, config, recipe.seed)
+        transformer.make_trainable(model, spec, recipe)
     named = transformer.trainable(model)
     count = sum(p.numel() for p in named.values())
     if recipe.method == "full":
         return [f"{count:,} parameters, all"]
     double, single = TARGETS[recipe.lora.targets]
-    linears = len(double) * spec.double_blocks + len(single) * spec.single_blocks
+    linears = len(target_modules(spec, recipe.lora.targets))
     return [
         f"{recipe.method} rank {recipe.lora.rank}, targets {recipe.lora.targets}: {count:,} "
         f"parameters in {linears} linears",

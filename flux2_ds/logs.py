@@ -36,6 +36,12 @@ def once(said: str) -> Callable[[logging.LogRecord], bool]:
     return new
 
 
+def set_up_console() -> None:
+    """Log lines as they are, of a command that is one process."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("flux2_ds").setLevel(logging.INFO)
+
+
 def set_up_log(logs: Path, rank: int) -> None:
     """Log lines and Python's warnings of the first process, on the console and in its log; of the
     others the warnings, in theirs (lookout.py has sent their output there)."""

@@ -1,4 +1,4 @@
-"""Where numbers go: the console, metrics.jsonl, Weights & Biases and a picture of the loss.
+"""Where numbers go beside the console: metrics.jsonl, Weights & Biases and a picture of the loss.
 
 The only file that imports wandb, and only where it is switched on. W&B gets what metrics.jsonl gets.
 Neither decides whether a run goes on: without a key W&B stays offline, and a full disk costs records,

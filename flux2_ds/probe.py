@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from flux2_ds.agreement import exchange
 from flux2_ds.engine import build_cpu_adam, start_process, stop_process
 
 _MIB = 1 << 20
@@ -75,8 +76,7 @@ def bandwidth(accelerator: Any) -> None:
     process = start_process(accelerator)
     size = 256 * _MIB if accelerator == "cuda" else 16 * _MIB
     data = torch.ones(size // 4, device=process.device)
-    hosts: list[Any] = [None] * process.world
-    distributed.all_gather_object(hosts, socket.gethostname())
+    hosts = exchange(socket.gethostname())
     if process.world > 1:
         seconds = timed(lambda: distributed.all_reduce(data), process.device)
         # What a ring moves over each link: the usual figure to compare with the hardware's.

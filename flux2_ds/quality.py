@@ -33,6 +33,7 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
 from flux2_ds.engine import Engine, Process, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.logs import set_up_console
 from flux2_ds.loop import seed_dropout, update
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
@@ -149,8 +150,7 @@ def main() -> None:
         "--json", action="store_true", help="Print one JSON object, the loss of each step included."
     )
     recipe, options = parse_recipe(parser)
-    logging.basicConfig(format="%(message)s", force=True)
-    log.setLevel(logging.INFO)
+    set_up_console()
     unknown = set(options.modes) - {*BASE_WEIGHTS, "fp32"}
     if unknown or not options.modes:
         raise UserError(

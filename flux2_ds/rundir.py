@@ -12,7 +12,6 @@ logs/            what each process printed, where it is, the first failure (look
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -25,6 +24,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from flux2_ds.errors import UserError
+from flux2_ds.locks import hold
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Lora, Recipe, recipe_values
 from flux2_ds.whole import write_whole
@@ -154,19 +154,12 @@ def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
     Raises:
         UserError: another process trains in it.
     """
-    path = Path(recipe.run_dir) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another process is training in run_dir {recipe.run_dir}. Wait for it, stop it, or give "
-            "another run_dir."
-        ) from None
-    except OSError as error:
-        log.warning("%s cannot be locked (%s); do not train in it twice at a time", path, error)
-    return file
+    return hold(
+        Path(recipe.run_dir) / name,
+        f"another process is training in run_dir {recipe.run_dir}. Wait for it, stop it, or give another "
+        "run_dir.",
+        "do not train in it twice at a time",
+    )
 
 
 def trained_recipe(recipe: Recipe) -> Recipe:
@@ -179,14 +172,18 @@ def trained_recipe(recipe: Recipe) -> Recipe:
     if not stored.is_file():
         raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
     try:
-        values = yaml.safe_load(stored.read_text())
-        method, lora = values["method"], Lora(**values["lora"])
+        return as_trained(recipe, yaml.safe_load(stored.read_text()), stored)
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error
+
+
+def as_trained(recipe: Recipe, values: dict[str, Any], source: Path) -> Recipe:
+    """`recipe` with the method and adapter settings of another recipe's values, which `source` holds."""
+    method, lora = values["method"], Lora(**values["lora"])
     if (method, lora) != (recipe.method, recipe.lora):
-        log.warning("method and lora are those of %s; what else was given is ignored", stored)
+        log.warning("method and lora are those of %s; what else was given is ignored", source)
     return replace(recipe, method=method, lora=lora)
 
 

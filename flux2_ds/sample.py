@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 
 from flux2_ds.attention import attention_backend, check_backend
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.logs import set_up_console
 from flux2_ds.memory import GIB
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
@@ -51,8 +53,7 @@ TEXT, MODEL, PICTURE = "text encoder", "transformer", "picture"
 
 def main() -> None:
     """Entry point of `flux2-ds sample`."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO)
+    set_up_console()
     parser = recipe_parser(
         "flux2-ds sample", "Render prompts without and with the trained weights."
     )
@@ -299,9 +300,8 @@ def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, expo
     Raises:
         UserError: it is not one of this recipe's.
     """
-    settings = transformer.exported_settings(recipe.lora)
-    config = transformer.lora_config(spec, settings, dora=recipe.method == "dora")
-    transformer.add_lora(model, config, recipe.seed)
+    exported_recipe = replace(recipe, lora=transformer.exported_settings(recipe.lora))
+    transformer.make_trainable(model, spec, exported_recipe)
     model.eval()
     own = {
         f"transformer.{transformer.exported_name(name)}": parameter

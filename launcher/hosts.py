@@ -48,7 +48,7 @@ def find_hosts(launch: Launch) -> Hosts:
     devices = named_devices()
     processes = launch.processes
     if processes is None:
-        processes = count_gpus() if devices is None else len(devices)
+        processes = visible_gpus(devices)
     if launch.processes is None and processes == 0:
         raise UserError(
             "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs, "
@@ -91,8 +91,7 @@ def check_gpus(hosts: Hosts) -> None:
     """
     if hosts.hostfile is not None:
         return
-    devices = named_devices()
-    visible = count_gpus() if devices is None else len(devices)
+    visible = visible_gpus(named_devices())
     if hosts.processes > visible:
         raise UserError(
             f"{hosts.processes} processes (launch.processes or --gpus) need as many GPUs; this "
@@ -130,6 +129,11 @@ def named_devices() -> tuple[int, ...] | None:
             "UUIDs or MIG names. Use the numbers that nvidia-smi -L shows."
         )
     return tuple(int(name) for name in names)
+
+
+def visible_gpus(named: tuple[int, ...] | None) -> int:
+    """Number of GPUs that a start would see, given those that are named."""
+    return count_gpus() if named is None else len(named)
 
 
 def count_gpus() -> int:

@@ -44,6 +44,12 @@ _SAME_ASPECT = 0.02
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file is a picture by its name, one that is not read included."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES | UNREAD and not path.name.startswith(".")
+
+
 def why_unread(name: str) -> str | None:
     """Why a file is not read that is a picture by its name; None if it is."""
     suffix = PurePosixPath(name).suffix.lower()

@@ -16,7 +16,7 @@ from torch import nn
 
 from flux2_ds.model.adapter import LoraLinear
 from flux2_ds.model.quantize import QuantizedLinear
-from flux2_ds.recipe import Lora
+from flux2_ds.recipe import Lora, Recipe
 from flux2_ds.spec import Spec
 from flux2_ds.targets import target_modules
 
@@ -78,6 +78,15 @@ def lora_config(spec: Spec, settings: Lora, *, dora: bool) -> LoraConfig:
         init_lora_weights="gaussian",
         use_dora=dora,
     )
+
+
+def make_trainable(model: Flux2Transformer2DModel, spec: Spec, recipe: Recipe) -> None:
+    """Make what the recipe trains need gradients: all weights, or an adapter, which is added."""
+    if recipe.method == "full":
+        model.requires_grad_(True)
+    else:
+        dora = recipe.method == "dora"
+        add_lora(model, lora_config(spec, recipe.lora, dora=dora), recipe.seed)
 
 
 def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> None:

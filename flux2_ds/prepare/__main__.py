@@ -10,7 +10,6 @@ and adds what is new since: finished shards are never rewritten.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import shutil
@@ -25,6 +24,8 @@ import torch
 from flux2_ds.data.index import Index, write_index
 from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError, run_root
+from flux2_ds.locks import hold
+from flux2_ds.logs import set_up_console
 from flux2_ds.model.files import fingerprint, model_directory
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
@@ -34,6 +35,7 @@ from flux2_ds.prepare.ledger import Job
 from flux2_ds.prepare.report import Report, write_report
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepare.team import Team
+from flux2_ds.prepare.texts import TEXTS
 from flux2_ds.ranges import check_ranges
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
@@ -48,8 +50,7 @@ SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "held_out"
 
 def main() -> None:
     """Entry point of `flux2-ds prepare`."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO)
+    set_up_console()
     recipe, _ = parse_recipe(
         recipe_parser("flux2-ds prepare", "Encode photographs and captions into shards.")
     )
@@ -206,16 +207,8 @@ def claimed(folder: Path, content: dict[str, Any]) -> Iterator[None]:
     if not untouched(folder):
         check_folder(folder, content)
     path = folder / CONTENT_NAME
-    (folder / ledger.FOLDER).mkdir(parents=True, exist_ok=True)
-    with (folder / ledger.FOLDER / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another prepare is writing data.shards {folder}. Wait for it or stop it."
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s); do not prepare twice at a time", folder, error)
+    taken = f"another prepare is writing data.shards {folder}. Wait for it or stop it."
+    with hold(folder / ledger.FOLDER / "lock", taken, "do not prepare twice at a time"):
         if untouched(folder):
             write_whole(path, json.dumps(content, indent=1) + "\n")
         yield
@@ -284,7 +277,7 @@ def finish(folder: Path, index: Index, pictures: list[Picture], report: Report) 
     usable.sort(key=lambda picture: picture.entry.name)
     summary = write_report(folder, report, index, usable)
     path = write_index(folder, index)
-    shutil.rmtree(folder / ".texts", ignore_errors=True)
+    shutil.rmtree(folder / TEXTS, ignore_errors=True)
     log.info("%s%s", summary, path)
 
 

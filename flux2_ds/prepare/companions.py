@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import PurePosixPath
 
-from flux2_ds.prepare.entries import Entry
+from flux2_ds.prepare.entries import Entry, stem
 
 _COMPANION = re.compile(r"(?P<picture>.+)\.(?P<role>mask|reference(?P<number>\d*))")
 
 
 def attach(entries: list[Entry]) -> list[Entry]:
     """Join companions to their pictures. What looks like one but has no picture is a picture."""
-    stems = {_stem(entry.key) for entry in entries}
+    stems = {stem(entry.key) for entry in entries}
     companions: dict[str, list[tuple[str, int, Entry]]] = {}
     pictures = []
     for entry in entries:
-        found = _COMPANION.fullmatch(_stem(entry.key))
+        found = _COMPANION.fullmatch(stem(entry.key))
         if found is None or found["picture"] not in stems:
             pictures.append(entry)
             continue
         role = found["role"] if found["role"] == "mask" else "reference"
         own = companions.setdefault(found["picture"], [])
         own.append((role, int(found["number"] or 0), entry))
-    return [_joined(entry, companions.get(_stem(entry.key), [])) for entry in pictures]
-
-
-def _stem(key: str) -> str:
-    return str(PurePosixPath(key).with_suffix(""))
+    return [_joined(entry, companions.get(stem(entry.key), [])) for entry in pictures]
 
 
 def _joined(entry: Entry, companions: list[tuple[str, int, Entry]]) -> Entry:

@@ -21,7 +21,7 @@ from flux2_ds.prepare.ledger import Job, Note
 from flux2_ds.prepare.pictures import PictureWorker, in_chunks, load_vae
 from flux2_ds.prepare.report import Report
 from flux2_ds.prepare.team import CAPTIONS, PICTURES, Kind, Make, Team
-from flux2_ds.prepare.texts import TextFiles, TextWorker, copy_known
+from flux2_ds.prepare.texts import TEXTS, TextFiles, TextWorker, copy_known
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TEXT_TOKENS, Spec
 from flux2_ds.tensors import write_tensors
@@ -44,7 +44,7 @@ class Encoding:
     @property
     def texts(self) -> TextFiles:
         """The captions that wait for their shard."""
-        return TextFiles(self.folder / ".texts")
+        return TextFiles(self.folder / TEXTS)
 
     def worker(self, kind: Kind) -> Make:
         """What does tasks of a kind, for a device."""
@@ -87,7 +87,7 @@ def encode(
             progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
             make, devices = encoding.worker(PICTURES), encoding.devices(PICTURES)
             written += team.run(PICTURES, make, devices, round_, progress)
-        shutil.rmtree(folder / ".texts")
+        shutil.rmtree(folder / TEXTS)
     if prompts:  # nothing else is new
         encode_texts(encoding, team, prompts, report)
         write_prompts(folder, prompts, texts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.storage import Blob
@@ -32,6 +34,17 @@ class Entry:
     size: tuple[int, int] | None = None
     mask: Blob | None = None
     references: tuple[Blob, ...] = ()
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Entry:
+        """An entry from `asdict`'s values after their way through JSON."""
+        parts = {
+            "blob": Blob(**values["blob"]),
+            "size": values["size"] and tuple(values["size"]),
+            "mask": values["mask"] and Blob(**values["mask"]),
+            "references": tuple(Blob(**each) for each in values["references"]),
+        }
+        return Entry(**(values | parts))
 
     @property
     def name(self) -> str:
@@ -65,6 +78,11 @@ class Skipped:
             log.warning("skipped %s: %s", name, reason)
         elif len(self.reasons) == _SAID_BY_NAME + 1:
             log.warning("skipped more; report.json names them all")
+
+
+def stem(key: str) -> str:
+    """A key without its suffix, which a picture shares with its caption and companions."""
+    return str(PurePosixPath(key).with_suffix(""))
 
 
 def printable(name: str) -> str:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.images import SUFFIXES, UNREAD, why_unread
+from flux2_ds.data.images import SUFFIXES, is_picture, why_unread
 from flux2_ds.data.storage import Blob, is_url
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.companions import attach
@@ -103,7 +103,7 @@ def _folder(
         suffix = Path(file.name).suffix.lower()
         if file.name in _METADATA:
             listed |= _metadata(file.path, caption_column)
-        elif suffix in SUFFIXES | UNREAD and not file.name.startswith("."):
+        elif is_picture(file.name):
             pictures.append(file)
         elif suffix == ".txt":
             texts.add(str(Path(file.path)))

@@ -18,10 +18,9 @@ from typing import IO, Any
 import braceexpand
 
 from flux2_ds.data.images import (
-    SUFFIXES,
-    UNREAD,
     UnreadableImageError,
     image_size,
+    is_picture,
     why_unread,
 )
 from flux2_ds.data.storage import Blob, file_system, is_url, tried_again
@@ -31,6 +30,7 @@ from flux2_ds.prepare.entries import (
     clean_caption,
     decode_caption,
     printable,
+    stem,
 )
 from flux2_ds.whole import write_whole
 
@@ -71,7 +71,7 @@ def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> 
     name = hashlib.sha256(f"{location}|{stamp}|{caption_column}".encode()).hexdigest()[:24]
     note = scratch / f"{name}.json"
     if note.is_file():
-        return [_from_note(source, facts) for facts in json.loads(note.read_text())]
+        return [Entry.of(values | {"source": source}) for values in json.loads(note.read_text())]
 
     def scan() -> list[Entry]:
         try:
@@ -86,13 +86,6 @@ def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> 
     return entries
 
 
-def _from_note(source: str, facts: dict[str, Any]) -> Entry:
-    size = facts["size"] and tuple(facts["size"])
-    companions = {"mask": None, "references": ()}  # joined later, from among all entries
-    blob = Blob(**facts["blob"])
-    return Entry(**{**facts, **companions, "source": source, "blob": blob, "size": size})
-
-
 def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) -> Iterator[Entry]:
     pictures: dict[str, Entry] = {}
     texts: dict[str, tuple[str | None, str | None]] = {}
@@ -104,10 +97,10 @@ def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) ->
             name = printable(member.name)
             suffix = PurePosixPath(name).suffix.lower()
             if suffix == ".txt":
-                texts[_stem(name)] = decode_caption(content.read(), name)
+                texts[stem(name)] = decode_caption(content.read(), name)
             elif suffix == ".json":
-                texts.setdefault(_stem(name), _from_json(content.read(), name, caption_column))
-            elif suffix in SUFFIXES | UNREAD and not PurePosixPath(name).name.startswith("."):
+                texts.setdefault(stem(name), _from_json(content.read(), name, caption_column))
+            elif is_picture(name):
                 entry = Entry(
                     source,
                     f"{PurePosixPath(location).name}/{name}",
@@ -124,12 +117,8 @@ def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) ->
                 else:
                     pictures[name] = _measured(entry, content.read())
     for name, entry in pictures.items():
-        caption, problem = texts.get(_stem(name), (None, None))
+        caption, problem = texts.get(stem(name), (None, None))
         yield replace(entry, caption=caption, problem=entry.problem or problem)
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _measured(entry: Entry, content: bytes) -> Entry:

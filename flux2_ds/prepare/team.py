@@ -28,7 +28,6 @@ import torch
 from tqdm import tqdm
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.entries import Entry, Picture
@@ -62,21 +61,10 @@ class Kind:
 def job_of(values: dict[str, Any]) -> Job:
     """A job from `asdict`'s values after their way through JSON."""
     pictures = [
-        Picture(**(each | {"entry": entry_of(each["entry"]), "bucket": Bucket(**each["bucket"])}))
+        Picture(**(each | {"entry": Entry.of(each["entry"]), "bucket": Bucket(**each["bucket"])}))
         for each in values["pictures"]
     ]
     return Job(**(values | {"bucket": Bucket(**values["bucket"]), "pictures": pictures}))
-
-
-def entry_of(values: dict[str, Any]) -> Entry:
-    """The same of an entry."""
-    parts = {
-        "blob": Blob(**values["blob"]),
-        "size": values["size"] and tuple(values["size"]),
-        "mask": values["mask"] and Blob(**values["mask"]),
-        "references": tuple(Blob(**each) for each in values["references"]),
-    }
-    return Entry(**(values | parts))
 
 
 CAPTIONS = Kind(

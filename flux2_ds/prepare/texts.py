@@ -17,6 +17,9 @@ from flux2_ds.prepare.ledger import Note, caption_digest
 from flux2_ds.spec import TEXT_TOKENS, Spec
 from flux2_ds.whole import appearing
 
+TEXTS = ".texts"
+"""Below the shards' folder: captions that wait for their shard."""
+
 
 class TextFiles:
     """The embeddings of captions, one file each, in a folder."""

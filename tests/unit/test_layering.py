@@ -43,6 +43,7 @@ LIGHT = {
             "logs",
             "metrics",
             "whole",
+            "locks",
         )
     ),
     *(f"flux2_ds.data.{name}" for name in ("buckets", "index", "order", "sweep")),

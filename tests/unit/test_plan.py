@@ -493,7 +493,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
     ],
 )
 def test_what_deepspeed_can_do(changes):
-    assert make_plan(make_recipe(**changes), 2).recipe.optimizer.name
+    make_plan(make_recipe(**changes), 2)  # does not raise
 
 
 def test_passes_are_captured_by_default():
