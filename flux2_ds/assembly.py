@@ -20,14 +20,8 @@ from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import Blob
 from flux2_ds.data.sweep import Sweep
-from flux2_ds.engine import (
-    Engine,
-    Process,
-    Swapped,
-    check_config,
-    divider,
-    gathering,
-)
+from flux2_ds.dividing import Swapped, check_config, divider, gathering
+from flux2_ds.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.execution import compiles
 from flux2_ds.memory import GIB, Memory, estimate, kept_blocks
@@ -38,6 +32,7 @@ from flux2_ds.model.quantize import BASE_WEIGHTS, QuantizedLinear
 from flux2_ds.model.weights import check_card, read_parts, read_weights
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan
+from flux2_ds.processes import Process
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import Spec
 from flux2_ds.swapping import swaps
@@ -86,7 +81,7 @@ def load_as(
 def division(
     config: dict[str, Any], model: nn.Module, dtype: torch.dtype, base_weights: str | None
 ) -> Callable[[nn.Module], None] | None:
-    """What divides each module of an empty model once it has its weight (see `engine.divider`), if that DeepSpeed
+    """What divides each module of an empty model once it has its weight (see `dividing.divider`), if that DeepSpeed
     config divides it. Collective."""
     zero = config.get("zero_optimization", {})
     if zero.get("stage") != 3:

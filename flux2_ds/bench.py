@@ -41,7 +41,6 @@ from flux2_ds.bench_options import add_options, check_options
 from flux2_ds.comparisons import Step, bare_step, diffusers_step
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.loader import MicroBatch
-from flux2_ds.engine import Process, barrier, start_process, stop_process
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.logs import set_up_console, set_up_log
 from flux2_ds.lookout import Lookout
@@ -51,6 +50,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.random_weights import empty_transformer, fill_randomly
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import Plan, make_plan
+from flux2_ds.processes import Process, barrier, start_process, stop_process
 from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec

@@ -21,7 +21,7 @@ import torch
 from flux2_ds import checkpoint, saving
 from flux2_ds.agreement import any_process, average
 from flux2_ds.data.loader import Loader, MicroBatch
-from flux2_ds.engine import Engine, Process, barrier
+from flux2_ds.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.lookout import Lookout
@@ -30,6 +30,7 @@ from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.plan import learning_rate
 from flux2_ds.preview import Previews
+from flux2_ds.processes import Process, barrier
 from flux2_ds.readback import Readback
 from flux2_ds.recipe import Recipe
 from flux2_ds.rundir import checkpoints_directory

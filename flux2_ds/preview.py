@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from flux2_ds.engine import Engine, Process, barrier
+from flux2_ds.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.prepared import check_prompts
+from flux2_ds.processes import Process, barrier
 from flux2_ds.recipe import Preview, Recipe
 from flux2_ds.rendering import Prompt, grid, open_reference, render
 from flux2_ds.spec import Spec

@@ -19,7 +19,8 @@ import torch
 from torch import distributed
 
 from flux2_ds.agreement import exchange
-from flux2_ds.engine import build_cpu_adam, start_process, stop_process
+from flux2_ds.engine import build_cpu_adam
+from flux2_ds.processes import start_process, stop_process
 
 _MIB = 1 << 20
 

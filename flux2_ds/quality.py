@@ -31,7 +31,7 @@ from flux2_ds.assembly import (
 )
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
-from flux2_ds.engine import Engine, Process, start_process, stop_process
+from flux2_ds.engine import Engine
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.logs import set_up_console
 from flux2_ds.loop import seed_dropout, update
@@ -40,6 +40,7 @@ from flux2_ds.model.files import model_directory
 from flux2_ds.model.quantize import BASE_WEIGHTS
 from flux2_ds.plan import learning_rate, make_plan
 from flux2_ds.prepared import build_order, check_shards, read_data
+from flux2_ds.processes import Process, start_process, stop_process
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
 from flux2_ds.spec import read_spec
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from flux2_ds import checkpoint
 from flux2_ds.agreement import exchange
-from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
+from flux2_ds.processes import Process
 from flux2_ds.stored import Piece
 
 

@@ -31,13 +31,7 @@ from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning, read_prompts
 from flux2_ds.data.sweep import Sweep
-from flux2_ds.engine import (
-    Engine,
-    Process,
-    barrier,
-    start_process,
-    stop_process,
-)
+from flux2_ds.engine import Engine
 from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
 from flux2_ds.evaluate import Evaluation
 from flux2_ds.logs import set_up_log
@@ -57,6 +51,7 @@ from flux2_ds.prepared import (
     read_data,
 )
 from flux2_ds.preview import Previews, check_previews
+from flux2_ds.processes import Process, barrier, start_process, stop_process
 from flux2_ds.ranks import given_ranks
 from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
 from flux2_ds.rendering import as_prompt

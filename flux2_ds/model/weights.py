@@ -36,7 +36,7 @@ def read_parts(
 ) -> None:
     """As `read_weights`, each parameter divided among processes as soon as it exists.
 
-    `divide`: see `engine.divider`. `rank`: this process's place among those that share each parameter;
+    `divide`: see `dividing.divider`. `rank`: this process's place among those that share each parameter;
     it reads and quantises the rows of its own part only.
 
     Raises:

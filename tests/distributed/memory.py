@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from flux2_ds import engine as engines
+from flux2_ds.dividing import divider
 from flux2_ds.model import transformer, weights
 from flux2_ds.plan import read_deepspeed
+from flux2_ds.processes import Process, start_process, stop_process
 
 
 def resident(line: str) -> int:
@@ -24,7 +25,7 @@ def resident(line: str) -> int:
     return int(status.split(f"{line}:")[1].split()[0]) * 1024
 
 
-def load(directory: Path, base_weights: str | None, process: engines.Process) -> dict[str, object]:
+def load(directory: Path, base_weights: str | None, process: Process) -> dict[str, object]:
     """Bytes by which this process rose while it loaded, bytes of its own part, and wrong parameters."""
     config = read_deepspeed("zero3") | {"train_batch_size": process.world}
     files, cpu, dtype = directory / "transformer", torch.device("cpu"), torch.bfloat16
@@ -34,7 +35,7 @@ def load(directory: Path, base_weights: str | None, process: engines.Process) ->
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
         whole = transformer.build_transformer(directory)
-    divide = engines.divider(config)
+    divide = divider(config)
     weights.read_parts(model, files, dtype, cpu, divide, process.rank, base_weights)
     used = resident("VmHWM") - before
 
@@ -52,7 +53,7 @@ def load(directory: Path, base_weights: str | None, process: engines.Process) ->
 
 def main() -> None:
     torch.set_num_threads(1)
-    process = engines.start_process("cpu")
+    process = start_process("cpu")
     distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
     found = {str(base): load(Path(sys.argv[1]), base, process) for base in (None, "nf4")}
     results: list[object] = [None] * process.world
@@ -60,7 +61,7 @@ def main() -> None:
     if process.first:
         Path(sys.argv[2]).write_text(json.dumps(results))
     gc.collect()  # gloo's threads end with the last reference to the process group
-    engines.stop_process()
+    stop_process()
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     from deepspeed.comm.comm import cdb as comm
 
     from flux2_ds import agreement, assembly, saving
-    from flux2_ds import engine as engines
+    from flux2_ds.dividing import gathering
+    from flux2_ds.engine import Engine
 
     micro = case["micro"]
     config = {
@@ -174,7 +175,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     options = ("base_weights", "blocks", "rank", "spread")
     chosen = {name: case[name] for name in options if name in case}
     loaded = None
-    with engines.gathering(config):
+    with gathering(config):
         if "files" in case:  # the way train.py builds a model at stage 3
             base_weights = case.get("base_weights")
             loaded = assembly.load_as(config, Path(case["files"]), dtype, base_weights, process)
@@ -190,7 +191,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with patch.object(optimizers, "build", fused) if case.get("fused") else nullcontext():
-        engine = engines.Engine(
+        engine = Engine(
             model,
             config,
             settings,
@@ -262,7 +263,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
 def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
     """Losses of the steps that bench.py times on the small model, in the last process."""
     from flux2_ds import agreement, bench
-    from flux2_ds import engine as engines
+    from flux2_ds.processes import barrier
 
     losses = []
     measure = bench.measure
@@ -290,7 +291,7 @@ def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
     with patch.multiple(
         bench,
         start_process=lambda accelerator: process,
-        stop_process=engines.barrier,
+        stop_process=barrier,
         planned_spec=lambda path: SPEC,
         measure=recorded,
     ):
@@ -345,12 +346,12 @@ def killed_while_saving(when: list[Any] | None, step: int, rank: int) -> Iterato
 
 
 def main() -> None:
-    from flux2_ds import engine as engines
+    from flux2_ds.processes import barrier, start_process, stop_process
 
     torch.set_num_threads(1)
     # Traced, differentiated and divided into passes as ever, but run by torch's own kernels.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
-    process = engines.start_process("cpu")
+    process = start_process("cpu")
     for line in sys.stdin:
         folder = Path(line.strip())
         cases = json.loads((folder / "cases.json").read_text())
@@ -360,9 +361,9 @@ def main() -> None:
         ]
         if process.first:
             (folder / "results.json").write_text(json.dumps(results))
-        engines.barrier()
+        barrier()
         (folder / f"done-{process.rank}").touch()
-    engines.stop_process()
+    stop_process()
 
 
 if __name__ == "__main__":

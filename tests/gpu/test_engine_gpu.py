@@ -89,7 +89,7 @@ def train(
 WORKER = """
 import json, sys, torch, trajectory
 from pathlib import Path
-from flux2_ds.engine import start_process, stop_process
+from flux2_ds.processes import start_process, stop_process
 process, folder = start_process("cuda"), Path(sys.argv[1])
 kinds, steps, cases = json.loads((folder / "cases.json").read_text())
 references = [

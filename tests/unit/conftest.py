@@ -30,7 +30,7 @@ def write_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     import torch
 
     from flux2_ds import saving
-    from flux2_ds.engine import Process
+    from flux2_ds.processes import Process
     from flux2_ds.stored import Piece
 
     monkeypatch.setattr(saving, "exchange", lambda value: [value])

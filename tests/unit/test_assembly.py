@@ -9,13 +9,13 @@ import torch
 
 from flux2_ds import assembly, engine
 from flux2_ds.assembly import check_machine, finish_model
-from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, kept_blocks
 from flux2_ds.model import transformer
 from flux2_ds.model.quantize import QuantizedLinear
 from flux2_ds.model.weights import place_weight
 from flux2_ds.plan import Plan, make_plan
+from flux2_ds.processes import Process
 from flux2_ds.recipe import Batch, Data, Launch, Model, Recipe
 from flux2_ds.spec import Spec
 

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from flux2_ds import bench
 from flux2_ds.bench_options import add_options
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.model.random_weights import empty_transformer, fill_randomly
+from flux2_ds.processes import Process
 from flux2_ds.recipe import Data, Launch, Model, Recipe
 from flux2_ds.spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 

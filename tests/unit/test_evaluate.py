@@ -15,8 +15,8 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.data.sweep import Sweep
-from flux2_ds.engine import Process
 from flux2_ds.objective import FlowObjective
+from flux2_ds.processes import Process
 from flux2_ds.recipe import Batch, Data, Evaluation, Model, Objective, Recipe
 
 CPU = torch.device("cpu")

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 
 from flux2_ds import preview
 from flux2_ds.data.index import PROMPTS_NAME
-from flux2_ds.engine import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.blocks import arrange_blocks
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.weights import read_weights
 from flux2_ds.preview import Previews, check_previews
+from flux2_ds.processes import Process
 from flux2_ds.recipe import Data, Model, Preview, Recipe
 from flux2_ds.rendering import as_prompt
 from flux2_ds.spec import Spec

@@ -47,7 +47,7 @@ def test_what_cannot_be(name: str, given: str | None, message: str) -> None:
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch finds it when the first process would listen there."""
-    from flux2_ds.engine import start_process  # imports DeepSpeed
+    from flux2_ds.processes import start_process  # imports DeepSpeed
 
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]

@@ -23,13 +23,13 @@ from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
-from flux2_ds.engine import Process
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.loop import StopRequest
 from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.plan import make_plan
+from flux2_ds.processes import Process
 from flux2_ds.recipe import (
     Checkpoint,
     Data,

@@ -20,10 +20,10 @@ from flux2_ds.data.index import Index
 from flux2_ds.data.loader import draw
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader, read_conditioning
-from flux2_ds.engine import Process
 from flux2_ds.model import transformer
 from flux2_ds.plan import Plan
 from flux2_ds.prepare import __main__ as prepare
+from flux2_ds.processes import Process
 from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Objective, Recipe
 from flux2_ds.spec import Spec
 
