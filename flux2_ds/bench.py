@@ -49,10 +49,11 @@ from flux2_ds.memory import GIB, Memory
 from flux2_ds.model import transformer
 from flux2_ds.model.random_weights import empty_transformer, fill_randomly
 from flux2_ds.objective import FlowObjective
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import Plan, make_plan
 from flux2_ds.processes import Process, barrier, start_process, stop_process
 from flux2_ds.ranks import given_ranks
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.warmup import synthetic, too_small
 

@@ -29,7 +29,8 @@ from flux2_ds.model.transformer import (
     exported_settings,
     lora_config,
 )
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.parsing import parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe
 from flux2_ds.rundir import Weights, as_trained, checkpoints_directory, export_path
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import StoredTensors

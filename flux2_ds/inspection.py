@@ -29,9 +29,10 @@ from flux2_ds.logs import set_up_console
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.prompt import read_prompt
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.prepared import check_shards, companion_lines, read_data
 from flux2_ds.ranges import check_ranges
-from flux2_ds.recipe import Objective, Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Objective, Recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.targets import TARGETS, target_modules
 from flux2_ds.timesteps import shift_of, timesteps

@@ -38,10 +38,11 @@ from flux2_ds.loop import seed_dropout, update
 from flux2_ds.model import transformer
 from flux2_ds.model.files import model_directory
 from flux2_ds.model.quantize import BASE_WEIGHTS
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import learning_rate, make_plan
 from flux2_ds.prepared import build_order, check_shards, read_data
 from flux2_ds.processes import Process, start_process, stop_process
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe
 from flux2_ds.spec import read_spec
 
 log = logging.getLogger("flux2_ds")

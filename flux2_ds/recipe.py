@@ -1,4 +1,4 @@
-"""Every setting a user may give, read from YAML and the command line by jsonargparse.
+"""Every setting a user may give. Pure, no torch.
 
 A recipe holds only what differs from the defaults below. Each number has one owner: batch sizes,
 learning rate, clipping and precision belong here; sharding, offload and communication belong to the
@@ -8,17 +8,8 @@ DeepSpeed file that `deepspeed` names. Checks across fields are in `plan.py`.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from argparse import SUPPRESS
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-from flux2_ds.home import expand_home
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,44 +339,6 @@ class Recipe:
     """Pictures of what is trained."""
     launch: Launch = field(default_factory=Launch)
     """Where the recipe runs."""
-
-
-def recipe_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser for `--config FILE` and a dotted option for every setting of `Recipe`.
-
-    Commands add their own options to it. Unknown keys and wrong types are errors that name the
-    setting and the value.
-    """
-    parser = ArgumentParser(
-        prog=prog,
-        usage="%(prog)s --config RECIPE [--SETTING VALUE ...]",  # not its hundred settings
-        description=description,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="Recipe in YAML.")
-    # DeepSpeed's launcher passes the local rank as an option; the environment has it too.
-    parser.add_argument("--local_rank", type=int | None, default=None, help=SUPPRESS)
-    parser.add_class_arguments(Recipe, None)
-    return parser
-
-
-def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple[Recipe, Any]:
-    """Parse `argv` (default: the command line) into a `Recipe` and the command's own options.
-
-    Relative paths in a recipe are relative to the current directory, like those on the command
-    line, and `~/` is the user's home. Errors end the process with code 2 and a message that names the setting.
-    """
-    options = parser.parse_args(argv if argv is not None else sys.argv[1:])
-    expand_home(options)
-    names = [item.name for item in dataclasses.fields(Recipe)]
-    values = parser.instantiate(options)
-    return Recipe(**{name: values[name] for name in names}), options
-
-
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read one recipe file, with dotted overrides such as `["--steps=10"]`."""
-    parser = recipe_parser("recipe", "")
-    return parse_recipe(parser, ["--config", str(path), *(overrides or [])])[0]
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

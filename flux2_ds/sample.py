@@ -35,10 +35,11 @@ from flux2_ds.model.files import model_directory
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.text import TextEncoder
 from flux2_ds.model.weights import check_card, open_file, read_weights
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import check_attention, check_base
 from flux2_ds.prepare.encode import text_precision
 from flux2_ds.ranges import check_ranges
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe
 from flux2_ds.rendering import Prompt, as_prompt, grid, open_reference, render
 from flux2_ds.rundir import Weights, export_path, trained_recipe
 from flux2_ds.sizes import adapter_parameters, base_bytes, rendering_bytes

@@ -43,6 +43,7 @@ from flux2_ds.model.files import model_directory
 from flux2_ds.nonfinite import NonFinite
 from flux2_ds.objective import FlowObjective
 from flux2_ds.optimizers import compatible
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import Plan, captures, make_plan
 from flux2_ds.prepared import (
     build_order,
@@ -53,7 +54,7 @@ from flux2_ds.prepared import (
 from flux2_ds.preview import Previews, check_previews
 from flux2_ds.processes import Process, barrier, start_process, stop_process
 from flux2_ds.ranks import given_ranks
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser, recipe_values
+from flux2_ds.recipe import Recipe, recipe_values
 from flux2_ds.rendering import as_prompt
 from flux2_ds.rundir import (
     changed_settings,

@@ -27,9 +27,10 @@ from packaging.requirements import Requirement
 
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.memory import GIB
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import make_plan
 from flux2_ds.prepared import check_prompts, check_shards, read_data
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe
 from flux2_ds.rundir import check_run_dir, checkpoint_steps, checkpoints_directory, existing_parent
 from flux2_ds.sizes import checkpoint_bytes
 from flux2_ds.spec import RELEASED, Spec, spec_here

@@ -18,9 +18,10 @@ from flux2_ds import bench_options
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
 from flux2_ds.metrics import check_wandb
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import make_plan
 from flux2_ds.prepared import build_order, check_prompts, check_shards, read_data
-from flux2_ds.recipe import Launch, Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Launch, Recipe
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import planned_spec, spec_here
 from launcher.commands import collective_timeout

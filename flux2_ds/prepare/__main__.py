@@ -27,6 +27,7 @@ from flux2_ds.errors import UserError, run_root
 from flux2_ds.locks import hold
 from flux2_ds.logs import set_up_console
 from flux2_ds.model.files import fingerprint, model_directory
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
 from flux2_ds.prepare.encode import Encoding, encode, text_bytes, text_precision
@@ -37,7 +38,7 @@ from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepare.team import Team
 from flux2_ds.prepare.texts import TEXTS
 from flux2_ds.ranges import check_ranges
-from flux2_ds.recipe import Recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe
 from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.whole import write_whole
 

@@ -11,9 +11,9 @@ from test_train_gpu import ROOT, losses_of, run
 from flux2_ds import checkpoint
 from flux2_ds.assembly import build_model
 from flux2_ds.model import transformer
+from flux2_ds.parsing import load_recipe
 from flux2_ds.plan import make_plan
 from flux2_ds.processes import Process
-from flux2_ds.recipe import load_recipe
 from flux2_ds.spec import read_spec
 
 pytestmark = [

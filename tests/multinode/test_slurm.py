@@ -15,7 +15,7 @@ from conftest import SEED
 from slurm_machine import Slurm
 
 from flux2_ds.data.index import read_index
-from flux2_ds.recipe import load_recipe
+from flux2_ds.parsing import load_recipe
 from flux2_ds.rundir import lock_run_dir
 
 pytestmark = pytest.mark.multinode

@@ -13,8 +13,9 @@ from flux2_ds import inspection
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.errors import UserError
 from flux2_ds.model.prompt import read_prompt
+from flux2_ds.parsing import load_recipe
 from flux2_ds.prepare import __main__ as prepare
-from flux2_ds.recipe import Objective, load_recipe
+from flux2_ds.recipe import Objective
 from flux2_ds.spec import Spec
 
 CAPTION = "A lighthouse,\nseen from the sea."

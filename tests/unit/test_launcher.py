@@ -26,7 +26,8 @@ from flux2_ds.data.index import (
     write_index,
 )
 from flux2_ds.errors import EXIT_STOPPED, UserError
-from flux2_ds.recipe import Launch, load_recipe, parse_recipe, recipe_parser
+from flux2_ds.parsing import load_recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Launch
 from flux2_ds.rundir import lock_run_dir
 from launcher import cli
 from launcher.commands import Command, train_commands

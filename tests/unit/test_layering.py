@@ -25,7 +25,7 @@ LIGHT = {
         f"flux2_ds.{name}"
         for name in (
             "recipe",
-            "home",
+            "parsing",
             "plan",
             "swapping",
             "spec",

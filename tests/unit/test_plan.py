@@ -12,17 +12,9 @@ import pytest
 from flux2_ds.errors import UserError
 from flux2_ds.execution import compiles
 from flux2_ds.ignored import ignored_settings
+from flux2_ds.parsing import load_recipe, parse_recipe, recipe_parser
 from flux2_ds.plan import captures, learning_rate, make_plan, transposable
-from flux2_ds.recipe import (
-    Batch,
-    Data,
-    Model,
-    Optimizer,
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    recipe_parser,
-)
+from flux2_ds.recipe import Batch, Data, Model, Optimizer, Recipe
 from flux2_ds.shipped import shipped_directory
 from flux2_ds.spec import RELEASED
 from launcher import cli

@@ -13,9 +13,9 @@ from test_whole_step import photos  # noqa: F401 (a fixture)
 
 from flux2_ds import quality
 from flux2_ds.errors import UserError
+from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.prepare import __main__ as prepare
 from flux2_ds.quality import Nearness, Trained, compared, table
-from flux2_ds.recipe import parse_recipe, recipe_parser
 from flux2_ds.spec import read_spec
 
 SETTINGS = {

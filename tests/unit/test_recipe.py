@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from flux2_ds import recipe as module
-from flux2_ds.recipe import Recipe, load_recipe, parse_recipe, recipe_parser, recipe_values
+from flux2_ds.parsing import load_recipe, parse_recipe, recipe_parser
+from flux2_ds.recipe import Recipe, recipe_values
 
 MINIMAL = {
     "run_dir": "runs/a",

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from flux2_ds.errors import UserError
+from flux2_ds.parsing import load_recipe
 from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe, load_recipe
+from flux2_ds.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe
 from flux2_ds.rundir import (
     check_run_dir,
     export_path,

@@ -28,19 +28,10 @@ from flux2_ds.loop import StopRequest
 from flux2_ds.memory import Memory
 from flux2_ds.model.files import fingerprint
 from flux2_ds.nonfinite import NonFinite
+from flux2_ds.parsing import load_recipe
 from flux2_ds.plan import make_plan
 from flux2_ds.processes import Process
-from flux2_ds.recipe import (
-    Checkpoint,
-    Data,
-    Log,
-    Lora,
-    Model,
-    Optimizer,
-    Recipe,
-    load_recipe,
-    recipe_values,
-)
+from flux2_ds.recipe import Checkpoint, Data, Log, Lora, Model, Optimizer, Recipe, recipe_values
 from flux2_ds.rundir import lock_run_dir
 from flux2_ds.spec import read_spec
 from flux2_ds.stored import Piece
