@@ -38,6 +38,7 @@ from flux2_ds.tensors import use_default_permissions, write_tensors
 
 log = logging.getLogger("flux2_ds")
 
+Precision = Literal["bf16", "fp16", "fp32"]
 FILE_SIZE = "10GB"
 """Of an exported transformer; one such file is in memory at a time."""
 
@@ -48,16 +49,22 @@ def main() -> None:
     parser = recipe_parser("flux2-ds export", "Write a checkpoint in the form diffusers loads.")
     parser.add_argument("--step", type=int | None, default=None,
                         help="Checkpoint to export. Default: the newest.")  # fmt: skip
-    parser.add_argument("--dtype", type=Literal["bf16", "fp16", "fp32"] | None, default=None,
-                        help="Precision of the file. Default: the recipe's.")  # fmt: skip
+    parser.add_argument("--dtype", type=Precision | None, default=None,
+                        help="Precision of the file. Default: the recipe's, for a DoRA fp32.")  # fmt: skip
     parser.add_argument("--weights", type=Weights, default="trained",
                         help="The trained weights, or their moving average.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     chosen = choose(checkpoints_directory(recipe), options.step)
     # The run's may have changed since.
     recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
-    path = export(recipe, chosen, compute_dtype(options.dtype or recipe.precision), options.weights)
+    path = export(recipe, chosen, file_dtype(recipe, options.dtype), options.weights)
     log.info("exported %s to %s", chosen.path, path)
+
+
+def file_dtype(recipe: Recipe, asked: Precision | None) -> torch.dtype:
+    """Of the file: the one asked for, or the recipe's; of a DoRA fp32, because what its magnitudes learn is often
+    less than bf16 tells apart."""
+    return compute_dtype(asked or ("fp32" if recipe.method == "dora" else recipe.precision))
 
 
 def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:

@@ -41,7 +41,7 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
         yield "optimizer.schedule", f"all {recipe.steps} steps are warm-up"
     if recipe.offload_activations and recipe.activations in ("keep", 1.0):
         yield "offload_activations", f"activations is {recipe.activations}"
-    if recipe.evaluation != Evaluation() and not data.held_out:
+    if recipe.evaluation != Evaluation() and not data.held_out and not data.more_shards:
         yield "evaluation", "data.held_out is 0"
     if data.cache and not any(map(is_url, (data.shards, *data.more_shards.values()))):
         yield "data.cache", f"data.shards {data.shards} is on disk"

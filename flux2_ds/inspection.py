@@ -117,7 +117,7 @@ def first_samples(shards: str, index: Index, count: int) -> Iterator[tuple[Shard
 
 def latent_lines(shards: str, index: Index, count: int) -> list[str]:
     """The VAE's statistics, and what they make of the first samples."""
-    conditioning = read_conditioning(shards)
+    conditioning = read_conditioning(shards, index)
     mean, std = conditioning["latent_mean"], conditioning["latent_std"]
     tokens = torch.cat(
         [

@@ -90,7 +90,7 @@ class Experiment:
         self.spec = read_spec(self.directory, allow_distilled=recipe.model.allow_distilled)
         self.index, held_out = read_data(recipe)
         check_shards(self.index, held_out, self.spec, self.directory, recipe)
-        conditioning = read_conditioning(recipe.data.shards)
+        conditioning = read_conditioning(recipe.data.shards, self.index)
         order = build_order(recipe, self.index)
         self.loader = build_loader(recipe, self.index, order, process, conditioning)
         self.objective = build_objective(recipe, self.spec, conditioning, process.device)

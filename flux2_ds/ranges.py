@@ -74,6 +74,8 @@ def check_ranges(recipe: Recipe) -> None:
 
 
 def _require(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number.")
     if value is not None and not holds(value):
         raise UserError(f"{name} is {value}; it must be {rule}.")
 
@@ -87,12 +89,13 @@ def _check_urls(data: Data) -> None:
         **{f"data.more_shards.{name}": location for name, location in data.more_shards.items()},
     }
     for name, location in named.items():
-        if re.search(r"https?://[^/]*@|://[^/]*:[^/]*@", location):
+        if re.search(r"https?://[^/]*@|://[^/]*:[^/]*@", location, re.IGNORECASE):
             raise UserError(
                 f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
                 "show it. Take it out and give credentials as docs/data.md says under Reading."
             )
-        if re.match(r"https?://[^?]*\?", location):
+        # In other stores' names a ? may stand for any character.
+        if re.search(r"https?://[^?]*\?|://[^?]*\?[^/]*=", location, re.IGNORECASE):
             raise UserError(
                 f"{name} is a URL with a query (?...), such as signed URLs have; logs, recipe.yaml and W&B "
                 "would show it, and it does not name a folder or a .tar. Take it out and give credentials as "

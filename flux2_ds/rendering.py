@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+from flux2_ds.data.images import UnreadableImageError, load_upright
 from flux2_ds.errors import UserError
 from flux2_ds.fonts import font_for
 from flux2_ds.recipe import Preview
@@ -55,16 +56,15 @@ def render(
 
 
 def open_reference(path: str) -> Image.Image:
-    """A reference image, upright and in RGB.
+    """A reference image as training reads them: upright, in RGB, on white.
 
     Raises:
         UserError: it cannot be read, or inference does not take it.
     """
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = load_upright(path)
         Flux2ImageProcessor.check_image_input(upright)
-    except (OSError, ValueError) as error:
+    except (UnreadableImageError, ValueError) as error:
         raise UserError(f"preview.references: {path} cannot be used ({error}).") from error
     return upright
 

@@ -23,11 +23,11 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 from flux2_ds.locks import hold
 from flux2_ds.plan import Plan
 from flux2_ds.recipe import Lora, Recipe, recipe_values
-from flux2_ds.whole import write_whole
+from flux2_ds.whole import PARTIAL, write_whole
 
 log = logging.getLogger("flux2_ds")
 
@@ -56,7 +56,8 @@ def check_run_dir(recipe: Recipe) -> None:
         return
     if not (run_dir / RECIPE_NAME).is_file():
         if run_dir.is_dir() and all(
-            path.name in _BEFORE_A_RUN or path.name.startswith(DOCTOR_TOKEN)
+            path.name.removesuffix(PARTIAL) in {*_BEFORE_A_RUN, RECIPE_NAME}
+            or path.name.startswith(DOCTOR_TOKEN)
             for path in run_dir.iterdir()
         ):
             return
@@ -93,13 +94,27 @@ def changed_settings(recipe: Recipe) -> list[str]:
 
 
 def write_run_dir(plan: Plan) -> None:
-    """Write recipe, DeepSpeed config and versions."""
+    """Write recipe, DeepSpeed config and versions.
+
+    Raises:
+        OutageError: the disk is full, or the directory cannot be written.
+    """
     run_dir = Path(plan.recipe.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / "deepspeed.json", json.dumps(plan.deepspeed, indent=1) + "\n")
-    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
-    # Last: a directory without a recipe.yaml holds no run.
-    write_whole(run_dir / RECIPE_NAME, yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False))
+    files = {
+        "deepspeed.json": json.dumps(plan.deepspeed, indent=1) + "\n",
+        "versions.json": json.dumps(versions(), indent=1) + "\n",
+        # Last: a directory without it holds no run.
+        RECIPE_NAME: yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False),
+    }
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(run_dir / name, text)
+    except OSError as error:
+        raise OutageError(
+            f"run_dir {run_dir} cannot be written ({error.strerror}). Free some space, correct its owner, or "
+            "give another run_dir."
+        ) from error
 
 
 def export_path(recipe: Recipe, step: int, weights: Weights = "trained") -> Path:

@@ -12,6 +12,7 @@ which would each be compiled for some tens of passes.
 from __future__ import annotations
 
 import gc
+import glob
 import logging
 import math
 import re
@@ -249,7 +250,7 @@ def choose_export(recipe: Recipe, step: int | None, weights: Weights = "trained"
     else:
         name = export_path(recipe, 0, weights)
         folder = Path(recipe.run_dir) / "export"
-        pattern = str(name.relative_to(folder)).replace("0" * 8, "?" * 8)
+        pattern = glob.escape(str(name.relative_to(folder))).replace("0" * 8, "?" * 8)
         found = sorted(folder.glob(pattern))
         if found:
             return found[-1]

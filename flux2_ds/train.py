@@ -258,6 +258,8 @@ def build_evaluation(
     captioned = replace(recipe.objective, caption_dropout=0.0)
     recipe = replace(recipe, batch=wide, objective=captioned)
     loader = build_loader(recipe, held_out, sweep, process, conditioning)
+    # Strata are those of a whole global batch, which the held-out samples are not.
+    objective = replace(objective, settings=replace(objective.settings, stratified=False))
     return Evaluation(engine, loader, objective, sweep, recipe.evaluation.every)
 
 
@@ -301,7 +303,7 @@ def run(
     """
     recipe = plan.recipe
     run_dir = Path(recipe.run_dir)
-    conditioning = read_conditioning(recipe.data.shards)
+    conditioning = read_conditioning(recipe.data.shards, index)
     loader = build_loader(recipe, index, order, process, conditioning)
     objective = build_objective(recipe, spec, conditioning, process.device)
     warm_up(

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial"
+"""So ends the name of a file that is being written; a killed process leaves it."""
+
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
@@ -13,7 +16,7 @@ def appearing(path: Path) -> Iterator[Path]:
 
     One writer at a time.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
         yield partial
         partial.replace(path)

@@ -23,7 +23,7 @@ UNREAD = frozenset({
 """Of pictures that are not read: they are named, where other files are passed over in silence."""
 _BROKEN = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-    struct.error,
+    struct.error, NotImplementedError,
 )  # fmt: skip
 """What Pillow raises where a file is not as it should be."""
 _ORIENTATION = 0x0112
@@ -67,10 +67,7 @@ def image_size(content: bytes | str) -> tuple[int, int]:
     """
     with _open(content) as image:
         width, height = image.size
-        # Pillow turns a TIFF itself, and decodes a whole PNG to look for EXIF behind the pixels,
-        # where nobody writes it.
-        as_stored = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-        turned = as_stored and _orientation(image) in (5, 6, 7, 8)
+        turned = _orientation(image) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
@@ -80,9 +77,18 @@ def load_cropped(content: bytes | str, bucket: Bucket) -> NDArray[np.uint8]:
     Returns: uint8 [height, width, 3].
     Raises: UnreadableImageError, with the decoder's reason.
     """
-    upright = _on_white(_upright(content))
-    fitted = ImageOps.fit(upright, (bucket.width, bucket.height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(
+        load_upright(content), (bucket.width, bucket.height), Image.Resampling.LANCZOS
+    )
     return np.asarray(fitted)
+
+
+def load_upright(content: bytes | str) -> Image.Image:
+    """Decode, orient and convert to 8-bit RGB.
+
+    Raises: UnreadableImageError, with the decoder's reason.
+    """
+    return _on_white(_upright(content))
 
 
 def load_mask(
@@ -118,7 +124,7 @@ def load_reference(content: bytes | str, resolution: int) -> NDArray[np.uint8]:
     Returns: uint8 [height, width, 3].
     Raises: UnreadableImageError, with the reason.
     """
-    image = _on_white(_upright(content))
+    image = load_upright(content)
     scale = min(1.0, resolution / math.sqrt(image.width * image.height))
     sides = [int(side * scale) for side in image.size]
     if scale < 1:
@@ -133,18 +139,21 @@ def load_reference(content: bytes | str, resolution: int) -> NDArray[np.uint8]:
 def _upright(content: bytes | str) -> Image.Image:
     """A decoded picture, turned as its EXIF orientation says."""
     with _open(content) as image:
+        turn = _TURNS.get(_orientation(image))
         try:
             image.load()
         except _BROKEN as error:
             raise UnreadableImageError(str(error)) from error
-        turn = _TURNS.get(_orientation(image))
         return image.copy() if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
-    """By the EXIF; 1, upright, if that is damaged, for the pixels need not be."""
+    """By what stands before the pixels; 1, upright, if that is damaged, for the pixels need not be."""
+    if image.format == "TIFF":  # which Pillow turns itself
+        return 1
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        # A PNG's own method would decode it, to look for EXIF behind the pixels as well.
+        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
     except _BROKEN:
         return 1
 

@@ -89,6 +89,8 @@ class Index:
 
     `fingerprint` maps each part that shaped the samples (VAE, text encoder, tokenizer, pipeline) to
     a digest; see `model/files.py`. `settings`: the data settings that decided how pictures were cut.
+    `conditioning`: all of conditioning.safetensors. `text_dtype`: of captions. Both are empty in folders of
+    versions that did not note them.
     """
 
     variant: str
@@ -96,6 +98,8 @@ class Index:
     fingerprint: dict[str, str]
     settings: dict[str, Any]
     shards: list[Shard] = field(default_factory=list)
+    conditioning: Part = Part(0, 0, "")
+    text_dtype: str = ""
 
     @property
     def samples(self) -> int:
@@ -110,7 +114,7 @@ class Index:
     @property
     def digest(self) -> str:
         """Names these samples: another content or order has another digest."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.conditioning.xxh3.encode())
         for shard in self.shards:
             digest.update(
                 f"{shard.sha256}|{shard.samples}|{shard.dropped}|{shard.source}\n".encode()
@@ -189,7 +193,13 @@ def parse_index(content: bytes, path: str) -> Index:
             )
         shards = [Shard.of(item) for item in value["shards"]]
         index = Index(
-            value["variant"], value["text_width"], value["fingerprint"], value["settings"], shards
+            value["variant"],
+            value["text_width"],
+            value["fingerprint"],
+            value["settings"],
+            shards,
+            Part(**value.get("conditioning", {"offset": 0, "size": 0, "xxh3": ""})),
+            value.get("text_dtype", ""),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error

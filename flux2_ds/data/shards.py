@@ -35,7 +35,7 @@ import xxhash
 from safetensors.torch import save as save_tensors
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Part, Shard
+from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, PROMPTS_NAME, Index, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
 from flux2_ds.whole import appearing
@@ -252,13 +252,36 @@ def tensors_in(content: memoryview) -> dict[str, torch.Tensor]:
     }
 
 
-def read_conditioning(folder: str) -> dict[str, torch.Tensor]:
-    """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards."""
-    tensors: dict[str, torch.Tensor] = tensors_in(Blob(join(folder, CONDITIONING_NAME)).view())
-    return tensors
+def read_conditioning(folder: str, index: Index) -> dict[str, torch.Tensor]:
+    """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards.
+
+    Raises:
+        UserError: the file is out of reach, or not the one that was written with the shards.
+    """
+
+    def check(data: memoryview) -> None:
+        if index.conditioning.xxh3 and whole_part(data) != index.conditioning:
+            raise DamagedError(f"it is not what {INDEX_NAME} says")
+
+    return tensors_in(Blob(join(folder, CONDITIONING_NAME)).view(check))
+
+
+def whole_part(data: bytes | memoryview) -> Part:
+    """All of a file with this content."""
+    return Part(0, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def read_prompts(folder: str, prompts: Sequence[str]) -> list[torch.Tensor]:
-    """The encoded preview prompts of a folder of shards, [512, text width] each."""
-    known = tensors_in(Blob(join(folder, PROMPTS_NAME)).view())
-    return [known[prompt] for prompt in prompts]
+    """The encoded preview prompts of a folder of shards, [512, text width] each.
+
+    Raises:
+        UserError: the file is out of reach or damaged.
+    """
+    path = join(folder, PROMPTS_NAME)
+    try:
+        known = tensors_in(Blob(path).view())
+        return [known[prompt] for prompt in prompts]
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
+        ) from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from flux2_ds.data.index import Index, write_index
+from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
+from flux2_ds.data.shards import tensors_in, whole_part
 from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.locks import hold
@@ -100,7 +103,7 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = Non
     with claimed(folder, content), full_disk_explained(folder), team.gathered(folder):
         notes = ledger.read_notes(folder)
         seen = ledger.compare(entries, notes)
-        if notes and not seen.kept:
+        if not seen.kept and ledger.of_others(entries, notes):
             raise UserError(
                 f"data.shards {folder} was prepared from other pictures: none of data.images "
                 f"{data.images} is among them. Give a new folder."
@@ -126,7 +129,16 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = Non
         settings = {name: getattr(data, name) for name in SETTINGS}
         finished = sorted([*notes, *written], key=lambda note: note.shard.name)
         shards = ledger.shards_of(finished, seen.dropped)
-        index = Index(spec.variant, spec.text_width, prints, settings, shards)
+        conditioning = (folder / CONDITIONING_NAME).read_bytes()
+        index = Index(
+            spec.variant,
+            spec.text_width,
+            prints,
+            settings,
+            shards,
+            whole_part(conditioning),
+            str(tensors_in(memoryview(conditioning))["empty_text"].dtype).removeprefix("torch."),
+        )
         if not index.samples:
             raise nothing_usable(data.images)
         finish(folder, index, [*seen.kept, *pictures], report)
@@ -220,11 +232,14 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend, and nothing that is finished is lost."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        # safetensors names the cause in its message alone.
+        full = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+        reason = next((each for each in full if each in str(error)), None)
+        if reason is None:
             raise
         raise UserError(
-            f"the disk of data.shards {folder} is full ({error.strerror}). Free some space and "
+            f"the disk of data.shards {folder} is full ({reason}). Free some space and "
             "start again: finished shards are kept."
         ) from error
 

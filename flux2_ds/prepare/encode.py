@@ -69,7 +69,9 @@ def encode(
     prompts = new_prompts(encoding.recipe)
     total = sum(len(job.pictures) for job in jobs)
     limit = int(settings.scratch_gb * 1e9 / text_bytes(encoding.spec, encoding.recipe))
-    for round_ in rounds(jobs, limit):
+    for round_ in [*rounds(jobs, limit)] or [
+        []
+    ]:  # also with nothing new, what shards need beside them
         captions = {picture.caption for job in round_ for picture in job.pictures}
         unconditioned = not (folder / CONDITIONING_NAME).is_file()
         if unconditioned:
@@ -83,14 +85,12 @@ def encode(
             write_conditioning(folder, vae, texts)
         write_prompts(folder, prompts, texts)
         prompts = set()
-        with tqdm(desc="pictures", total=total, unit="img") as progress:
-            progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
-            make, devices = encoding.worker(PICTURES), encoding.devices(PICTURES)
-            written += team.run(PICTURES, make, devices, round_, progress)
-        shutil.rmtree(folder / TEXTS)
-    if prompts:  # nothing else is new
-        encode_texts(encoding, team, prompts, report)
-        write_prompts(folder, prompts, texts)
+        if round_:
+            with tqdm(desc="pictures", total=total, unit="img") as progress:
+                progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
+                make, devices = encoding.worker(PICTURES), encoding.devices(PICTURES)
+                written += team.run(PICTURES, make, devices, round_, progress)
+        shutil.rmtree(folder / TEXTS, ignore_errors=True)
     return written
 
 

@@ -39,7 +39,7 @@ class Note:
     shard: Shard
     rows: list[Row]
     skipped: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Stamp and reason by key."""
+    """Stamp and reason by key; without a stamp it is tried again."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,23 @@ def compare(entries: list[Entry], notes: list[Note]) -> Comparison:
     return Comparison(kept, list(wanted.values()), dropped, skipped)
 
 
+def of_others(entries: list[Entry], notes: list[Note]) -> bool:
+    """Whether shards were made, and of none of these pictures, whatever their captions and companions are now."""
+    present = {(entry.source, entry.key): entry for entry in entries}
+    rows = [(present.get((note.shard.source, row.key)), row) for note in notes for row in note.rows]
+    return bool(rows) and not any(entry and _same_picture(entry, row) for entry, row in rows)
+
+
 def _same(entry: Entry, row: Row) -> bool:
     if caption_digest(entry.caption or "") != row.caption:
         return False
-    own, _, companions = entry.stamp.partition("|")
-    own_before, _, companions_before = row.stamp.partition("|")
-    if companions != companions_before:
+    if entry.stamp.partition("|")[2] != row.stamp.partition("|")[2]:  # the companions'
         return False
+    return _same_picture(entry, row)
+
+
+def _same_picture(entry: Entry, row: Row) -> bool:
+    own, own_before = entry.stamp.partition("|")[0], row.stamp.partition("|")[0]
     return own == own_before or (
         own.split(":")[0] == own_before.split(":")[0]
         and hashlib.sha256(entry.blob.read()).hexdigest() == row.sha256

@@ -23,7 +23,7 @@ from flux2_ds.data.images import (
 )
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.data.storage import is_url
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
 from flux2_ds.prepare.entries import Picture
 from flux2_ds.prepare.ledger import Job, Note, Row, caption_digest, write_note
@@ -41,6 +41,8 @@ class Decoded:
     pixels: NDArray[np.uint8] | None
     sha256: str = ""
     reason: str = ""
+    passing: bool = False
+    """Whether the reason may be gone at the next start."""
     mask: NDArray[np.float32] | None = None
     references: tuple[NDArray[np.uint8], ...] = ()
 
@@ -87,7 +89,8 @@ class PictureWorker:
             for decoded in batch:
                 entry = decoded.picture.entry
                 if decoded.pixels is None:
-                    skipped[entry.key] = (entry.stamp, decoded.reason)
+                    stamp = "" if decoded.passing else entry.stamp
+                    skipped[entry.key] = (stamp, decoded.reason)
                     continue
                 digest = caption_digest(decoded.picture.caption)
                 rows.append(Row(entry.key, entry.stamp, decoded.sha256, digest))
@@ -142,9 +145,9 @@ def decode(picture: Picture, reference_resolution: int | None = None) -> Decoded
     except UnreadableImageError as error:
         return Decoded(picture, None, reason=f"unreadable: {error}")
     except UserError as error:
-        if is_url(picture.entry.blob.location):  # the store is away, and the next picture is, too
-            raise
-        return Decoded(picture, None, reason=f"unreadable: {error}")
+        if is_url(entry.blob.location) or isinstance(error, OutageError):
+            raise  # the store is away, or the disk fails: the next picture would be lost, too
+        return Decoded(picture, None, reason=f"unreadable: {error}", passing=True)
     digest = hashlib.sha256(content).hexdigest()
     return Decoded(picture, pixels, digest, mask=mask, references=references)
 

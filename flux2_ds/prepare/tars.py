@@ -13,7 +13,12 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from tarfile import (  # type: ignore[attr-defined]
+    EOFHeaderError,
+    HeaderError,
+    ReadError,
+)
+from typing import IO, Any, Self
 
 import braceexpand
 
@@ -89,7 +94,7 @@ def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> 
 def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) -> Iterator[Entry]:
     pictures: dict[str, Entry] = {}
     texts: dict[str, tuple[str | None, str | None]] = {}
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
             if content is None:  # a folder, link or device
@@ -116,9 +121,42 @@ def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) ->
                     pictures[name] = replace(entry, problem=problem)
                 else:
                     pictures[name] = _measured(entry, content.read())
+        _check_rest(tar)
     for name, entry in pictures.items():
         caption, problem = texts.get(stem(name), (None, None))
         yield replace(entry, caption=caption, problem=entry.problem or problem)
+
+
+_RECORD = 1 << 20
+"""More than writers fill up with zeros: 10 KiB, unless they are told another length."""
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is what it should be: with another one tarfile takes the archive to end there."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """The next member.
+
+        Raises:
+            ReadError: there is neither a member nor the archive's end.
+        """
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            raise
+        except HeaderError as error:
+            raise ReadError(f"{error} at byte {tarfile.offset}: it is cut or damaged") from error
+
+
+def _check_rest(tar: tarfile.TarFile) -> None:
+    """Refuse what tarfile would not read: more behind the archive's end than a record is filled up with."""
+    stream: Any = tar.fileobj
+    rest: bytes = stream.read(_RECORD)
+    if len(rest) == _RECORD or rest.strip(b"\0"):
+        raise ReadError(
+            "there is more behind its end: it is damaged, not copied whole, or several in one file"
+        )
 
 
 def _measured(entry: Entry, content: bytes) -> Entry:
@@ -162,4 +200,7 @@ def _stamp(location: str) -> str:
         return system.info(path)
 
     facts_of = tried_again(location, info)
-    return "|".join(str(facts_of.get(name)) for name in ("size", "ETag", "etag", "LastModified"))
+    return "|".join(
+        str(facts_of.get(name))
+        for name in ("size", "ETag", "etag", "LastModified", "Last-Modified")
+    )

@@ -67,6 +67,7 @@ def evaluate(
     world: int = 1,
     micro: int = 1,
     samples: int = 64,
+    stratified: bool = False,
 ) -> tuple[float, list[list[torch.Size]]]:
     """The loss that `world` processes agree on, and the shapes of each one's forward passes."""
     monkeypatch.setattr("flux2_ds.evaluate.total", lambda value: value)
@@ -76,7 +77,7 @@ def evaluate(
         model=Model(path="unused"),
         data=Data(images="unused", shards=str(folder)),
         batch=Batch(global_size=64, micro_size=micro),
-        objective=Objective(caption_dropout=1.0),
+        objective=Objective(caption_dropout=1.0, stratified=stratified),
         evaluation=Evaluation(samples=samples),
     )
     objective = FlowObjective(
@@ -117,6 +118,13 @@ def test_every_held_out_sample_counts_once(held_out, monkeypatch):
     mean, _ = evaluate(held_out, monkeypatch)
     assert sorted(seen) == sorted([1.0, 2, 3, 4, 5, 6, 7] * 2)
     assert mean == 4
+
+
+def test_timesteps_of_few_samples_are_of_the_whole_distribution(held_out, monkeypatch):
+    """Strata are shares of a global batch, of which the held-out samples may be a small part."""
+    plain, _ = evaluate(held_out, monkeypatch)
+    stratified, _ = evaluate(held_out, monkeypatch, stratified=True)
+    assert stratified == plain
 
 
 @pytest.mark.parametrize(("world", "micro"), [(2, 1), (1, 2), (2, 2), (4, 4)])

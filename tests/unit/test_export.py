@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flux2_ds import export as export_module
 from flux2_ds.errors import UserError
-from flux2_ds.export import choose, export
+from flux2_ds.export import choose, export, file_dtype
 from flux2_ds.model import transformer
 from flux2_ds.recipe import Data, Lora, Model, Recipe, recipe_values
 from flux2_ds.rundir import as_trained
@@ -116,7 +116,9 @@ def test_the_precision_of_the_file_is_the_one_asked_for(
     weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
     write_checkpoint(tmp_path / "run" / "checkpoints", 1, weights)
     chosen = choose(tmp_path / "run" / "checkpoints", 1)
-    path = export(dataclasses.replace(recipe), chosen, torch.bfloat16)
+    assert file_dtype(recipe, "bf16") == torch.bfloat16
+    assert file_dtype(dataclasses.replace(recipe, method="dora"), None) == torch.float32
+    path = export(recipe, chosen, torch.bfloat16)
     tensors = load_file(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     linears = 12 * tiny_spec.double_blocks + 2 * tiny_spec.single_blocks

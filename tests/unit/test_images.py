@@ -1,11 +1,13 @@
 """Pictures and captions from disk: odd files become RGB, broken ones an error with a reason."""
 
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from flux2_ds.data.buckets import Bucket
 from flux2_ds.data.images import (
@@ -63,6 +65,25 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         Image.fromarray(stored).save(path, exif=exif)
         assert image_size(path) == (48, 32)
         np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
+
+
+def test_a_png_is_turned_by_what_stands_before_its_pixels(tmp_path):
+    """Alike when it is measured and when it is decoded; what stands behind the pixels is not looked for."""
+    upright, path = noise_picture(32, 48), tmp_path / "xmp.png"
+    facts = PngInfo()
+    facts.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    Image.fromarray(HOW_A_CAMERA_STORES_IT[6](upright)).save(path, pnginfo=facts)
+    assert image_size(path) == (48, 32)
+    np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
+
+    Image.fromarray(upright).save(path)
+    whole, exif = path.read_bytes(), Image.Exif()
+    exif[ORIENTATION] = 6
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    behind = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(whole[:-12] + behind + whole[-12:])
+    assert image_size(path) == (48, 32)
+    np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ OUT_OF_RANGE = [
     *((f"preview.{side}", value) for side in ("height", "width") for value in (0, -16, 1000)),
     *(("data.max_aspect", value) for value in (0.5, float("inf"))),
     ("data.max_upscale", 0.0),
-    ("prepare.scratch_gb", 0.0),
-    ("data.cache_gb", 0.0),
+    *(("prepare.scratch_gb", value) for value in (0.0, float("inf"))),
+    *(("data.cache_gb", value) for value in (0.0, float("inf"))),
+    *(("launch.hang_after", value) for value in (-1.0, float("inf"))),
     *(("data.held_out", value) for value in (-0.1, 0.6)),
     *(("data.resolution", value) for value in (48, 0, -1024, [1024, 48])),
     *(("objective.caption_dropout", value) for value in (-0.1, 1.1)),
@@ -133,6 +134,9 @@ def test_value_out_of_range_is_refused_by_name(name, value):
         ("data.more_shards.web", "http://me:secret@host:80/shards"),
         ("data.shards", "https://host/shards?secret"),
         ("data.images.web", "https://host/{0..9}.tar?Expires=5&Signature=secret"),
+        ("data.images", "HTTPS://host/0.tar?sig=secret"),
+        ("data.images", "simplecache::https://host/0.tar?sig=secret"),
+        ("data.images", "az://container/0.tar?sig=secret"),
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_not_said(name, value):
@@ -146,7 +150,14 @@ def test_a_secret_in_a_url_is_refused_and_not_said(name, value):
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://bucket/a@b:c?", "https://host:80/a@b", "sftp://me@host/x", "hf://me/x@main/y", "a?"],
+    [
+        "s3://bucket/a@b:c?",
+        "https://host:80/a@b",
+        "sftp://me@host/x",
+        "hf://me/x@main/y",
+        "a?",
+        "s3://b/?.tar",
+    ],
 )
 def test_urls_without_a_secret_are_accepted(url):
     make_plan(make_recipe(**{"data.shards": url, "data.images": {"web": url}}), 1)

@@ -15,12 +15,12 @@ from flux2_ds.prepared import build_order, read_data
 from flux2_ds.recipe import Batch, Data, Model, Recipe
 
 
-def make_shards(folder: Path, value: float) -> None:
+def make_shards(folder: Path, value: float, **facts: str) -> None:
     """One shard of two samples whose latents have one value."""
     folder.mkdir(parents=True)
     records = [Record(f"{n}.jpg", "", torch.full((32, 4, 4), value)) for n in range(2)]
     shard = write_shard(folder / "0.tar", Bucket(32, 32), records, lambda _: torch.zeros(6, 2))
-    write_index(folder, Index("klein", 2, {}, {}, [shard]))
+    write_index(folder, Index("klein", 2, {}, {}, [shard], **facts))
     (folder / CONDITIONING_NAME).touch()
 
 
@@ -49,6 +49,17 @@ def test_more_shards_of_a_folder_are_read_beside_the_others(tmp_path, monkeypatc
     )
     (batch,) = loader.read(0)
     assert sorted(batch.latents.mean((1, 2, 3)).tolist()) == [1, 1, 2, 2]
+
+
+def test_captions_of_several_folders_have_one_dtype(tmp_path):
+    """In one micro-batch they would take on the first one's."""
+    for name, dtype in (("mine", "bfloat16"), ("web", "float32"), ("older", "")):
+        make_shards(tmp_path / name, 1.0, text_dtype=dtype)
+    read_data(recipe_of(str(tmp_path / "mine"), older=str(tmp_path / "older")))
+    with pytest.raises(
+        UserError, match=r"more_shards\.web .*web has captions in float32, .* in bfloat16"
+    ):
+        read_data(recipe_of(str(tmp_path / "mine"), web=str(tmp_path / "web")))
 
 
 def test_a_folder_on_disk_beside_shards_in_a_store_stays_what_it_is():

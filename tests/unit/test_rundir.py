@@ -1,13 +1,15 @@
 """When a run may continue in its directory, and what is written there."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 from flux2_ds.parsing import load_recipe
 from flux2_ds.plan import make_plan
 from flux2_ds.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe
@@ -50,6 +52,25 @@ def test_new_and_empty_directories_are_accepted(tmp_path):
     lock_run_dir(make_recipe(tmp_path / "empty")).close()
     stop_file(make_recipe(tmp_path / "empty")).touch()
     check_run_dir(make_recipe(tmp_path / "empty"))
+
+
+def test_a_start_that_cannot_write_its_directory_says_so_and_blocks_no_other(tmp_path, monkeypatch):
+    plan = make_plan(make_recipe(tmp_path / "run"), 1)
+    write = Path.write_text
+
+    def full(self: Path, *content: Any, **options: Any) -> int:
+        if "versions" in self.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *content, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OutageError, match=r"run_dir .*run cannot be written \(No space left"):
+            write_run_dir(plan)
+    (tmp_path / "run" / "recipe.yaml.partial").touch()  # as a killed process leaves it
+    check_run_dir(plan.recipe)
+    write_run_dir(plan)
+    check_run_dir(plan.recipe)
 
 
 def test_one_training_at_a_time_has_the_run_directory(tmp_path):
@@ -145,7 +166,7 @@ def test_run_directory_says_what_ran(tmp_path):
     assert json.loads((run_dir / "deepspeed.json").read_text()) == plan.deepspeed
     versions = json.loads((run_dir / "versions.json").read_text())
     assert versions.keys() >= {"python", "torch", "deepspeed"}
-    assert not list(run_dir.glob(".*"))
+    assert not list(run_dir.glob("*.partial"))
 
 
 @pytest.mark.parametrize("content", ["", "seed: 0\n", "a: [", "text"])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flux2_ds import sample
+from flux2_ds.data.images import load_reference
 from flux2_ds.errors import UserError
 from flux2_ds.export import choose, export
 from flux2_ds.model import transformer
@@ -137,6 +139,15 @@ def test_references_that_cannot_be_used(
         Image.new("RGB", size).save(path)
     with pytest.raises(UserError, match=rf"(?s)preview\.references: .*reference\.png .*{reason}"):
         open_reference(str(path))
+
+
+def test_references_are_read_as_in_training(tmp_path: Path) -> None:
+    """Transparent parts are white, and 16 bits are scaled."""
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((64, 64), 0x7F00, np.uint16)).save(tmp_path / "scan.png")
+    for name, level in (("clear.png", 255), ("scan.png", 0x7F)):
+        assert (np.asarray(open_reference(str(tmp_path / name))) == level).all()
+        assert (load_reference(str(tmp_path / name), 64) == level).all()
 
 
 def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) -> None:
@@ -290,7 +301,7 @@ def test_a_card_that_is_too_small_after_all(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_newest_export_of_the_weights_asked_for_is_chosen(tmp_path: Path, method: str) -> None:
-    recipe = previewed(tmp_path, tmp_path / "run", method)
+    recipe = previewed(tmp_path, tmp_path / "run[1]", method)
     for step, weights in ((3, "trained"), (7, "trained"), (7, "ema"), (9, "ema")):
         path = export_path(recipe, step, weights)  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,28 @@ def test_a_tar_of_raw_pictures(tar, tmp_path):
     }
 
 
+def offset_of(tar: Path, name: str) -> int:
+    with tarfile.open(tar) as members:
+        return members.getmember(name).offset
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole, at: whole[:at] + b"?" + whole[at + 1 :],  # another header
+        lambda whole, at: whole[:at],  # cut between two members
+        lambda whole, at: whole[: at + 100],  # within a header
+        lambda whole, at: whole[: at + 600],  # within a picture
+        lambda whole, at: whole[:at] + bytes(3 << 20),  # room kept for what never came
+        lambda whole, at: whole + whole,  # two in one
+    ],
+)
+def test_a_damaged_tar_loses_no_picture_in_silence(tar, tmp_path, damage):
+    tar.write_bytes(damage(tar.read_bytes(), offset_of(tar, "003.jpg")))
+    with pytest.raises(UserError, match=r"00000\.tar cannot be read as a tar \("):
+        entries_of(tar, tmp_path / "s")
+
+
 def test_what_a_tar_holds_is_remembered_until_it_changes(tar, tmp_path, monkeypatch):
     first = entries_of(tar, tmp_path / "s")
     with monkeypatch.context() as patch:

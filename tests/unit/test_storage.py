@@ -54,7 +54,7 @@ def test_training_batches_are_those_from_disk(folder, kind):
     with served(kind, folder) as server:
         index = read_index(server.url)
         assert index == read_index(folder)
-        assert (read_conditioning(server.url)["empty_text"] == EMPTY_TEXT).all()
+        assert (read_conditioning(server.url, index)["empty_text"] == EMPTY_TEXT).all()
         remote = make_loader((server.url, index))
         for step, batches in enumerate(remote.steps(3, 12), start=3):
             assert_same(batches, local.read(step))

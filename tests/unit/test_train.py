@@ -442,7 +442,7 @@ def run(tmp_path, monkeypatch):
     for name in ("build_loader", "build_objective", "warm_up", "Metrics"):
         monkeypatch.setattr(train, name, Mock())
     conditioning = {"empty_text": torch.zeros(1)}
-    monkeypatch.setattr(train, "read_conditioning", lambda shards: conditioning)
+    monkeypatch.setattr(train, "read_conditioning", lambda shards, index: conditioning)
     monkeypatch.setattr(loop, "train", trained := Mock())
     engine = Mock(skips_overflows=False)
     engine.state.updates.return_value = 7

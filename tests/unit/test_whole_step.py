@@ -93,7 +93,7 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
     the sinusoids of t were made of."""
     index: Index = prepare.prepare(recipe, Path(recipe.model.path), spec)
     process = Process(0, 1, torch.device("cpu"))
-    conditioning = read_conditioning(recipe.data.shards)
+    conditioning = read_conditioning(recipe.data.shards, index)
     order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
     loader = train.build_loader(recipe, index, order, process, conditioning)
     objective = train.build_objective(recipe, spec, conditioning, process.device)
