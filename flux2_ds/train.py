@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,34 +92,44 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a process of a run has read and checked before it loads the model."""
+
+    plan: Plan
+    process: Process
+    directory: Path
+    """Of the model."""
+    spec: Spec
+    index: Index
+    held_out: Index
+    order: Order
+    conditioning: dict[str, torch.Tensor]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.plan.recipe
+
+
 def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     """Train as this process's part of the run; False if it was asked to stop."""
     lookout.at(0, "meeting the other processes")
     process = start_process(recipe.launch.accelerator)
-    plan = make_plan(recipe, process.world)
-
-    parts = ["transformer"] if recipe.preview.every is None else ["transformer", "vae", "scheduler"]
-    directory = model_directory(recipe.model.path, recipe.model.revision, parts)
-    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    index, held_out = read_data(recipe)
-    check_same(index, recipe, process)
-    check_shards(index, held_out, spec, directory, recipe)
-    if recipe.preview.every is not None:
-        check_previews(recipe, directory)
-    check_wandb(recipe.log.wandb)
-    order = build_order(recipe, index)
+    inputs = read_inputs(recipe, process)
+    plan, index = inputs.plan, inputs.index
 
     barrier()  # every process has passed the checks
     if process.first:
-        say_plan(plan, spec, index, order)
-        if held_out.samples:
-            log.info("held out   %d samples", held_out.samples)
+        say_plan(inputs)
 
     lookout.at(0, "loading the model")
     arranged = recordable(plan, index)
     if captures(plan) and not captures(arranged):
         log.info("no CUDA graphs: the samples' reference images have several sizes")
-    model, expected = build_model(directory, spec, arranged, process, index.largest_tokens)
+    model, expected = build_model(
+        inputs.directory, inputs.spec, arranged, process, index.largest_tokens
+    )
     engine = build_engine(model, plan)
     lookout.at(0, "reading the checkpoint")
     first_step = resume(engine, recipe, index, process)
@@ -130,20 +140,7 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
             for change in changed_settings(recipe):
                 log.warning("accepted: %s", change)
             write_run_dir(plan)
-        finished = run(
-            plan,
-            spec,
-            directory,
-            index,
-            held_out,
-            order,
-            engine,
-            expected,
-            process,
-            stop,
-            lookout,
-            first_step,
-        )
+        finished = run(inputs, engine, expected, stop, lookout, first_step)
     else:
         log.info(
             "nothing to do: the newest checkpoint is of step %d, and steps is %d. To go on, raise steps%s",
@@ -157,6 +154,27 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
     say_memory(expected, process.device)
     stop_process()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
     return finished
+
+
+def read_inputs(recipe: Recipe, process: Process) -> Inputs:
+    """The model's directory and the data, as far as they decide whether the run can start. Collective.
+
+    Raises:
+        UserError: something does not fit the recipe, or cannot be read.
+    """
+    plan = make_plan(recipe, process.world)
+    parts = ["transformer"] if recipe.preview.every is None else ["transformer", "vae", "scheduler"]
+    directory = model_directory(recipe.model.path, recipe.model.revision, parts)
+    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
+    index, held_out = read_data(recipe)
+    check_same(index, recipe, process)
+    check_shards(index, held_out, spec, directory, recipe)
+    if recipe.preview.every is not None:
+        check_previews(recipe, directory)
+    check_wandb(recipe.log.wandb)
+    conditioning = read_conditioning(recipe.data.shards, index)
+    order = build_order(recipe, index)
+    return Inputs(plan, process, directory, spec, index, held_out, order, conditioning)
 
 
 def check_same(index: Index, recipe: Recipe, process: Process) -> None:
@@ -174,9 +192,10 @@ def check_same(index: Index, recipe: Recipe, process: Process) -> None:
         )
 
 
-def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
+def say_plan(inputs: Inputs) -> None:
     """Log the arithmetic of the run."""
-    for line in [f"variant    {spec}", *plan.lines(spec)]:
+    plan, index, order = inputs.plan, inputs.index, inputs.order
+    for line in [f"variant    {inputs.spec}", *plan.lines(inputs.spec)]:
         log.info(line)
     log.info(
         "data       %d samples in %d shards, %d steps an epoch",
@@ -195,6 +214,8 @@ def say_plan(plan: Plan, spec: Spec, index: Index, order: Order) -> None:
             order.batches[bucket],
             f", {repeated} places repeat a sample" if repeated else "",
         )
+    if inputs.held_out.samples:
+        log.info("held out   %d samples", inputs.held_out.samples)
 
 
 def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> int:
@@ -242,56 +263,39 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     return step
 
 
-def build_evaluation(
-    recipe: Recipe,
-    held_out: Index,
-    engine: Engine,
-    process: Process,
-    conditioning: dict[str, torch.Tensor],
-    objective: FlowObjective,
-) -> Evaluation | None:
+def build_evaluation(inputs: Inputs, engine: Engine, objective: FlowObjective) -> Evaluation | None:
     """The loss on what is held out, with every caption; None if nothing is."""
+    recipe, held_out, process = inputs.recipe, inputs.held_out, inputs.process
     if not held_out.samples:
         return None
     wide = replace(recipe.batch, global_size=process.world * recipe.batch.micro_size)
     sweep = Sweep(held_out, recipe.evaluation.samples, wide.global_size)
     captioned = replace(recipe.objective, caption_dropout=0.0)
     recipe = replace(recipe, batch=wide, objective=captioned)
-    loader = build_loader(recipe, held_out, sweep, process, conditioning)
+    loader = build_loader(recipe, held_out, sweep, process, inputs.conditioning)
     # Strata are those of a whole global batch, which the held-out samples are not.
     objective = replace(objective, settings=replace(objective.settings, stratified=False))
     return Evaluation(engine, loader, objective, sweep, recipe.evaluation.every)
 
 
-def build_previews(
-    recipe: Recipe,
-    spec: Spec,
-    directory: Path,
-    engine: Engine,
-    process: Process,
-    conditioning: dict[str, torch.Tensor],
-) -> Previews | None:
+def build_previews(inputs: Inputs, engine: Engine) -> Previews | None:
     """Pictures of the preview prompts; None if none are wanted."""
-    preview = recipe.preview
+    recipe, spec, preview = inputs.recipe, inputs.spec, inputs.recipe.preview
     if preview.every is None:
         return None
-    empty = conditioning["empty_text"][None]
+    empty = inputs.conditioning["empty_text"][None]
     texts = read_prompts(recipe.data.shards, preview.prompts)
     prompts = [as_prompt(spec, text[None], empty) for text in texts]
     folder = Path(recipe.run_dir) / "previews"
-    return Previews(engine, preview, spec, directory, folder, process, prompts, preview.every)
+    return Previews(
+        engine, preview, spec, inputs.directory, folder, inputs.process, prompts, preview.every
+    )
 
 
 def run(
-    plan: Plan,
-    spec: Spec,
-    directory: Path,
-    index: Index,
-    held_out: Index,
-    order: Order,
+    inputs: Inputs,
     engine: Engine,
     expected: Memory,
-    process: Process,
     stop: StopRequest,
     lookout: Lookout,
     first_step: int,
@@ -301,17 +305,16 @@ def run(
     Raises:
         OutageError: the card's memory was not enough for a step.
     """
-    recipe = plan.recipe
-    run_dir = Path(recipe.run_dir)
-    conditioning = read_conditioning(recipe.data.shards, index)
-    loader = build_loader(recipe, index, order, process, conditioning)
-    objective = build_objective(recipe, spec, conditioning, process.device)
+    recipe, process, index = inputs.recipe, inputs.process, inputs.index
+    run_dir, conditioning = Path(recipe.run_dir), inputs.conditioning
+    loader = build_loader(recipe, index, inputs.order, process, conditioning)
+    objective = build_objective(recipe, inputs.spec, conditioning, process.device)
     warm_up(
         engine,
         objective,
         index,
-        held_out,
-        plan,
+        inputs.held_out,
+        inputs.plan,
         expected=expected,
         text_dtype=conditioning["empty_text"].dtype,
         first_step=first_step,
@@ -346,15 +349,15 @@ def run(
                 skipped=first_step - engine.state.updates(),
             ),
             first_step=first_step,
-            steps_per_epoch=order.steps_per_epoch,
+            steps_per_epoch=inputs.order.steps_per_epoch,
             run_state={
                 "recipe": recipe_values(recipe),
                 "versions": versions(),
                 "index": index.digest,
                 "processes": process.world,
             },
-            evaluation=build_evaluation(recipe, held_out, engine, process, conditioning, objective),
-            previews=build_previews(recipe, spec, directory, engine, process, conditioning),
+            evaluation=build_evaluation(inputs, engine, objective),
+            previews=build_previews(inputs, engine),
         )
     except torch.OutOfMemoryError as error:
         # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,8 +92,13 @@ def evaluate(
     loss, shapes = 0.0, []
     for rank in range(world):
         model: Any = Stand()
-        process = Process(rank, world, CPU)
-        evaluation = train.build_evaluation(recipe, index, model, process, CONDITIONING, objective)
+        inputs: Any = SimpleNamespace(
+            recipe=recipe,
+            process=Process(rank, world, CPU),
+            held_out=index,
+            conditioning=CONDITIONING,
+        )
+        evaluation = train.build_evaluation(inputs, model, objective)
         assert evaluation is not None
         before = torch.get_rng_state()
         part = evaluation.loss()

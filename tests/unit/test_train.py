@@ -441,15 +441,21 @@ def run(tmp_path, monkeypatch):
     """`train.run` from step 10 with a loop that does nothing; returns that."""
     for name in ("build_loader", "build_objective", "warm_up", "Metrics"):
         monkeypatch.setattr(train, name, Mock())
-    conditioning = {"empty_text": torch.zeros(1)}
-    monkeypatch.setattr(train, "read_conditioning", lambda shards, index: conditioning)
     monkeypatch.setattr(loop, "train", trained := Mock())
     engine = Mock(skips_overflows=False)
     engine.state.updates.return_value = 7
-    plan, none = make_plan(recipe_for(tmp_path), 1), dataclasses.replace(INDEX, shards=[])
+    inputs = train.Inputs(
+        make_plan(recipe_for(tmp_path), 1),
+        FIRST,
+        tmp_path,
+        spec=Mock(),
+        index=INDEX,
+        held_out=dataclasses.replace(INDEX, shards=[]),
+        order=Mock(),
+        conditioning={"empty_text": torch.zeros(1)},
+    )
     expected = Memory({"CUDA graphs": 1}, {})
-    start = plan, Mock(), tmp_path, INDEX, none, Mock(), engine, expected, FIRST, Mock(), Mock()
-    return partial(train.run, *start, first_step=10), trained
+    return partial(train.run, inputs, engine, expected, Mock(), Mock(), first_step=10), trained
 
 
 def test_a_card_that_is_too_small_for_a_step_is_answered_with_settings(run):
@@ -514,7 +520,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
         "read_spec": lambda *_, **__: spec,
     }
     for name in ("model_directory", "check_same", "check_shards", "check_wandb", "build_order",
-                 "barrier", "say_plan", "say_memory", "stop_process", "build_engine", "run"):  # fmt: skip
+                 "read_conditioning", "barrier", "say_plan", "say_memory", "stop_process", "build_engine", "run"):  # fmt: skip
         monkeypatch.setattr(train, name, Mock())
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(train, name, stand_in)
