@@ -34,7 +34,7 @@ from flux2_ds.recipe import Recipe
 from flux2_ds.rundir import check_run_dir, checkpoint_steps, checkpoints_directory, existing_parent
 from flux2_ds.sizes import checkpoint_bytes
 from flux2_ds.spec import RELEASED, Spec, spec_here
-from launcher.findings import Findings
+from launcher.findings import Findings, answer
 
 
 def main() -> None:
@@ -286,11 +286,11 @@ def probe(findings: Findings, recipe: Recipe, options: Any) -> None:
         text=True,
         check=False,
     )
-    lines = asked.stdout.strip().splitlines()
-    if asked.returncode != 0 or not lines:
-        findings.fail("torch", (asked.stderr.strip().splitlines() or ["it ended in silence"])[-1])
+    values, reason = answer(asked)
+    if values is None:
+        findings.fail("torch", reason)
         return
-    found = Findings.of(json.loads(lines[-1]))
+    found = Findings.of(values)
     findings.lines += found.lines
     findings.facts |= found.facts
 

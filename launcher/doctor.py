@@ -19,7 +19,7 @@ from pathlib import Path
 from flux2_ds.recipe import Launch, Recipe
 from flux2_ds.rundir import DOCTOR_TOKEN, existing_parent
 from launcher.commands import forwarded, ssh
-from launcher.findings import Finding, Findings, odd_ones_out
+from launcher.findings import Finding, Findings, answer, odd_ones_out
 from launcher.hosts import Hosts
 from launcher.local import Stopper, commands_here, run
 
@@ -82,17 +82,14 @@ def ask(host: str, processes: int, common: list[str]) -> Findings:
     except subprocess.TimeoutExpired:
         findings.fail("host", f"{host or 'this host'} did not answer in {_LIMIT:.0f} s")
         return findings
-    lines = asked.stdout.strip().splitlines()
+    values, reason = answer(asked)
     if asked.returncode == 255 and host:
-        reason = (asked.stderr.strip().splitlines() or ["no word"])[-1]
         findings.fail(
             "ssh", f"{reason} ({host})", f"`ssh {host} true` must work without a password"
         )
-    elif asked.returncode != 0 or not lines:
-        reason = (asked.stderr.strip().splitlines() or ["it ended in silence"])[-1]
+    elif values is None:
         findings.fail("host", reason, "the same directory and Python must be on every host")
     else:
-        values = json.loads(lines[-1])
         findings = Findings.of(values)
         # The host looked at its clock at some time between start and now.
         now = values["clock"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +51,15 @@ class Findings:
     def of(values: dict[str, Any]) -> Findings:
         """What `values` gave."""
         return Findings([Finding(**line) for line in values["lines"]], values["facts"])
+
+
+def answer(asked: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any] | None, str]:
+    """The JSON values in a program's last line; or None, and the last that it said of an error."""
+    lines = asked.stdout.strip().splitlines()
+    if asked.returncode != 0 or not lines:
+        return None, (asked.stderr.strip().splitlines() or ["it ended in silence"])[-1]
+    values: dict[str, Any] = json.loads(lines[-1])
+    return values, ""
 
 
 def odd_ones_out(facts: dict[str, dict[str, str]]) -> list[Finding]:
