@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 
 from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.images import CAPTION_SIZE, contact_sheet
+from flux2_ds.data.images import CAPTION_SIZE, check_format, contact_sheet
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join
@@ -54,6 +54,8 @@ def main() -> None:
     check_ranges(recipe)
     if options.samples < 1:
         parser.error(f"--samples is {options.samples}; it must be at least 1.")
+    if options.picture:
+        check_format("--picture", Path(options.picture))
     parts = ["vae"] if options.picture else []
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)

@@ -18,10 +18,15 @@ def hold(path: Path, taken: str, unsure: str) -> IO[str]:
     Where its file system has no locks, a warning ends with `unsure`.
 
     Raises:
-        UserError: another process holds it; the text is `taken`.
+        UserError: another process holds it; the text is `taken`. Or it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror}). Correct its owner, or name another directory."
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,21 +23,20 @@ from flux2_ds.spec import Spec
 from flux2_ds.swapping import check_swapped, swapping, swaps
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
-_DEEPSPEED_KEYS = frozenset(
-    {
-        "zero_optimization",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "aio",
-        "comms_logger",
-        "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "steps_per_print",
-    }
-)
+_DEEPSPEED_KEYS: dict[str, type | tuple[type, ...]] = {
+    "zero_optimization": dict,
+    "communication_data_type": str,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": (int, float),
+    "aio": dict,
+    "comms_logger": dict,
+    "flops_profiler": dict,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "steps_per_print": int,
+}
+"""What a config may hold, and of which type each is."""
 _OWNED_ELSEWHERE = {
     "train_batch_size": "batch.global_size",
     "train_micro_batch_size_per_gpu": "batch.micro_size",
@@ -329,6 +328,15 @@ def _precision_sections(recipe: Recipe) -> dict[str, Any]:
     return {}
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice is a mistake, of which json would take the last."""
+    found = dict(pairs)
+    for name in found:
+        if sum(name == other for other, _ in pairs) > 1:
+            raise ValueError(f"{name!r} comes twice")
+    return found
+
+
 def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config by shipped name, path or value, checked against what it may hold."""
     if isinstance(choice, str):
@@ -342,7 +350,7 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
                 ".json file."
             )
         try:
-            config = json.loads(Path(source).read_text())
+            config = json.loads(Path(source).read_text(), object_pairs_hook=_each_once)
         except ValueError as error:
             raise UserError(f"deepspeed config {source} is not valid JSON: {error}.") from error
     else:
@@ -357,7 +365,7 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
             f"deepspeed config {source} must be a JSON object; its zero_optimization, too, with a "
             f"stage of 0, 1, 2 or 3; and its {' and '.join(_OFFLOADS)}, if any."
         )
-    for key in config:
+    for key, value in config.items():
         if key in _OWNED_ELSEWHERE:
             raise UserError(
                 f"deepspeed config {source} sets {key!r}, which belongs to the recipe: set "
@@ -368,6 +376,10 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"deepspeed config {source} has the unknown key {key!r}. Known: "
                 f"{', '.join(sorted(_DEEPSPEED_KEYS))}."
+            )
+        if not isinstance(value, _DEEPSPEED_KEYS[key]):
+            raise UserError(
+                f"deepspeed config {source}: {key} is {value!r}, which is no value for it."
             )
     if '"auto"' in json.dumps(config):
         raise UserError(f'deepspeed config {source} uses "auto"; write the value.')

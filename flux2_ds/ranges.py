@@ -15,13 +15,14 @@ from flux2_ds.spec import PIXELS_PER_TOKEN
 
 _TOKEN = PIXELS_PER_TOKEN
 _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("between 0 and 2⁶⁴ - 1", lambda v: 0 <= v < 2**64, "seed preview.seed"),
     ("at least 1", lambda v: v >= 1,
      "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard data.shuffle_window "
      "data.readers prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
      "evaluation.every evaluation.samples checkpoint.every checkpoint.keep_last checkpoint.keep_every "
      "log.every launch.processes preview.steps preview.every objective.max_shift_tokens"),
     ("0 or more", lambda v: v >= 0,
-     "seed preview.seed launch.hang_after objective.guidance optimizer.warmup_steps "
+     "launch.hang_after objective.guidance optimizer.warmup_steps "
      "optimizer.max_grad_norm optimizer.eps optimizer.weight_decay"),
     ("positive", lambda v: v > 0,
      "data.max_upscale data.cache_gb prepare.scratch_gb optimizer.learning_rate lora.alpha "

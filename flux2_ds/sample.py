@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flux2_ds.attention import attention_backend, check_backend
+from flux2_ds.data.images import check_format
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.logs import set_up_console
 from flux2_ds.memory import GIB
@@ -67,7 +68,7 @@ def main() -> None:
                         help="Picture to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     if options.output is not None:
-        check_output(Path(options.output))
+        check_format("--output", Path(options.output))
     check_ranges(recipe)
     recipe = trained_recipe(recipe)
     check_base(recipe)
@@ -222,19 +223,6 @@ def remedies(recipe: Recipe, part: str) -> str:
             ways.append("--base_weights nf4")
     larger = "un sample on a larger machine with the same run_dir."
     return f"Set {' or '.join(ways)}, or r{larger}" if ways else f"R{larger}"
-
-
-def check_output(path: Path) -> None:
-    """Refuse a picture in no format that can be written.
-
-    Raises:
-        UserError: naming the suffix.
-    """
-    formats = Image.registered_extensions()
-    if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise UserError(
-            f"--output {path}: no picture format has the suffix {path.suffix!r}. Use .png, .jpg or .webp."
-        )
 
 
 def choose_export(recipe: Recipe, step: int | None, weights: Weights = "trained") -> Path:

@@ -6,6 +6,7 @@ Everything is derived from the configs; the variant is recognised, never typed i
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +107,16 @@ def spec_here(path: str, *, allow_distilled: bool) -> Spec | None:
     """The model in the directory `path`; None for a hub id, which is recognised when it is fetched.
 
     Raises:
-        UserError: as `read_spec`, and the id of a distilled model that need not be fetched to be refused.
+        UserError: as `read_spec`; the id of a distilled model that need not be fetched to be refused; what
+            can be neither.
     """
     if Path(path).is_dir():
         return read_spec(Path(path), allow_distilled=allow_distilled)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise UserError(
+            f"model.path {path!r} is no directory here, and no id of the Hugging Face hub, such as "
+            f"{next(iter(RELEASED))}. Correct it."
+        )
     if path in _DISTILLED and not allow_distilled:
         raise _distilled(path)
     return None

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from flux2_ds.errors import UserError
 from flux2_ds.recipe import Launch
 from launcher.hosts import Hosts
 
@@ -102,8 +103,17 @@ def train_commands(
 
 def collective_timeout(launch: Launch, environment: dict[str, str]) -> dict[str, str]:
     """DeepSpeed's timeout of collectives, unless the user has set it: in whole minutes, and later
-    than the lookout needs to name the process that they wait for."""
-    if not launch.hang_after or "DEEPSPEED_TIMEOUT" in environment:
+    than the lookout needs to name the process that they wait for.
+
+    Raises:
+        UserError: the user has set it to something else.
+    """
+    given = environment.get("DEEPSPEED_TIMEOUT")
+    if given is not None and not (given.isdecimal() and int(given)):
+        raise UserError(
+            f"the environment variable DEEPSPEED_TIMEOUT is {given!r}; it must be whole minutes, at least 1."
+        )
+    if not launch.hang_after or given is not None:
         return {}
     return {"DEEPSPEED_TIMEOUT": str(math.ceil(launch.hang_after / 60) + 5)}
 

@@ -17,7 +17,7 @@ from flux2_ds.recipe import Recipe
 from flux2_ds.spec import planned_spec
 from launcher.hosts import Hosts
 
-_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def size(option: str, text: str) -> float:
         UserError: it is none.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"{option} is {text!r}; it must be a size such as 24GiB or 64GB.")
     return float(match[1]) * _UNITS[match[2].upper()]
 

@@ -6,13 +6,14 @@ import io
 import math
 import struct
 import warnings
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux2_ds.data.buckets import Bucket
+from flux2_ds.errors import UserError
 from flux2_ds.spec import PIXELS_PER_TOKEN
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -54,6 +55,18 @@ def why_unread(name: str) -> str | None:
     """Why a file is not read that is a picture by its name; None if it is."""
     suffix = PurePosixPath(name).suffix.lower()
     return f"{suffix} is not read: convert it to JPEG or PNG" if suffix in UNREAD else None
+
+
+def check_format(option: str, path: Path) -> None:
+    """Refuse to write a picture in no format that can be written.
+
+    Raises:
+        UserError: naming the option and the suffix.
+    """
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(
+            f"{option} {path}: no picture format has the suffix {path.suffix!r}. Use .png, .jpg or .webp."
+        )
 
 
 class UnreadableImageError(Exception):

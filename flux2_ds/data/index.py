@@ -216,7 +216,11 @@ def _check_files(folder: Path, index: Index) -> None:
         )
     for shard in index.shards:
         file = folder / shard.name
-        size = file.stat().st_size if file.is_file() else None
+        if not file.is_file():
+            raise UserError(
+                f"shard {file} is missing, which {INDEX_NAME} lists. Copy it, or prepare the shards again."
+            )
+        size = file.stat().st_size
         if size != shard.size:
             raise UserError(
                 f"shard {file} has {size} bytes, {INDEX_NAME} says {shard.size}: "

@@ -254,7 +254,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         make_tiny(options.out, options.variant, options.seed, options.photos, options.size)
-    except (FileExistsError, FileNotFoundError) as error:
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())

@@ -179,6 +179,9 @@ def check_target(shards: str) -> None:
         )
 
 
+_SECTIONS = {"settings": "data.", "encoding": "prepare.", "model": "the model's "}
+
+
 def check_folder(folder: Path, content: dict[str, Any]) -> None:
     """Check that the output folder is of the same settings and model, or that nothing is in it.
 
@@ -188,12 +191,16 @@ def check_folder(folder: Path, content: dict[str, Any]) -> None:
     path = folder / CONTENT_NAME
     if path.is_file():
         before = json.loads(path.read_text())
-        changed = [name for name in content if before.get(name) != content[name]]
+        changed = [
+            f"{_SECTIONS[part]}{name} was {before.get(part, {}).get(name)!r}, is {value!r}"
+            for part, values in content.items()
+            for name, value in values.items()
+            if before.get(part, {}).get(name) != value
+        ]
         if changed:
             raise UserError(
-                f"data.shards {folder} was prepared with something else (changed: "
-                f"{', '.join(changed)}; {path} has the old values). Give a new folder, or remove "
-                "this one."
+                f"data.shards {folder} was prepared with something else ({path}): {'; '.join(changed)}. Set it "
+                "back, give a new folder, or remove this one."
             )
     elif not untouched(folder):
         raise UserError(

@@ -23,7 +23,7 @@ from flux2_ds.data.images import SUFFIXES, is_picture, why_unread
 from flux2_ds.data.storage import Blob, is_url
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.companions import attach
-from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable
+from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable, stem
 from flux2_ds.prepare.tars import expand, read_tar
 
 log = logging.getLogger("flux2_ds")
@@ -98,7 +98,7 @@ def _folder(
     """The pictures below a folder on disk."""
     listed: dict[str, str | None] = {}
     pictures: list[os.DirEntry[str]] = []
-    texts: set[str] = set()
+    texts: dict[str, str] = {}  # by path without its suffix, which may be in capitals
     for file in _walk(folder, apart):
         suffix = Path(file.name).suffix.lower()
         if file.name in _METADATA:
@@ -106,19 +106,22 @@ def _folder(
         elif is_picture(file.name):
             pictures.append(file)
         elif suffix == ".txt":
-            texts.add(str(Path(file.path)))
-    texts -= {str(Path(file.path).with_suffix(".txt")) for file in pictures}
-    if texts:
-        log.warning(
-            "%d .txt files belong to no picture, the first is %s", len(texts), printable(min(texts))
-        )
+            texts.setdefault(stem(file.path), file.path)
+    alone = texts.keys() - {stem(file.path) for file in pictures}
+    if alone:
+        first = printable(texts[min(alone)])
+        log.warning("%d .txt files belong to no picture, the first is %s", len(alone), first)
     for file in pictures:
         key = printable(os.path.relpath(file.path, folder))
-        facts = file.stat()
+        try:
+            facts = file.stat()
+        except OSError as error:
+            yield Entry(source, key, "", "", Blob(file.path), f"cannot be read: {error.strerror}")
+            continue
         stamp = f"{facts.st_size}:{facts.st_mtime_ns}"
         caption, problem = listed.pop(os.path.normpath(file.path), None), None
         if caption is None:
-            caption, problem = _text_beside(file.path)
+            caption, problem = _text_in(texts.get(stem(file.path)))
         problem = why_unread(file.name) or problem
         yield Entry(source, key, stamp, caption, Blob(file.path), problem)
     for path in listed:
@@ -147,7 +150,9 @@ def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
                             log.info("%s is not searched: its pictures were made here", file.path)
                         else:
                             left.append(file.path)
-                    elif file.is_file():
+                    elif (
+                        file.is_file() or file.is_symlink()
+                    ):  # a broken link to a picture is to be said
                         yield file
         except OSError as error:
             raise UserError(
@@ -155,13 +160,13 @@ def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
             ) from error
 
 
-def _text_beside(picture: str) -> tuple[str | None, str | None]:
-    """The caption in the .txt file beside a picture, and what is wrong with it."""
-    path = Path(picture).with_suffix(".txt")
+def _text_in(file: str | None) -> tuple[str | None, str | None]:
+    """The caption in the .txt file beside a picture, if there is one, and what is wrong with it."""
+    if file is None:
+        return None, None
+    path = Path(file)
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        return None, None
     except OSError as error:
         return None, f"caption {printable(path.name)} cannot be read: {error.strerror}"
     return decode_caption(content, path.name)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_ds import assembly, engine
+from flux2_ds import assembly, dividing
 from flux2_ds.assembly import check_machine, finish_model
 from flux2_ds.errors import UserError
 from flux2_ds.memory import GIB, kept_blocks
@@ -98,7 +98,7 @@ def test_nvme_is_refused_where_nothing_can_be_swapped(
     def load(builder: Any, verbose: bool) -> None:
         raise RuntimeError("Unable to JIT load the async_io op\nfor many reasons")
 
-    monkeypatch.setattr(engine.AsyncIOBuilder, "load", load)
+    monkeypatch.setattr(dividing.AsyncIOBuilder, "load", load)
     message = r"not build \(Unable to JIT load the async_io op\)\. .*libaio-dev.*\"cpu\""
     with pytest.raises(UserError, match=message):
         check_machine(plan_at(tmp_path / "a"), CPU)

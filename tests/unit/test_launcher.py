@@ -188,6 +188,12 @@ def test_command_for_this_machine():
     assert shlex.split(str(command))[3:] == command.argv
 
 
+@pytest.mark.parametrize("given", ["abc", "0", "1.5"])
+def test_a_timeout_of_the_environment_that_is_none_is_refused(given):
+    with pytest.raises(UserError, match=f"DEEPSPEED_TIMEOUT is '{given}'"):
+        commands(Launch(), Hosts(4), [], DEEPSPEED_TIMEOUT=given)
+
+
 def test_command_names_the_gpus_that_were_chosen():
     (command,) = commands(Launch(), Hosts(2, devices=(2, 3)), [])
     assert command.argv[3:6] == ["--include", "localhost:2,3", "--master_port"]
@@ -593,7 +599,7 @@ def other_settings(folder: Path) -> None:
         (other_settings, "data.resolution is 1024, but data.shards shards were prepared with 512"),
         (distilled_model, "models/klein is step-distilled"),
         (other_run, "is not a run of flux2-ds"),
-        (lambda folder: (folder / "shards" / "x.tar").unlink(), "x.tar has None bytes"),
+        (lambda folder: (folder / "shards" / "x.tar").unlink(), "x.tar is missing"),
         (lambda folder: (folder / "shards" / "index.json").unlink(), "flux2-ds prepare"),
         (other_model, "holds a FluxPipeline"),
     ],

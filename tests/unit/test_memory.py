@@ -387,7 +387,7 @@ def test_host_memory_is_of_each_host(launch, hosts, shared):
     plan = make_plan(recipe, hosts.processes)
     needed = plan_memory(plan, hosts, None, None, None).memory.on_host * shared
     for part, fits in ((0.99, False), (1.01, True)):
-        found = plan_memory(plan, hosts, None, "80GiB", f"{needed * part:.0f}")
+        found = plan_memory(plan, hosts, None, "80GiB", f"{needed * part / GIB:.6f}GiB")
         assert found.fits == fits
         unquantised = [choice.deepspeed for choice in found.others if not choice.base_weights]
         assert ("zero3_offload" in unquantised) == fits
@@ -399,7 +399,7 @@ def test_host_memory_is_of_each_host(launch, hosts, shared):
 def test_sizes():
     assert size("--gpu", "24GiB") == 24 * GIB
     assert size("--host", "64 GB") == 64e9
-    for wrong in ("", "many", "24 parsecs", "-1GB"):
+    for wrong in ("", "many", "24 parsecs", "-1GB", "24", "0GiB"):
         with pytest.raises(UserError, match="--gpu"):
             size("--gpu", wrong)
 

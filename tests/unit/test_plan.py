@@ -111,6 +111,8 @@ OUT_OF_RANGE = [
     *((f"optimizer.{name}", -1e-8) for name in ("eps", "weight_decay")),
     *(("optimizer.betas", value) for value in ((0.9, 1.0), (-0.1, 0.9))),
     *((name, -1) for name in ("seed", "preview.seed", "objective.guidance")),
+    *((name, 2**64) for name in ("seed", "preview.seed")),
+    ("optimizer.learning_rate", float("inf")),
     ("checkpoint.keep_every", 750),
     ("preview.prompts", []),
 ]
@@ -270,6 +272,11 @@ def test_key_that_the_recipe_owns_is_refused(key):
         ('{"zero_optimisation": {}}', r"unknown key 'zero_optimisation'.*zero_optimization"),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', 'uses "auto"'),
         ('{"zero_optimization": ', "is not valid JSON"),
+        (
+            '{"zero_optimization": {"stage": 2, "stage": 3}}',
+            "is not valid JSON: 'stage' comes twice",
+        ),
+        ('{"wall_clock_breakdown": "x"}', "wall_clock_breakdown is 'x', which is no value for it"),
         *((text, "must be a JSON object") for text in ("[]", "null", "3")),
         ('{"zero_optimization": null}', "must be a JSON object"),
     ],

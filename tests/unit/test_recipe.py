@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from flux2_ds import recipe as module
+from flux2_ds.errors import UserError
 from flux2_ds.parsing import load_recipe, parse_recipe, recipe_parser
 from flux2_ds.recipe import Recipe, recipe_values
 
@@ -147,14 +148,50 @@ def test_wrong_override_is_refused_by_name(tmp_path, capsys, override, named):
     assert named in message.split("error:")[1]
 
 
-@pytest.mark.parametrize("content", [None, "model: {path: [", "text", "[]"])
-def test_missing_or_damaged_file_is_named(tmp_path, capsys, content):
+def test_missing_file_is_named(tmp_path, capsys):
     path = tmp_path / "broken.yaml"
-    if content is not None:
-        path.write_text(content)
-    message = refused(capsys, "--config", str(path)).split("error:")[1]
-    assert "config" in message
-    assert content is not None or str(path) in message
+    assert str(path) in refused(capsys, "--config", str(path)).split("error:")[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: 3\nmodel: {path: [", r"is no YAML at line 2"),
+        (b"text", "holds no settings"),
+        (b"[]", "holds no settings"),
+        (b"# steps: 3\n", "is empty"),
+        ("name: für".encode("latin-1"), "is not UTF-8"),
+        (b"steps: \0", "is no YAML"),
+        (b"lora: {rank: 3}\nsteps: 4\nlora: {alpha: 3}\n", "has lora twice, at lines 1 and 3"),
+        (b"data:\n  images: a\n  shards: b\n  images: c\n", "has images twice, at lines 2 and 4"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"broken\.yaml {message}"):
+        load_recipe(write_recipe(tmp_path), [f"--config={path}"])
+
+
+@pytest.mark.parametrize("name", ["steps", "lora", "lora.rank", "optimizer.schedule", "log.every"])
+def test_a_setting_without_its_value_is_refused(tmp_path, name):
+    section, _, field = name.rpartition(".")
+    changes = {section: {field: None}} if section else {name: None}
+    with pytest.raises(UserError, match=rf"^{name} is empty \(null\)"):
+        load_recipe(write_recipe(tmp_path, **changes))
+    load_recipe(write_recipe(tmp_path, lora={"alpha": None}))  # which may have none
+
+
+def test_a_printed_recipe_has_no_option_of_the_command(tmp_path, capsys):
+    parser = recipe_parser("test", "")
+    parser.add_argument("--step", type=int, default=None)
+    with pytest.raises(SystemExit):
+        parse_recipe(
+            parser, ["--config", str(write_recipe(tmp_path)), "--step=3", "--print_config"]
+        )
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load_recipe(again) == load_recipe(write_recipe(tmp_path))
 
 
 @pytest.mark.parametrize("way", ["printed", "stored"])

@@ -54,6 +54,12 @@ def test_new_and_empty_directories_are_accepted(tmp_path):
     check_run_dir(make_recipe(tmp_path / "empty"))
 
 
+def test_a_directory_that_cannot_be_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\)"):
+        lock_run_dir(make_recipe(tmp_path / "file" / "run"))
+
+
 def test_a_start_that_cannot_write_its_directory_says_so_and_blocks_no_other(tmp_path, monkeypatch):
     plan = make_plan(make_recipe(tmp_path / "run"), 1)
     write = Path.write_text

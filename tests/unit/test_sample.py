@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flux2_ds import sample
-from flux2_ds.data.images import load_reference
+from flux2_ds.data.images import check_format, load_reference
 from flux2_ds.errors import UserError
 from flux2_ds.export import choose, export
 from flux2_ds.model import transformer
@@ -314,7 +314,7 @@ def test_the_newest_export_of_the_weights_asked_for_is_chosen(tmp_path: Path, me
 
 
 def test_an_output_that_is_no_picture_is_refused() -> None:
-    sample.check_output(Path("a.PNG"))
+    check_format("--output", Path("a.PNG"))
     for name in ("a", "a.txt"):
         with pytest.raises(UserError, match=rf"--output {name}: no picture format"):
-            sample.check_output(Path(name))
+            check_format("--output", Path(name))

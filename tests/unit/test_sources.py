@@ -50,12 +50,13 @@ def test_pictures_are_found_below_in_order_with_captions(folder, tmp_path):
     (folder / "b/été 猫.txt").write_text("  une chatte, 猫\n", encoding="utf-8")
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbftwo\nlines\n")  # with a byte order mark
     (folder / "c.txt").write_text(" \n")
+    (folder / "d.TXT").write_text("in capitals")
     found = entries_of(folder, tmp_path)
     assert list(captions(found).items()) == [
         ("a.png", "two\nlines"),
         ("b/été 猫.JPG", "une chatte, 猫"),
         ("c.webp", None),
-        ("d.jpeg", None),
+        ("d.jpeg", "in capitals"),
     ]
     assert [entry.problem for entry in found] == [None] * 4
     assert {entry.source for entry in found} == {"images"}
@@ -70,12 +71,20 @@ def test_a_name_that_is_not_utf8_can_be_said_and_read(folder, tmp_path):
     assert entry.key.encode() and entry.blob.read().startswith(b"\x89PNG")
 
 
+def test_a_broken_link_is_said(folder, tmp_path):
+    picture(folder / "a.png")
+    (folder / "b.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "b.txt").write_text("gone")
+    whole, broken = entries_of(folder, tmp_path)
+    assert whole.problem is None
+    assert broken.problem == "cannot be read: No such file or directory"
+
+
 def test_links_are_followed_and_loops_end(folder, tmp_path):
     picture(folder / "a" / "one.png")
     picture(tmp_path / "elsewhere" / "two.png")
     (folder / "a" / "loop").symlink_to(folder)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    (folder / "nowhere.png").symlink_to(tmp_path / "gone.png")
     assert set(captions(entries_of(folder, tmp_path / "s"))) == {"a/one.png", "linked/two.png"}
 
 

@@ -99,6 +99,9 @@ def test_a_distilled_model_is_refused_before_it_is_fetched(tmp_path):
             spec_here(path, allow_distilled=False)
         assert spec_here(path, allow_distilled=True) is None
     assert spec_here("black-forest-labs/FLUX.2-klein-base-4B", allow_distilled=False) is None
+    for path in ("/no/where", "./models", "a/b/c"):
+        with pytest.raises(UserError, match=f"model.path '{path}' is no directory here, and no id"):
+            spec_here(path, allow_distilled=False)
     here = write_model(tmp_path, "klein")
     assert spec_here(str(here), allow_distilled=False) == read_spec(here)
 
