@@ -469,7 +469,7 @@ def test_encoder_settings(model, photos, tmp_path, settings, tolerance):
     )
     for name in ("latent_mean", "latent_std"):
         assert torch.equal(plain[name], other[name])
-    with pytest.raises(UserError, match=rr"prepare\.\w+ was"):
+    with pytest.raises(UserError, match=r"prepare\.\w+ was"):
         run(recipe_for(model, photos, tmp_path / "plain", prepare=settings))
 
 
@@ -584,11 +584,11 @@ def test_a_start_that_was_refused_binds_the_folder_to_nothing(model, photos, tmp
         run(recipe_for(model, photos, shards, resolution=1024))
     assert (shards / root.CONTENT_NAME).is_file()
     recipe = recipe_for(model, photos, shards)
-    with pytest.raises(UserError, match=r"data\.resolution was 1024, is 64"):
+    with pytest.raises(UserError, match=r"data\.resolution was 64, is 1024"):
         root.check_folder(shards, root.content_of(recipe, fingerprint(model)))
     assert run(recipe).samples == 4
     assert run(recipe).samples == 4
-    with pytest.raises(UserError, match=r"data\.resolution was 1024, is 64"):
+    with pytest.raises(UserError, match=r"data\.resolution was 64, is 1024"):
         run(recipe_for(model, photos, shards, resolution=1024))
 
 
