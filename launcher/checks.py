@@ -171,14 +171,14 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
         findings.ok("recipe", plan.lines()[1].removeprefix("batch").strip())
     refuses("run_dir", lambda: check_run_dir(recipe))
 
-    model = Path(recipe.model.path)
+    model, before = Path(recipe.model.path), len(findings.lines)
     spec = refuses(
         "model", lambda: spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
     )
     directory = model if spec else None
     if spec is not None:
         findings.ok("model", f"{spec} in {model}")
-    elif not model.is_dir():
+    elif len(findings.lines) == before:  # the id of a model
         check_cache(findings, recipe)
         spec = RELEASED.get(recipe.model.path)
     check_disk(findings, recipe, spec, token)

@@ -69,9 +69,8 @@ def encode(
     prompts = new_prompts(encoding.recipe)
     total = sum(len(job.pictures) for job in jobs)
     limit = int(settings.scratch_gb * 1e9 / text_bytes(encoding.spec, encoding.recipe))
-    for round_ in [*rounds(jobs, limit)] or [
-        []
-    ]:  # also with nothing new, what shards need beside them
+    # With nothing new there may still be prompts to encode, or conditioning to write again.
+    for round_ in [*rounds(jobs, limit)] or [list[Job]()]:
         captions = {picture.caption for job in round_ for picture in job.pictures}
         unconditioned = not (folder / CONDITIONING_NAME).is_file()
         if unconditioned:

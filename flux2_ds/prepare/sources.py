@@ -150,9 +150,7 @@ def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
                             log.info("%s is not searched: its pictures were made here", file.path)
                         else:
                             left.append(file.path)
-                    elif (
-                        file.is_file() or file.is_symlink()
-                    ):  # a broken link to a picture is to be said
+                    elif file.is_file() or file.is_symlink():  # a link may be broken
                         yield file
         except OSError as error:
             raise UserError(

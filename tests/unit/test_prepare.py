@@ -584,7 +584,7 @@ def test_a_start_that_was_refused_binds_the_folder_to_nothing(model, photos, tmp
         run(recipe_for(model, photos, shards, resolution=1024))
     assert (shards / root.CONTENT_NAME).is_file()
     recipe = recipe_for(model, photos, shards)
-    with pytest.raises(UserError, match=r"data\.resolution was 64, is 1024"):
+    with pytest.raises(UserError, match=r"data\.resolution was 1024, is 64"):
         root.check_folder(shards, root.content_of(recipe, fingerprint(model)))
     assert run(recipe).samples == 4
     assert run(recipe).samples == 4
