@@ -91,6 +91,18 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse what DeepSpeed would after the model is loaded.
 
     Raises:
+        UserError: as `check_zero`; a place on NVMe where it could not write.
+    """
+    check_zero(config)
+    zero = config.get("zero_optimization", {})
+    if swaps(zero):
+        _check_swapping(zero["offload_param"]["nvme_path"])
+
+
+def check_zero(config: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed does not know.
+
+    Raises:
         UserError: naming the keys of zero_optimization.
     """
     try:
@@ -98,9 +110,6 @@ def check_config(config: dict[str, Any]) -> None:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"zero_optimization in the deepspeed config: {wrong}.") from error
-    zero = config.get("zero_optimization", {})
-    if swaps(zero):
-        _check_swapping(zero["offload_param"]["nvme_path"])
 
 
 def _check_swapping(place: str) -> None:

@@ -328,6 +328,11 @@ def _precision_sections(recipe: Recipe) -> dict[str, Any]:
     return {}
 
 
+def shipped_configs() -> dict[str, Path]:
+    """The DeepSpeed configs that come with the project, by name."""
+    return {path.stem: path for path in sorted(shipped_directory("ds_configs").glob("*.json"))}
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a key that comes twice is a mistake, of which json would take the last."""
     found = dict(pairs)
@@ -340,13 +345,11 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config by shipped name, path or value, checked against what it may hold."""
     if isinstance(choice, str):
-        shipped = shipped_directory("ds_configs")
-        path = shipped / f"{choice}.json"
-        source = choice if choice.endswith(".json") else str(path)
+        shipped = shipped_configs()
+        source = choice if choice.endswith(".json") else str(shipped.get(choice, choice))
         if not Path(source).is_file():
-            names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
             raise UserError(
-                f"deepspeed is {choice!r}: neither a shipped config ({names}) nor an existing "
+                f"deepspeed is {choice!r}: neither a shipped config ({', '.join(shipped)}) nor an existing "
                 ".json file."
             )
         try:

@@ -1,4 +1,4 @@
-"""What `flux2-ds doctor` cannot ask without torch: `python -m flux2_ds.probe --accelerator cuda`.
+"""What the launcher cannot ask without torch: `python -m flux2_ds.probe --accelerator cuda`.
 
 Prints JSON: lines (status, name, text, remedy) and facts that should be the same on all hosts. With
 `--bandwidth`, started like a training, it measures all-reduce and the links from the first host.
@@ -19,7 +19,9 @@ import torch
 from torch import distributed
 
 from flux2_ds.agreement import exchange
+from flux2_ds.dividing import check_zero
 from flux2_ds.engine import build_cpu_adam
+from flux2_ds.errors import run_root
 from flux2_ds.processes import start_process, stop_process
 
 _MIB = 1 << 20
@@ -31,8 +33,12 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--cpu-adam", action="store_true")
     parser.add_argument("--bandwidth", action="store_true")
+    parser.add_argument("--zero", type=json.loads, help="A DeepSpeed config: check that alone.")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    if options.zero is not None:
+        check_zero(options.zero)
+        return
     if options.bandwidth:
         bandwidth(options.accelerator)
         return
@@ -137,4 +143,4 @@ def say(first: bool, name: str, text: str, status: str = "ok") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_root(main)

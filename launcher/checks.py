@@ -15,7 +15,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +33,7 @@ from flux2_ds.recipe import Recipe
 from flux2_ds.rundir import check_run_dir, checkpoint_steps, checkpoints_directory, existing_parent
 from flux2_ds.sizes import checkpoint_bytes
 from flux2_ds.spec import RELEASED, Spec, spec_here
+from launcher import probing
 from launcher.findings import Findings, answer
 
 
@@ -278,14 +278,7 @@ def probe(findings: Findings, recipe: Recipe, options: Any) -> None:
     if offload and shutil.which("c++") is None:
         findings.fail("compiler", "optimizer offload needs a C++ compiler", "apt install g++")
         return
-    argv = ["--accelerator", recipe.launch.accelerator, *(["--cpu-adam"] if offload else [])]
-    asked = subprocess.run(
-        [sys.executable, "-m", "flux2_ds.probe", *argv],
-        env={**os.environ, "DS_ACCELERATOR": recipe.launch.accelerator},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = probing.probe(recipe.launch.accelerator, *(["--cpu-adam"] if offload else []))
     values, reason = answer(asked)
     if values is None:
         findings.fail("torch", reason)

@@ -30,6 +30,7 @@ from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_h
 from launcher.local import Stopper, commands_here, run
 from launcher.planning import plan_memory
 from launcher.preparing import prepare_here, prepare_on_hosts
+from launcher.probing import check_zero
 from launcher.slurm import SlurmJob, prepare_script, train_script
 from launcher.supervise import supervise
 
@@ -354,6 +355,7 @@ def check_inputs(recipe: Recipe, data: tuple[Index, Index] | None) -> None:
     if data is not None:
         check_shards(*data, spec, Path(recipe.model.path) if spec else None, recipe)
         check_prompts(recipe)
+    check_zero(recipe)
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:

@@ -629,6 +629,21 @@ def test_train_checks_what_it_reads_before_it_starts(
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
+def test_keys_that_deepspeed_does_not_know_are_refused(
+    recipe, tmp_path, monkeypatch, capsys, command
+):
+    """Of a config of the user's own, which no shipped one is."""
+    prepare(tmp_path)
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "typo": 1}}')
+    argv = [command, "--config", recipe, "--deepspeed"]
+    assert call(monkeypatch, *argv, str(tmp_path / "mine.json")) == 2
+    assert "typo: Extra inputs are not permitted" in capsys.readouterr().err
+    known = call(monkeypatch, *argv, "{zero_optimization: {stage: 2, overlap_comm: false}}")
+    assert known == (75 if command == "train" else 0)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
 def test_previews_of_prompts_that_nobody_encoded_are_refused(
     recipe, tmp_path, monkeypatch, capsys, command
 ):
