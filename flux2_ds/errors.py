@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # as shells say it of SIGINT
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: training was stopped, a checkpoint was saved, the same command continues it."""
 
@@ -43,6 +42,3 @@ def run_root(main: Callable[[], None]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         sys.exit(error.code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(EXIT_INTERRUPTED)
