@@ -24,14 +24,13 @@ from flux2_ds.prepared import build_order, check_prompts, check_shards, read_dat
 from flux2_ds.recipe import Launch, Recipe
 from flux2_ds.rundir import check_run_dir, lock_run_dir
 from flux2_ds.spec import planned_spec, spec_here
-from launcher.commands import collective_timeout
 from launcher.doctor import examine
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
 from launcher.local import Stopper, commands_here, run
 from launcher.planning import plan_memory
 from launcher.preparing import prepare_here, prepare_on_hosts
 from launcher.probing import check_zero
-from launcher.slurm import SlurmJob, prepare_script, train_script
+from launcher.slurm import job_of, prepare_script, train_script
 from launcher.supervise import supervise
 
 BENCH_MODULE = "flux2_ds.bench"
@@ -289,43 +288,9 @@ def slurm(argv: list[str]) -> None:
         add("--submit", action="store_true", help="Hand the script to sbatch.")
 
     recipe, options, arguments = read(argv, "slurm", "Write an sbatch script.", add_options)
-    for name in ("nodes", "gpus_per_node", "save_before"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    launch, prepares = recipe.launch, options.job == "prepare"
-    if launch.hostfile is not None:
-        raise UserError(
-            f"launch.hostfile is {launch.hostfile}, and Slurm chooses the hosts. Add --launch.hostfile null."
-        )
-    for name in ("array", "save_before", "max_restarts"):
-        if prepares and getattr(options, name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is of a training; --job prepare has no use for it. Leave "
-                "it out; a job that was ended goes on when it is submitted again."
-            )
-    # CPU processes, for a trial of the cluster, are counted by the recipe.
-    if launch.accelerator == "cpu" and options.gpus_per_node:
-        raise UserError(
-            f"--gpus-per-node is {options.gpus_per_node}, but launch.accelerator is cpu. Leave it out: "
-            "launch.processes says how many processes a node runs."
-        )
-    named = (prepares and recipe.prepare.processes) or launch.processes
-    tasks = options.gpus_per_node or named or (8 if launch.accelerator == "cuda" else 1)
-    make_plan(recipe, 1 if prepares else options.nodes * tasks)
-    job = SlurmJob(
-        nodes=options.nodes,
-        tasks=tasks,
-        time_limit=options.time,
-        name=Path(recipe.run_dir).name,
-        accelerator=launch.accelerator,
-        partition=options.partition,
-        account=options.account,
-        array=options.array,
-        save_before=options.save_before or 120,
-        max_restarts=options.max_restarts,
-        environment=tuple(collective_timeout(launch, dict(os.environ)).items()),
-    )
+    job = job_of(recipe, options, dict(os.environ))
+    prepares = options.job == "prepare"
+    make_plan(recipe, 1 if prepares else job.nodes * job.tasks)
     if prepares:
         script = prepare_script(job, arguments, python=sys.executable)
     else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from launcher.commands import TRAIN_MODULE
+from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from flux2_ds.recipe import Recipe
+from launcher.commands import TRAIN_MODULE, collective_timeout
 from launcher.preparing import PREPARE_MODULE
 
 
@@ -27,6 +30,50 @@ class SlurmJob:
     """Seconds before the time limit at which the trainer is told to save."""
     max_restarts: int = 0
     environment: tuple[tuple[str, str], ...] = ()
+
+
+def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJob:
+    """What a recipe and the options of `flux2-ds slurm` ask Slurm for.
+
+    Raises:
+        UserError: options that are out of range, or that do not go with the job or the recipe.
+    """
+    for name in ("nodes", "gpus_per_node", "save_before"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+    launch, prepares = recipe.launch, options.job == "prepare"
+    if launch.hostfile is not None:
+        raise UserError(
+            f"launch.hostfile is {launch.hostfile}, and Slurm chooses the hosts. Add --launch.hostfile null."
+        )
+    for name in ("array", "save_before", "max_restarts"):
+        if prepares and getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is of a training; --job prepare has no use for it. Leave "
+                "it out; a job that was ended goes on when it is submitted again."
+            )
+    # CPU processes, for a trial of the cluster, are counted by the recipe.
+    if launch.accelerator == "cpu" and options.gpus_per_node:
+        raise UserError(
+            f"--gpus-per-node is {options.gpus_per_node}, but launch.accelerator is cpu. Leave it out: "
+            "launch.processes says how many processes a node runs."
+        )
+    named = (prepares and recipe.prepare.processes) or launch.processes
+    tasks = options.gpus_per_node or named or (8 if launch.accelerator == "cuda" else 1)
+    return SlurmJob(
+        nodes=options.nodes,
+        tasks=tasks,
+        time_limit=options.time,
+        name=Path(recipe.run_dir).name,
+        accelerator=launch.accelerator,
+        partition=options.partition,
+        account=options.account,
+        array=options.array,
+        save_before=options.save_before or 120,
+        max_restarts=options.max_restarts,
+        environment=tuple(collective_timeout(launch, environment).items()),
+    )
 
 
 def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: str) -> str:
