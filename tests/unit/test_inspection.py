@@ -58,6 +58,11 @@ def test_the_report_before_prepare(settings, monkeypatch, capsys) -> None:
     assert "no is not prepared yet" in out
 
 
+def test_a_picture_in_no_format_is_refused(settings, monkeypatch, capsys) -> None:
+    with pytest.raises(UserError, match=r"--picture look\.xyz: no picture format"):
+        inspect(monkeypatch, capsys, str(settings), "--picture", "look.xyz")
+
+
 def test_the_report(prepared, tiny_spec, monkeypatch, capsys) -> None:
     picture = prepared.parent / "look.png"
     out = inspect(monkeypatch, capsys, str(prepared), "--picture", str(picture))

@@ -196,6 +196,8 @@ def test_previews_of_prompts_that_nobody_encoded_are_refused(
     assert call(monkeypatch, *argv, "null") == (75 if command == "train" else 0)
     save_file({"a cat": np.zeros(2)}, tmp_path / "shards" / PROMPTS_NAME, {"format": "np"})
     assert call(monkeypatch, *argv, "5") == (75 if command == "train" else 0)
+    assert call(monkeypatch, *argv, "5", "--preview.references=[nope.png]") == 2
+    assert "preview.references: nope.png does not exist" in capsys.readouterr().err
 
 
 def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):
