@@ -52,7 +52,7 @@ from flux2_ds.objective import FlowObjective
 from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.plan import Plan, make_plan
 from flux2_ds.processes import Process, barrier, start_process, stop_process
-from flux2_ds.ranks import given_ranks
+from flux2_ds.ranks import rank_and_world
 from flux2_ds.recipe import Recipe
 from flux2_ds.spec import TOKEN_CHANNELS, Spec, planned_spec
 from flux2_ds.warmup import synthetic, too_small
@@ -86,8 +86,7 @@ def main() -> None:
     parser = recipe_parser("flux2-ds bench", "Time the recipe's training step.")
     add_options(parser)
     recipe, options = parse_recipe(parser)
-    ranks = given_ranks(os.environ)
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    rank, world = rank_and_world(os.environ)
     with looking_out(rank, world):
         if options.json:
             log.setLevel(logging.WARNING)

@@ -335,11 +335,11 @@ def shipped_configs() -> dict[str, Path]:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a key that comes twice is a mistake, of which json would take the last."""
-    found = dict(pairs)
-    for name in found:
-        if sum(name == other for other, _ in pairs) > 1:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
             raise ValueError(f"{name!r} comes twice")
-    return found
+    return dict(pairs)
 
 
 def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:

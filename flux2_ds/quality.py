@@ -158,11 +158,8 @@ def main() -> None:
         raise UserError(
             f"--modes is {options.modes}; it must name some of {', '.join(BASE_WEIGHTS)} and fp32."
         )
-    suffix, known = (
-        Path(options.picture or "loss.png").suffix,
-        Figure().canvas.get_supported_filetypes(),
-    )
-    if suffix.lower().removeprefix(".") not in known:
+    known = Figure().canvas.get_supported_filetypes()
+    if options.picture is not None and Path(options.picture).suffix[1:].lower() not in known:
         raise UserError(f"--picture is {options.picture}; its suffix must be .{', .'.join(known)}.")
     if options.batches < 1:
         raise UserError(f"--batches is {options.batches}; it must be at least 1.")

@@ -41,6 +41,16 @@ def given_ranks(environment: Mapping[str, str]) -> Ranks | None:
     return Ranks(rank, local_rank, world)
 
 
+def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's number among all, and how many there are; one that is alone is the first of one.
+
+    Raises:
+        UserError: as `given_ranks`.
+    """
+    ranks = given_ranks(environment)
+    return (ranks.rank, ranks.world) if ranks else (0, 1)
+
+
 def checked_port(given: str) -> int:
     """MASTER_PORT, at which the processes meet.
 

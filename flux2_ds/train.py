@@ -53,7 +53,7 @@ from flux2_ds.prepared import (
 )
 from flux2_ds.preview import Previews, check_previews
 from flux2_ds.processes import Process, barrier, start_process, stop_process
-from flux2_ds.ranks import given_ranks
+from flux2_ds.ranks import rank_and_world
 from flux2_ds.recipe import Recipe, recipe_values
 from flux2_ds.rendering import as_prompt
 from flux2_ds.rundir import (
@@ -78,8 +78,7 @@ def main() -> None:
     check_run_dir(recipe)
     stop = StopRequest(stop_file(recipe))
     stop.listen()
-    ranks = given_ranks(os.environ)
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    rank, world = rank_and_world(os.environ)
     logs = logs_directory(recipe)
     with (
         # Before this start writes to the logs, which the processes of a running one look into.
