@@ -313,8 +313,8 @@ def check_inputs(recipe: Recipe, data: tuple[Index, Index] | None) -> None:
     """
     check_run_dir(recipe)
     check_wandb(recipe.log.wandb)
-    for path in recipe.preview.references:
-        if not Path(path).is_file():
+    for path in recipe.preview.references:  # without `every` they are `sample`'s alone
+        if recipe.preview.every is not None and not Path(path).is_file():
             raise UserError(f"preview.references: {path} does not exist.")
     spec = spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
     if data is not None:

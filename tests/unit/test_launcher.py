@@ -198,6 +198,8 @@ def test_previews_of_prompts_that_nobody_encoded_are_refused(
     assert call(monkeypatch, *argv, "5") == (75 if command == "train" else 0)
     assert call(monkeypatch, *argv, "5", "--preview.references=[nope.png]") == 2
     assert "preview.references: nope.png does not exist" in capsys.readouterr().err
+    unused = call(monkeypatch, *argv, "null", "--preview.references=[nope.png]")
+    assert unused == (75 if command == "train" else 0)
 
 
 def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):
