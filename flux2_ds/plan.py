@@ -346,16 +346,17 @@ def read_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed config by shipped name, path or value, checked against what it may hold."""
     if isinstance(choice, str):
         shipped = shipped_configs()
-        source = choice if choice.endswith(".json") else str(shipped.get(choice, choice))
-        if not Path(source).is_file():
+        path = Path(choice) if choice.endswith(".json") else shipped.get(choice)
+        if path is None or not path.is_file():
             raise UserError(
                 f"deepspeed is {choice!r}: neither a shipped config ({', '.join(shipped)}) nor an existing "
                 ".json file."
             )
         try:
-            config = json.loads(Path(source).read_text(), object_pairs_hook=_each_once)
+            config = json.loads(path.read_text(), object_pairs_hook=_each_once)
         except ValueError as error:
-            raise UserError(f"deepspeed config {source} is not valid JSON: {error}.") from error
+            raise UserError(f"deepspeed config {path} is not valid JSON: {error}.") from error
+        source = str(path)
     else:
         source, config = "(in the recipe)", copy.deepcopy(choice)
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None

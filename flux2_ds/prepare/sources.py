@@ -106,7 +106,7 @@ def _folder(
         elif is_picture(file.name):
             pictures.append(file)
         elif suffix == ".txt":
-            texts.setdefault(stem(file.path), file.path)
+            texts[stem(file.path)] = file.path  # a .txt comes after a .TXT
     alone = texts.keys() - {stem(file.path) for file in pictures}
     if alone:
         first = printable(texts[min(alone)])

@@ -288,8 +288,11 @@ def test_wrong_deepspeed_file_is_refused(tmp_path, content, message):
         make_plan(make_recipe(deepspeed=str(path)), 1)
 
 
-@pytest.mark.parametrize("choice", ["zero9", "absent.json", "ds_configs"])
-def test_unknown_deepspeed_config_is_refused_with_the_names(choice):
+@pytest.mark.parametrize("choice", ["zero9", "absent.json", "ds_configs", "mine"])
+def test_unknown_deepspeed_config_is_refused_with_the_names(choice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "mine").write_text("{}")  # which is no .json
     with pytest.raises(UserError) as caught:
         make_plan(make_recipe(deepspeed=choice), 1)
     assert repr(choice) in str(caught.value)

@@ -51,6 +51,7 @@ def test_pictures_are_found_below_in_order_with_captions(folder, tmp_path):
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbftwo\nlines\n")  # with a byte order mark
     (folder / "c.txt").write_text(" \n")
     (folder / "d.TXT").write_text("in capitals")
+    (folder / "c.TXT").write_text("not this one")
     found = entries_of(folder, tmp_path)
     assert list(captions(found).items()) == [
         ("a.png", "two\nlines"),
