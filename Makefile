@@ -29,7 +29,7 @@ check: $(INSTALLED) ## formatting, lint, types and layering
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/unit/test_layering.py
+	$(BIN)/pytest -q tests/test_layering.py
 
 test: $(INSTALLED) ## all tests that need no GPU
 	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode and not nvme'

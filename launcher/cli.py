@@ -14,26 +14,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flux2_ds import bench_options
+from flux2_ds.config import bench_options
+from flux2_ds.config.model_spec import planned_spec, spec_here
+from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.config.plan import make_plan
+from flux2_ds.config.recipe import Launch, Recipe
+from flux2_ds.data.dataset import build_order, check_prompts, check_shards, read_data
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
-from flux2_ds.metrics import check_wandb
-from flux2_ds.parsing import parse_recipe, recipe_parser
-from flux2_ds.plan import make_plan
-from flux2_ds.prepared import build_order, check_prompts, check_shards, read_data
-from flux2_ds.recipe import Launch, Recipe
-from flux2_ds.rundir import check_run_dir, lock_run_dir
-from flux2_ds.spec import planned_spec, spec_here
+from flux2_ds.run.metrics import check_wandb
+from flux2_ds.run.run_dir import check_run_dir, lock_run_dir
 from launcher.doctor import examine
+from launcher.host_checks import check_zero
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
-from launcher.local import Stopper, commands_here, run
-from launcher.planning import plan_memory
+from launcher.plan_report import plan_memory
 from launcher.preparing import prepare_here, prepare_on_hosts
-from launcher.probing import check_zero
 from launcher.slurm import job_of, prepare_script, train_script
-from launcher.supervise import supervise
+from launcher.supervise import Stopper, commands_here, run, supervise
 
-BENCH_MODULE = "flux2_ds.bench"
+BENCH_MODULE = "flux2_ds.commands.bench"
 
 USAGE = """usage: flux2-ds COMMAND --config RECIPE [--SETTING VALUE ...]
 
@@ -63,13 +62,13 @@ def main() -> None:
         "train": train,
         "slurm": slurm,
         "prepare": prepare,
-        "bench-data": lambda argv: run_module("flux2_ds.bench_data", argv),
-        "inspect": lambda argv: run_module("flux2_ds.inspection", argv),
+        "bench-data": lambda argv: run_module("flux2_ds.commands.bench_data", argv),
+        "inspect": lambda argv: run_module("flux2_ds.commands.inspect", argv),
         "bench": bench,
-        "quality": lambda argv: run_module("flux2_ds.quality", argv),
-        "export": lambda argv: run_module("flux2_ds.export", argv),
-        "sample": lambda argv: run_module("flux2_ds.sample", argv),
-        "tiny": lambda argv: run_module("flux2_ds.model.tiny", argv, DS_ACCELERATOR="cpu"),
+        "quality": lambda argv: run_module("flux2_ds.commands.quality", argv),
+        "export": lambda argv: run_module("flux2_ds.commands.export", argv),
+        "sample": lambda argv: run_module("flux2_ds.commands.sample", argv),
+        "tiny": lambda argv: run_module("flux2_ds.commands.tiny", argv, DS_ACCELERATOR="cpu"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)

@@ -1,4 +1,4 @@
-"""From a recipe and its hosts to the exact commands and environment. Pure."""
+"""From a recipe and its hosts to the exact commands and environment."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from flux2_ds.config.recipe import Launch
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Launch
 from launcher.hosts import Hosts
 
 TRAIN_MODULE = "flux2_ds.train"
@@ -45,7 +45,7 @@ class Command:
         beside = Path(sys.executable).with_name(self.argv[0])
         argv = [str(beside) if beside.exists() else self.argv[0], *self.argv[1:]]
         silence = "inf" if self.host is None else "60"
-        kept = [sys.executable, "-m", "launcher.keeper", silence, *argv]
+        kept = [sys.executable, "-m", "launcher.reaper", silence, *argv]
         if self.host is None:
             return kept
         variables = [f"{name}={value}" for name, value in self.environment.items()]

@@ -1,8 +1,4 @@
-"""`flux2-ds doctor`: everything that can be known to go wrong, before a queue slot is wasted.
-
-Every host checks itself (checks.py, over ssh for a hostfile); the hosts are compared, and then a start
-like a training's measures the bandwidth between the processes.
-"""
+"""`flux2-ds doctor`: everything that can be known to go wrong, before a queue slot is wasted."""
 
 from __future__ import annotations
 
@@ -14,14 +10,15 @@ import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from flux2_ds.recipe import Launch, Recipe
-from flux2_ds.rundir import DOCTOR_TOKEN, existing_parent
+from flux2_ds.config.recipe import Launch, Recipe
+from flux2_ds.run.run_dir import DOCTOR_TOKEN, existing_parent
 from launcher.commands import forwarded, ssh
-from launcher.findings import Finding, Findings, answer, odd_ones_out
 from launcher.hosts import Hosts
-from launcher.local import Stopper, commands_here, run
+from launcher.supervise import Stopper, commands_here, run
 
 _LIMIT = 300.0  # s for one host's checks, the CPU Adam build included
 _SKEW = 2.0  # s by which clocks may differ
@@ -71,7 +68,7 @@ def examine(recipe: Recipe | None, launch: Launch, hosts: Hosts, arguments: list
 
 def ask(host: str, processes: int, common: list[str]) -> Findings:
     """One host's findings; `host` is empty for this one."""
-    argv = [sys.executable, "-m", "launcher.checks", *common, "--processes", str(processes)]
+    argv = [sys.executable, "-m", "launcher.host_checks", *common, "--processes", str(processes)]
     if host:
         variables = [f"{name}={value}" for name, value in forwarded(dict(os.environ)).items()]
         argv = ssh(host, ["env", *variables, *argv])
@@ -116,7 +113,7 @@ def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
     if hosts.processes == 1:
         return []
     arguments = ["--accelerator", launch.accelerator, "--bandwidth"]
-    commands = commands_here(launch, hosts, arguments, module="flux2_ds.probe")
+    commands = commands_here(launch, hosts, arguments, module="flux2_ds.commands.probe")
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "out").open("w+") as out:
         with Stopper(None) as stopper:  # the probe has nothing to save
             code = run(commands, stopper, output=out.fileno())
@@ -152,3 +149,74 @@ def show(lines: list[Finding]) -> None:
     """Print, at once."""
     for line in lines:
         print(line, flush=True)
+
+
+Status = Literal["ok", "warning", "failure"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it is, and what to do about it."""
+
+    status: Status
+    name: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = f" -> {self.remedy}" if self.remedy else ""
+        return f"{self.status:<8} {self.name:<12} {self.text}{remedy}"
+
+
+@dataclass
+class Findings:
+    """All lines of a host. `facts` should be the same on every host."""
+
+    lines: list[Finding] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def ok(self, name: str, text: str) -> None:
+        """Nothing to do."""
+        self.lines.append(Finding("ok", name, text))
+
+    def warn(self, name: str, text: str, remedy: str) -> None:
+        """The run starts, but slower or with less than was meant."""
+        self.lines.append(Finding("warning", name, text, remedy))
+
+    def fail(self, name: str, text: str, remedy: str = "") -> None:
+        """The run would not start."""
+        self.lines.append(Finding("failure", name, text, remedy))
+
+    def values(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Findings:
+        """What `values` gave."""
+        return Findings([Finding(**line) for line in values["lines"]], values["facts"])
+
+
+def answer(asked: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any] | None, str]:
+    """The JSON values in a program's last line; or None, and the last that it said of an error."""
+    lines = asked.stdout.strip().splitlines()
+    if asked.returncode != 0 or not lines:
+        return None, (asked.stderr.strip().splitlines() or ["it ended in silence"])[-1]
+    values: dict[str, Any] = json.loads(lines[-1])
+    return values, ""
+
+
+def odd_ones_out(facts: dict[str, dict[str, str]]) -> list[Finding]:
+    """The hosts whose facts differ from those of most hosts; `facts[host][name]`."""
+    found = []
+    for name in sorted({name for of_host in facts.values() for name in of_host}):
+        values = {host: of_host.get(name, "nothing") for host, of_host in facts.items()}
+        counts = list(values.values())
+        # Of as many of the one as of the other, the first host's is taken for the usual one.
+        usual = max(counts, key=lambda value: (counts.count(value), -counts.index(value)))
+        for host, value in values.items():
+            if value != usual:
+                remedy = "make them the same" if name != "cores" else ""
+                text = f"{host} has {name} {value}, the others {usual}"
+                found.append(Finding("warning", "odd host", text, remedy))
+    return found

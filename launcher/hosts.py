@@ -11,8 +11,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flux2_ds.config.recipe import Launch
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Launch
 
 _HOST_LINE = re.compile(r"^(?P<name>\S+)\s+slots=(?P<slots>\d+)$")
 

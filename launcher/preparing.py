@@ -7,11 +7,11 @@ import sys
 import uuid
 from pathlib import Path
 
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError
-from flux2_ds.recipe import Recipe
 from launcher.commands import Command, forwarded
 from launcher.hosts import check_programs, find_hosts
-from launcher.local import Stopper, run
+from launcher.supervise import Stopper, run
 
 PREPARE_MODULE = "flux2_ds.prepare"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from flux2_ds.recipe import Recipe
 from launcher.commands import TRAIN_MODULE, collective_timeout
 from launcher.preparing import PREPARE_MODULE
 

@@ -1,7 +1,14 @@
-"""One thread, and Ctrl-C, for all tests and for the processes that they start."""
+"""One thread, Ctrl-C, and what many tests share: tiny models and checkpoints without processes."""
 
 import os
 import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux2_ds.config.model_spec import Spec, read_spec
 
 # pytest reads this file before it collects any folder, and so before any test module imports torch,
 # which looks at the variable once. Sums over another number of threads differ in their last bits, and
@@ -10,3 +17,42 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell starts what runs in its background with SIGINT ignored, which the launcher would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", params=["klein", "dev"])
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model directory of each variant."""
+    from flux2_ds.commands.tiny import make_tiny  # here: most unit tests need no torch
+
+    directory = tmp_path_factory.mktemp("tiny") / request.param
+    make_tiny(directory, request.param)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_model: Path) -> Spec:
+    return read_spec(tiny_model)
+
+
+@pytest.fixture
+def write_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Saves (kind, name, tensor) triples or `Piece`s as one process, without a process group."""
+    import torch
+
+    from flux2_ds.checkpoint import manager as saving
+    from flux2_ds.checkpoint.tensor_store import Piece
+    from flux2_ds.distributed import Process
+
+    monkeypatch.setattr(saving, "exchange", lambda value: [value])
+
+    def write(
+        root: Path, step: int, pieces: Iterable[Any], state: dict[str, Any] | None = None
+    ) -> Path:
+        def given() -> Iterator[Piece]:
+            for piece in pieces:
+                yield piece if isinstance(piece, Piece) else Piece(*piece)
+
+        alone = Process(0, 1, torch.device("cpu"))
+        return saving.save(root, step, given, state or {}, alone, in_parts=False)
+
+    return write

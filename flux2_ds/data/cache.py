@@ -16,7 +16,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from flux2_ds.data.storage import Blob, DamagedError, is_url
+from flux2_ds.config.recipe import is_url
+from flux2_ds.data.storage import Blob, DamagedError
 from flux2_ds.errors import UserError
 
 log = logging.getLogger("flux2_ds")

@@ -8,13 +8,14 @@ import struct
 import warnings
 from pathlib import Path, PurePosixPath
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN
 from flux2_ds.errors import UserError
-from flux2_ds.spec import PIXELS_PER_TOKEN
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 UNREAD = frozenset({
@@ -215,15 +216,24 @@ def _too_large() -> str:
     return f"more than {limit:.0f} megapixels, as decompression bombs have: make it smaller"
 
 
-def contact_sheet(
-    pictures: list[NDArray[np.uint8]], captions: list[str], font: ImageFont.FreeTypeFont
-) -> Image.Image:
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic; the rest is drawn as boxes.
+
+    `size`: in px.
+    """
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size
+    )
+
+
+def contact_sheet(pictures: list[NDArray[np.uint8]], captions: list[str]) -> Image.Image:
     """Pictures of possibly different sizes in a grid on white, each over its caption."""
     columns = math.ceil(math.sqrt(len(pictures)))
     above = max(picture.shape[0] for picture in pictures)
     height = above + _LINES * _LINE_HEIGHT + 10
     width = max(picture.shape[1] for picture in pictures) + 8
     rows = math.ceil(len(pictures) / columns)
+    font = caption_font(CAPTION_SIZE)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):

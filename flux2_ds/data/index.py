@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.storage import Blob, is_url, join
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.recipe import is_url
+from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.whole import write_whole
+from flux2_ds.run.atomic import write_whole
 
 FORMAT = 2
 INDEX_NAME = "index.json"

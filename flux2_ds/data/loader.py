@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN
 from flux2_ds.data.index import Index
-from flux2_ds.data.order import Order, Sample
+from flux2_ds.data.order import Order, Sample, Sweep
 from flux2_ds.data.shards import Fetch, ShardReader
 from flux2_ds.data.storage import Blob, join
-from flux2_ds.data.sweep import Sweep
-from flux2_ds.spec import PIXELS_PER_TOKEN
 
 _STEPS_READY = 2
 _READERS_KEPT = 256

@@ -1,36 +1,60 @@
-"""Which samples make up which global batch: a pure function of (index, seed, step). No torch.
+"""Which samples an evaluation sees, and in which forward passes. Pure, no torch.
 
-An epoch, for each bucket: shuffle the shards; shuffle the samples within windows of shards; cut the
-sequence into as many *lanes* as a global batch has samples. Batch b takes the b-th sample of every
-lane, so a process, which owns some of the lanes, reads its shards nearly sequentially, and the
-batches do not depend on the number of processes. The buckets take turns in a shuffled order, each
-serving its batches in sequence: every process is in the same bucket at the same step.
-
-Weights: a shard of n samples whose source has weight w serves ceil(w·n) of them in an epoch. It takes
-them in turn, going on in the next epoch where it stopped, so that none is served twice more than
-another.
-
-Remainder: no sample is left out of an epoch. A bucket that does not divide into global batches
-continues with its own beginning until it does: fewer than one global batch of places a bucket and
-epoch are repetitions, with fresh noise and timestep.
-
-Nothing of the size of an epoch is ever built: a step asks for one window for each lane and one block of
-turns. The shuffles sort Philox words instead of calling a numpy shuffle: NumPy keeps the stream of a
-bit generator stable across releases, but not that of the methods built on it.
+The samples lie at even distances over all shards, sorted by bucket, so that every bucket and source has its
+share. Each is seen once. A pass is of one bucket and as wide as the processes' micro-batches together; the
+last one of a bucket is filled up with repeats, which do not count, so that all processes make the same
+passes of the same shapes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
+
+
+class Sweep:
+    """At most `most` samples of `index`, in passes of `width`.
+
+    The samples are the same whatever the width, and so are their positions, 0 to `count` - 1; repeats have
+    the position `count`.
+    """
+
+    def __init__(self, index: Index, most: int, width: int) -> None:
+        shards = sorted(range(len(index.shards)), key=lambda n: (index.shards[n].bucket, n))
+        ends = np.cumsum([index.shards[number].samples for number in shards])
+        self.count = min(most, index.samples)
+        """Samples that count."""
+        chosen: dict[Bucket, list[Sample]] = {}
+        for position in range(self.count):
+            place = position * index.samples // self.count
+            at = int(np.searchsorted(ends, place, side="right"))
+            shard = index.shards[shards[at]]
+            row = place - int(ends[at]) + shard.samples
+            chosen.setdefault(shard.bucket, []).append(Sample(shards[at], row, position))
+        self._passes: list[tuple[Bucket, list[Sample]]] = []
+        for bucket, samples in chosen.items():
+            samples += -len(samples) % width * [replace(samples[0], position=self.count)]
+            self._passes += [
+                (bucket, samples[start : start + width]) for start in range(0, len(samples), width)
+            ]
+
+    def __len__(self) -> int:
+        """Passes."""
+        return len(self._passes)
+
+    def batch(self, step: int, places: slice = slice(None)) -> tuple[Bucket, list[Sample]]:
+        """Bucket and samples of a pass, as `Order.batch` gives them of a global batch."""
+        bucket, samples = self._passes[step]
+        return bucket, samples[places]
+
 
 Indices = NDArray[np.int64]
 _STREAM = 1  # keeps these random streams apart from those of data/loader.py

@@ -34,11 +34,11 @@ import torch
 import xxhash
 from safetensors.torch import save as save_tensors
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, PROMPTS_NAME, Index, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
-from flux2_ds.whole import appearing
+from flux2_ds.run.atomic import appearing
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
 MASK, REFERENCES = "mask.safetensors", "references.safetensors"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
+from flux2_ds.config.recipe import is_url
 from flux2_ds.errors import OutageError, UserError, without_queries
 
 log = logging.getLogger("flux2_ds")
@@ -125,11 +126,6 @@ def file_system(location: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UserError(f"{location} cannot be opened: {error}.") from error
     return system, path
-
-
-def is_url(location: str) -> bool:
-    """Whether `location` is read through fsspec."""
-    return "://" in location
 
 
 def join(folder: str, name: str) -> str:

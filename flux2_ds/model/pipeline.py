@@ -16,15 +16,11 @@ from typing import Any, Literal
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2Transformer2DModel,
-)
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from flux2_ds.spec import PADDING_SIDES, Spec
+from flux2_ds.config.model_spec import PADDING_SIDES, Spec
 
 log = logging.getLogger("flux2_ds")
 

@@ -14,11 +14,10 @@ from diffusers.models.modeling_utils import no_init_weights
 from peft import LoraConfig
 from torch import nn
 
-from flux2_ds.model.adapter import LoraLinear
-from flux2_ds.model.quantize import QuantizedLinear
-from flux2_ds.recipe import Lora, Recipe
-from flux2_ds.spec import Spec
-from flux2_ds.targets import target_modules
+from flux2_ds.config.model_spec import Spec, target_modules
+from flux2_ds.config.recipe import Lora, Recipe
+from flux2_ds.model.lora import LoraLinear
+from flux2_ds.ops.quantized_linear import QuantizedLinear
 
 ADAPTER = "default"
 

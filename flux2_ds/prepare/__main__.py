@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from flux2_ds.config.model_files import fingerprint, model_directory
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
+from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.config.recipe import Recipe, check_ranges, is_url
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.shards import tensors_in, whole_part
-from flux2_ds.data.storage import is_url
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.locks import hold
-from flux2_ds.logs import set_up_console
-from flux2_ds.model.files import fingerprint, model_directory
-from flux2_ds.parsing import parse_recipe, recipe_parser
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
 from flux2_ds.prepare.encode import Encoding, encode, text_bytes, text_precision
@@ -40,10 +39,9 @@ from flux2_ds.prepare.report import Report, write_report
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepare.team import Team
 from flux2_ds.prepare.texts import TEXTS
-from flux2_ds.ranges import check_ranges
-from flux2_ds.recipe import Recipe
-from flux2_ds.spec import PIXELS_PER_TOKEN, Spec, read_spec
-from flux2_ds.whole import write_whole
+from flux2_ds.run.atomic import write_whole
+from flux2_ds.run.logging import set_up_console
+from flux2_ds.run.run_dir import hold
 
 log = logging.getLogger("flux2_ds")
 

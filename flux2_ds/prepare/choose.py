@@ -9,17 +9,11 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from flux2_ds.data.buckets import (
-    Bucket,
-    bucket_table,
-    choose_bucket,
-    resolutions,
-    upscale_factor,
-)
+from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolutions, upscale_factor
+from flux2_ds.config.recipe import Data
 from flux2_ds.data.images import UnreadableImageError, image_size
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.entries import Entry, Picture, Skipped
-from flux2_ds.recipe import Data
 
 _NAMED = 5
 _THREADS = 16  # reading a header is waiting, on network file systems above all

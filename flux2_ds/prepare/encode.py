@@ -14,6 +14,8 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
@@ -22,10 +24,8 @@ from flux2_ds.prepare.pictures import PictureWorker, in_chunks, load_vae
 from flux2_ds.prepare.report import Report
 from flux2_ds.prepare.team import CAPTIONS, PICTURES, Kind, Make, Team
 from flux2_ds.prepare.texts import TEXTS, TextFiles, TextWorker, copy_known
-from flux2_ds.recipe import Recipe
-from flux2_ds.spec import TEXT_TOKENS, Spec
-from flux2_ds.tensors import write_tensors
-from flux2_ds.whole import appearing
+from flux2_ds.run.atomic import appearing
+from flux2_ds.run.tensor_files import write_tensors
 
 
 @dataclass(frozen=True)

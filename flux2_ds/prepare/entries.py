@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.storage import Blob
 
 log = logging.getLogger("flux2_ds")

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Shard
 from flux2_ds.prepare.entries import Entry, Picture
-from flux2_ds.whole import write_whole
+from flux2_ds.run.atomic import write_whole
 
 FOLDER = "prepared"
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from numpy.typing import NDArray
 
+from flux2_ds.config.recipe import Prepare, is_url
 from flux2_ds.data.images import (
     UnreadableImageError,
     image_size,
@@ -22,13 +23,11 @@ from flux2_ds.data.images import (
     load_reference,
 )
 from flux2_ds.data.shards import Record, write_shard
-from flux2_ds.data.storage import is_url
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
 from flux2_ds.prepare.entries import Picture
 from flux2_ds.prepare.ledger import Job, Note, Row, caption_digest, write_note
 from flux2_ds.prepare.texts import TextFiles
-from flux2_ds.recipe import Prepare
 
 Item = TypeVar("Item")
 

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flux2_ds.data.buckets import Bucket
-from flux2_ds.data.images import CAPTION_SIZE, contact_sheet
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.model_spec import TEXT_TOKENS
+from flux2_ds.data.images import contact_sheet
 from flux2_ds.data.index import Index
-from flux2_ds.fonts import font_for
 from flux2_ds.prepare.choose import bucket_lines
 from flux2_ds.prepare.entries import Picture, Skipped
 from flux2_ds.prepare.pictures import decode
-from flux2_ds.spec import TEXT_TOKENS
-from flux2_ds.whole import write_whole
+from flux2_ds.run.atomic import write_whole
 
 REPORT_NAME, SUMMARY_NAME, SHEETS = "report.json", "report.txt", "contact_sheets"
 _SHEET_PICTURES, _SHEET_SIDE = 36, 192
@@ -124,8 +123,6 @@ def write_contact_sheets(folder: Path, pictures: list[Picture]) -> None:
     for bucket, members in groups.items():
         places = np.linspace(0, len(members) - 1, min(len(members), _SHEET_PICTURES))
         groups[bucket] = [members[place] for place in places.round().astype(int)]
-    every = (picture.caption for members in groups.values() for picture in members)
-    font = font_for(every, CAPTION_SIZE)
     for bucket, members in groups.items():
         shown, captions = [], []
         for picture in members:
@@ -136,4 +133,4 @@ def write_contact_sheets(folder: Path, pictures: list[Picture]) -> None:
                 shown.append(np.asarray(small))
                 captions.append(picture.caption)
         if shown:
-            contact_sheet(shown, captions, font).save(folder / f"{bucket}.jpg", quality=88)
+            contact_sheet(shown, captions).save(folder / f"{bucket}.jpg", quality=88)

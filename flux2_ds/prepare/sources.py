@@ -19,8 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from flux2_ds.config.recipe import is_url
 from flux2_ds.data.images import SUFFIXES, is_picture, why_unread
-from flux2_ds.data.storage import Blob, is_url
+from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.companions import attach
 from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable, stem

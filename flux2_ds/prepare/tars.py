@@ -22,22 +22,12 @@ from typing import IO, Any, Self
 
 import braceexpand
 
-from flux2_ds.data.images import (
-    UnreadableImageError,
-    image_size,
-    is_picture,
-    why_unread,
-)
-from flux2_ds.data.storage import Blob, file_system, is_url, tried_again
+from flux2_ds.config.recipe import is_url
+from flux2_ds.data.images import UnreadableImageError, image_size, is_picture, why_unread
+from flux2_ds.data.storage import Blob, file_system, tried_again
 from flux2_ds.errors import UserError
-from flux2_ds.prepare.entries import (
-    Entry,
-    clean_caption,
-    decode_caption,
-    printable,
-    stem,
-)
-from flux2_ds.whole import write_whole
+from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable, stem
+from flux2_ds.run.atomic import write_whole
 
 
 def expand(pattern: str) -> list[str]:

@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.errors import UserError
 from flux2_ds.prepare import ledger
 from flux2_ds.prepare.entries import Entry, Picture
 from flux2_ds.prepare.ledger import Job
 from flux2_ds.prepare.workers import Worker, run_tasks
-from flux2_ds.whole import write_whole
+from flux2_ds.run.atomic import write_whole
 
 log = logging.getLogger("flux2_ds")
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
+from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.errors import UserError
-from flux2_ds.model.text import TextEncoder
+from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.ledger import Note, caption_digest
-from flux2_ds.spec import TEXT_TOKENS, Spec
-from flux2_ds.whole import appearing
+from flux2_ds.run.atomic import appearing
 
 TEXTS = ".texts"
 """Below the shards' folder: captions that wait for their shard."""

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from flux2_ds.dividing import divider
-from flux2_ds.model import transformer, weights
-from flux2_ds.plan import read_deepspeed
-from flux2_ds.processes import Process, start_process, stop_process
+from flux2_ds.config.plan import read_deepspeed
+from flux2_ds.distributed import Process, start_process, stop_process
+from flux2_ds.engine.zero3 import divider
+from flux2_ds.model import load as weights
+from flux2_ds.model import transformer
 
 
 def resident(line: str) -> int:

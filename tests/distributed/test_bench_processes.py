@@ -10,7 +10,7 @@ import pytest
 from pool import launch
 from test_divided import zero3
 
-from flux2_ds.model.tiny import make_tiny
+from flux2_ds.commands.tiny import make_tiny
 
 pytestmark = pytest.mark.dist
 
@@ -50,6 +50,6 @@ def test_one_command_times_all_processes(tmp_path: Path) -> None:
     result = json.loads(benched.stdout)
     assert (result["processes"], result["global_batch"], result["micro_batch"]) == (2, 4, 1)
     assert result["kernels"] and (tmp_path / "trace" / "step.json").exists()
-    assert "--module flux2_ds.bench" in benched.stderr
+    assert "--module flux2_ds.commands.bench" in benched.stderr
     assert not list((tmp_path / "tmp").glob("flux2-ds-bench-*"))
     assert not (tmp_path / "run").exists()

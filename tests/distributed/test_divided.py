@@ -10,8 +10,8 @@ import pytest
 import trajectory
 from pool import launch
 
-from flux2_ds.model.quantize import BASE_WEIGHTS
-from flux2_ds.plan import read_deepspeed
+from flux2_ds.config.plan import read_deepspeed
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 
 STEPS = 3
 pytestmark = pytest.mark.dist

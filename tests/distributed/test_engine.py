@@ -16,9 +16,9 @@ import trajectory
 from diffusers import Flux2Transformer2DModel
 from pool import launch, run_once
 
-from flux2_ds import checkpoint
-from flux2_ds.plan import read_deepspeed
-from flux2_ds.shipped import shipped_directory
+from flux2_ds.checkpoint import manager as checkpoint
+from flux2_ds.config.parse import shipped_directory
+from flux2_ds.config.plan import read_deepspeed
 
 STEPS = 8
 TOLERANCE = 1e-5  # relative, on every loss; measured: 1e-7

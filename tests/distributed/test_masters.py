@@ -11,10 +11,10 @@ import torch
 import trajectory
 from pool import launch
 
-from flux2_ds import checkpoint
+from flux2_ds.checkpoint import manager as checkpoint
+from flux2_ds.config.plan import make_plan
+from flux2_ds.config.recipe import Data, Launch, Model, Recipe
 from flux2_ds.model import transformer
-from flux2_ds.plan import make_plan
-from flux2_ds.recipe import Data, Launch, Model, Recipe
 
 STEPS, LEARNING_RATE, RANK = 50, 1e-4, 4
 # ZeRO holds fp32 copies of whatever it partitions. Without it only an adapter has them, being fp32 itself.

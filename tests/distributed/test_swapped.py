@@ -11,9 +11,9 @@ import trajectory
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from pool import launch
 
-from flux2_ds.plan import make_plan, read_deepspeed
-from flux2_ds.recipe import Batch, Data, Launch, Model, Recipe
-from flux2_ds.spec import Spec
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.plan import make_plan, read_deepspeed
+from flux2_ds.config.recipe import Batch, Data, Launch, Model, Recipe
 
 STEPS = 3
 WIDE = Spec("klein", "Flux2KleinPipeline", 1, 2, 6, 128, 48, False)

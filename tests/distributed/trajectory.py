@@ -26,13 +26,14 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds import checkpoint, optimizers
+from flux2_ds.checkpoint import manager as checkpoint
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
+from flux2_ds.engine import optimizers
 from flux2_ds.model import transformer
-from flux2_ds.model.blocks import arrange_blocks, blocks_of
-from flux2_ds.model.graphs import replay_passes
-from flux2_ds.model.weights import place_weight
-from flux2_ds.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
-from flux2_ds.spec import Spec
+from flux2_ds.model.activation_checkpointing import arrange_blocks, blocks_of
+from flux2_ds.model.cuda_graphs import replay_passes
+from flux2_ds.model.load import place_weight
 
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
 GLOBAL_BATCH = 4
@@ -157,9 +158,11 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     """
     from deepspeed.comm.comm import cdb as comm
 
-    from flux2_ds import agreement, assembly, saving
-    from flux2_ds.dividing import gathering
-    from flux2_ds.engine import Engine
+    from flux2_ds import distributed as agreement
+    from flux2_ds.checkpoint import manager as saving
+    from flux2_ds.engine.engine import Engine
+    from flux2_ds.engine.zero3 import gathering
+    from flux2_ds.training import build as assembly
 
     micro = case["micro"]
     config = {
@@ -262,8 +265,9 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
 
 def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
     """Losses of the steps that bench.py times on the small model, in the last process."""
-    from flux2_ds import agreement, bench
-    from flux2_ds.processes import barrier
+    from flux2_ds import distributed as agreement
+    from flux2_ds.commands import bench
+    from flux2_ds.distributed import barrier
 
     losses = []
     measure = bench.measure
@@ -346,7 +350,7 @@ def killed_while_saving(when: list[Any] | None, step: int, rank: int) -> Iterato
 
 
 def main() -> None:
-    from flux2_ds.processes import barrier, start_process, stop_process
+    from flux2_ds.distributed import barrier, start_process, stop_process
 
     torch.set_num_threads(1)
     # Traced, differentiated and divided into passes as ever, but run by torch's own kernels.

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_ds.plan import read_deepspeed
-from flux2_ds.shipped import shipped_directory
+from flux2_ds.config.parse import shipped_directory
+from flux2_ds.config.plan import read_deepspeed
 
 DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 STEPS = 20
@@ -89,7 +89,7 @@ def train(
 WORKER = """
 import json, sys, torch, trajectory
 from pathlib import Path
-from flux2_ds.processes import start_process, stop_process
+from flux2_ds.distributed import start_process, stop_process
 process, folder = start_process("cuda"), Path(sys.argv[1])
 kinds, steps, cases = json.loads((folder / "cases.json").read_text())
 references = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux2_ds.host_memory import LARGE, lock_pages, place_large_apart
+from flux2_ds.engine.host_memory import LARGE, lock_pages, place_large_apart
 
 pytestmark = [
     pytest.mark.gpu,

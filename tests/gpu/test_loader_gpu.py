@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux2_ds.data.buckets import Bucket
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, MicroBatch, Share
 from flux2_ds.data.order import Order

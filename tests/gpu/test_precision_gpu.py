@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_train_gpu import ROOT, losses_of, run
 
-from flux2_ds import checkpoint
-from flux2_ds.assembly import build_model
+from flux2_ds.checkpoint import manager as checkpoint
+from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.parse import load_recipe
+from flux2_ds.config.plan import make_plan
+from flux2_ds.distributed import Process
 from flux2_ds.model import transformer
-from flux2_ds.parsing import load_recipe
-from flux2_ds.plan import make_plan
-from flux2_ds.processes import Process
-from flux2_ds.spec import read_spec
+from flux2_ds.training.build import build_model
 
 pytestmark = [
     pytest.mark.gpu,

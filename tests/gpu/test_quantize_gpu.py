@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from flux2_ds.model.formats import FP8_MAX, INT8_MAX
-from flux2_ds.model.low_rank import adapted_product, add_low_rank
-from flux2_ds.model.quantize import (
+from flux2_ds.ops.formats import FP8_MAX, INT8_MAX
+from flux2_ds.ops.lora_ops import adapted_product, add_low_rank
+from flux2_ds.ops.quantized_linear import (
     BASE_WEIGHTS,
     QuantizedLinear,
     dequantize,
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from flux2_ds.model import kernels
+    from flux2_ds.ops import quant_kernels as kernels
 
 OPERAND_ERROR = {"bf16": 0.005, "int8": 0.025, "fp8": 0.06}
 """Compute -> the error of a product of bf16 tensors: its operands' and its own rounding to bf16."""

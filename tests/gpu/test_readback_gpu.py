@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux2_ds.readback import Readback
+from flux2_ds.distributed import Readback
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.recipe import Lora
 from flux2_ds.model import transformer
-from flux2_ds.model.blocks import arrange_blocks
-from flux2_ds.model.single import join_single, split_single
-from flux2_ds.recipe import Lora
-from flux2_ds.spec import Spec
+from flux2_ds.model.activation_checkpointing import arrange_blocks
+from flux2_ds.ops.fused_single_block import join_single, split_single
 
 pytestmark = [
     pytest.mark.gpu,

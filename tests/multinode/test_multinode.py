@@ -69,7 +69,7 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) ->
 
 def training_processes(machine: Machine) -> list[int]:
     """Everything that a machine runs of the training."""
-    return processes_of(machine, b"launcher.keeper", b"flux2_ds.train")
+    return processes_of(machine, b"launcher.reaper", b"flux2_ds.train")
 
 
 def processes_of(machine: Machine, *words: bytes) -> list[int]:

@@ -14,9 +14,9 @@ import pytest
 from conftest import SEED
 from slurm_machine import Slurm
 
+from flux2_ds.config.parse import load_recipe
 from flux2_ds.data.index import read_index
-from flux2_ds.parsing import load_recipe
-from flux2_ds.rundir import lock_run_dir
+from flux2_ds.run.run_dir import lock_run_dir
 
 pytestmark = pytest.mark.multinode
 

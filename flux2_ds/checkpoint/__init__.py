@@ -1,0 +1,1 @@
+"""Named tensors in safetensors, atomic checkpoints."""

@@ -1,0 +1,1 @@
+"""What flux2-ds runs beside training."""

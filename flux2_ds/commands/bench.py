@@ -1,0 +1,395 @@
+"""Bench: the recipe's own training step, with random weights of the true shapes, timed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from flux2_ds.config.bench_options import add_options, check_options
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.memory import GIB, Memory
+from flux2_ds.config.model_spec import (
+    TEXT_TOKENS,
+    TOKEN_CHANNELS,
+    Spec,
+    planned_spec,
+    target_modules,
+)
+from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.config.plan import Plan, make_plan
+from flux2_ds.config.recipe import Recipe
+from flux2_ds.data.loader import MicroBatch
+from flux2_ds.distributed import Process, barrier, exchange, start_process, stop_process
+from flux2_ds.engine import optimizers
+from flux2_ds.errors import UserError, run_root
+from flux2_ds.model import latents, transformer
+from flux2_ds.model.load import empty_transformer, fill_randomly
+from flux2_ds.run.environment import rank_and_world
+from flux2_ds.run.logging import set_up_console, set_up_log
+from flux2_ds.run.watchdog import Lookout
+from flux2_ds.training.build import (
+    build_engine,
+    build_objective,
+    check_machine,
+    division,
+    finish_model,
+)
+from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.step import update
+from flux2_ds.training.warmup import synthetic, too_small
+
+log = logging.getLogger("flux2_ds")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one kind of step, in the slowest process; `peak_bytes` in the one that takes most."""
+
+    first_seconds: float
+    seconds: float
+    fastest: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What is timed, and the memory that one process should take."""
+
+    model: nn.Module
+    objective: FlowObjective
+    batches: list[MicroBatch]
+    expected: Memory
+    step: Step
+
+
+def main() -> None:
+    """Entry point of `flux2_ds.commands.bench`, one call in each process."""
+    parser = recipe_parser("flux2-ds bench", "Time the recipe's training step.")
+    add_options(parser)
+    recipe, options = parse_recipe(parser)
+    rank, world = rank_and_world(os.environ)
+    with looking_out(rank, world):
+        if options.json:
+            log.setLevel(logging.WARNING)
+        result = bench(recipe, options)
+        if rank == 0:
+            print(json.dumps(result, indent=2) if options.json else "\n".join(lines(result)))
+
+
+@contextmanager
+def looking_out(rank: int, world: int) -> Iterator[None]:
+    """Of several processes, one's error ends the others and is the only one to be printed, as in training.
+
+    Where they log is no run's directory; it stays if one of them fails.
+    """
+    if world == 1:
+        set_up_console()
+        yield
+        return
+    # The launcher is the parent of all of them.
+    logs = Path(tempfile.gettempdir()) / f"flux2-ds-bench-{os.getppid()}"
+    with Lookout(logs, rank, world, hang_after=0):
+        set_up_log(logs, rank)
+        yield
+    for path in logs.glob(f"rank_{rank}.*"):
+        path.unlink()
+    with suppress(OSError):  # others are in it
+        logs.rmdir()
+
+
+def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
+    """Time the recipe's step, and what else the options ask for. Collective."""
+    process = start_process(recipe.launch.accelerator)
+    plan = make_plan(recipe, process.world)
+    check_options(options, plan)
+    bucket = Bucket(options.height, options.width)
+    device, on_card = process.device, process.device.type == "cuda"
+    if options.card is not None and on_card:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / total), device)
+    spec = planned_spec(recipe.model.path)
+    check_machine(plan, device)
+
+    result: dict[str, Any] = {
+        "model": f"{recipe.model.path} ({spec})",
+        "method": recipe.method,
+        "rank": recipe.lora.rank,
+        "targets": recipe.lora.targets,
+        "base_weights": recipe.base_weights or recipe.precision,
+        "activations": recipe.activations,
+        "offload_activations": recipe.offload_activations,
+        "deepspeed": f"ZeRO {plan.zero_stage}"
+        + (" offload" if plan.offloads("offload_optimizer") else ""),
+        "picture": str(bucket),
+        "processes": process.world,
+        "global_batch": recipe.batch.global_size,
+        "micro_batch": recipe.batch.micro_size,
+        "card": torch.cuda.get_device_name(device) if on_card else "CPU",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    plain = None
+    if options.against == "diffusers":
+        # First, because it leaves nothing behind.
+        plain = measure(
+            diffusers_step(spec, recipe, bucket, device), process, options.warm_up, options.measure
+        )
+        gc.collect()
+    if on_card:
+        result["gemm_tflops"] = gemm_speed(process)
+        torch.cuda.empty_cache()
+
+    this = psutil.Process()
+    resident, built = this.memory_info().rss, None
+    try:
+        built = build(plan, spec, bucket, process)
+        bare = None
+        if options.against == "bare":
+            bare = measure(
+                bare_step(built.model, recipe, built.objective, built.batches),
+                process,
+                options.warm_up,
+                options.measure,
+            )
+        timing = measure(built.step, process, options.warm_up, options.measure)
+    except torch.OutOfMemoryError as error:
+        spare = built.expected.spare if built else []
+        raise UserError(too_small(recipe, str(bucket), error, spare)) from error
+    result["cuda_graphs"] = built.expected.records
+    result["transposed_base"] = built.expected.transposes
+    samples = recipe.batch.global_size
+    work = useful_flops(spec, bucket, recipe.method) * samples / process.world
+    result |= {
+        "first_step_seconds": (bare or timing).first_seconds,
+        "seconds_per_step": timing.seconds,
+        "fastest_seconds_per_step": timing.fastest,
+        "samples_per_second": samples / timing.seconds,
+        "tflops_per_process": work / timing.seconds / 1e12,
+    }
+    if on_card:
+        result["share_of_gemm"] = result["tflops_per_process"] / result["gemm_tflops"]
+        # Replaying CUDA graphs allocates nothing; what recorded them, did.
+        result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
+        result["predicted_gib"] = built.expected.on_card / GIB
+        if built.expected.host:
+            grown = this.memory_info().rss - resident
+            result["host_gib"] = max(exchange(grown)) / GIB
+            result["predicted_host_gib"] = built.expected.on_host / GIB
+    if plain is not None:
+        result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
+        result["diffusers_peak_gib"] = plain.peak_bytes / GIB
+        result["speedup"] = plain.seconds * plan.accumulation / timing.seconds
+    if bare is not None:
+        result["bare_seconds_per_step"] = bare.seconds
+        result["engine_cost"] = timing.seconds / bare.seconds - 1
+    if options.profile is not None:
+        result["kernels"] = costliest_kernels(built.step, Path(options.profile), process)
+    stop_process()
+    return result
+
+
+def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
+    """The recipe's step on this process's share of a global batch of noise. Collective."""
+    recipe, device = plan.recipe, process.device
+    dtype = transformer.compute_dtype(recipe.precision)
+    model = empty_transformer(spec)
+    divide = division(plan.deepspeed, model, dtype, recipe.base_weights)
+    fill_randomly(model, dtype, recipe.base_weights, device, divide)
+    transformer.keep_timestep_exact(model)
+    expected = finish_model(model, spec, plan, process, bucket.tokens)
+    engine = build_engine(model, plan)
+    conditioning = {
+        "latent_mean": torch.zeros(TOKEN_CHANNELS),
+        "latent_std": torch.ones(TOKEN_CHANNELS),
+    }
+    objective = build_objective(recipe, spec, conditioning, device)
+    first = process.rank * plan.accumulation
+    batches = [
+        synthetic(recipe.batch.micro_size, spec.text_width, bucket, seed=number)
+        for number in range(first, first + plan.accumulation)
+    ]
+
+    def step() -> torch.Tensor:
+        return update(engine, objective, batches, recipe.optimizer.learning_rate)[-1]
+
+    return Built(model, objective, batches, expected, step)
+
+
+def measure(step: Step, process: Process, warm_up: int, count: int) -> Timing:
+    """Time `count` steps in a row, the host waiting at the end only, as in training; three times. Collective.
+
+    Several processes begin together.
+    """
+    device, alone = process.device, process.world == 1
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def run(steps: int) -> float:
+        wait()
+        if not alone:
+            barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        wait()
+        seconds = (time.perf_counter() - start) / steps
+        if not math.isfinite(float(loss)):
+            raise UserError(f"the loss of the synthetic steps is {float(loss)}.")
+        return seconds if alone else max(exchange(seconds))
+
+    first = run(1)
+    run(warm_up)
+    runs = [run(count) for _ in range(3)]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    if not alone:
+        peak = max(exchange(peak))
+    return Timing(first, statistics.median(runs), min(runs), peak)
+
+
+def useful_flops(spec: Spec, bucket: Bucket, method: str) -> float:
+    """Floating-point operations of one sample's step in the blocks, nothing computed twice.
+
+    The backward pass has as many as the forward pass in the linears, with method full as many again for
+    the weights' gradients, and 2.5 times as many in attention. An adapter's own are not counted.
+    """
+    linear, attention = spec.forward_flops(bucket.tokens)
+    return (3 if method == "full" else 2) * linear + 3.5 * attention
+
+
+def gemm_speed(process: Process) -> float:
+    """TFLOP/s of a bf16 product of 8192³ on the slowest card, all of them at work. Collective."""
+    a, b = (torch.randn(8192, 8192, device=process.device, dtype=torch.bfloat16) for _ in range(2))
+    timing = measure(lambda: (a @ b)[0, 0], process, 5, 10)
+    return 2 * 8192**3 / timing.seconds / 1e12
+
+
+def costliest_kernels(
+    step: Step, path: Path, process: Process, count: int = 10
+) -> list[dict[str, Any]]:
+    """Profile one step, write the first process's trace, and name its costliest kernels. Collective."""
+    if not process.first:
+        step()
+        return []
+    on_card = process.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step()
+        if on_card:
+            torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+    def cost(event: Any) -> float:
+        return float(event.self_device_time_total if on_card else event.self_cpu_time_total)
+
+    events = sorted(profiler.key_averages(), key=cost, reverse=True)[:count]
+    return [
+        {"kernel": event.key, "calls": event.count, "milliseconds": cost(event) / 1e3}
+        for event in events
+    ]
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result, for people."""
+    kernels = result.pop("kernels", [])
+    found = [
+        f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}"
+        for name, value in result.items()
+    ]
+    return found + [
+        f"{each['milliseconds']:8.2f} ms {each['calls']:5d} × {each['kernel'][:90]}"
+        for each in kernels
+    ]
+
+
+if __name__ == "__main__":
+    run_root(main)
+
+
+Step = Callable[[], torch.Tensor]
+"""One step; returns its loss."""
+
+
+def bare_step(
+    model: nn.Module, recipe: Recipe, objective: FlowObjective, batches: list[MicroBatch]
+) -> Step:
+    """The recipe's step in plain torch, on the same model."""
+    trained = list(transformer.trainable(model).values())
+    forward = transformer.predictor(model)
+    adam = optimizers.build(recipe.optimizer, trained, fused=objective.device.type == "cuda")
+
+    def step() -> torch.Tensor:
+        for batch in batches:
+            loss = objective.loss(forward, batch)
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.max_grad_norm or math.inf)
+        adam.step()
+        adam.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.device) -> Step:
+    """The step of diffusers' LoRA example for FLUX.2, one micro-batch: bf16 base, PEFT, gradient
+    checkpointing, autocast, fused AdamW."""
+    model = empty_transformer(spec)
+    fill_randomly(model, torch.bfloat16, None, device)
+    model.requires_grad_(False)
+    names = target_modules(spec, recipe.lora.targets)
+    rank = recipe.lora.rank
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    model.enable_gradient_checkpointing()
+    model.train()
+    on_card = device.type == "cuda"
+    adam = torch.optim.AdamW(trained, lr=recipe.optimizer.learning_rate, fused=on_card)
+    size = recipe.batch.micro_size
+    tokens = torch.randn(size, bucket.tokens, TOKEN_CHANNELS, device=device)
+    text = torch.randn(size, TEXT_TOKENS, spec.text_width, device=device, dtype=torch.bfloat16)
+    guidance = torch.ones(size, device=device) if spec.guidance else None
+
+    def step() -> torch.Tensor:
+        noise = torch.randn_like(tokens)
+        t = torch.rand(size, device=device)
+        mixed = torch.lerp(tokens, noise, t[:, None, None])
+        with torch.autocast(device.type, torch.bfloat16):
+            prediction = model(
+                hidden_states=mixed.bfloat16(),
+                encoder_hidden_states=text,
+                timestep=t,
+                img_ids=latents.image_ids(bucket.height, bucket.width, device),
+                txt_ids=latents.text_ids(TEXT_TOKENS, device),
+                guidance=guidance,
+                return_dict=False,
+            )[0]
+        loss = functional.mse_loss(prediction.float(), noise - tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        adam.zero_grad()
+        return loss.detach()
+
+    return step

@@ -1,0 +1,309 @@
+"""Sample: render the recipe's preview prompts without and with what was trained, side by side.
+
+    flux2-ds sample --config RECIPE [--step N] [--weights ema] [--base_weights nf4] [--output FILE]
+
+The prompts are encoded first, as `prepare` encodes captions, and the text encoder is freed. Then the
+transformer is loaded as it was trained, over the recipe's `base_weights` and with the exported adapter in the
+trainer's own layers; diffusers' pipeline denoises and decodes. So a card that trains a model renders with it.
+Attention is the recipe's. Blocks are not compiled (`compile`, `cuda_graphs`): the two columns are two models,
+which would each be compiled for some tens of passes.
+"""
+
+from __future__ import annotations
+
+import gc
+import glob
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from diffusers import Flux2Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from flux2_ds.config.memory import GIB, adapter_parameters, base_bytes, rendering_bytes
+from flux2_ds.config.model_files import model_directory
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
+from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.config.plan import check_attention, check_base
+from flux2_ds.config.recipe import Recipe, check_ranges
+from flux2_ds.data.images import check_format
+from flux2_ds.errors import UserError, run_root
+from flux2_ds.model import transformer
+from flux2_ds.model.attention import attention_backend, check_backend
+from flux2_ds.model.load import check_card, open_file, read_weights
+from flux2_ds.model.pipeline import load_image_pipeline
+from flux2_ds.model.text_encoder import TextEncoder
+from flux2_ds.prepare.encode import text_precision
+from flux2_ds.run.logging import set_up_console
+from flux2_ds.run.run_dir import Weights, export_path, trained_recipe
+from flux2_ds.training.previews import Prompt, as_prompt, grid, open_reference, render
+
+log = logging.getLogger("flux2_ds")
+
+_PARTS = ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
+TEXT, MODEL, PICTURE = "text encoder", "transformer", "picture"
+"""What memory must hold, one after the other; a picture with the transformer."""
+
+
+def main() -> None:
+    """Entry point of `flux2-ds sample`."""
+    set_up_console()
+    parser = recipe_parser(
+        "flux2-ds sample", "Render prompts without and with the trained weights."
+    )
+    parser.add_argument("--step", type=int | None, default=None,
+                        help="Export to render. Default: the newest.")  # fmt: skip
+    parser.add_argument("--weights", type=Weights, default="trained",
+                        help="The export of the trained weights, or of their moving average.")  # fmt: skip
+    parser.add_argument("--output", type=str | None, default=None,
+                        help="Picture to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
+    recipe, options = parse_recipe(parser)
+    if options.output is not None:
+        check_format("--output", Path(options.output))
+    check_ranges(recipe)
+    recipe = trained_recipe(recipe)
+    check_base(recipe)
+    check_attention(recipe)
+    trained = choose_export(recipe, options.step, options.weights)
+    step = step_of(trained)
+    average = options.weights == "ema"
+    name = f"step_{step:08d}{'-ema' if average else ''}.png"
+    output = Path(options.output or Path(recipe.run_dir) / "samples" / name)
+    references = [open_reference(path) for path in recipe.preview.references]
+    directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
+    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
+    device = torch.device("cpu" if recipe.launch.accelerator == "cpu" else "cuda:0")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.accelerator is cuda, and no GPU is visible here. Use a machine with one, or add "
+            "--launch.accelerator cpu."
+        )
+    text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
+    check_card(recipe.base_weights, device)
+    check_backend(recipe, device)
+    sizes, free = part_bytes(recipe, spec, directory, references), free_bytes(device)
+    check_room(recipe, TEXT, sizes[TEXT], free_bytes(text_device))
+    check_room(recipe, MODEL, sizes["weights"], free)
+    check_room(recipe, PICTURE, sizes["weights"] + sizes["picture"], free)
+
+    with enough_memory(recipe, TEXT):
+        prompts = encode_prompts(recipe, spec, directory, text_device)
+    with enough_memory(recipe, MODEL):
+        model = load_transformer(recipe, directory, device)
+        pipeline = load_image_pipeline(directory, spec, model, device)
+    del model
+    with enough_memory(recipe, PICTURE):
+        before = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
+        if recipe.method == "full":
+            # Two of them need not fit into memory.
+            pipeline.transformer = None
+            pipeline.transformer = load_transformer(recipe, trained.parent, device)
+        else:
+            put_adapter(pipeline.transformer, recipe, spec, trained)
+        after = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    held = recipe.base_weights or recipe.precision
+    titles = (f"base model, {held}", f"{recipe.method}, step {step}{', ema' if average else ''}")
+    grid(recipe.preview.prompts, titles, (before, after)).save(output)
+    log.info("rendered %d prompts over %s with %s: %s", len(before), held, trained, output)
+
+
+def part_bytes(
+    recipe: Recipe, spec: Spec, directory: Path, references: list[Image.Image]
+) -> dict[str, float]:
+    """Bytes in memory: weights of the text encoder, which goes first; weights of what renders; and what
+    the largest of its tensors take beside them.
+
+    At least: bitsandbytes leaves some weights of a quantised encoder in 16 bits.
+    """
+    text, vae = (stored_shapes(directory / part) for part in ("text_encoder", "vae"))
+    dtype, quantization = text_precision(recipe)
+    of_text = {None: dtype.itemsize, "int8": 1, "nf4": 0.5}[quantization]
+    element = transformer.compute_dtype(recipe.precision).itemsize
+    weights = base_bytes(spec, recipe.base_weights, element) + element * elements(vae)
+    if recipe.method != "full":
+        weights += 4 * adapter_parameters(spec, recipe)
+    pixels = recipe.preview.height * recipe.preview.width
+    # The pipeline makes larger references smaller.
+    tokens = sum(min(image.width * image.height, 1024**2) for image in references) + pixels
+    (channels,) = vae["decoder.conv_norm_out.weight"]
+    picture = rendering_bytes(
+        spec, recipe.base_weights, element, tokens // PIXELS_PER_TOKEN**2, pixels, channels
+    )
+    return {TEXT: of_text * elements(text), "weights": weights, "picture": picture}
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of a part's tensors, by name."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with open_file(path) as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def elements(shapes: dict[str, list[int]]) -> int:
+    """Of all tensors."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is left of the card's memory, or of this host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def check_room(recipe: Recipe, part: str, needed: float, free: float) -> None:
+    """Refuse what memory cannot hold, before anything is loaded; in bytes.
+
+    Raises:
+        UserError: naming the part, its size and what to do.
+    """
+    if needed > free:
+        raise UserError(
+            f"{described(recipe, part)} takes at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
+            f"are free. {remedies(recipe, part)}"
+        )
+
+
+@contextmanager
+def enough_memory(recipe: Recipe, part: str) -> Iterator[None]:
+    """What `check_room` counts is the least that is needed; the card may still be too small.
+
+    Raises:
+        UserError: it was, naming the part and what to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the card's memory is not enough: {described(recipe, part)} "
+            f"({str(error).splitlines()[0]}). {remedies(recipe, part)}"
+        ) from error
+
+
+def described(recipe: Recipe, part: str) -> str:
+    """The part and the settings that decide its size."""
+    if part == TEXT:
+        return f"the {TEXT} with prepare.text_weights {recipe.prepare.text_weights}"
+    held = f"base_weights {recipe.base_weights or recipe.precision}"
+    if recipe.method == "full":
+        held = f"precision {recipe.precision}"
+    if part == PICTURE:
+        preview = recipe.preview
+        return f"a picture of {preview.width}x{preview.height} px over the {MODEL} with {held}"
+    return f"the {MODEL} with {held}"
+
+
+def remedies(recipe: Recipe, part: str) -> str:
+    """What to change if memory is not enough for a part."""
+    ways = []
+    if part == TEXT:
+        if recipe.prepare.text_weights != "nf4":
+            ways.append("--prepare.text_weights nf4")
+        if recipe.prepare.text_device != "cpu":
+            ways.append("--prepare.text_device cpu")
+    else:
+        if part == PICTURE:
+            ways.append("smaller --preview.width and --preview.height")
+            if recipe.preview.references:
+                ways.append("fewer --preview.references")
+        if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):
+            ways.append("--base_weights nf4")
+    larger = "un sample on a larger machine with the same run_dir."
+    return f"Set {' or '.join(ways)}, or r{larger}" if ways else f"R{larger}"
+
+
+def choose_export(recipe: Recipe, step: int | None, weights: Weights = "trained") -> Path:
+    """The export of `step`, or the newest.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if step is not None:
+        path = export_path(recipe, step, weights)
+        if path.exists():
+            return path
+    else:
+        name = export_path(recipe, 0, weights)
+        folder = Path(recipe.run_dir) / "export"
+        pattern = glob.escape(str(name.relative_to(folder))).replace("0" * 8, "?" * 8)
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found[-1]
+        path = folder / pattern
+    command = f"flux2-ds export{' --weights ema' if weights == 'ema' else ''}"
+    raise UserError(f"{path} does not exist. Run `{command}` with this recipe first.")
+
+
+def step_of(trained: Path) -> int:
+    """The step in an export's name."""
+    return int(re.findall(r"step_(\d{8})", str(trained))[-1])
+
+
+def encode_prompts(
+    recipe: Recipe, spec: Spec, directory: Path, device: torch.device
+) -> list[Prompt]:
+    """The preview prompts as `prepare` encodes captions; the encoder is freed."""
+    dtype, quantization = text_precision(recipe)
+    encoder = TextEncoder(directory, spec, dtype, device, quantization)
+    empty = encoder.encode([""])
+    encoded = [
+        as_prompt(spec, encoder.encode([prompt]), empty) for prompt in recipe.preview.prompts
+    ]
+    del encoder
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return encoded
+
+
+def load_transformer(
+    recipe: Recipe, directory: Path, device: torch.device
+) -> Flux2Transformer2DModel:
+    """`directory`/transformer, with its weights and its attention as the recipe says."""
+    with torch.device("meta"):
+        model = transformer.build_transformer(directory)
+    dtype = transformer.compute_dtype(recipe.precision)
+    read_weights(model, directory / "transformer", dtype, device, recipe.base_weights)
+    attention = attention_backend(recipe, device)
+    if attention is not None:
+        model.set_attention_backend(attention)
+    return model.eval()
+
+
+@torch.no_grad()
+def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, exported: Path) -> None:
+    """Add the exported adapter, in the layers that it was trained in.
+
+    Raises:
+        UserError: it is not one of this recipe's.
+    """
+    exported_recipe = replace(recipe, lora=transformer.exported_settings(recipe.lora))
+    transformer.make_trainable(model, spec, exported_recipe)
+    model.eval()
+    own = {
+        f"transformer.{transformer.exported_name(name)}": parameter
+        for name, parameter in transformer.trainable(model).items()
+    }
+    stored = load_file(exported)
+    if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in own.items()}:
+        raise UserError(
+            f"{exported} is not an adapter of the run in {recipe.run_dir}: it has other tensors. Run "
+            "`flux2-ds export` again."
+        )
+    for name, parameter in own.items():
+        parameter.copy_(stored[name])
+
+
+if __name__ == "__main__":
+    run_root(main)

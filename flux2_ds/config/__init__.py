@@ -1,0 +1,1 @@
+"""What was asked: recipe, plan, checks. Imports no torch."""

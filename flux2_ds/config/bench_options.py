@@ -1,0 +1,57 @@
+"""The options of `flux2-ds bench`, and what it refuses. No torch: the launcher refuses before it starts anything."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from flux2_ds.config.plan import Plan
+from flux2_ds.errors import UserError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is timed, and what is told of it."""
+    add = parser.add_argument
+    add("--width", type=int, default=1024, help="Of the pictures, in px.")
+    add("--height", type=int, default=1024, help="Of the pictures, in px.")
+    add("--measure", type=int, default=10, help="Steps in a row that are timed, three times.")
+    add("--warm-up", type=int, default=3, help="Steps before them.")
+    add("--card", type=float, default=None, help="Use no more than so many GiB of each card.")
+    add(
+        "--against",
+        choices=["diffusers", "bare"],
+        help="Also time the loop of diffusers' example, or the same step without DeepSpeed, on one GPU.",
+    )
+    add(
+        "--profile",
+        type=str,
+        default=None,
+        help="Write a trace of the first process here; list its costliest kernels.",
+    )
+    add("--json", action="store_true", help="Print one JSON object.")
+
+
+def check_options(options: Any, plan: Plan) -> None:
+    """Refuse options that do not go together, or not with the plan.
+
+    Raises:
+        UserError: naming the option and what to do.
+    """
+    if options.width % 16 or options.height % 16 or min(options.width, options.height) < 16:
+        raise UserError(
+            f"--width {options.width} and --height {options.height} must be multiples of 16."
+        )
+    if options.measure < 1 or options.warm_up < 1:
+        raise UserError(
+            f"--measure {options.measure} and --warm-up {options.warm_up} must be at least 1."
+        )
+    if options.against is not None and plan.processes > 1:
+        raise UserError(
+            f"--against {options.against} compares steps of one process, and these are "
+            f"{plan.processes}. Add --launch.processes 1."
+        )
+    if options.against == "bare" and (plan.zero_stage or plan.recipe.method == "full"):
+        raise UserError(
+            "--against bare is plain torch, without ZeRO and fp32 masters. Set deepspeed: zero0 and "
+            "method: lora."
+        )

@@ -1,0 +1,357 @@
+"""Bytes of a training step, by part, from dimensions alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flux2_ds.config.model_spec import (
+    DOUBLE_LINEARS,
+    PIXELS_PER_TOKEN,
+    SINGLE_LINEARS,
+    TEXT_TOKENS,
+    TOKEN_CHANNELS,
+    Spec,
+    target_modules,
+)
+from flux2_ds.config.plan import Plan, captures, compiles, transposable
+from flux2_ds.config.recipe import Recipe
+
+GIB = 2**30
+_CUDA_GRAPHS, TRANSPOSED = "CUDA graphs", "transposed base"
+_SPARE = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "transposed_base"}
+"""What is made only where memory is left for it -> its setting."""
+
+_KEPT = {
+    (True, "lora", False): (12, 11),
+    (True, "lora", True): (12, 11),
+    (True, "dora", False): (13.5, 12),
+    (True, "dora", True): (24, 21),
+    (True, "full", False): (13, 12),
+    (False, "lora", False): (24.5, 19),
+    (False, "lora", True): (36, 24),
+    (False, "dora", False): (35.5, 29),
+    (False, "dora", True): (47, 34),
+    (False, "full", False): (32, 21),
+}
+"""Whether compiled, method, whether with dropout -> streams that a double and a single block keep; adapters on
+all linears."""
+_WORKING = 34
+_DECODER_CHANNELS = 128  # of the released VAE, at a picture's full size
+_CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
+
+_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
+_SMALL = 1e5  # and of stage3_param_persistence_threshold
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of one process, in bytes, by part: on its card, and of host memory."""
+
+    card: dict[str, float]
+    host: dict[str, float]
+
+    @property
+    def on_card(self) -> float:
+        """What torch allocates at the peak."""
+        return sum(self.card.values())
+
+    @property
+    def on_host(self) -> float:
+        """Host memory of one process beside its libraries."""
+        return sum(self.host.values())
+
+    @property
+    def records(self) -> bool:
+        """Whether passes are recorded as CUDA graphs."""
+        return _CUDA_GRAPHS in self.card
+
+    @property
+    def spare(self) -> list[str]:
+        """The settings that would free memory if they were false."""
+        return [setting for part, setting in _SPARE.items() if part in self.card]
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the base is held a second time, transposed."""
+        return TRANSPOSED in self.card
+
+    def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
+        """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack, and
+        such a part of the host's memory."""
+        return self.on_card * 1.02 + _CONTEXT <= card_bytes and self.on_host <= host_bytes
+
+
+def _preview_bytes(spec: Spec, recipe: Recipe, element: int) -> float:
+    pixels = recipe.preview.height * recipe.preview.width
+    tokens = pixels // PIXELS_PER_TOKEN**2
+    return rendering_bytes(spec, recipe.base_weights, element, tokens, pixels, _DECODER_CHANNELS)
+
+
+def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
+    """Host memory that DeepSpeed 0.19.8 gives its CPU Adam for `share` elements, beside the moments.
+
+    Page-locked, where the config says so, are at stage 3 the sums of gradients in one piece and a copy of
+    them in groups, below it masters, gradients and the updated weights on their way back to the card.
+    """
+    zero = plan.zero
+    locked = _page_locked if zero["offload_optimizer"].get("pin_memory", True) else float
+    if plan.zero_stage < 3:
+        gradients = locked(4 * share) + locked(element * share)
+        return {"fp32 masters": locked(4 * share), "gradients": gradients}
+    group = min(share, zero.get("sub_group_size", _LIVE))
+    whole, rest = divmod(share, group)
+    copies = whole * locked(4 * group) + (locked(4 * rest) if rest else 0)
+    return {"fp32 masters": 4 * share, "gradients": locked(4 * share) + copies}
+
+
+def _swapped_bytes(spec: Spec, base_weights: str | None, element: int) -> list[float]:
+    """Bytes of each weight that `assembly.swapped` puts on NVMe: a quantised base's scales stay."""
+    if base_weights in (None, "bf16"):
+        return [elements * element for elements in block_matrices(spec) + other_matrices(spec)]
+    each = 0.5 if base_weights.startswith("nf4") else 1
+    return [elements * each for elements in block_matrices(spec)]
+
+
+def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
+    """Bytes of small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
+    tensors: list[tuple[float, int]] = []  # elements, and bytes of each
+    if recipe.method != "full":
+        tensors += [(elements, 4) for elements in adapter_tensors(spec, recipe)]
+    if (recipe.base_weights or "").startswith("nf4"):
+        tensors += [(elements * NF4_SCALES, 1) for elements in block_matrices(spec)]
+    return sum(elements * each for elements, each in tensors if elements <= threshold)
+
+
+def _page_locked(size: float) -> float:
+    return 2.0 ** math.ceil(math.log2(size))
+
+
+def kept_streams(recipe: Recipe) -> tuple[float, float]:
+    """What a double and a single block keep for the backward pass if they recompute nothing costly, in streams."""
+    drops = recipe.method != "full" and recipe.lora.dropout > 0
+    return _KEPT[compiles(recipe), recipe.method, drops]
+
+
+def estimate(
+    spec: Spec, plan: Plan, image_tokens: int, kept: int, card_bytes: float = math.inf
+) -> Memory:
+    """Memory of one process of a run.
+
+    `image_tokens`: of the largest bucket, references included. `kept`: number of blocks that keep
+    their activations. `card_bytes`: free on the card; CUDA graphs and a transposed base that would not fit are
+    not counted, nor made unless the recipe asks for them.
+    """
+    recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
+    element = 4 if recipe.precision == "fp32" else 2
+    full = recipe.method == "full"
+    trained = trained_parameters(spec, recipe)
+    share = trained / plan.processes if stage else trained
+    card: dict[str, float] = {}
+    host: dict[str, float] = {}
+    parts = plan.processes if stage == 3 else 1
+    at = host if plan.offloads("offload_param") else card
+    at["base weights"] = base_bytes(spec, recipe.base_weights, element) / parts
+    if at is host and not plan.swaps:
+        # What is trained DeepSpeed moves into one page-locked piece.
+        host["base weights" if full else "adapter"] = _page_locked((element if full else 4) * share)
+    if plan.swaps:
+        away = _swapped_bytes(spec, recipe.base_weights, element)
+        host["base weights"] -= sum(away) / parts
+        host["swap buffers"] = zero["offload_param"]["buffer_count"] * max(away) / parts
+    if stage == 3:
+        # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
+        stored = element if recipe.base_weights in (None, "bf16") else 1
+        whole = base_bytes(spec, recipe.base_weights, element)
+        live = zero.get("stage3_max_live_parameters", _LIVE)
+        if plan.processes > 1 or at is host:  # else they are whole where they lie
+            card["gathered weights"] = min(whole, live * stored)
+        if plan.processes > 1:
+            threshold = zero.get("stage3_param_persistence_threshold", _SMALL)
+            card["kept whole"] = _kept_whole(spec, recipe, threshold)
+    if not full:
+        card["adapter"] = 4 * (share if stage == 3 else trained)
+    optimizer_at = host if plan.offloads("offload_optimizer") else card
+    bf16_masters = full and recipe.precision == "bf16"
+    if optimizer_at is host:
+        host |= _offloaded(plan, share, element if full else 4)
+        if bf16_masters and stage < 3:
+            # Gradients are summed here first, at stage 1 those of all parameters besides.
+            card["gradients"] = 4 * share + (4 * trained if stage == 1 else 0)
+    else:
+        if stage and (full or stage < 3):
+            card["fp32 masters"] = 4 * share
+        # At stage 1 a full fine-tune in bf16 has its gradients in both dtypes.
+        gradient = 6 if bf16_masters and stage == 1 else 4
+        card["gradients"] = gradient * (share if stage >= 2 else trained)
+    optimizer_at["optimizer"] = optimizer_bytes(recipe.optimizer.name) * share
+    # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
+    bufferless = bf16_masters and stage == 1 and optimizer_at is card
+    if stage and zero.get("contiguous_gradients", True) and not bufferless:
+        # Stage 3 orders a bucket by process in a copy. An adapter fills its bucket once most activations are gone.
+        buffers = 2 if (full if stage == 3 else zero.get("overlap_comm")) else 1
+        halved = recipe.precision == "fp16" or (bf16_masters and stage > 1)
+        bucket = min(zero.get("reduce_bucket_size", 5e8), trained)  # engine.py sees to it
+        card["reduction buffers"] = (2 if halved else 4) * buffers * bucket
+    if recipe.optimizer.ema_decay is not None:
+        optimizer_at["EMA"] = 4 * share
+
+    tokens = (image_tokens + TEXT_TOKENS) * recipe.batch.micro_size
+    stream = tokens * spec.width * element
+    kept_double = max(0, kept - spec.single_blocks)
+    kept_single = kept - kept_double
+    in_double, in_single = kept_streams(recipe)
+    card["activations"] = stream * (in_double * kept_double + in_single * kept_single)
+    if recipe.offload_activations:
+        text = _page_locked(stream * TEXT_TOKENS / (image_tokens + TEXT_TOKENS))
+        image = _page_locked(stream * image_tokens / (image_tokens + TEXT_TOKENS))
+        double = spec.double_blocks - kept_double
+        single = spec.single_blocks - kept_single
+        host["activations"] = double * (text + image) + single * _page_locked(stream)
+    else:
+        card["activations"] += stream * (spec.blocks - kept)
+    # While one block runs: its intermediates, and its widest weight as the product reads it.
+    card["working"] = _WORKING * stream + expanded_bytes(spec, recipe.base_weights)
+    card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
+    memory = Memory(card, host)
+    spare: dict[str, float] = {}
+    if captures(plan):
+        # Gradients are copied out of the recorded passes, whose memory nothing else may use, and once more if
+        # they are then added to others or divided among processes.
+        graphs = 4 * trained * (1 + (plan.accumulation > 1 or stage == 2)) + card["batch"]
+        graphs += max(
+            card["working"] if recipe.data.held_out else 0,
+            _preview_bytes(spec, recipe, element) if recipe.preview.every else 0,
+        )
+        spare[_CUDA_GRAPHS] = graphs
+    if transposable(plan):
+        spare[TRANSPOSED] = float(sum(block_matrices(spec)))
+    for part, size in spare.items():
+        more = Memory(memory.card | {part: size}, host)
+        if getattr(recipe, _SPARE[part]) or more.fits(card_bytes):
+            memory = more
+    return memory
+
+
+def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
+    """Bytes of the card that the warm-up finds free and the first step does not: the optimizer's state, below
+    stage 3 ZeRO's buffers and gradients, at stages 0 and 1 those that wait for the next micro-batch's."""
+    parts = ["optimizer"] * (not resumed)
+    parts += ["reduction buffers"] * (plan.zero_stage < 3)
+    parts += ["gradients"] * (
+        plan.zero_stage == 2 or (plan.zero_stage < 2 and plan.accumulation > 1)
+    )
+    return sum(memory.card.get(part, 0.0) for part in parts)
+
+
+def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) -> int:
+    """How many blocks keep their activations, the recipe's `activations` being a share of them or a
+    word; `auto` is as many as fit into `card_bytes`."""
+    setting = plan.recipe.activations
+    if setting != "auto":
+        share = {"recompute": 0.0, "keep": 1.0}[setting] if isinstance(setting, str) else setting
+        return round(share * spec.blocks)
+    for kept in range(spec.blocks, 0, -1):
+        # Kept blocks gain more than what is made where memory is left for it: for that there is none here.
+        if estimate(spec, plan, image_tokens, kept, card_bytes=0).fits(card_bytes):
+            return kept
+    return 0
+
+
+NF4_SCALES, _ROW_SCALE = 1 / 64, 4  # bytes a weight, and a row
+_NF4_BITS = 0.5 + NF4_SCALES
+_TIMESTEP_FREQUENCIES = 256
+_RENDERING = 21  # without a backward pass
+_STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
+_MOMENTS = 8  # two in fp32
+
+
+def block_matrices(spec: Spec) -> list[int]:
+    """Elements of each of the blocks' linears."""
+    double, single = DOUBLE_LINEARS.values(), SINGLE_LINEARS.values()
+    widths = [*double] * spec.double_blocks + [*single] * spec.single_blocks
+    return [spec.width**2 * inputs * outputs for inputs, outputs in widths]
+
+
+def other_matrices(spec: Spec) -> list[int]:
+    """Elements of each of the other linears: embedders, modulation and output layers."""
+    width = spec.width
+    embedders = [width * TOKEN_CHANNELS, width * spec.text_width]
+    time = [width * _TIMESTEP_FREQUENCIES, width**2] * (1 + spec.guidance)
+    modulation = [6 * width**2, 6 * width**2, 3 * width**2]
+    return [*embedders, *time, *modulation, 2 * width**2, width * TOKEN_CHANNELS]
+
+
+def adapter_tensors(spec: Spec, recipe: Recipe) -> list[int]:
+    """Elements of each of the adapter's tensors."""
+    sizes = []
+    for name in target_modules(spec, recipe.lora.targets):
+        group, _, linear = name.split(".", 2)
+        shapes = DOUBLE_LINEARS if group == "transformer_blocks" else SINGLE_LINEARS
+        inputs, outputs = (features * spec.width for features in shapes[linear])
+        sizes += [recipe.lora.rank * inputs, recipe.lora.rank * outputs]
+        sizes += [outputs] if recipe.method == "dora" else []
+    return sizes
+
+
+def adapter_parameters(spec: Spec, recipe: Recipe) -> int:
+    """Elements of the adapter."""
+    return sum(adapter_tensors(spec, recipe))
+
+
+def trained_parameters(spec: Spec, recipe: Recipe) -> int:
+    """Elements of what is trained: the model, or the adapter."""
+    if recipe.method == "full":
+        return sum(block_matrices(spec) + other_matrices(spec))
+    return adapter_parameters(spec, recipe)
+
+
+def optimizer_bytes(name: str) -> float:
+    """Bytes of an optimizer's state for each trained element."""
+    return _STATE.get(name, _MOMENTS)
+
+
+def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
+    """Bytes of a checkpoint on disk: fp32 weights, the optimizer's state, the average."""
+    name = recipe.optimizer.name
+    # With each element of an 8-bit optimizer's two moments its scale is stored.
+    scales = 8 if "8bit" in name else 0
+    average = 0 if recipe.optimizer.ema_decay is None else 4
+    each = 4 + optimizer_bytes(name) + scales + average
+    return each * trained_parameters(spec, recipe)
+
+
+def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
+    """Bytes of the model's weights. `element`: bytes of one that is not quantised."""
+    per_weight: float = element
+    if base_weights in ("fp8", "int8"):
+        per_weight = 1 + _ROW_SCALE / spec.width
+    elif base_weights is not None and base_weights.startswith("nf4"):
+        per_weight = _NF4_BITS + _ROW_SCALE / spec.width
+    return per_weight * sum(block_matrices(spec)) + element * sum(other_matrices(spec))
+
+
+def rendering_bytes(
+    spec: Spec,
+    base_weights: str | None,
+    element: int,
+    image_tokens: int,
+    pixels: int,
+    channels: int,
+) -> float:
+    """Least bytes beside the weights while a picture is denoised and decoded; kernels' workspaces come on top.
+
+    `image_tokens`: references included. `channels`: of the VAE's decoder at the picture's full size. Both
+    parts were counted in tensors that exist at once, on the CPU.
+    """
+    stream = (image_tokens + TEXT_TOKENS) * spec.width * element
+    # Rotations are in fp32. The decoder's last stage takes in twice its channels, three times at once.
+    return max(
+        _RENDERING * stream + expanded_bytes(spec, base_weights), 6.0 * channels * pixels * element
+    )
+
+
+def expanded_bytes(spec: Spec, base_weights: str | None) -> int:
+    """Bytes of the widest weight as the product reads it."""
+    product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
+    return 9 * spec.width**2 * product.get(base_weights or "", 0)

@@ -1,0 +1,95 @@
+"""The files of a model: where they are, and digests that say which ones they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from flux2_ds.config.model_spec import PADDING_SIDES
+from flux2_ds.errors import UserError, without_queries
+
+_VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
+_PROBES, _PROBE_BYTES = 8, 1 << 16
+
+
+def model_directory(path: str, revision: str | None, parts: list[str]) -> Path:
+    """The local directory of a model: `path` itself, or the hub's cache after fetching `parts`.
+
+    The configs of all parts and the tokenizer come along: the variant is recognised from them, and the
+    tokenizer takes part in the fingerprint.
+
+    Raises:
+        UserError: neither a directory nor an id that the hub or its cache can serve.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = ["model_index.json", "*/*.json", "tokenizer/*", *(f"{part}/*" for part in parts)]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = without_queries(str(error)).strip().splitlines()[0]
+        raise UserError(
+            f"model.path {path!r} is neither a directory here nor a model the Hugging Face hub "
+            f"serves: {reason}. Check the path; for a gated model accept its licence and log in "
+            "with `hf auth login`."
+        ) from error
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Digests of what shapes a prepared sample: VAE, text encoder, tokenizer, pipeline class, and the
+    side on which prompts are padded.
+
+    Parts that are not on this machine are left out. Configs count without version stamps; of each
+    weight file its name, size, header and some probes of its body count, which tells different
+    weights apart without reading 48 GB.
+    """
+    pipeline = json.loads((directory / "model_index.json").read_text())["_class_name"]
+    result = {"pipeline": pipeline, "padding": PADDING_SIDES[pipeline]}
+    for part in ("vae", "text_encoder", "tokenizer"):
+        files = sorted(path for path in (directory / part).glob("*") if path.is_file())
+        weights_here = part == "tokenizer" or any(f.suffix == ".safetensors" for f in files)
+        if files and weights_here:
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update(f"{file.name}:".encode() + _file_digest(file))
+            result[part] = digest.hexdigest()[:16]
+    return result
+
+
+def check_fingerprint(prepared: dict[str, str], directory: Path, shards: str) -> list[str]:
+    """Compare the shards' fingerprint with the model's; returns the parts that could not be.
+
+    Raises:
+        UserError: the shards were made by another model.
+    """
+    here = fingerprint(directory)
+    for part, digest in prepared.items():
+        if part in here and here[part] != digest:
+            raise UserError(
+                f"data.shards {shards} were made by another model: their {part} is {digest}, that "
+                f"of model.path {directory} is {here[part]}. Prepare the shards with this model, "
+                "or train the model that they were prepared with."
+            )
+    return [part for part in prepared if part not in here]
+
+
+def _file_digest(path: Path) -> bytes:
+    if path.name.endswith("config.json"):
+        config = json.loads(path.read_text())
+        kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as stream:
+        if path.suffix != ".safetensors":
+            digest.update(stream.read())
+        else:
+            for probe in range(_PROBES):
+                stream.seek(max(0, size - _PROBE_BYTES) * probe // (_PROBES - 1))
+                digest.update(stream.read(_PROBE_BYTES))
+    return digest.digest()

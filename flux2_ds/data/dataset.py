@@ -1,0 +1,197 @@
+"""The prepared shards of a recipe, and whether they fit it and its model. No torch: the launcher asks, too."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.plan import Plan, captures
+from flux2_ds.config.recipe import Recipe, is_url
+from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
+from flux2_ds.data.order import Order
+from flux2_ds.data.storage import join
+from flux2_ds.errors import UserError
+
+
+def recordable(plan: Plan, index: Index) -> Plan:
+    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory.
+
+    Raises:
+        UserError: the recipe asks for them.
+    """
+    if not captures(plan) or all(shard.references != "several" for shard in index.shards):
+        return plan
+    if plan.recipe.cuda_graphs:
+        raise UserError(
+            "cuda_graphs is true, and the samples' reference images have several sizes, so that passes of new "
+            "shapes come at any time. Remove cuda_graphs."
+        )
+    return replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
+
+
+log = logging.getLogger("flux2_ds")
+
+
+def read_data(recipe: Recipe) -> tuple[Index, Index]:
+    """The index of what is trained on and of what is held out, `data.more_shards` included.
+
+    Raises:
+        UserError: an index that cannot be read, shards of different models, a weight of no source, or
+            nothing to train on.
+    """
+    data = recipe.data
+    index = read_index(data.shards)
+    shards = list(index.shards)
+    for name, folder in data.more_shards.items():
+        other = read_index(folder, f"data.more_shards.{name}")
+        for what in ("variant", "text_width", "fingerprint"):
+            if getattr(other, what) != getattr(index, what):
+                raise UserError(
+                    f"data.more_shards.{name} {folder} was made by another model than data.shards "
+                    f"{data.shards}: {what} is {getattr(other, what)}, not {getattr(index, what)}."
+                )
+        if index.text_dtype and other.text_dtype and index.text_dtype != other.text_dtype:
+            raise UserError(
+                f"data.more_shards.{name} {folder} has captions in {other.text_dtype}, data.shards "
+                f"{data.shards} in {index.text_dtype}. Prepare both with the same prepare.text_weights."
+            )
+        if name in {shard.source for shard in shards}:
+            raise UserError(f"data.more_shards.{name} has the name of a source of data.shards.")
+        # Absolute, because the shards' names are looked up in data.shards.
+        place = folder if is_url(folder) else str(Path(folder).absolute())
+        shards += [replace(s, name=join(place, s.name), source=name) for s in other.shards]
+    sources = {shard.source for shard in shards}
+    for name in data.weights:
+        if name not in sources:
+            raise UserError(
+                f"data.weights.{name}: there is no such source; there are {', '.join(sorted(sources))}."
+            )
+    whole = replace(index, shards=shards)
+    training, held_out = whole.part(held_out=False), whole.part(held_out=True)
+    if not training.samples:
+        raise UserError(
+            f"all samples of data.shards {data.shards} are held out. Lower data.held_out."
+        )
+    return training, held_out
+
+
+def build_order(recipe: Recipe, index: Index) -> Order:
+    """The order of the samples."""
+    data = recipe.data
+    return Order(index, recipe.batch.global_size, recipe.seed, data.shuffle_window, data.weights)
+
+
+def check_shards(
+    index: Index, held_out: Index, spec: Spec | None, directory: Path | None, recipe: Recipe
+) -> None:
+    """Refuse shards that another model than that in `directory` made, or that do not fit the recipe. All
+    that look at shards ask this. `spec` and `directory` are None while they are not known, because the
+    model is yet to be fetched.
+
+    Raises:
+        UserError: another variant, text width, or other weights of VAE or text encoder.
+    """
+    if spec is not None:
+        check_variant(recipe, index, spec)
+    check_settings(recipe, index)
+    check_companions(recipe, index, held_out)
+    if directory is None:
+        return
+    from flux2_ds.config.model_files import (
+        check_fingerprint,  # here: the launcher need not wait for it
+    )
+
+    unchecked = check_fingerprint(index.fingerprint, directory, recipe.data.shards)
+    if unchecked:
+        log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
+
+
+def check_prompts(recipe: Recipe) -> None:
+    """Refuse previews of a prompt that has not been encoded.
+
+    Raises:
+        UserError: naming the first such prompt.
+    """
+    if recipe.preview.every is None:
+        return
+    known = encoded_prompts(recipe.data.shards)
+    for prompt in recipe.preview.prompts:
+        if prompt not in known:
+            raise UserError(
+                f"preview.every is set, and {join(recipe.data.shards, PROMPTS_NAME)} has no prompt "
+                f"{prompt!r}. Run `flux2-ds prepare` with this recipe, which adds it, or remove "
+                "preview.every."
+            )
+
+
+def check_settings(recipe: Recipe, index: Index) -> None:
+    """Refuse shards that were prepared with other settings.
+
+    Raises:
+        UserError: naming the setting and both values.
+    """
+    for name, prepared in index.settings.items():
+        wanted = getattr(recipe.data, name)
+        if wanted != prepared:
+            raise UserError(
+                f"data.{name} is {wanted}, but data.shards {recipe.data.shards} were prepared with "
+                f"{prepared}. Prepare shards in another folder, or set it back."
+            )
+
+
+def check_companions(recipe: Recipe, index: Index, held_out: Index) -> None:
+    """Refuse masks that are wanted and not there, and reference images that cannot be batched, also
+    among what is held out.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    shards = recipe.data.shards
+    if recipe.objective.masked_loss and not any(shard.masks for shard in index.shards):
+        raise UserError(
+            f"objective.masked_loss is true, but no picture in data.shards {shards} has a mask. Put "
+            "NAME.mask.png beside NAME.png and prepare again, or set it to false."
+        )
+    if recipe.batch.micro_size == 1:
+        return
+    for which, part in (("pictures", index), ("held-out pictures", held_out)):
+        for bucket in part.bucket_counts():
+            sizes = {shard.references for shard in part.shards if shard.bucket == bucket}
+            if len(sizes) > 1 or "several" in sizes:
+                raise UserError(
+                    f"the {which} of bucket {bucket} in data.shards {shards} have reference images "
+                    f"of different number or size, and batch.micro_size is {recipe.batch.micro_size}. "
+                    "Set it to 1: such samples cannot share a forward pass."
+                )
+
+
+def companion_lines(recipe: Recipe, index: Index) -> list[str]:
+    """Which masks and reference images there are, and whether they are used, for people."""
+    lines = []
+    masks = sum(shard.masks for shard in index.shards)
+    if masks:
+        used = (
+            "used" if recipe.objective.masked_loss else "not used: objective.masked_loss is false"
+        )
+        lines.append(f"{masks} masks, {used}")
+    references = sorted({shard.references for shard in index.shards} - {""})
+    if references:
+        sizes = ["several sizes" if each == "several" else f"{each} px" for each in references]
+        lines.append(f"reference images of {' or '.join(sizes)}")
+    return lines
+
+
+def check_variant(recipe: Recipe, index: Index, spec: Spec) -> None:
+    """Refuse shards that were prepared for another kind of model.
+
+    Raises:
+        UserError: another variant or text width.
+    """
+    if (index.variant, index.text_width) != (spec.variant, spec.text_width):
+        raise UserError(
+            f"data.shards {recipe.data.shards} were prepared for FLUX.2-{index.variant} with text "
+            f"width {index.text_width}; model.path {recipe.model.path} is FLUX.2-{spec.variant} with "
+            f"{spec.text_width}. Prepare the shards with this model."
+        )

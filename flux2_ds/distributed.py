@@ -1,0 +1,157 @@
+"""The process group of a run, its small collectives, and values read without a host wait."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed
+
+from flux2_ds.errors import OutageError, UserError
+from flux2_ds.run.environment import given_ranks
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
+
+def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
+    """Join the process group that the launcher's environment describes; alone without one.
+
+    Raises:
+        UserError: another accelerator, or an environment that cannot be.
+        OutageError: this first process cannot listen where the others would meet it.
+    """
+    found = get_accelerator().device_name()
+    if found != accelerator:
+        raise UserError(
+            f"DeepSpeed chose the {found} accelerator, the recipe's launch.accelerator is "
+            f"{accelerator}. Start with `flux2-ds train`, or set DS_ACCELERATOR={accelerator}."
+        )
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # whichever is free
+    }
+    ranks = given_ranks(os.environ)
+    if ranks is None:
+        os.environ.update(alone)
+    device = torch.device("cpu")
+    # DeepSpeed would compile a shared-memory collective on its first CPU run: minutes, and a failure
+    # without a C++ compiler. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if accelerator == "cuda":
+        device = torch.device("cuda", ranks.local_rank if ranks else 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"the environment variable LOCAL_RANK is {device.index}; this machine shows "
+                f"{torch.cuda.device_count()} GPUs. Start fewer processes here, or correct "
+                "CUDA_VISIBLE_DEVICES."
+            )
+        torch.cuda.set_device(device)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except distributed.DistNetworkError as error:
+        if ranks is None or ranks.rank:  # that the first one cannot be reached has a cause there
+            raise
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise OutageError(
+            f"the processes cannot meet at {address}, port {port}, by the environment variables MASTER_ADDR "
+            f"and MASTER_PORT ({str(error).splitlines()[0]}). They must name this machine, on which the "
+            "first process runs, and a port that nothing else uses."
+        ) from error
+    return Process(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    # Without a device torch warns, where DeepSpeed has bound none to the group: with one process.
+    on_card = distributed.get_backend() == "nccl"
+    distributed.barrier(device_ids=[torch.cuda.current_device()] if on_card else None)
+
+
+def stop_process() -> None:
+    """Wait for all processes and leave the process group."""
+    # Not only for each other: a gloo thread that still returns the tensor of the last collective when
+    # Python shuts down aborts a process that has done all its work ("terminate called without an
+    # active exception").
+    barrier()
+    distributed.destroy_process_group()
+
+
+def any_process(flag: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
+    """A function that says whether the flag is up in any process. Collective.
+
+    One alone looks at its flag when that is called. Several have looked now; what the device is given meanwhile
+    is not waited for.
+    """
+    if distributed.get_world_size() == 1:
+        return flag
+    value = torch.full((), float(flag()), device=device)
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    answer = Readback(value)
+    return lambda: bool(float(answer))
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes. Collective."""
+    distributed.all_reduce(value, op=distributed.ReduceOp.SUM)
+    return value
+
+
+def average(value: torch.Tensor) -> torch.Tensor:
+    """Mean over all processes. Collective."""
+    return total(value) / distributed.get_world_size()
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each process gives, by rank, in all of them. Collective."""
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: int, device: torch.device) -> int:
+    """The first process's value, in all of them. Collective."""
+    tensor = torch.tensor(value, device=device)
+    distributed.broadcast(tensor, src=0)
+    return int(tensor)
+
+
+class Readback:
+    """A number on its way from the device to the host.
+
+    `float()` waits until it is there. A tensor's own would wait for all that has been queued on the device
+    by then, such as the next step.
+    """
+
+    def __init__(self, value: torch.Tensor | float) -> None:
+        self._value = value
+        self._arrived: torch.cuda.Event | None = None
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            host = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value = host.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def __float__(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)

@@ -1,0 +1,201 @@
+"""A model under DeepSpeed.
+
+Gives the loop a forward, a backward and a step, and gives checkpoints *named tensors*: weights and
+optimizer state by parameter name, whatever the ZeRO stage and the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.config import get_zero_config
+from deepspeed.utils import set_z3_leaf_module
+from torch import nn
+
+from flux2_ds.config.recipe import Optimizer
+from flux2_ds.config.validate import swaps
+from flux2_ds.engine import optimizers
+from flux2_ds.engine.host_memory import lock_pages
+from flux2_ds.engine.state import TrainingState
+from flux2_ds.engine.zero3 import divide_on_host, page_locks
+
+
+def build_cpu_adam() -> None:
+    """Compile and load DeepSpeed's CPU Adam, which its first use would do otherwise."""
+    DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
+
+
+class Engine:
+    """A model under DeepSpeed with an optimizer over its trainable parameters.
+
+    `in_parts`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
+    `compiled`: modules that are one graph each, whose parameters ZeRO-3 must gather all together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        settings: Optimizer,
+        *,
+        offload_optimizer: bool = False,
+        in_parts: bool = False,
+        compiled: Sequence[nn.Module] = (),
+    ) -> None:
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = list(self._named.values())
+        if offload_optimizer:
+            adam = {"betas": settings.betas, "eps": settings.eps}
+            decay = settings.weight_decay
+            self._optimizer = DeepSpeedCPUAdam(parameters, **adam, weight_decay=decay)
+        else:
+            fused = get_accelerator().device_name() == "cuda"
+            self._optimizer = optimizers.build(settings, parameters, fused=fused)
+        self._max_norm = config["gradient_clipping"]
+        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        if self._stage == 0:
+            config = config | {"gradient_clipping": 0.0}  # see `_clip`
+        else:
+            # DeepSpeed takes the memory of whole buckets, however little there is to reduce.
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+            bucket = min(get_zero_config(config).reduce_bucket_size, trained)
+            zero = config["zero_optimization"] | {"reduce_bucket_size": bucket}
+            config = config | {"zero_optimization": zero}
+        if swaps(config.get("zero_optimization", {})):
+            # Left to `initialize`, adapters would go through buffers of the base's dtype.
+            divide_on_host(parameters, config)
+        self._gathers_whole_modules = self._stage == 3 and bool(compiled)
+        if self._gathers_whole_modules:
+            for module in compiled:
+                set_z3_leaf_module(module, True)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=config
+        )
+        if page_locks(config):
+            divided: list[Any] = list(model.parameters())
+            for part in (parameter.ds_tensor for parameter in divided):
+                if part.is_cpu:  # DeepSpeed keeps small ones on the card
+                    lock_pages(part)
+        self._norm: torch.Tensor | float = math.nan
+        self.state = TrainingState(
+            self._named, self._optimizer, self._engine.optimizer, self._stage, settings, in_parts
+        )
+        """Weights, optimizer and EMA, for checkpoints."""
+        self.skips_overflows = "fp16" in config
+        """Whether a step with infinite gradients is skipped by the loss scaler."""
+
+    @property
+    def model(self) -> Any:
+        """The model, as the engine holds it."""
+        return self._engine.module
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """The transformer's prediction."""
+        return self._predict(self._engine, inputs)
+
+    def _predict(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if self._gathers_whole_modules:
+            # DeepSpeed counts a module's gradients by its inputs, so the first one needs such an input.
+            inputs["hidden_states"] = inputs["hidden_states"].detach().requires_grad_()
+        prediction: torch.Tensor = module(**inputs, return_dict=False)[0]
+        return prediction
+
+    def rehearse(self, loss: Callable[[Callable[..., torch.Tensor]], torch.Tensor]) -> None:
+        """One forward and backward pass that leaves no trace; `loss` is given the model's forward.
+
+        Only the gradient of the first trained parameter is asked for. It takes the backward pass through
+        all blocks, while no parameter's gradient is accumulated, which is when DeepSpeed would count it.
+        """
+
+        def forward(**inputs: Any) -> torch.Tensor:
+            return self._predict(self._engine.module, inputs)
+
+        devices = [self._engine.device] if self._engine.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            value = loss(forward)
+            # DeepSpeed would count the gradients of modules that it gathers whole. Their graphs are
+            # compiled for both directions now, so forward is enough for them.
+            if not self._gathers_whole_modules:
+                torch.autograd.grad(value, [next(iter(self._named.values()))])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without dropout."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro-batch; on the last one of a step, reduce, clip and update.
+
+        Nothing is updated if a gradient is not finite; `gradient_norm` tells.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._stage == 0:
+            self._norm = self._clip()
+        advance = self._step_divided if last and self._stage == 3 else self._engine.step
+        advance()
+        if last and self._stage > 0:
+            self._norm = float(self._engine.get_global_grad_norm())
+            if self._stage < 3 and not math.isfinite(self._norm):
+                # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a step that it
+                # has not made in its buffers, and would add those of the next steps to them.
+                buffers = getattr(self._engine.optimizer, "averaged_gradients", {})
+                buffers.update(dict.fromkeys(buffers))
+        if last and self.state.averages:
+            norm = self._norm
+            finite = norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm)
+            self.state.average(finite)
+
+    def _step_divided(self) -> None:
+        """A step at stage 3, in which DeepSpeed releases the small parameters that it keeps whole.
+
+        Left to it, each would then be gathered in a collective of its own, some hundred for an adapter.
+        """
+        zero = self._engine.optimizer
+        small, zero.persistent_parameters = zero.persistent_parameters, []
+        try:
+            self._engine.step()
+        finally:
+            zero.persistent_parameters = small
+        if small:
+            small[0].all_gather_coalesced(small).wait()
+
+    def _clip(self) -> torch.Tensor:
+        """Clip at stage 0 and return the norm before it; withhold an update that is not finite.
+
+        DeepSpeed would make that update, and its clipping takes two kernels a tensor and waits for
+        the device.
+        """
+        trained = [p for p in self._named.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if self._max_norm > 0:
+            nn.utils.clip_grads_with_norm_(trained, self._max_norm, norm)
+        if self._optimizer.defaults.get("fused"):
+            # The kernel reads it on the device, so that the host need not wait to decide.
+            self._optimizer.found_inf = (~norm.isfinite()).float()
+        elif not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)  # so that no parameter is updated
+        return norm
+
+    def gradient_norm(self) -> torch.Tensor | float:
+        """Global L2 norm before clipping, of the last step; not finite: it made no update.
+
+        A tensor where the step may not have been computed yet; reading it waits.
+        """
+        return self._norm

@@ -1,0 +1,1 @@
+"""Autograd operators and Triton kernels. Imports torch alone."""

@@ -1,0 +1,251 @@
+"""The run directory is an interface: what is in it, and when a run may continue in it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import yaml
+
+from flux2_ds.config.plan import Plan
+from flux2_ds.config.recipe import Lora, Recipe, recipe_values
+from flux2_ds.errors import OutageError, UserError
+from flux2_ds.run.atomic import PARTIAL, write_whole
+
+log = logging.getLogger("flux2_ds")
+
+RECIPE_NAME = "recipe.yaml"
+_PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
+_FREE = ("run_dir", "accept_changes", "activations", "offload_activations", "attention", "compile",
+         "cuda_graphs", "transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch",
+         "prepare", "evaluation")  # fmt: skip
+"""Settings that may change between two starts of a run: they do not change what is computed."""
+_BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs", "deepspeed.json", "versions.json"}
+"""What a start that was refused or killed may leave."""
+Weights = Literal["trained", "ema"]
+"""The trained weights, or their moving average."""
+DOCTOR_TOKEN = ".doctor-"
+"""So begins the name of a file that `doctor` lets the other hosts look for."""
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Refuse a directory that holds another run or something else.
+
+    Raises:
+        UserError: naming the settings that differ, old and new.
+    """
+    run_dir = Path(recipe.run_dir)
+    if not run_dir.exists():
+        return
+    if not (run_dir / RECIPE_NAME).is_file():
+        if run_dir.is_dir() and all(
+            path.name.removesuffix(PARTIAL) in {*_BEFORE_A_RUN, RECIPE_NAME}
+            or path.name.startswith(DOCTOR_TOKEN)
+            for path in run_dir.iterdir()
+        ):
+            return
+        raise UserError(
+            f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
+            "Give a new directory."
+        )
+    changes = changed_settings(recipe)
+    if changes and not recipe.accept_changes:
+        raise UserError(
+            f"run_dir {run_dir} holds a different run: {'; '.join(changes)}. Give a new run_dir, "
+            "restore the settings, or set accept_changes: true to go on with the new ones."
+        )
+
+
+def changed_settings(recipe: Recipe) -> list[str]:
+    """The settings, old and new, that make `recipe` another run than the one in its run_dir.
+
+    A run without a checkpoint has trained nothing that would bind the next start.
+
+    Raises:
+        UserError: the stored recipe is damaged.
+    """
+    stored = Path(recipe.run_dir) / RECIPE_NAME
+    if newest_step(recipe) == 0 or not stored.is_file():
+        return []
+    try:
+        before = _identity(yaml.safe_load(stored.read_text()))
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
+        ) from error
+    return _differences(before, _identity(recipe_values(recipe)))
+
+
+def write_run_dir(plan: Plan) -> None:
+    """Write recipe, DeepSpeed config and versions.
+
+    Raises:
+        OutageError: the disk is full, or the directory cannot be written.
+    """
+    run_dir = Path(plan.recipe.run_dir)
+    files = {
+        "deepspeed.json": json.dumps(plan.deepspeed, indent=1) + "\n",
+        "versions.json": json.dumps(versions(), indent=1) + "\n",
+        # Last: a directory without it holds no run.
+        RECIPE_NAME: yaml.safe_dump(recipe_values(plan.recipe), sort_keys=False),
+    }
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(run_dir / name, text)
+    except OSError as error:
+        raise OutageError(
+            f"run_dir {run_dir} cannot be written ({error.strerror}). Free some space, correct its owner, or "
+            "give another run_dir."
+        ) from error
+
+
+def export_path(recipe: Recipe, step: int, weights: Weights = "trained") -> Path:
+    """Where the export of a checkpoint is: a file for an adapter, a directory for all weights."""
+    run_dir = Path(recipe.run_dir)
+    name = f"step_{step:08d}{'-ema' if weights == 'ema' else ''}"
+    if recipe.method == "full":
+        return run_dir / "export" / name / "transformer"
+    return run_dir / "export" / f"{run_dir.resolve().name}-{name}.safetensors"
+
+
+def stop_file(recipe: Recipe) -> Path:
+    """The file that asks a running training to save and stop."""
+    return Path(recipe.run_dir) / "stop"
+
+
+def newest_step(recipe: Recipe) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    return max(checkpoint_steps(checkpoints_directory(recipe)), default=0)
+
+
+def checkpoints_directory(recipe: Recipe) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(recipe.run_dir) / "checkpoints"
+
+
+def checkpoint_steps(root: Path) -> dict[int, Path]:
+    """Directories of complete checkpoints by step, ascending; those of other names are not ours."""
+    names = [(re.fullmatch(r"step_(\d{8,})", path.name), path) for path in root.glob("step_*")]
+    return dict(sorted((int(name[1]), path) for name, path in names if name))
+
+
+def existing_parent(recipe: Recipe) -> Path:
+    """run_dir, or the nearest directory above it that there is."""
+    place = Path(recipe.run_dir).resolve()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def logs_directory(recipe: Recipe) -> Path:
+    """Where the processes' logs and places are; see lookout.py."""
+    return Path(recipe.run_dir) / "logs"
+
+
+def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
+    """Keep other trainings out of the run directory for as long as the returned file is open.
+
+    The first training process holds the file `name`, and `flux2-ds train` one of its own, because
+    the trainer needs a while to start.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    return hold(
+        Path(recipe.run_dir) / name,
+        f"another process is training in run_dir {recipe.run_dir}. Wait for it, stop it, or give another "
+        "run_dir.",
+        "do not train in it twice at a time",
+    )
+
+
+def trained_recipe(recipe: Recipe) -> Recipe:
+    """`recipe` with the method and adapter settings that its run was trained with.
+
+    Raises:
+        UserError: run_dir holds no run.
+    """
+    stored = Path(recipe.run_dir) / RECIPE_NAME
+    if not stored.is_file():
+        raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
+    try:
+        return as_trained(recipe, yaml.safe_load(stored.read_text()), stored)
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
+        ) from error
+
+
+def as_trained(recipe: Recipe, values: dict[str, Any], source: Path) -> Recipe:
+    """`recipe` with the method and adapter settings of another recipe's values, which `source` holds."""
+    method, lora = values["method"], Lora(**values["lora"])
+    if (method, lora) != (recipe.method, recipe.lora):
+        log.warning("method and lora are those of %s; what else was given is ignored", source)
+    return replace(recipe, method=method, lora=lora)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is computed, flat."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in _FREE:
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    if flat["optimizer.schedule"] == "constant":
+        flat.pop("steps")
+    # Where the pictures and captions were does not reach the trainer; how the global batch is cut and
+    # read does not change it, nor does what happens where there is no update.
+    for name in ("data.images", "data.caption_column", "data.readers", "data.cache", "data.cache_gb",
+                 "batch.micro_size", "optimizer.nonfinite"):  # fmt: skip
+        flat.pop(name, None)
+    return flat
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def hold(path: Path, taken: str, unsure: str) -> IO[str]:
+    """Hold `path` for as long as the returned file is open.
+
+    Where its file system has no locks, a warning ends with `unsure`.
+
+    Raises:
+        UserError: another process holds it; the text is `taken`. Or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror}). Correct its owner, or name another directory."
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(taken) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s); %s", path, error, unsure)
+    return file

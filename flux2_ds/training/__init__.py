@@ -1,0 +1,1 @@
+"""The parts that train.py puts together."""

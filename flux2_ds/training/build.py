@@ -1,0 +1,268 @@
+"""From a plan to the model that is trained, and from its shards to what it is trained on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch import nn
+
+from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.plan import Plan, compiles
+from flux2_ds.config.recipe import Recipe
+from flux2_ds.config.validate import swaps
+from flux2_ds.data.cache import Cache
+from flux2_ds.data.index import Index
+from flux2_ds.data.loader import Loader, Share
+from flux2_ds.data.order import Order, Sweep
+from flux2_ds.data.shards import read_prompts
+from flux2_ds.data.storage import Blob
+from flux2_ds.distributed import (
+    Process,
+    exchange,
+)
+from flux2_ds.engine.engine import Engine
+from flux2_ds.engine.zero3 import Swapped, check_config, divider, gathering
+from flux2_ds.errors import UserError
+from flux2_ds.model import transformer
+from flux2_ds.model.activation_checkpointing import arrange_blocks, blocks_of
+from flux2_ds.model.attention import attention_backend, check_backend
+from flux2_ds.model.cuda_graphs import replay_passes
+from flux2_ds.model.load import check_card, read_parts, read_weights
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.training.inputs import Inputs
+from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.previews import Previews, as_prompt
+from flux2_ds.training.validation import Evaluation
+
+log = logging.getLogger("flux2_ds")
+
+
+def build_model(
+    directory: Path, spec: Spec, plan: Plan, process: Process, image_tokens: int
+) -> tuple[Flux2Transformer2DModel, Memory]:
+    """The transformer in `directory` with what the recipe trains, and the memory this should take.
+
+    `image_tokens`: of the longest sample, reference images included.
+    """
+    model = load_model(directory, plan, process)
+    return model, finish_model(model, spec, plan, process, image_tokens)
+
+
+def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transformer2DModel:
+    """The transformer in `directory` as the plan wants its weights: divided, quantised or plain."""
+    recipe = plan.recipe
+    check_machine(plan, process.device)
+    dtype = transformer.compute_dtype(recipe.precision)
+    return load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process)
+
+
+def load_as(
+    config: dict[str, Any],
+    directory: Path,
+    dtype: torch.dtype,
+    base_weights: str | None,
+    process: Process,
+) -> Flux2Transformer2DModel:
+    """The transformer in `directory`, divided if that DeepSpeed config divides it."""
+    with torch.device("meta"):
+        model = transformer.build_transformer(directory)
+    divide = division(config, model, dtype, base_weights)
+    files, device = directory / "transformer", process.device
+    if divide is None or swaps(config["zero_optimization"]):
+        read_weights(model, files, dtype, device, base_weights, divide)
+    else:
+        read_parts(model, files, dtype, device, divide, process.rank, base_weights)
+    return model
+
+
+def division(
+    config: dict[str, Any], model: nn.Module, dtype: torch.dtype, base_weights: str | None
+) -> Callable[[nn.Module], None] | None:
+    """What divides each module of an empty model once it has its weight (see `dividing.divider`), if that DeepSpeed
+    config divides it. Collective."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        return None
+    return divider(config, swapped(model, dtype, base_weights) if swaps(zero) else None)
+
+
+def swapped(model: nn.Module, dtype: torch.dtype, base_weights: str | None) -> Swapped:
+    """What of a model of `dtype` goes to NVMe: all, or where the blocks' linears are quantised their values."""
+    largest = max(parameter.numel() for parameter in model.parameters())
+    return Swapped(torch.uint8 if base_weights in BASE_WEIGHTS else dtype, largest)
+
+
+def finish_model(
+    model: Flux2Transformer2DModel, spec: Spec, plan: Plan, process: Process, image_tokens: int
+) -> Memory:
+    """Add what the recipe trains and set how the blocks run; returns the memory this should take.
+
+    `image_tokens`: of the longest sample, reference images included.
+    """
+    recipe = plan.recipe
+    with gathering(plan.deepspeed if plan.zero_stage == 3 else {}):
+        transformer.make_trainable(model, spec, recipe)
+    model.train()
+    sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
+    trained = sum(sizes[name] for name in transformer.trainable(model))
+    log.info("parameters %s trained", f"{trained:,}")
+    # The same number in all processes: at stage 3 a block that recomputes has collectives of its own.
+    free = free_memory(process.device)
+    if process.world > 1:
+        free = min(exchange(free))
+    kept = kept_blocks(spec, plan, image_tokens, free)
+    attention = attention_backend(recipe, process.device)
+    compiled = compiles(recipe)
+    arrange_blocks(
+        model,
+        kept=kept,
+        compiled=compiled,
+        attention=attention,
+        offload=recipe.offload_activations,
+        divided=plan.zero_stage == 3,
+    )
+    expected = estimate(spec, plan, image_tokens, kept, free)
+    if expected.transposes:
+        try:
+            for module in model.modules():
+                if isinstance(module, QuantizedLinear):
+                    module.hold_transposed()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the card's memory is not enough to hold the base a second time, transposed "
+                f"({str(error).splitlines()[0]}). Remove transposed_base."
+            ) from error
+    if expected.records:
+        replay_passes(model)
+    log.info(
+        "blocks     %d of %d keep their activations, %s%s%s%s, attention %s",
+        kept,
+        spec.blocks,
+        "the others' inputs wait in host memory, " if recipe.offload_activations else "",
+        "compiled" if compiled else "not compiled",
+        ", replayed as CUDA graphs" if expected.records else "",
+        ", weights held transposed as well" if expected.transposes else "",
+        attention or "by torch",
+    )
+    return expected
+
+
+def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
+    """The model under DeepSpeed."""
+    return Engine(
+        model,
+        plan.deepspeed,
+        plan.recipe.optimizer,
+        offload_optimizer=plan.offloads("offload_optimizer"),
+        in_parts=plan.recipe.method == "full",
+        compiled=blocks_of(model) if compiles(plan.recipe) else (),
+    )
+
+
+def build_loader(
+    recipe: Recipe,
+    index: Index,
+    order: Order | Sweep,
+    process: Process,
+    conditioning: dict[str, torch.Tensor],
+) -> Loader:
+    """This process's part of the data."""
+    data = recipe.data
+    return Loader(
+        data.shards,
+        index,
+        order,
+        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
+        seed=recipe.seed,
+        caption_dropout=recipe.objective.caption_dropout,
+        empty_text=conditioning["empty_text"],
+        masked=recipe.objective.masked_loss,
+        readers=data.readers,
+        pinned=process.device.type == "cuda",
+        fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
+    )
+
+
+def build_objective(
+    recipe: Recipe, spec: Spec, conditioning: dict[str, torch.Tensor], device: torch.device
+) -> FlowObjective:
+    """Flow matching with the shards' latent statistics."""
+    return FlowObjective(
+        settings=recipe.objective,
+        mean=conditioning["latent_mean"].to(device),
+        std=conditioning["latent_std"].to(device),
+        guidance=spec.guidance,
+        global_batch=recipe.batch.global_size,
+        device=device,
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of the card that this process may still take, with what it holds in reserve; no end on a
+    CPU."""
+    if device.type != "cuda":
+        return math.inf
+    total = torch.cuda.get_device_properties(device).total_memory
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return min(free, torch.cuda.get_per_process_memory_fraction(device) * total)
+
+
+def check_machine(plan: Plan, device: torch.device) -> None:
+    """Refuse, before a model is loaded, what this card or the installed packages cannot do.
+
+    Raises:
+        UserError: a setting of ZeRO, an attention backend or a quantised base, and what to do.
+    """
+    recipe = plan.recipe
+    check_config(plan.deepspeed)
+    check_backend(recipe, device)
+    check_card(recipe.base_weights, device)
+
+
+def say_memory(expected: Memory, device: torch.device) -> None:
+    """Log the predicted peak against the measured one, at the end of a run on a card."""
+    if device.type == "cuda":
+        measured = torch.cuda.max_memory_allocated(device)
+        log.info(
+            "memory     peak %.1f GiB, predicted %.1f GiB (%+.0f %%)",
+            measured / GIB,
+            expected.on_card / GIB,
+            100 * (expected.on_card - measured) / measured,
+        )
+
+
+def build_evaluation(inputs: Inputs, engine: Engine, objective: FlowObjective) -> Evaluation | None:
+    """The loss on what is held out, with every caption; None if nothing is."""
+    recipe, held_out, process = inputs.recipe, inputs.held_out, inputs.process
+    if not held_out.samples:
+        return None
+    wide = replace(recipe.batch, global_size=process.world * recipe.batch.micro_size)
+    sweep = Sweep(held_out, recipe.evaluation.samples, wide.global_size)
+    captioned = replace(recipe.objective, caption_dropout=0.0)
+    recipe = replace(recipe, batch=wide, objective=captioned)
+    loader = build_loader(recipe, held_out, sweep, process, inputs.conditioning)
+    # Strata are those of a whole global batch, which the held-out samples are not.
+    objective = replace(objective, settings=replace(objective.settings, stratified=False))
+    return Evaluation(engine, loader, objective, sweep, recipe.evaluation.every)
+
+
+def build_previews(inputs: Inputs, engine: Engine) -> Previews | None:
+    """Pictures of the preview prompts; None if none are wanted."""
+    recipe, spec, preview = inputs.recipe, inputs.spec, inputs.recipe.preview
+    if preview.every is None:
+        return None
+    empty = inputs.conditioning["empty_text"][None]
+    texts = read_prompts(recipe.data.shards, preview.prompts)
+    prompts = [as_prompt(spec, text[None], empty) for text in texts]
+    folder = Path(recipe.run_dir) / "previews"
+    return Previews(
+        engine, preview, spec, inputs.directory, folder, inputs.process, prompts, preview.every
+    )

@@ -1,0 +1,222 @@
+"""Previews: what the model makes of the recipe's prompts while it is trained."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL import Image, ImageDraw, ImageOps
+
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.recipe import Preview, Recipe
+from flux2_ds.data.dataset import check_prompts
+from flux2_ds.data.images import UnreadableImageError, caption_font, load_upright
+from flux2_ds.distributed import Process, barrier
+from flux2_ds.engine.engine import Engine
+from flux2_ds.errors import UserError
+from flux2_ds.model.pipeline import load_image_pipeline
+
+log = logging.getLogger("flux2_ds")
+
+_COLUMNS, _THUMBNAIL = 8, 256
+
+Rendered = list[tuple[str, Path]]
+"""Prompts and their pictures."""
+
+
+def check_previews(recipe: Recipe, directory: Path) -> None:
+    """Refuse, before the model is loaded, what no preview can be made of.
+
+    Raises:
+        UserError: a prompt that has not been encoded, a reference image, or a model without VAE.
+    """
+    check_prompts(recipe)
+    for path in recipe.preview.references:
+        open_reference(path)
+    for part in ("vae", "scheduler"):
+        if not (directory / part).is_dir():
+            raise UserError(
+                f"preview.every is set, and model.path {directory} has no {part}. Add it, or remove "
+                "preview.every."
+            )
+
+
+class Previews:
+    """Renders the prompts every `every` steps into `folder`/step_N, and an overview beside the folder."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Preview,
+        spec: Spec,
+        directory: Path,
+        folder: Path,
+        process: Process,
+        prompts: Sequence[Prompt],
+        every: int,
+    ) -> None:
+        self._engine, self._settings, self._spec = engine, settings, spec
+        self._directory, self._folder, self._process = directory, folder, process
+        self._prompts = prompts
+        self._references = [open_reference(path) for path in settings.references]
+        self.every = every
+
+    def render(self, step: int, moving: Callable[[], None] = lambda: None) -> Rendered:
+        """Render all prompts with the weights after `step`; `moving` is called at each denoising step.
+        Collective.
+
+        Raises:
+            UserError: before step 1, memory is short or the disk full. Later there is a warning instead.
+        """
+        target = self._folder / f"step_{step:08d}"
+        target.mkdir(parents=True, exist_ok=True)
+        moving()
+        with self._surviving(step):
+            self._render(target, moving)
+        barrier()
+        if self._process.first:
+            with self._surviving(step):
+                self._overview(target.name).save(self._folder.with_suffix(".png"))
+        paths = [target / f"{number}.png" for number in range(len(self._prompts))]
+        made = zip(self._settings.prompts, paths, strict=True)
+        return [(prompt, path) for prompt, path in made if path.is_file()]
+
+    @contextmanager
+    def _surviving(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, OSError) as error:
+            size = f"{self._settings.width}x{self._settings.height}"
+            reason = f"previews of {size} cannot be made ({str(error).splitlines()[0]})"
+            if step == 0:
+                raise UserError(
+                    f"{reason}. If memory is short, lower preview.width and preview.height or set cuda_graphs: "
+                    "false, transposed_base: false; or remove preview.every."
+                ) from error
+            log.warning("step %d: %s; training goes on", step, reason)
+
+    @torch.no_grad()
+    def _render(self, target: Path, moving: Callable[[], None]) -> None:
+        # Compiled blocks would compile once more for these shapes.
+        with self._engine.evaluating(), torch.compiler.set_stance("force_eager"):
+            pipeline = load_image_pipeline(
+                self._directory, self._spec, self._engine.model, self._process.device
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            last = len(self._prompts) - 1
+            # As many in every process, because at stage 3 all of them take part in each forward pass.
+            for turn in range(math.ceil(len(self._prompts) / self._process.world)):
+                number = turn * self._process.world + self._process.rank
+                prompt = self._prompts[min(number, last)]
+                picture = render(pipeline, self._settings, prompt, self._references, moving)
+                if number <= last:
+                    picture.save(target / f"{number}.png")
+
+    def _overview(self, newest: str) -> Image.Image:
+        """A row a prompt, a column for each of some steps, the first and the `newest` among them."""
+        # Later ones are of an earlier start, whose steps after its last checkpoint are done again.
+        folders = sorted(path for path in self._folder.glob("step_*") if path.name <= newest)
+        count = min(len(folders), _COLUMNS)
+        chosen = [folders[round(n * (len(folders) - 1) / max(1, count - 1))] for n in range(count)]
+        wide, high = self._settings.width, self._settings.height
+        scale = min(1, _THUMBNAIL / max(wide, high))
+        size = (round(wide * scale), round(high * scale))
+        columns = [
+            [_thumbnail(folder / f"{n}.png", size) for n in range(len(self._prompts))]
+            for folder in chosen
+        ]
+        titles = [f"step {int(folder.name.removeprefix('step_'))}" for folder in chosen]
+        return grid(self._settings.prompts, titles, columns)
+
+
+def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
+    """White where there is no picture."""
+    if not path.is_file():
+        return Image.new("RGB", size, "white")
+    with Image.open(path) as picture:
+        return ImageOps.pad(picture.convert("RGB"), size, color="white")
+
+
+Prompt = dict[str, torch.Tensor]
+"""What the pipeline takes in place of a prompt."""
+
+
+def as_prompt(spec: Spec, text: torch.Tensor, empty: torch.Tensor) -> Prompt:
+    """An encoded prompt and, beside it, an encoded empty one for classifier-free guidance; each
+    [1, 512, text width]."""
+    prompt = {"prompt_embeds": text}
+    if spec.variant == "klein":  # dev has a guidance input in its place
+        prompt["negative_prompt_embeds"] = empty
+    return prompt
+
+
+def render(
+    pipeline: Any,
+    preview: Preview,
+    prompt: Prompt,
+    references: list[Image.Image],
+    moving: Callable[[], None] = lambda: None,
+) -> Image.Image:
+    """One picture; the same prompt starts from the same noise every time. `moving` is called at each step."""
+
+    def moved(pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        moving()
+        return kept
+
+    weights = pipeline.vae
+    picture: Image.Image = pipeline(
+        **{name: text.to(weights.device, weights.dtype) for name, text in prompt.items()},
+        image=references or None,
+        height=preview.height,
+        width=preview.width,
+        num_inference_steps=preview.steps,
+        guidance_scale=preview.guidance,
+        generator=torch.Generator().manual_seed(preview.seed),
+        callback_on_step_end=moved,
+    ).images[0]
+    return picture
+
+
+def open_reference(path: str) -> Image.Image:
+    """A reference image as training reads them: upright, in RGB, on white.
+
+    Raises:
+        UserError: it cannot be read, or inference does not take it.
+    """
+    try:
+        upright = load_upright(path)
+        Flux2ImageProcessor.check_image_input(upright)
+    except (UnreadableImageError, ValueError) as error:
+        raise UserError(f"preview.references: {path} cannot be used ({error}).") from error
+    return upright
+
+
+def grid(
+    prompts: list[str], titles: Sequence[str], columns: Sequence[list[Image.Image]]
+) -> Image.Image:
+    """A row a prompt with its text above, a column for each title."""
+    width, height = columns[0][0].size
+    font = caption_font(14)
+    head, gap = 26, 6
+    cell = max(width, 200)
+    sheet = Image.new(
+        "RGB",
+        (len(columns) * (cell + gap) + gap, head + len(prompts) * (height + head + gap)),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, pictures) in enumerate(zip(titles, columns, strict=True)):
+        left = gap + column * (cell + gap)
+        draw.text((left, 5), title, fill="black", font=font)
+        for row, picture in enumerate(pictures):
+            top = head + row * (height + head + gap)
+            if column == 0:
+                draw.text((left, top + 3), prompts[row], fill="dimgray", font=font)
+            sheet.paste(picture, (left, top + head))
+    return sheet

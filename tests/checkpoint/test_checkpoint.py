@@ -1,0 +1,229 @@
+"""Checkpoints: all of it or none, damage is noticed, old ones go."""
+
+import itertools
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux2_ds.checkpoint import manager as checkpoint
+from flux2_ds.errors import UserError
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+
+
+def tensors(step: int) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for number, kind in enumerate(KINDS):
+        for name in ("a", "b.c"):
+            yield kind, name, torch.full((3, 5), float(10 * step + number))
+
+
+@pytest.fixture
+def save(write_checkpoint: Callable[..., Path]) -> Callable[..., list[Path]]:
+    def write(root: Path, *steps: int) -> list[Path]:
+        return [write_checkpoint(root, step, tensors(step), {"updates": step}) for step in steps]
+
+    return write
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def steps_left(root: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
+
+
+def test_what_is_saved_is_loaded_from_the_highest_step(tmp_path, save):
+    _, path, _ = save(tmp_path / "checkpoints", 2, 12, 9)
+    found, damaged = checkpoint.newest(tmp_path / "checkpoints")
+    assert (found.path, found.step, damaged) == (path, 12, {})
+    assert checkpoint.verify(found) is None
+    assert found.state()["updates"] == 12
+    assert found.state()["step"] == 12
+    for kind, name, tensor in tensors(12):
+        assert torch.equal(found.tensors(kind)[name], tensor)
+    assert path.name == "step_00000012"
+    files = json.loads((path / "state.json").read_text())["files"]
+    assert set(files) == {f"{kind}.safetensors" for kind in KINDS}
+    assert {file.name for file in path.iterdir()} == {*files, "state.json"}
+    assert all(facts["bytes"] == (path / name).stat().st_size for name, facts in files.items())
+
+
+def test_tensors_are_stored_in_fp32_whatever_they_come_in(tmp_path, write_checkpoint):
+    exact = torch.tensor([1.0, 2.5, -0.125])
+    rows = [("weights", "half", exact.bfloat16()), ("weights", "double", exact.double())]
+    # A view of a larger tensor, as ZeRO's flat buffers give.
+    rows.append(("weights", "view", torch.cat([exact, exact])[3:]))
+    write_checkpoint(tmp_path, 1, rows, {})
+    found = checkpoint.newest(tmp_path)[0].tensors("weights")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(tensor, exact) for tensor in found.values())
+
+
+def test_a_buffer_that_is_used_again_is_copied_in_time(tmp_path, write_checkpoint):
+    def one_buffer() -> Iterator[tuple[str, str, torch.Tensor]]:
+        buffer = torch.zeros(2)
+        for value in (1.0, 2.0):
+            buffer.fill_(value)
+            yield "weights", str(value), buffer
+
+    write_checkpoint(tmp_path, 1, one_buffer(), {})
+    found = checkpoint.newest(tmp_path)[0].tensors("weights")
+    assert found["1.0"].tolist() == [1, 1]
+    assert found["2.0"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("folder", [".", "absent"])
+def test_no_checkpoints(tmp_path, folder):
+    assert checkpoint.newest(tmp_path / folder) == (None, {})
+
+
+def test_saving_again_replaces(tmp_path, save, write_checkpoint):
+    save(tmp_path, 5)
+    write_checkpoint(tmp_path, 5, [("weights", "new", torch.ones(1))], {"updates": 6})
+    found, _ = checkpoint.newest(tmp_path)
+    assert found.state()["updates"] == 6
+    assert list(found.tensors("weights")) == ["new"]
+    assert checkpoint.verify(found) is None
+
+
+def test_failure_while_writing_leaves_the_one_before(tmp_path, save, write_checkpoint):
+    save(tmp_path, 1)
+    with pytest.raises(TypeError, match="JSON"):  # after the tensors are written
+        write_checkpoint(tmp_path, 2, tensors(2), {"updates": object()})
+    assert checkpoint.newest(tmp_path)[0].step == 1
+    assert steps_left(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["2.partial", "7.partial", "7.removed"])
+def test_leftover_of_a_process_that_was_killed_is_ignored_and_cleared(tmp_path, name, save):
+    save(tmp_path, 1)
+    leftover = tmp_path / f".step_0000000{name}"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").write_bytes(b"half")
+    (leftover / "stale").touch()
+    found, damaged = checkpoint.newest(tmp_path)
+    assert (found.step, damaged) == (1, {})
+    save(tmp_path, 2)
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    assert checkpoint.verify(checkpoint.newest(tmp_path)[0]) is None
+    assert not list(tmp_path.rglob("stale"))
+
+
+DAMAGES = [
+    ("weights.safetensors", cut, "bytes instead of"),
+    *((f"{kind}.safetensors", flip_a_byte, "sha256") for kind in KINDS),
+    ("weights.safetensors", Path.unlink, "is missing"),
+    ("state.json", Path.unlink, "cannot be read"),
+    ("state.json", cut, "cannot be read"),
+    ("state.json", lambda path: path.write_text("{}"), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
+def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reason, save):
+    *_, last = save(tmp_path, 10, 20, 30)
+    damage(last / name)
+    found, damaged = checkpoint.newest(tmp_path)
+    assert (found.step, list(damaged)) == (20, [last])
+    assert name in damaged[last]
+    assert reason in damaged[last]
+
+
+def test_a_damaged_checkpoint_that_is_set_aside_is_kept_and_not_counted(tmp_path, save):
+    for content in (b"first", b"second"):  # damaged, trained anew, damaged again
+        *_, last = save(tmp_path, 10, 20, 30)
+        (last / "weights.safetensors").write_bytes(content)
+        aside = checkpoint.set_aside(last)
+    assert aside == tmp_path / "step_00000030.damaged"
+    assert (aside / "weights.safetensors").read_bytes() == b"second"
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert {path.name for path in tmp_path.iterdir()} == {aside.name, "step_00000020"}
+    assert checkpoint.newest(tmp_path)[1] == {}
+
+
+def test_nothing_is_used_when_all_are_damaged(tmp_path, save):
+    for path in save(tmp_path, 10, 20):
+        flip_a_byte(path / "exp_avg.safetensors")
+    with pytest.raises(
+        UserError, match=r"no intact checkpoint is left \(.*step_00000020.*_00000010"
+    ):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(1, None, [40]), (2, None, [30, 40]), (9, None, [10, 20, 30, 40]), (1, 20, [20, 40])],
+)
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left, save):
+    save(tmp_path, 10, 20, 30, 40)
+    checkpoint.remove_old(tmp_path, keep_last, keep_every)
+    assert steps_left(tmp_path) == left
+    assert len(list(tmp_path.iterdir())) == len(left)  # no hidden leftovers either
+    assert checkpoint.newest(tmp_path)[0].step == 40
+
+
+def test_directories_of_the_users_own_are_left_alone(tmp_path, save):
+    save(tmp_path, 10, 20)
+    for name in ("step_00000010.bak", "step_best", "step_7"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path)[0].step == 20
+    checkpoint.remove_old(tmp_path, 1, None)
+    left = {"step_00000010.bak", "step_00000020", "step_7", "step_best"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path, save):
+    save(tmp_path, 10, 20)
+    leftover = tmp_path / ".step_00000010.removed"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").touch()
+    checkpoint.remove_old(tmp_path, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
+
+
+def test_killed_at_any_moment(tmp_path, write_checkpoint):
+    """Twenty processes that save without pause, each killed: what is there is always intact."""
+    chance = random.Random(0)
+    last = 0
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(
+            target=save_for_ever, args=(tmp_path, write_checkpoint, last)
+        )
+        process.start()
+        time.sleep(chance.uniform(0.02, 0.15))
+        process.kill()
+        process.join()
+        found, damaged = checkpoint.newest(tmp_path)
+        assert damaged == {}
+        assert (found.step if found else 0) >= last
+        if found:
+            last = found.step
+            for kind, name, tensor in tensors(last):
+                assert torch.equal(found.tensors(kind)[name], tensor)
+    assert last > 5
+    save_next(tmp_path, write_checkpoint, last)
+    assert len(list(tmp_path.iterdir())) == 2  # no leftovers beside the last two
+
+
+def save_for_ever(root: Path, write: Callable[..., Path], last: int) -> None:
+    for step in itertools.count(last):
+        save_next(root, write, step)
+
+
+def save_next(root: Path, write: Callable[..., Path], step: int) -> None:
+    write(root, step + 1, tensors(step + 1))
+    checkpoint.remove_old(root, 2, None)

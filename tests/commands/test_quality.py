@@ -1,0 +1,108 @@
+"""`quality`: what it compares is what differs between the bases, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_whole_step import photos  # noqa: F401 (a fixture)
+
+from flux2_ds.commands import quality
+from flux2_ds.commands.quality import Nearness, Trained, compared, table
+from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.errors import UserError
+from flux2_ds.prepare import __main__ as prepare
+
+SETTINGS = {
+    "run_dir": "unused",
+    "precision": "fp32",
+    "steps": 3,
+    "data.resolution": 64,
+    "data.bucket_step": 16,
+    "lora.rank": 4,
+    "batch.global_size": 2,
+    "optimizer.learning_rate": 0.003,
+    "launch.accelerator": "cpu",
+}
+
+
+def test_gradients_are_compared_block_by_block():
+    plain = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0])}
+    doubled_and_turned = {"a": torch.tensor([6.0, 8.0]), "b": torch.tensor([0.0, 2.0])}
+    near = compared([dict(plain), doubled_and_turned], [plain, plain])
+    # Cosines 1, 1, 1, 0; errors 0, 0, 1, √5.
+    assert near == Nearness(1.0, 0.0, 0.5, pytest.approx(5**0.5), "b")
+
+
+def test_the_table_labels_what_drifts():
+    near = Nearness(0.99, 0.98, 0.1, 0.2, "single_transformer_blocks.1")
+    plain = Trained("bf16", [9.0] * 6 + [1.0, 1.0], None)
+    rows = [
+        Trained(mode, [9.0] * 6 + [loss, loss], near)
+        for mode, loss in (("fp8", 1.009), ("nf4", 1.02), ("int8", 0.98))
+    ]
+    _, _, first, *lines = table([plain, *rows])
+    assert first.startswith("| plain bf16 |") and "| 1.0000 |" in first
+    assert [line.split("|")[-2].strip() for line in lines] == ["+0.90%", "+2.00% drifts", "-2.00%"]
+    assert "| fp8 | 0.9900 | 0.9800 | 0.100 | 0.200 | single_transformer_blocks.1 |" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--modes", "[fp8, fp4]"], "--modes is .*'fp4'.* must name some of fp8, int8, nf4"),
+        (["--batches", "0"], "--batches is 0"),
+        (["--method", "full"], "method is full"),
+        (["--picture", "loss.xyz"], "--picture is loss.xyz; its suffix must be .*.png"),
+        (["--picture", "loss"], "--picture is loss; its suffix must be"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(monkeypatch, given, message):
+    required = ["--run_dir", "r", "--model.path", "m", "--data.images", "i", "--data.shards", "s"]
+    monkeypatch.setattr(sys, "argv", ["quality", *required, *given])
+    with pytest.raises(UserError, match=message):
+        quality.main()
+
+
+@pytest.mark.parametrize("tiny_model", ["klein"], indirect=True)
+def test_only_the_base_makes_a_difference(tiny_model, photos, tmp_path):  # noqa: F811
+    """The same base again gives the same losses and gradients to the last bit; 4 bits do not."""
+    values = {
+        **SETTINGS,
+        "model.path": tiny_model,
+        "data.images": photos,
+        "data.shards": tmp_path / "shards",
+    }
+    settings = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    recipe, _ = parse_recipe(recipe_parser("quality", ""), settings)
+    prepare.prepare(recipe, tiny_model, read_spec(tiny_model))
+    command = [sys.executable, "-m", "flux2_ds.commands.quality", *settings]
+    # What goes with the recipe's base need not go with the plain one.
+    command += ["--base_weights", "fp8", "--transposed_base", "true"]
+    command += [
+        "--modes",
+        "[fp32, nf4]",
+        "--batches",
+        "2",
+        "--json",
+        "--picture",
+        str(tmp_path / "p.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plain, again, quantised = json.loads(done.stdout)
+    assert again["losses"] == plain["losses"]
+    assert len(set(plain["losses"])) == SETTINGS["steps"]
+    assert again["nearness"]["error_worst"] == 0
+    assert again["nearness"]["cosine_worst"] == pytest.approx(1, abs=1e-12)
+    with Image.open(tmp_path / "p.png") as picture:
+        assert len(picture.convert("RGB").getcolors(100_000) or ()) > 100
+    assert quantised["mode"] == "nf4"
+    assert quantised["losses"] == pytest.approx(plain["losses"], rel=0.1)
+    assert 0.5 < quantised["nearness"]["cosine_worst"] < 0.9999
+    assert quantised["nearness"]["error_worst"] > quantised["nearness"]["error_median"] > 0.01

@@ -1,0 +1,463 @@
+"""The memory plan against real parameter counts, quantised weights and measured peaks."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux2_ds.config.autofit import choices
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.memory import (
+    _CUDA_GRAPHS,
+    GIB,
+    adapter_parameters,
+    base_bytes,
+    block_matrices,
+    estimate,
+    kept_blocks,
+    not_yet_allocated,
+    other_matrices,
+)
+from flux2_ds.config.model_spec import RELEASED, Spec
+from flux2_ds.config.plan import captures, make_plan, read_deepspeed
+from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
+from flux2_ds.data.dataset import recordable
+from flux2_ds.data.index import Index, Shard
+from flux2_ds.errors import UserError
+from flux2_ds.model import transformer
+from flux2_ds.model.load import empty_transformer
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
+from launcher.hosts import Hosts
+from launcher.plan_report import plan_memory, size
+
+DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"
+KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
+ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
+ZERO3 = {**ZERO2, "stage": 3}
+ALL_LINEARS = Lora(rank=32, targets="all")
+
+
+def recipe_for(model: str = DEV, processes: int = 1, **settings) -> Recipe:
+    settings = {"lora": Lora(rank=16, targets="diffusers"), "transposed_base": False, **settings}
+    return Recipe(
+        run_dir="r",
+        model=Model(path=model),
+        data=Data(images="i", shards="s"),
+        batch=Batch(global_size=processes),
+        **settings,
+    )
+
+
+def estimate_for(model: str, kept: int, processes: int = 1, zero=None, **settings):
+    recipe = recipe_for(
+        model, deepspeed={"zero_optimization": zero or {}}, processes=processes, **settings
+    )
+    return estimate(RELEASED[model], make_plan(recipe, processes), 4096, kept)
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_parameters_are_counted_as_they_are(name):
+    spec = RELEASED[name]
+    model = empty_transformer(spec)
+    sizes = [p.numel() for p in model.parameters() if p.ndim > 1]
+    assert sorted(block_matrices(spec) + other_matrices(spec)) == sorted(sizes)
+    assert sum(p.numel() for p in model.parameters()) - sum(sizes) < 1e-5 * sum(sizes)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("targets", ["all", "attention", "diffusers"])
+def test_adapters_are_counted_as_they_are(method, targets):
+    spec = Spec("dev", "Flux2Pipeline", 2, 3, 4, 32, 96, guidance=True)
+    recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets))
+    model = transformer.new_transformer(spec)
+    config = transformer.lora_config(spec, recipe.lora, dora=method == "dora")
+    transformer.add_lora(model, config, seed=0)
+    count = sum(p.numel() for p in transformer.trainable(model).values())
+    assert adapter_parameters(spec, recipe) == count
+
+
+def test_what_zero3_keeps_whole_is_counted():
+    """On several processes, and of an adapter what is small by the shipped config: up to rank 72 for dev."""
+    zero = read_deepspeed("zero3")["zero_optimization"]
+
+    def kept_whole(rank, processes=2, **settings):
+        lora = Lora(rank=rank, targets="all")
+        settings = {"zero": zero, "processes": processes, "lora": lora, **settings}
+        return estimate_for(DEV, 56, **settings).card.get("kept whole", 0)
+
+    trained = adapter_parameters(RELEASED[DEV], recipe_for(lora=Lora(rank=72, targets="all")))
+    assert kept_whole(72) == 4 * trained
+    assert kept_whole(73) < 4 * trained
+    assert kept_whole(72, processes=1) == kept_whole(72, method="full") == 0
+    assert kept_whole(72, base_weights="nf4") - 4 * trained == pytest.approx(0.22 * GIB, rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(BASE_WEIGHTS))
+def test_quantised_weights_take_what_is_planned(name):
+    spec = Spec("klein", "Flux2KleinPipeline", 0, 1, 4, 64, 96, guidance=False)
+    width = spec.width
+    linears = [
+        QuantizedLinear(torch.randn(9 * width, width), *BASE_WEIGHTS[name]),
+        QuantizedLinear(torch.randn(width, 4 * width), *BASE_WEIGHTS[name]),
+    ]
+    held = sum(p.numel() * p.element_size() for each in linears for p in each.parameters())
+    assert base_bytes(spec, name, 2) - 2 * sum(other_matrices(spec)) == pytest.approx(
+        held, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "settings", "measured"),
+    [  # GiB on an H100 or H200, from docs/performance.md; 4096, 3952 and 1024 tokens are 1024², 1216×832, 512²
+        (DEV, 4096, {"base_weights": "fp8"}, 65.9),
+        (DEV, 3952, {"base_weights": "fp8"}, 64.9),
+        (DEV, 1024, {"base_weights": "fp8"}, 43.5),
+        (DEV, 4096, {"base_weights": "fp8", "transposed_base": True}, 95.2),
+        (DEV, 4096, {"base_weights": "fp8", "zero": ZERO2}, 67.05),
+        (DEV, 4096, {"base_weights": "fp8", "zero": ZERO3}, 66.5),
+        (DEV, 4096, {"base_weights": "fp8", "method": "dora"}, 68.7),
+        (DEV, 4096, {"base_weights": "nf4_fp8", "activations": 0.0, "cuda_graphs": False}, 22.0),
+        (DEV, 4096, {"base_weights": "nf4", "activations": 0.0, "cuda_graphs": False}, 22.1),
+        (DEV, 4096, {"zero": "zero3_offload", "activations": 0.5}, 21.5),
+        (
+            DEV,
+            4096,
+            {"base_weights": "fp8", "zero": "zero3", "processes": 2, "lora": ALL_LINEARS},
+            54.0,
+        ),
+        (
+            DEV,
+            4096,
+            {"base_weights": "fp8", "zero": ZERO3, "processes": 4, "lora": ALL_LINEARS},
+            45.0,
+        ),
+        (DEV, 4096, {"zero": "zero3", "processes": 2, "lora": ALL_LINEARS}, 69.9),
+        (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS, "compile": False}, 94.5),
+        (KLEIN_9B, 4096, {"base_weights": "fp8"}, 22.6),
+        (KLEIN_9B, 3952, {"base_weights": "fp8"}, 22.2),
+        (KLEIN_9B, 1024, {"base_weights": "fp8"}, 13.8),
+        (KLEIN_9B, 4096, {"base_weights": "int8"}, 22.7),
+        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True}, 30.8),
+        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True, "method": "dora"}, 31.7),
+        (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 2}, 99.8),
+        (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 4}, 66.0),
+        (KLEIN_4B, 4096, {"base_weights": "fp8"}, 12.0),
+        (KLEIN_4B, 3952, {"base_weights": "fp8"}, 11.8),
+        (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
+        (KLEIN_4B, 4096, {"base_weights": "fp8", "transposed_base": True}, 15.5),
+        (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload_optimizer"}, 16.8),
+        (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
+    ],
+)
+def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, settings, measured):
+    settings = dict(settings)
+    zero, processes = settings.pop("zero", {}), settings.pop("processes", 1)
+    deepspeed = zero if isinstance(zero, str) else {"zero_optimization": zero}
+    settings = {"activations": "keep", "deepspeed": deepspeed, **settings}
+    recipe, spec = recipe_for(model, processes, **settings), RELEASED[model]
+    plan = make_plan(recipe, processes)
+    memory = estimate(spec, plan, tokens, kept_blocks(spec, plan, tokens, math.inf))
+    assert memory.on_card / GIB == pytest.approx(measured, rel=0.07)
+
+
+def test_offload_moves_and_processes_divide():
+    here = estimate_for(DEV, 0, zero=ZERO2)
+    divided = estimate_for(DEV, 0, processes=4, zero=ZERO2)
+    loose = {"device": "cpu", "pin_memory": False}
+    away = estimate_for(DEV, 0, zero={**ZERO2, "offload_optimizer": loose})
+    assert divided.card["optimizer"] == here.card["optimizer"] / 4
+    parts = ("fp32 masters", "optimizer", "gradients")
+    weights_on_their_way = {"fp32 masters": 0, "optimizer": 0, "gradients": here.card["adapter"]}
+    assert away.host == {part: here.card[part] + weights_on_their_way[part] for part in parts}
+    assert away.on_card == pytest.approx(here.on_card - sum(here.card[part] for part in parts))
+
+
+def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3():
+    """Bytes of each parameter on the card and on the host, on two processes; read in DeepSpeed."""
+    trained = sum(block_matrices(RELEASED[KLEIN_4B]) + other_matrices(RELEASED[KLEIN_4B]))
+
+    def gradients(stage: int, offload: bool) -> list[float]:
+        loose = {"device": "cpu", "pin_memory": False}
+        zero = {"stage": stage, **({"offload_optimizer": loose} if offload else {})}
+        memory = estimate_for(KLEIN_4B, 0, processes=2, zero=zero, method="full")
+        return [part.get("gradients", 0) / trained for part in (memory.card, memory.host)]
+
+    assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [2, 0], [2, 0]]
+    assert [gradients(stage, offload=True) for stage in (1, 2)] == [[6, 3], [2, 3]]
+    assert gradients(3, offload=True) == [0, pytest.approx(4)]
+
+
+def test_what_is_page_locked_takes_powers_of_two():
+    """Flat buffers of a full fine-tune of 9.08 B parameters: 36.3 and 18.2 GB become 64 and 32 GiB, groups of
+    4 GB become 4 GiB."""
+
+    def held(config: str) -> dict[str, float]:
+        zero = read_deepspeed(config)["zero_optimization"]
+        found = estimate_for(KLEIN_9B, 0, zero=zero, method="full").host
+        return {part: round(size / GIB, 1) for part, size in found.items()}
+
+    adam = {"optimizer": 67.6}
+    assert held("zero2_offload") == {"fp32 masters": 64, "gradients": 64 + 32, **adam}
+    summed, groups = 64, 9 * 4 + 0.5
+    assert held("zero3_offload_optimizer") == {
+        "fp32 masters": 33.8,
+        "gradients": summed + groups,
+        **adam,
+    }
+
+
+def test_the_average_is_where_the_masters_are():
+    offload = {**ZERO2, "offload_optimizer": {"device": "cpu"}}
+    average = Optimizer(ema_decay=0.999)
+    here = estimate_for(DEV, 0, zero=ZERO2, optimizer=average)
+    away = estimate_for(DEV, 0, zero=offload, optimizer=average)
+    assert here.card["EMA"] == away.host["EMA"] > 0 and "EMA" not in away.card
+
+
+def test_stage_3_divides_the_base_and_gathers_some_of_it():
+    zero: dict = {"stage": 3, "stage3_max_live_parameters": 500_000_000}
+    for base, stored in ((None, 2), ("fp8", 1), ("nf4", 1)):
+        whole = estimate_for(DEV, 0, base_weights=base)
+        parts = estimate_for(DEV, 0, processes=4, zero=zero, base_weights=base)
+        assert parts.card["base weights"] == pytest.approx(whole.card["base weights"] / 4)
+        assert parts.card["gathered weights"] == 5e8 * stored
+        assert parts.card["working"] == whole.card["working"]
+    everything = zero | {"stage3_max_live_parameters": 10**12}
+    small = estimate_for(KLEIN_4B, 0, processes=2, zero=everything)
+    # Never more than all of it.
+    assert small.card["gathered weights"] == 2 * small.card["base weights"]
+    # One process uses weights where they lie, unless that is the host.
+    assert "gathered weights" not in estimate_for(DEV, 0, zero=zero).card
+    streamed = estimate_for(DEV, 0, zero=zero | {"offload_param": {"device": "cpu"}})
+    assert streamed.card["gathered weights"] == 5e8 * 2
+
+
+def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
+    """Adapters have fp32 gradients; a full fine-tune in bf16 has another optimizer at stage 1, and the copy of a
+    bucket at stage 3."""
+
+    def buffers(stage: int, bucket: int = 10**6, **settings) -> float:
+        zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": bucket}
+        return estimate_for(KLEIN_4B, 0, zero=zero, **settings).card.get("reduction buffers", 0)
+
+    assert [buffers(stage) for stage in (1, 2, 3)] == [8e6, 8e6, 4e6]
+    assert [buffers(stage, precision="fp16") for stage in (1, 2, 3)] == [4e6, 4e6, 2e6]
+    assert [buffers(stage, method="full") for stage in (1, 2, 3)] == [0, 4e6, 4e6]
+    trained = adapter_parameters(RELEASED[KLEIN_4B], recipe_for(KLEIN_4B))
+    assert buffers(2, 10**12) == 8 * trained  # see Engine
+    none = {"stage": 2, "contiguous_gradients": False}
+    assert "reduction buffers" not in estimate_for(KLEIN_4B, 0, zero=none).card
+
+
+def test_offloaded_inputs_leave_the_card_for_the_host():
+    """Page-locked powers of two: 54 MiB of 4608 tokens take 64, 48 and 6 MiB of a double block's 64 and 8."""
+    for kept, singles, doubles in (0, 48, 8), (20, 28, 8), (50, 0, 6), (56, 0, 0):
+        here = estimate_for(DEV, kept, cuda_graphs=False)
+        away = estimate_for(DEV, kept, offload_activations=True)
+        assert away.host == {"activations": (64 * singles + (64 + 8) * doubles) * 2**20}
+        stream = 4608 * 6144 * 2
+        saved = here.on_card - away.on_card
+        assert saved == pytest.approx((singles + doubles) * stream)
+
+
+def test_cuda_graphs_are_counted_where_there_is_room():
+    """They hold the adapter's gradients twice, and let no other pass use their memory."""
+    trained = 4 * adapter_parameters(RELEASED[DEV], recipe_for())
+    plan = make_plan(recipe_for(deepspeed="zero0"), 1)
+    without = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
+    captured = estimate(RELEASED[DEV], plan, 4096, 0)
+    graphs = trained + without.card["batch"]
+    assert captured.card == without.card | {_CUDA_GRAPHS: graphs}
+    data = replace(plan.recipe.data, held_out=0.1)
+    plan = replace(plan, recipe=replace(plan.recipe, data=data, cuda_graphs=True))
+    evaluated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
+    assert evaluated.card[_CUDA_GRAPHS] == graphs + without.card["working"]
+    plan = replace(plan, accumulation=2)
+    accumulated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
+    assert accumulated.card[_CUDA_GRAPHS] == graphs + trained + without.card["working"]
+
+
+def test_a_transposed_base_is_counted_where_there_is_room():
+    """After the CUDA graphs, with a byte for each weight of the blocks, and before no kept block."""
+    spec = RELEASED[DEV]
+    recipe = recipe_for(deepspeed="zero0", base_weights="fp8", transposed_base=None)
+    plan = make_plan(recipe, 1)
+    both = estimate(spec, plan, 4096, 0)
+    assert both.spare == ["cuda_graphs", "transposed_base"]
+    turned = both.card["transposed base"]
+    assert turned == sum(block_matrices(spec))
+    room = both.on_card * 1.03 + GIB
+    assert estimate(spec, plan, 4096, 0, room).transposes
+    less = estimate(spec, plan, 4096, 0, room - 0.2 * turned)
+    assert less.spare == ["cuda_graphs"] and less.on_card == both.on_card - turned
+    asked = make_plan(replace(recipe, transposed_base=True), 1)
+    assert estimate(spec, asked, 4096, 0, 0).transposes
+    never = make_plan(replace(recipe, transposed_base=False), 1)
+    assert (
+        kept_blocks(spec, plan, 4096, room) == kept_blocks(spec, never, 4096, room) == spec.blocks
+    )
+    assert kept_blocks(spec, asked, 4096, room) < spec.blocks
+    # It says nothing of the bases that cannot be held so.
+    listed = choices(asked.recipe, spec, 1, 4096, 24 * GIB, 64 * GIB)
+    assert any(choice.base_weights == "nf4_fp8" for choice in listed)
+
+
+def test_without_a_card_the_plan_counts_the_least():
+    plan = make_plan(recipe_for(deepspeed="zero0", base_weights="fp8", transposed_base=None), 1)
+    found = plan_memory(plan, Hosts(1), None, None, None)
+    assert found.memory.spare == [] and found.memory == estimate(RELEASED[DEV], plan, 4096, 0, 0)
+
+
+def test_inputs_are_offloaded_where_nothing_else_fits():
+    """A 24 GiB card holds dev at 1536² (9216 image tokens) only so, if the base stays on it."""
+    found = choices(recipe_for(), RELEASED[DEV], 1, 9216, 24 * GIB, 64 * GIB)
+    assert (found[0].deepspeed, found[0].base_weights) == ("zero0", "nf4_fp8")
+    assert all(c.offload_activations == ("base weights" in c.memory.card) for c in found)
+    roomy = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, 64 * GIB)
+    assert not roomy[0].offload_activations
+    given = recipe_for(offload_activations=True)
+    found = choices(given, RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
+    assert all(choice.offload_activations for choice in found)
+
+
+def test_a_base_in_host_memory_takes_its_own_bytes():
+    """Which the adapter, moved by DeepSpeed into one page-locked piece, does not; nor what is trained whole."""
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    memory = estimate_for(DEV, 0, zero=zero)
+    assert "base weights" not in memory.card
+    assert memory.host["base weights"] == pytest.approx(2 * 32.22e9, rel=0.001)
+    adapter = 4 * adapter_parameters(RELEASED[DEV], recipe_for())
+    assert adapter < memory.host["adapter"] == 2**29
+    full = estimate_for(KLEIN_9B, 0, zero=zero, method="full")
+    assert full.host["base weights"] == 32 * GIB and "adapter" not in full.host
+
+
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_of_a_base_on_nvme_there_are_buffers_in_host_memory(base):
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/mnt/run"}}
+    memory = estimate_for(DEV, 0, 2, zero=zero, base_weights=base)
+    widest = 9 * RELEASED[DEV].width ** 2 * (0.5 if base else 2)
+    assert memory.host["swap buffers"] == 12 * widest / 2
+    assert "base weights" not in memory.card
+    # Scales and what is not quantised stay.
+    others = sum(other_matrices(RELEASED[DEV])) if base else 0
+    assert others <= memory.host["base weights"] <= others + 0.3e9
+
+
+def test_auto_keeps_as_many_blocks_as_just_fit():
+    spec = RELEASED[DEV]
+    plan = make_plan(recipe_for(base_weights="fp8", deepspeed="zero0"), 1)
+    kept = kept_blocks(spec, plan, 4096, 60 * GIB)
+    assert 0 < kept < 56
+    assert estimate(spec, plan, 4096, kept).fits(60 * GIB)
+    assert not estimate(spec, plan, 4096, kept + 1).fits(60 * GIB)
+    assert kept_blocks(spec, plan, 4096, 10 * GIB) == 0
+    assert kept_blocks(spec, plan, 4096, math.inf) == 56
+
+
+@pytest.mark.parametrize(
+    ("activations", "kept"),
+    [("recompute", 0), ("keep", 56), (0.0, 0), (1.0, 56), (0.5, 28), (0.3, 17), (0.009, 1)],
+)
+def test_a_share_keeps_the_nearest_number_of_blocks(activations, kept):
+    plan = make_plan(recipe_for(activations=activations), 1)
+    assert kept_blocks(RELEASED[DEV], plan, 4096, 0) == kept
+
+
+def test_choices_fit_and_the_fastest_is_first():
+    found = choices(recipe_for(), RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
+    assert (found[0].deepspeed, found[0].base_weights, found[0].activations) == ("zero0", "fp8", 1)
+    assert all(c.memory.fits(80 * GIB) and c.memory.on_host <= 64 * GIB for c in found)
+    assert [c.cost for c in found] == sorted(c.cost for c in found)
+    small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, math.inf)
+    assert small[0].base_weights == "nf4_fp8"
+    assert choices(recipe_for(), RELEASED[DEV], 1, 4096, 4 * GIB, 1 * GIB) == []
+
+
+@pytest.mark.parametrize(
+    ("launch", "hosts", "shared"),
+    [
+        (Launch(), Hosts(1), 1),
+        (Launch(), Hosts(16), 8),
+        (Launch(processes=4), Hosts(16), 4),  # --gpus 16 over it
+        (Launch(), Hosts(16, Path("hostfile"), slots={"node01": 4, "node02": 12}), 12),
+    ],
+)
+def test_host_memory_is_of_each_host(launch, hosts, shared):
+    recipe = recipe_for(processes=hosts.processes, deepspeed="zero3_offload", launch=launch)
+    plan = make_plan(recipe, hosts.processes)
+    needed = plan_memory(plan, hosts, None, None, None).memory.on_host * shared
+    for part, fits in ((0.99, False), (1.01, True)):
+        found = plan_memory(plan, hosts, None, "80GiB", f"{needed * part / GIB:.6f}GiB")
+        assert found.fits == fits
+        unquantised = [choice.deepspeed for choice in found.others if not choice.base_weights]
+        assert ("zero3_offload" in unquantised) == fits
+        totals = [choice["host_total"] for choice in found.values()["choices"]]
+        assert all(total <= needed * part for total in totals)
+    assert f"host       {needed / GIB:.1f} GiB = {shared} processes × " in "\n".join(found.lines())
+
+
+def test_sizes():
+    assert size("--gpu", "24GiB") == 24 * GIB
+    assert size("--host", "64 GB") == 64e9
+    for wrong in ("", "many", "24 parsecs", "-1GB", "24", "0GiB"):
+        with pytest.raises(UserError, match="--gpu"):
+            size("--gpu", wrong)
+
+
+def test_what_the_first_step_adds_is_known_before_it():
+    """Adam's two moments, gradients between micro-batches, and ZeRO's two buffers below stage 3."""
+    spec = RELEASED[KLEIN_4B]
+
+    def added(stage: int, micro_batches: int, *, resumed: bool = False) -> float:
+        recipe = replace(
+            recipe_for(KLEIN_4B, deepspeed=f"zero{stage}"), batch=Batch(global_size=micro_batches)
+        )
+        plan = make_plan(recipe, 1)
+        memory = estimate(spec, plan, 4096, 0)
+        return not_yet_allocated(plan, memory, resumed=resumed) / adapter_parameters(spec, recipe)
+
+    assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2), added(3, 1)] == [8, 12, 20, 20, 8]
+    assert [added(stage, 2, resumed=True) for stage in (0, 1, 2, 3)] == [4, 12, 12, 0]
+
+
+@pytest.mark.parametrize(
+    ("references", "recorded"), [(["", ""], True), (["", "32x32"], True), (["", "several"], False)]
+)
+def test_nothing_is_recorded_if_new_shapes_may_come_at_any_time(references, recorded):
+    shards = [Shard("x.tar", Bucket(32, 32), 3, 5, "ab", references=each) for each in references]
+    index = Index("klein", 8, {}, {}, shards)
+    plan = make_plan(recipe_for(deepspeed="zero0"), 1)
+    assert captures(plan) and captures(recordable(plan, index)) == recorded
+    plan = make_plan(recipe_for(deepspeed="zero0", cuda_graphs=True), 1)
+    if recorded:
+        assert recordable(plan, index) is plan
+    else:
+        with pytest.raises(UserError, match=r"cuda_graphs is true, .* several sizes"):
+            recordable(plan, index)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.1])
+@pytest.mark.parametrize("room", [28, 32])
+def test_blocks_are_kept_before_passes_are_recorded(room, held_out):
+    """Where memory is short the card is busy, and a recomputed block costs more than Python does."""
+    recipe = recipe_for(deepspeed="zero0", base_weights="nf4_fp8")
+    recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
+    counts = [
+        kept_blocks(
+            RELEASED[DEV], make_plan(replace(recipe, cuda_graphs=each), 1), 4096, room * GIB
+        )
+        for each in (None, False, True)
+    ]
+    assert counts[0] == counts[1] > counts[2]
+
+
+def test_what_fits_can_be_trained():
+    """Also where the recipe asks for what some combinations cannot do."""
+    asked = recipe_for(cuda_graphs=True)
+    found = choices(asked, RELEASED[DEV], 1, 9216, 30 * GIB, 256 * GIB)
+    assert not any(choice.offload_activations for choice in found)
+    for choice in found:
+        make_plan(replace(asked, deepspeed=choice.deepspeed, base_weights=choice.base_weights), 1)

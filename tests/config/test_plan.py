@@ -1,0 +1,598 @@
+"""Everything derived from a recipe, every refusal, and the files that are shipped."""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux2_ds.config.model_spec import RELEASED
+from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser, shipped_directory
+from flux2_ds.config.plan import captures, compiles, learning_rate, make_plan, transposable
+from flux2_ds.config.recipe import Batch, Data, Model, Optimizer, Recipe
+from flux2_ds.config.validate import ignored_settings
+from flux2_ds.errors import UserError
+from launcher import cli
+
+DS_CONFIGS = sorted(shipped_directory("ds_configs").glob("*.json"))
+RECIPES = sorted(shipped_directory("recipes").glob("*.yaml"))
+ROOT = shipped_directory("recipes").parent
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    """A small recipe with dotted settings changed: make_recipe(**{"batch.micro_size": 2})."""
+    recipe = Recipe(
+        run_dir="runs/a", model=Model(path="m"), data=Data(images="photos", shards="shards")
+    )
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        if section:
+            value = dataclasses.replace(getattr(recipe, section), **{field: value})
+        recipe = dataclasses.replace(recipe, **{section or field: value})
+    return recipe
+
+
+def nvme(stage: int = 3, **changes: Any) -> dict[str, Any]:
+    """A config with the parameters on NVMe."""
+    offload = {"device": "nvme", "nvme_path": "/mnt/run", **changes}
+    return {"zero_optimization": {"stage": stage, "offload_param": offload}}
+
+
+def test_directories_of_shipped_files_hold_some():
+    assert len(DS_CONFIGS) >= 5
+    assert RECIPES
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "processes", "accumulation"),
+    [(8, 1, 8, 1), (8, 1, 1, 8), (8, 2, 2, 2), (1, 1, 1, 1), (96, 3, 16, 2)],
+)
+def test_batch_arithmetic(global_size, micro_size, processes, accumulation):
+    plan = make_plan(
+        make_recipe(batch=Batch(global_size=global_size, micro_size=micro_size)), processes
+    )
+    assert plan.accumulation == accumulation
+    assert plan.deepspeed["train_batch_size"] == global_size
+    assert plan.deepspeed["train_micro_batch_size_per_gpu"] == micro_size
+    assert plan.deepspeed["gradient_accumulation_steps"] == accumulation
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "processes"),
+    [(7, 1, 2), (1, 1, 8), (10, 4, 2), (11, 4, 2), (13, 4, 2), (5, 8, 1), (100, 3, 7)],
+)
+def test_impossible_batch_is_refused_with_a_value_that_works(global_size, micro_size, processes):
+    recipe = make_recipe(batch=Batch(global_size=global_size, micro_size=micro_size))
+    with pytest.raises(UserError) as caught:
+        make_plan(recipe, processes)
+    message = str(caught.value)
+    assert f"batch.global_size {global_size} " in message
+    assert f"{micro_size} × {processes} processes" in message
+    suggested = int(re.search(r"Set batch\.global_size to (\d+)", message)[1])
+    assert abs(suggested - global_size) <= micro_size * processes
+    make_plan(make_recipe(batch=Batch(global_size=suggested, micro_size=micro_size)), processes)
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_no_processes_are_refused(processes):
+    with pytest.raises(UserError, match="processes"):
+        make_plan(make_recipe(), processes)
+
+
+AT_LEAST_ONE = (
+    "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard "
+    "prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
+    "data.shuffle_window data.readers evaluation.every evaluation.samples "
+    "checkpoint.every checkpoint.keep_last "
+    "checkpoint.keep_every log.every launch.processes preview.steps preview.every "
+    "objective.max_shift_tokens"
+)
+OUT_OF_RANGE = [
+    *((name, value) for name in AT_LEAST_ONE.split() for value in (0, -3)),
+    *(("data.bucket_step", value) for value in (0, -16, 8, 40)),
+    *((f"preview.{side}", value) for side in ("height", "width") for value in (0, -16, 1000)),
+    *(("data.max_aspect", value) for value in (0.5, float("inf"))),
+    ("data.max_upscale", 0.0),
+    *(("prepare.scratch_gb", value) for value in (0.0, float("inf"))),
+    *(("data.cache_gb", value) for value in (0.0, float("inf"))),
+    *(("launch.hang_after", value) for value in (-1.0, float("inf"))),
+    *(("data.held_out", value) for value in (-0.1, 0.6)),
+    *(("data.resolution", value) for value in (48, 0, -1024, [1024, 48])),
+    *(("objective.caption_dropout", value) for value in (-0.1, 1.1)),
+    *((name, 0.0) for name in ("objective.shift", "objective.std", "lora.alpha")),
+    *(("lora.dropout", value) for value in (-0.1, 1.0)),
+    *(("optimizer.learning_rate", value) for value in (0.0, float("nan"))),
+    *((f"optimizer.{name}", -1) for name in ("warmup_steps", "max_grad_norm")),
+    *((f"optimizer.{name}", -1e-8) for name in ("eps", "weight_decay")),
+    *(("optimizer.betas", value) for value in ((0.9, 1.0), (-0.1, 0.9))),
+    *((name, -1) for name in ("seed", "preview.seed", "objective.guidance")),
+    *((name, 2**64) for name in ("seed", "preview.seed")),
+    ("optimizer.learning_rate", float("inf")),
+    ("checkpoint.keep_every", 750),
+    ("preview.prompts", []),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_value_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(**{name: value}), 1)
+    assert str(caught.value).startswith(f"{name} ")
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data.shards", "https://me:secret@host/shards"),
+        ("data.shards", "https://secret@host/shards"),
+        ("data.images", "sftp://me:secret@host/{0..9}.tar"),
+        ("data.images.web", "https://:secret@host/0.tar"),
+        ("data.more_shards.web", "http://me:secret@host:80/shards"),
+        ("data.shards", "https://host/shards?secret"),
+        ("data.images.web", "https://host/{0..9}.tar?Expires=5&Signature=secret"),
+        ("data.images", "HTTPS://host/0.tar?sig=secret"),
+        ("data.images", "simplecache::https://host/0.tar?sig=secret"),
+        ("data.images", "az://container/0.tar?sig=secret"),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_said(name, value):
+    setting, several, _ = name.partition(".web")
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(**{setting: {"web": value} if several else value}), 1)
+    what = "a query" if "?" in value else "a user name or a password"
+    assert str(caught.value).startswith(f"{name} is a URL with {what}")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/a@b:c?",
+        "https://host:80/a@b",
+        "sftp://me@host/x",
+        "hf://me/x@main/y",
+        "a?",
+        "s3://b/?.tar",
+    ],
+)
+def test_urls_without_a_secret_are_accepted(url):
+    make_plan(make_recipe(**{"data.shards": url, "data.images": {"web": url}}), 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.max_aspect": 1.0, "data.resolution": 64, "objective.caption_dropout": 1.0},
+        {"objective.caption_dropout": 0.0, "optimizer.warmup_steps": 0, "seed": 0},
+        {"optimizer.max_grad_norm": 0.0, "optimizer.eps": 0.0, "optimizer.betas": (0.0, 0.0)},
+    ],
+)
+def test_values_at_the_edge_are_accepted(changes):
+    make_plan(make_recipe(**changes), 1)
+
+
+def test_fixed_caption_must_be_given():
+    with pytest.raises(UserError, match=r"data\.fixed_caption is empty"):
+        make_plan(make_recipe(**{"data.missing_caption": "fixed"}), 1)
+    make_plan(make_recipe(**{"data.missing_caption": "fixed", "data.fixed_caption": "a"}), 1)
+
+
+def test_fp16_on_the_cpu_is_refused():
+    changes = {"precision": "fp16", "launch.accelerator": "cpu"}
+    with pytest.raises(UserError, match="precision is fp16"):
+        make_plan(make_recipe(**changes), 1)
+    make_plan(make_recipe(**{**changes, "precision": "bf16"}), 1)
+    make_plan(make_recipe(**{**changes, "launch.accelerator": "cuda"}), 1)
+
+
+def test_a_full_fine_tune_in_bf16_without_masters_is_refused():
+    with pytest.raises(UserError, match="Set deepspeed: zero1"):
+        make_plan(make_recipe(method="full", deepspeed={}), 1)
+    make_plan(make_recipe(method="full", deepspeed={}, precision="fp32"), 1)
+    make_plan(make_recipe(deepspeed={}), 1)  # an adapter is fp32 itself
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precision_sections(method, precision):
+    config = make_plan(make_recipe(method=method, precision=precision), 1).deepspeed
+    sections = {name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")}
+    # Adapters in bf16 keep fp32 masters themselves: the engine must leave their dtype alone.
+    expected = {"fp16"} if precision == "fp16" else set()
+    if (method, precision) == ("full", "bf16"):
+        expected = {"bf16"}
+    assert sections == expected
+    accumulated = {"grad_accum_dtype": "fp32"} if expected == {"bf16"} else None
+    assert config.get("data_types") == accumulated
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_deepspeed_config(path):
+    recipe = make_recipe(
+        deepspeed=path.stem,
+        batch=Batch(global_size=24, micro_size=2),
+        **{"optimizer.max_grad_norm": 0.5},
+    )
+    plan = make_plan(recipe, 4)
+    config = plan.deepspeed
+    assert config["train_batch_size"] == 24
+    accumulated = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert accumulated * 4 == 24
+    assert config["gradient_clipping"] == 0.5
+    expected = json.loads(path.read_text())["zero_optimization"]
+    if "zero3" in path.stem:
+        expected["memory_efficient_linear"] = False  # see test_what_is_compiled
+    assert config["zero_optimization"] == expected
+    assert plan.zero_stage == int(re.match(r"zero(\d)", path.stem)[1])
+    assert plan.offloads("offload_optimizer") == ("offload" in path.stem)
+    assert f"ZeRO stage {plan.zero_stage}" in "\n".join(plan.lines())
+
+
+def test_deepspeed_config_by_path_and_by_value(tmp_path):
+    value = {"zero_optimization": {"stage": 1}, "steps_per_print": 5}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(value))
+    plans = [make_plan(make_recipe(deepspeed=choice), 1) for choice in (str(path), value)]
+    assert plans[0].deepspeed == plans[1].deepspeed
+    assert (plans[0].zero_stage, plans[0].deepspeed["steps_per_print"]) == (1, 5)
+    assert value == {"zero_optimization": {"stage": 1}, "steps_per_print": 5}  # not written into
+
+
+OWNED = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "activations",
+    "wandb": "log.wandb",
+}
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_key_that_the_recipe_owns_is_refused(key):
+    with pytest.raises(UserError, match=rf"'{key}'.* set {re.escape(OWNED[key])}"):
+        make_plan(make_recipe(deepspeed={key: 1}), 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimisation": {}}', r"unknown key 'zero_optimisation'.*zero_optimization"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', 'uses "auto"'),
+        ('{"zero_optimization": ', "is not valid JSON"),
+        (
+            '{"zero_optimization": {"stage": 2, "stage": 3}}',
+            "is not valid JSON: 'stage' comes twice",
+        ),
+        ('{"wall_clock_breakdown": "x"}', "wall_clock_breakdown is 'x', which is no value for it"),
+        *((text, "must be a JSON object") for text in ("[]", "null", "3")),
+        ('{"zero_optimization": null}', "must be a JSON object"),
+    ],
+)
+def test_wrong_deepspeed_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"mine\.json.* {message}"):
+        make_plan(make_recipe(deepspeed=str(path)), 1)
+
+
+@pytest.mark.parametrize("choice", ["zero9", "absent.json", "ds_configs", "mine"])
+def test_unknown_deepspeed_config_is_refused_with_the_names(choice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "mine").write_text("{}")  # which is no .json
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(deepspeed=choice), 1)
+    assert repr(choice) in str(caught.value)
+    assert all(path.stem in str(caught.value) for path in DS_CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "values"),
+    [
+        # step:       0       1       2       4          6       9
+        ("constant", 2, [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]),
+        ("cosine", 2, [0.5e-3, 1e-3, 1e-3, 0.8535534e-3, 0.5e-3, 0.0380602e-3]),
+        ("linear", 2, [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.125e-3]),
+        ("constant", 0, [1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]),
+        ("cosine", 0, [1e-3, 0.9755283e-3, 0.9045085e-3, 0.6545085e-3, 0.3454915e-3, 0.0244717e-3]),
+        ("rex", 2, [0.5e-3, 1e-3, 1e-3, 0.8571429e-3, 0.6666667e-3, 0.2222222e-3]),
+        ("linear", 0, [1e-3, 0.9e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.1e-3]),
+    ],
+)
+def test_learning_rate(schedule, warmup, values):
+    adam = Optimizer(learning_rate=1e-3, schedule=schedule, warmup_steps=warmup)
+    recipe = make_recipe(steps=10, optimizer=adam)
+    found = [learning_rate(recipe, step) for step in (0, 1, 2, 4, 6, 9)]
+    assert found == pytest.approx(values, rel=1e-5)
+
+
+def test_a_warm_up_that_outlasts_the_run_still_rises():
+    recipe = make_recipe(steps=5, **{"optimizer.warmup_steps": 50, "optimizer.schedule": "cosine"})
+    rates = [learning_rate(recipe, step) for step in range(5)]
+    assert rates == pytest.approx([1e-4 * (step + 1) / 50 for step in range(5)])
+
+
+def test_plan_says_the_arithmetic():
+    changes = {"batch.global_size": 24, "batch.micro_size": 2, "steps": 10, "lora.rank": 16}
+    text = "\n".join(make_plan(make_recipe(**changes), 4).lines())
+    assert "24 global = 2 micro × 3 accumulation × 4 processes" in text
+    assert "10 = 240 samples" in text
+    assert "lora rank 16, alpha 16" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "ignored"),
+    [
+        ({}, []),
+        ({"lora.rank": 4, "objective.mean": 0.5, "objective.max_shift_tokens": 64}, []),
+        ({"lora.rank": 4, "method": "full"}, ["lora (method is full)"]),
+        ({"method": "full"}, []),
+        ({"offload_activations": True}, []),
+        (
+            {"offload_activations": True, "activations": "keep"},
+            ["offload_activations (activations is keep)"],
+        ),
+        ({"objective.shift": 2.0}, ["objective.shift (timesteps is flux)"]),
+        ({"objective.shift": 2.0, "objective.timesteps": "shift"}, []),
+        (
+            {"objective.std": 2.0, "objective.mean": 1.0, "objective.timesteps": "uniform"},
+            [f"objective.{name} (timesteps is uniform)" for name in ("mean", "std")],
+        ),
+        (
+            {"objective.max_shift_tokens": 64, "objective.timesteps": "logit_normal"},
+            ["objective.max_shift_tokens (timesteps is logit_normal)"],
+        ),
+        ({"data.fixed_caption": "a"}, ["data.fixed_caption (missing_caption is error)"]),
+        ({"data.fixed_caption": "a", "data.missing_caption": "fixed"}, []),
+        (
+            {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 50, "steps": 50},
+            ["optimizer.schedule (all 50 steps are warm-up)"],
+        ),
+        ({"data.cache_gb": 5.0}, ["data.cache_gb (there is no data.cache)"]),
+        ({"launch.over": "pdsh"}, ["launch.over (there is no launch.hostfile)"]),
+        ({"log.project": "a", "log.wandb": "disabled"}, ["log.project (log.wandb is disabled)"]),
+        (
+            {"model.path": "/", "model.revision": "main"},
+            ["model.revision (model.path / is a directory)"],
+        ),
+        ({"model.path": "org/model", "model.revision": "main"}, []),
+    ],
+)
+def test_settings_without_effect_are_named_in_the_plan(changes, ignored):
+    recipe = make_recipe(**changes)
+    assert ignored_settings(recipe) == ignored
+    lines = make_plan(recipe, 1).lines()
+    said = [line.split(maxsplit=1)[1] for line in lines if line.startswith("ignored")]
+    assert said == ignored
+
+
+def test_guidance_is_named_for_a_model_without_an_input_for_it():
+    recipe = make_recipe(**{"objective.guidance": 3.5})
+    klein, dev = (RELEASED[f"black-forest-labs/FLUX.2-{name}"] for name in ("klein-base-4B", "dev"))
+    named = ["objective.guidance (klein has no guidance input)"]
+    assert [ignored_settings(recipe, spec) for spec in (None, dev, klein)] == [[], [], named]
+
+
+def processes_of(path: Path, recipe: Recipe) -> int:
+    """Processes on all machines that a shipped recipe is for, by its settings or its name."""
+    if recipe.launch.processes is not None:
+        return recipe.launch.processes
+    for pattern, processes in ((r"x1\b|rtx", 1), ("multinode|x16", 16), ("x8", 8)):
+        if re.search(pattern, path.stem):
+            return processes
+    raise AssertionError(f"{path.name} does not say in its name how many processes it is for")
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def shipped_recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(ROOT)
+    return request.param
+
+
+def test_shipped_recipe_resolves_and_is_short(shipped_recipe):
+    recipe = load_recipe(shipped_recipe)
+    assert make_plan(recipe, processes_of(shipped_recipe, recipe)).accumulation >= 1
+    assert len(shipped_recipe.read_text().splitlines()) <= 45
+
+
+def commands_of(path: Path) -> list[tuple[str, list[str]]]:
+    """(command, arguments) of each `flux2-ds` line of the header, and of the trainer by hand."""
+    header = re.sub(r"\\\n# *", " ", path.read_text().partition("\nrun_dir")[0])
+    found = []
+    for line in re.findall(r"^# +((?:flux2-ds|deepspeed) .*)", header, flags=re.MULTILINE):
+        if line.startswith("flux2-ds "):
+            _, command, *arguments = shlex.split(line)
+            found.append((command, arguments))
+        else:
+            found.append(("by hand", line.partition(" flux2_ds.train ")[2].split()))
+    return found
+
+
+def test_commands_in_the_header_of_a_shipped_recipe_work(
+    shipped_recipe, tmp_path, monkeypatch, capsys
+):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node01 slots=8\nnode02 slots=8\n")
+    gpus = processes_of(shipped_recipe, load_recipe(shipped_recipe))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    commands = commands_of(shipped_recipe)
+    assert {name for name, _ in commands} & {"train", "slurm", "by hand"}
+    for name, arguments in commands:
+        assert arguments[:2] == ["--config", f"recipes/{shipped_recipe.name}"]
+        if name not in ("train", "slurm"):
+            parse_recipe(recipe_parser(name, ""), arguments)
+            continue
+        arguments = [argument for argument in arguments if argument != "--submit"]
+        if name == "train":
+            arguments.append("--dry-run")
+        if "--launch.hostfile" in arguments:
+            arguments += ["--launch.hostfile", str(hostfile)]
+        monkeypatch.setattr("sys.argv", ["flux2-ds", name, *arguments])
+        cli.main()
+        assert f"recipes/{shipped_recipe.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.name": "adafactor"}, r"adafactor, which factors .* \(stage 2\).* zero0"),
+        ({"optimizer.name": "prodigy"}, r"prodigy, which finds .* \(stage 2\).* zero0"),
+        ({"optimizer.name": "muon"}, r"muon, which orthogonalises .* \(stage 2\).* zero0"),
+        (
+            {"optimizer.name": "muon", "deepspeed": "zero2_offload"},
+            r"muon, which .* \(stage 2\).* optimizer.name: adamw, which this config keeps in host",
+        ),
+        (
+            {"optimizer.name": "muon", "deepspeed": "zero0", "method": "dora"},
+            "muon, .* method dora trains vectors, .* method: lora",
+        ),
+        ({"optimizer.name": "prodigy", "deepspeed": "zero0"}, "learning_rate is 0.0001; Prodigy"),
+        (
+            {"optimizer.name": "adamw8bit", "deepspeed": "zero2_offload"},
+            "offloads the optimizer at stage 2 and optimizer.name is adamw8bit; .*adamw8bit_paged",
+        ),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, "stage 0"),
+        (
+            {
+                "deepspeed": {
+                    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+                }
+            },
+            "offload_optimizer on 'nvme'",
+        ),
+        ({"deepspeed": nvme(nvme_path=None)}, 'without a place. Set "nvme_path"'),
+        ({"deepspeed": nvme(), "method": "full"}, "'nvme' and method is full, .*method: lora"),
+        ({"deepspeed": nvme(buffer_count=5)}, "sets buffer_count of offload_param to 5, .*Remove"),
+        ({"deepspeed": nvme(), "compile": False}, "'nvme' and .* not compiled, .*compile: true"),
+        ({"deepspeed": nvme(stage=2)}, "offload_param at stage 2"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
+            "offload_param at stage 2; .* zero3_offload",
+        ),
+        ({"method": "full", "deepspeed": "zero0"}, "bf16 with method full, .* zero1"),
+        ({"precision": "fp16", "deepspeed": "zero0"}, "fp16 with method lora, .* zero1"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(make_recipe(**changes), 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.name": "adafactor", "deepspeed": "zero0"},
+        {"optimizer.name": "muon", "deepspeed": "zero0"},
+        {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0, "deepspeed": "zero0"},
+        {"optimizer.name": "adamw8bit", "deepspeed": "zero3"},
+        {"base_weights": "nf4_fp8", "precision": "bf16", "deepspeed": "zero3_offload"},
+        {"optimizer.name": "adamw8bit_paged", "method": "full"},
+        {"method": "full", "precision": "fp32", "deepspeed": "zero0"},
+        {"precision": "fp16", "deepspeed": "zero1"},
+        {"deepspeed": "zero3_offload"},
+    ],
+)
+def test_what_deepspeed_can_do(changes):
+    make_plan(make_recipe(**changes), 2)  # does not raise
+
+
+def test_passes_are_captured_by_default():
+    assert captures(make_plan(make_recipe(deepspeed="zero0"), 1))
+    assert captures(make_plan(make_recipe(deepspeed="zero2"), 2))
+    assert not captures(make_plan(make_recipe(deepspeed="zero2", precision="fp16"), 2))
+    assert not captures(make_plan(make_recipe(deepspeed="zero0", cuda_graphs=False), 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"launch.accelerator": "cpu"}, "launch.accelerator is cpu"),
+        ({"deepspeed": "zero3", "compile": True}, "has stage 3"),
+        ({"compile": False}, "not compiled"),
+        ({"method": "full"}, "method is full"),
+        ({"offload_activations": True}, "offload_activations is true"),
+        ({"lora.dropout": 0.1}, "lora.dropout is 0.1"),
+    ],
+)
+def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
+    changes = {"deepspeed": "zero0" if changes.get("method") != "full" else "zero1", **changes}
+    assert not captures(make_plan(make_recipe(**changes), 1))
+    with pytest.raises(
+        UserError, match=f"cuda_graphs is true, and .*{reason}.* remove cuda_graphs"
+    ):
+        make_plan(make_recipe(cuda_graphs=True, **changes), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "base_weights is bf16, not fp8 or int8"),
+        ({"base_weights": "nf4_int8"}, "base_weights is nf4_int8, not fp8 or int8"),
+        ({"base_weights": "fp8", "deepspeed": "zero3"}, "has stage 3"),
+    ],
+)
+def test_what_is_not_held_transposed(changes, reason):
+    assert not transposable(make_plan(make_recipe(**changes), 1))
+    with pytest.raises(UserError, match=f"transposed_base is true, and .*{reason}"):
+        make_plan(make_recipe(transposed_base=True, **changes), 1)
+
+
+def test_an_8_bit_base_may_be_held_transposed():
+    for given, expected in ((None, True), (True, True), (False, False)):
+        asked = make_recipe(base_weights="int8", transposed_base=given)
+        assert transposable(make_plan(asked, 1)) == expected
+
+
+def test_what_is_compiled():
+    """By default on CUDA; at stage 3 without DeepSpeed's own linear, which cannot be."""
+    key = "memory_efficient_linear"
+    for stage, changes, expected in (
+        ("zero3", {}, True),
+        ("zero2", {}, True),
+        ("zero3", {"compile": False}, False),
+        ("zero3", {"launch.accelerator": "cpu"}, False),
+        ("zero3", {"launch.accelerator": "cpu", "compile": True}, True),
+    ):
+        plan = make_plan(make_recipe(deepspeed=stage, **changes), 2)
+        assert compiles(plan.recipe) == expected
+        assert plan.zero.get(key) == (False if expected and stage == "zero3" else None)
+    own = {"zero_optimization": {"stage": 3, key: True}}
+    with pytest.raises(UserError, match=f"sets {key}, .* set compile: false"):
+        make_plan(make_recipe(deepspeed=own), 2)
+    assert make_plan(make_recipe(deepspeed=own, compile=False), 2).zero[key] is True
+
+
+def test_weights_on_nvme_need_several_processes_on_the_cpu():
+    assert make_plan(make_recipe(deepspeed=nvme()), 1).swaps
+    on_cpu = {"launch.accelerator": "cpu", "compile": True}
+    with pytest.raises(UserError, match=r"'nvme' and one process .*CPU, .*2 processes"):
+        make_plan(make_recipe(deepspeed=nvme(), **on_cpu), 1)
+
+
+def test_weights_on_nvme_are_neither_kept_nor_read_ahead():
+    plan = make_plan(make_recipe(deepspeed=nvme(), compile=True), 2)
+    assert plan.swaps
+    assert plan.offloads("offload_param")
+    assert plan.zero["stage3_max_reuse_distance"] == plan.zero["stage3_prefetch_bucket_size"] == 0
+    assert plan.zero["stage3_param_persistence_threshold"] == 0
+    assert plan.zero["memory_efficient_linear"] is False
+    assert not make_plan(make_recipe(deepspeed="zero3_offload"), 2).swaps
+
+
+def test_runs_have_places_of_their_own_on_nvme():
+    places = {
+        make_plan(make_recipe(deepspeed=nvme(), run_dir=run), 2).zero["offload_param"]["nvme_path"]
+        for run in ("/runs/a", "/runs/b", "/other/a")
+    }
+    assert places == {"/mnt/run/runs_a", "/mnt/run/runs_b", "/mnt/run/other_a"}

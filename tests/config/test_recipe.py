@@ -1,0 +1,228 @@
+"""Recipes: YAML and dotted overrides in, clear errors out, every setting described."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flux2_ds.config import recipe as module
+from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser
+from flux2_ds.config.recipe import Recipe, recipe_values
+from flux2_ds.errors import UserError
+
+MINIMAL = {
+    "run_dir": "runs/a",
+    "model": {"path": "models/klein"},
+    "data": {"images": "photos", "shards": "shards"},
+}
+
+
+def write_recipe(folder: Path, **changes: object) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def settings(kind: type, prefix: str = "") -> list[tuple[str, type, str]]:
+    """(dotted name, class, field) of every setting below a dataclass."""
+    hints = typing.get_type_hints(kind)
+    found = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found += settings(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            found.append((f"{prefix}{field.name}", kind, field.name))
+    return found
+
+
+SETTINGS = settings(Recipe)
+
+
+def descriptions() -> dict[tuple[str, str], str]:
+    """The string below each field, read from the source: (class, field) -> text on one line."""
+    found = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    found[node.name, field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a parser says while it ends the process with code 2."""
+    with pytest.raises(SystemExit) as caught:
+        parse_recipe(recipe_parser("test", ""), list(argv))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_users_home_stands_for_a_tilde_in_paths_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"images": {"a": "~/photos", "b": "x~/y"}, "shards": "~/s", "fixed_caption": "~/ cats"}
+    path = write_recipe(
+        tmp_path, model={"path": "~/m"}, data=data, preview={"references": ["~/r.png"]}
+    )
+    recipe = load_recipe(path, ["--run_dir=~/run", "--data.more_shards={web: ~/web}"])
+    assert (recipe.model.path, recipe.run_dir) == ("/home/me/m", "/home/me/run")
+    assert recipe.data.images == {"a": "/home/me/photos", "b": "x~/y"}
+    assert recipe.data.more_shards == {"web": "/home/me/web"}
+    assert (recipe.data.shards, recipe.data.fixed_caption) == ("/home/me/s", "~/ cats")
+    assert recipe.preview.references == ["/home/me/r.png"]
+    assert (recipe.deepspeed, recipe.launch.hostfile, recipe.data.cache) == ("zero2", None, None)
+
+
+def test_minimal_recipe_takes_the_defaults(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path))
+    assert recipe == Recipe(
+        run_dir="runs/a",
+        model=module.Model(path="models/klein"),
+        data=module.Data(images="photos", shards="shards"),
+    )
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001"])
+def test_every_way_to_write_a_learning_rate_in_yaml(tmp_path, written):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text() + f"optimizer:\n  learning_rate: {written}\n")
+    assert load_recipe(path).optimizer.learning_rate == 1e-4
+
+
+def test_a_later_file_overrides_an_earlier_one_and_the_command_line_both(tmp_path):
+    first = write_recipe(tmp_path, steps=7, batch={"global_size": 4, "micro_size": 2})
+    second = tmp_path / "second.yaml"
+    second.write_text("batch: {global_size: 6}\nseed: 1\n")
+    recipe = load_recipe(first, ["--config", str(second), "--seed=2", "--lora.alpha", "4"])
+    assert (recipe.steps, recipe.seed, recipe.lora.alpha) == (7, 2, 4.0)
+    assert (recipe.batch.global_size, recipe.batch.micro_size) == (6, 2)
+
+
+@pytest.mark.parametrize("value", ["zero3", {"zero_optimization": {"stage": 1}}])
+def test_deepspeed_may_be_a_name_or_the_config_itself(tmp_path, value):
+    assert load_recipe(write_recipe(tmp_path, deepspeed=value)).deepspeed == value
+
+
+def test_option_of_a_command_or_of_deepspeeds_launcher_is_not_in_the_recipe(tmp_path):
+    parser = recipe_parser("test", "")
+    parser.add_argument("--step", type=int, default=None)
+    arguments = ["--config", str(write_recipe(tmp_path)), "--step=3", "--local_rank=3"]
+    recipe, options = parse_recipe(parser, arguments)
+    assert options.step == 3
+    assert recipe == load_recipe(write_recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora": {"rnak": 3}}, "rnak"),
+        ({"setps": 3}, "setps"),
+        ({"lora": {"rank": "many"}}, "lora.rank"),
+        ({"steps": 1.5}, "steps"),
+        ({"method": "qlora"}, "method"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
+        ({"data": {"images": "photos"}}, "data.shards"),
+        ({"model": {}}, "model.path"),
+        ({"launch": {"accelerator": "tpu"}}, "launch.accelerator"),
+    ],
+)
+def test_wrong_file_is_refused_by_name(tmp_path, capsys, changes, named):
+    assert named in refused(capsys, "--config", str(write_recipe(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("--lora.rnak=3", "lora.rnak"),
+        ("--lora.rank=many", "lora.rank"),
+        ("--optimizer.schedule=step", "optimizer.schedule"),
+        ("--accept_changes=perhaps", "accept_changes"),
+    ],
+)
+def test_wrong_override_is_refused_by_name(tmp_path, capsys, override, named):
+    message = refused(capsys, "--config", str(write_recipe(tmp_path)), override)
+    assert named in message.split("error:")[1]
+
+
+def test_missing_file_is_named(tmp_path, capsys):
+    path = tmp_path / "broken.yaml"
+    assert str(path) in refused(capsys, "--config", str(path)).split("error:")[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: 3\nmodel: {path: [", r"is no YAML at line 2"),
+        (b"text", "holds no settings"),
+        (b"[]", "holds no settings"),
+        (b"# steps: 3\n", "is empty"),
+        ("name: für".encode("latin-1"), "is not UTF-8"),
+        (b"steps: \0", "is no YAML"),
+        (b"lora: {rank: 3}\nsteps: 4\nlora: {alpha: 3}\n", "has lora twice, at lines 1 and 3"),
+        (b"data:\n  images: a\n  shards: b\n  images: c\n", "has images twice, at lines 2 and 4"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"broken\.yaml {message}"):
+        load_recipe(write_recipe(tmp_path), [f"--config={path}"])
+
+
+@pytest.mark.parametrize("name", ["steps", "lora", "lora.rank", "optimizer.schedule", "log.every"])
+def test_a_setting_without_its_value_is_refused(tmp_path, name):
+    section, _, field = name.rpartition(".")
+    changes = {section: {field: None}} if section else {name: None}
+    with pytest.raises(UserError, match=rf"^{name} is empty \(null\)"):
+        load_recipe(write_recipe(tmp_path, **changes))
+    load_recipe(write_recipe(tmp_path, lora={"alpha": None}))  # which may have none
+
+
+def test_a_printed_recipe_has_no_option_of_the_command(tmp_path, capsys):
+    parser = recipe_parser("test", "")
+    parser.add_argument("--step", type=int, default=None)
+    with pytest.raises(SystemExit):
+        parse_recipe(
+            parser, ["--config", str(write_recipe(tmp_path)), "--step=3", "--print_config"]
+        )
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load_recipe(again) == load_recipe(write_recipe(tmp_path))
+
+
+@pytest.mark.parametrize("way", ["printed", "stored"])
+def test_every_setting_round_trips_through_yaml(tmp_path, capsys, way):
+    path = write_recipe(tmp_path, preview={"prompts": ["été: 猫", "#2", "no: 1"]})
+    overrides = [
+        "--optimizer.betas=[0.8,0.95]",
+        "--deepspeed={zero_optimization: {stage: 1}}",
+        "--optimizer.eps=1e-15",
+        "--checkpoint.keep_every=100",
+    ]
+    recipe = load_recipe(path, overrides)
+    if way == "printed":
+        with pytest.raises(SystemExit) as caught:
+            load_recipe(path, [*overrides, "--print_config"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+    else:
+        text = yaml.safe_dump(recipe_values(recipe))
+        assert yaml.safe_load(text) == recipe_values(recipe)
+    again = tmp_path / "again.yaml"
+    again.write_text(text, encoding="utf-8")
+    assert load_recipe(again) == recipe
+
+
+def test_help_describes_every_setting(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    help_text = " ".join(recipe_parser("test", "").format_help().split())
+    assert len(SETTINGS) > 40
+    described = descriptions()
+    for name, kind, field in SETTINGS:
+        text = described[kind.__name__, field]
+        assert len(text) > 5
+        assert re.search(rf"--{re.escape(name)} \S.{{0,100}}? {re.escape(text)}", help_text), name

@@ -1,0 +1,278 @@
+"""The loader: its tensors depend on the step alone, not on processes, restarts or threads."""
+
+import itertools
+import shutil
+import threading
+import time
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.data.index import Index
+from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, normals
+from flux2_ds.data.order import Order
+from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.errors import UserError
+
+GLOBAL_BATCH, SEED = 4, 11
+EMPTY_TEXT = torch.zeros(6, 2)
+BUCKETS = [Bucket(32, 48), Bucket(32, 32), Bucket(32, 48)]
+
+
+def text_of(caption: str) -> torch.Tensor:
+    return torch.full((6, 2), float(caption))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
+    """Three shards of 5, 4 and 6 samples; latent and text of a sample hold its number."""
+    folder = tmp_path_factory.mktemp("shards")
+    number = itertools.count(1)
+    shards = []
+    for place, (bucket, samples) in enumerate(zip(BUCKETS, [5, 4, 6], strict=True)):
+        shape = (32, bucket.height // 8, bucket.width // 8)
+        numbers = [next(number) for _ in range(samples)]
+        records = [Record(f"{n}.jpg", str(n), torch.full(shape, float(n))) for n in numbers]
+        shards.append(write_shard(folder / f"{place}.tar", bucket, records, text_of))
+    return folder, Index("klein", 2, {}, {}, shards)
+
+
+def make_loader(
+    prepared: tuple[Path, Index],
+    share: Share | None = None,
+    dropout: float = 0.0,
+    seed: int = SEED,
+    **more: object,
+) -> Loader:
+    folder, index = prepared
+    return Loader(
+        str(folder),
+        index,
+        Order(index, GLOBAL_BATCH, seed, window=2),
+        share or Share(0, 1, GLOBAL_BATCH, GLOBAL_BATCH),
+        seed=seed,
+        caption_dropout=dropout,
+        empty_text=EMPTY_TEXT,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def tensors(batches: list[MicroBatch]) -> list[torch.Tensor]:
+    """Latents, text, noise and deviates of consecutive micro-batches as one."""
+    return [
+        torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("latents", "text", "noise", "deviates")
+    ]
+
+
+def assert_same(left: list[MicroBatch], right: list[MicroBatch]) -> None:
+    for one, other in zip(tensors(left), tensors(right), strict=True):
+        assert torch.equal(one, other)
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def wait_for_threads_to_end() -> bool:
+    deadline = time.monotonic() + 5
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not loader_threads()
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_micro_batches_do_not_change_the_global_batch(prepared, world, micro):
+    alone = make_loader(prepared)
+    shares = [Share(rank, world, GLOBAL_BATCH, micro) for rank in range(world)]
+    loaders = [make_loader(prepared, share) for share in shares]
+    for step in range(6):
+        pieces = [batch for loader in loaders for batch in loader.read(step)]
+        assert all(len(batch.samples) == micro for batch in pieces)
+        assert_same(pieces, alone.read(step))
+
+
+def test_batch_holds_the_samples_of_the_order(prepared):
+    _, index = prepared
+    order = Order(index, GLOBAL_BATCH, SEED, window=2)
+    first_number = [1, 6, 10]  # of each shard
+    for step in range(order.steps_per_epoch):
+        bucket, samples = order.batch(step)
+        (batch,) = make_loader(prepared).read(step)
+        assert (batch.bucket, batch.samples) == (bucket, samples)
+        assert batch.latents.shape == (4, 32, bucket.height // 8, bucket.width // 8)
+        assert batch.noise.shape == (4, bucket.tokens, 128)
+        assert batch.deviates.shape == (4,)
+        for place, sample in enumerate(samples):
+            number = first_number[sample.shard] + sample.row
+            assert (batch.latents[place] == number).all()
+            assert (batch.text[place] == number).all()
+            drawn = draw(SEED, sample.position, bucket.tokens)
+            assert torch.equal(batch.noise[place], drawn.noise)
+            assert batch.deviates[place] == drawn.deviate
+
+
+def test_a_sample_is_described_by_its_shard_and_picture(prepared):
+    loader = make_loader(prepared)
+    (batch,) = loader.read(1)
+    for number, sample in enumerate(batch.samples):
+        facts = loader.describe(sample)
+        assert facts["source"] == f"{int(batch.latents[number, 0, 0, 0])}.jpg"
+        assert facts["shard"] == f"{sample.shard}.tar"
+        assert (facts["row"], facts["position"]) == (sample.row, GLOBAL_BATCH + number)
+
+
+def test_starting_at_a_step_equals_skipping_to_it(prepared):
+    whole = list(make_loader(prepared).steps(0, 9))
+    later = list(make_loader(prepared).steps(6, 9))
+    assert (len(whole), len(later)) == (9, 3)
+    for skipped, resumed in zip(whole[6:], later, strict=True):
+        assert_same(skipped, resumed)
+
+
+def test_more_shards_and_texts_than_are_kept(prepared, monkeypatch):
+    plain = [make_loader(prepared).read(step) for step in range(8)]
+    monkeypatch.setattr("flux2_ds.data.loader._READERS_KEPT", 1)
+    monkeypatch.setattr("flux2_ds.data.loader._TEXTS_KEPT", 1)
+    for few, many in zip(make_loader(prepared).steps(0, 8), plain, strict=True):
+        assert_same(few, many)
+
+
+def test_one_caption_for_all_is_read_once(tmp_path):
+    bucket = Bucket(32, 32)
+    records = [Record(f"{n}", "7", torch.full((32, 4, 4), float(n))) for n in range(8)]
+    index = Index("klein", 2, {}, {}, [write_shard(tmp_path / "x.tar", bucket, records, text_of)])
+    reads = []
+
+    def fetch(blob, check):
+        reads.append(blob.size)
+        return blob.view(check)
+
+    loader = make_loader((tmp_path, index), fetch=fetch)
+    for _ in range(2):
+        for batch in itertools.chain(*(loader.read(step) for step in range(2))):
+            assert (batch.text == 7).all()
+    # The table, each latent twice, and the text: once alone and beside the latent of its own sample.
+    assert len(reads) in (1 + 16, 1 + 16 + 1)
+
+
+def test_draw_depends_on_seed_and_position_alone():
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    first, again = draw(3, 17, 6), draw(3, 17, 6)
+    assert torch.equal(torch.randn(3), expected)  # the global generator is left alone
+    assert torch.equal(first.noise, again.noise)
+    assert (first.noise.dtype, first.noise.shape) == (torch.float32, (6, 128))
+    # Not the bucket, either: deviate and drop come before the noise.
+    for same in (again, draw(3, 17, 64)):
+        assert (first.deviate, first.drop) == (same.deviate, same.drop)
+    for other in (draw(3, 18, 6), draw(4, 17, 6), draw(17, 3, 6)):
+        assert not torch.equal(first.noise, other.noise)
+        assert first.deviate != other.deviate
+        assert first.drop != other.drop
+
+
+def test_pinned_draw():
+    # A change here changes what every resumed run trains on.
+    drawn = draw(7, 5, 1)
+    found = [drawn.deviate, drawn.drop, *drawn.noise[0, :3].tolist()]
+    assert found == pytest.approx(
+        [0.2827757, 0.1196154, -1.1226215, -0.9864067, 1.1221752], abs=1e-6
+    )
+
+
+def test_noise_is_the_transform_of_its_bits():
+    count = 2**16
+    found = normals(np.random.SFC64(3), count).astype(np.float64)
+    words = np.random.SFC64(3).random_raw(count // 2).view(np.uint32) >> 1
+    radius, angle = (words.astype(np.float64) + 0.5).reshape(2, -1) / 2**31
+    length = np.sqrt(-2 * np.log(radius))
+    turned = 2 * np.pi * angle
+    expected = np.concatenate([length * np.cos(turned), length * np.sin(turned)])
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_noise_is_normal_to_its_tails():
+    count = 2**21
+    noise = normals(np.random.SFC64(SEED), count)
+    values = torch.from_numpy(noise).double()
+    below = torch.special.ndtr(values.sort().values)
+    assert (below - torch.arange(count) / count).abs().max() < 1.95 / count**0.5
+    for bound in (1.0, 2.0, 3.0, 4.0, 5.0):
+        expected = 2 * NormalDist().cdf(-bound) * count
+        assert abs((values.abs() > bound).sum() - expected) < 5 * expected**0.5
+    # The two numbers of a pair share their radius, neighbours nothing; none depends on another.
+    for one, other in (values.view(2, -1), (values[1:], values[:-1])):
+        for power in (1, 2):
+            both = torch.corrcoef(torch.stack([one**power, other**power]))
+            assert abs(both[0, 1]) < 5 / len(one) ** 0.5
+
+
+def kolmogorov_distance(values: list[float], cdf) -> float:
+    ordered = sorted(values)
+    n = len(ordered)
+    return max(max(abs(cdf(v) - i / n), abs(cdf(v) - (i + 1) / n)) for i, v in enumerate(ordered))
+
+
+def test_draws_over_positions_follow_their_distributions():
+    drawn = [draw(SEED, position, 1) for position in range(4000)]
+    bound = 1.95 / 4000**0.5  # exceeded by chance once in a thousand seeds
+    assert kolmogorov_distance([d.deviate for d in drawn], NormalDist().cdf) < bound
+    assert kolmogorov_distance([d.drop for d in drawn], lambda value: value) < bound
+    noise = torch.cat([d.noise for d in drawn])
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    # Deviate, drop and noise of a sample are independent of each other.
+    columns = torch.tensor([[d.deviate, d.drop, d.noise[0, 0]] for d in drawn])
+    assert (torch.corrcoef(columns.T) - torch.eye(3)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_caption_dropout_gives_the_empty_text_and_changes_nothing_else(prepared, dropout):
+    loader, plain = make_loader(prepared, dropout=dropout), make_loader(prepared)
+    empty, drawn = [], []
+    for step in range(30):
+        (batch,), (full,) = loader.read(step), plain.read(step)
+        for one, other in zip(tensors([batch])[::2], tensors([full])[::2], strict=True):
+            assert torch.equal(one, other)  # latents and noise
+        assert torch.equal(batch.deviates, full.deviates)
+        empty += (batch.text == 0).all(dim=(1, 2)).tolist()
+        drawn += [draw(SEED, sample.position, 1).drop < dropout for sample in batch.samples]
+    assert empty == drawn
+    assert abs(sum(empty) / len(empty) - dropout) < 0.15
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_error_in_the_reading_thread_is_raised_at_its_step(prepared, tmp_path, damage):
+    folder, index = prepared
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy / index.shards[1].name)
+    order = Order(index, GLOBAL_BATCH, SEED, window=2)
+    bad = next(s for s in itertools.count() if any(x.shard == 1 for x in order.batch(s)[1]))
+
+    seen = 0
+    with pytest.raises(UserError, match=index.shards[1].name):
+        for _ in make_loader((copy, index)).steps(0, 100):
+            seen += 1
+    assert seen == bad
+    assert wait_for_threads_to_end()
+
+
+def test_abandoned_iterator_ends_its_thread(prepared):
+    steps = make_loader(prepared).steps(0, 10**6)
+    next(steps)
+    assert len(loader_threads()) == 1
+    steps.close()
+    assert wait_for_threads_to_end()
+
+
+@pytest.mark.parametrize(("first", "last"), [(3, 5), (5, 5)])
+def test_finished_iterator_ends_its_thread(prepared, first, last):
+    assert len(list(make_loader(prepared).steps(first, last))) == last - first
+    assert wait_for_threads_to_end()

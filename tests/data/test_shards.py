@@ -1,0 +1,248 @@
+"""Shards and their index: written, read back, and refused when damaged."""
+
+import dataclasses
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+from safetensors.torch import load
+
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, Shard, read_index, write_index
+from flux2_ds.data.shards import Record, ShardReader, write_shard
+from flux2_ds.errors import UserError
+
+BUCKET = Bucket(height=32, width=48)
+CAPTIONS = ["a cat", "été, 猫", "a cat", ""]
+
+
+def text_of(caption: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(caption))
+    return torch.randn(512, 8, generator=generator).bfloat16()
+
+
+def make_records() -> list[Record]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Record(f"photo {n}.jpg", caption, torch.randn(32, 4, 6, generator=generator))
+        for n, caption in enumerate(CAPTIONS)
+    ]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Shard:
+    return write_shard(tmp_path / "48x32-00000.tar", BUCKET, make_records(), text_of)
+
+
+@pytest.fixture
+def shard(written: Shard, tmp_path: Path) -> Path:
+    return tmp_path / written.name
+
+
+def read_everything(path: Path, facts: Shard) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    reader = ShardReader(path, facts)
+    return [(reader.latent(row), reader.text(row)) for row in range(len(CAPTIONS))]
+
+
+def test_what_is_written_is_read_back_bit_for_bit(shard, written):
+    reader = ShardReader(shard, written)
+    # In another order than on disk: access is random.
+    for row, record in reversed(list(enumerate(make_records()))):
+        latent, text = reader.latent(row), reader.text(row)
+        for one, both in zip((latent, text), reader.sample(row), strict=True):
+            assert torch.equal(one, both)
+        assert (latent.dtype, text.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(latent, record.latent)
+        assert torch.equal(text, text_of(record.caption))
+        first = CAPTIONS.index(record.caption)  # a caption that recurs is stored once
+        assert reader.meta(row) == {
+            **{"caption": record.caption, "source": record.source, "height": 32, "width": 48},
+            "text_key": f"{first:08d}",
+        }
+
+
+def test_facts_of_a_shard_are_those_of_its_file(tmp_path):
+    path = tmp_path / "x.tar"
+    facts = write_shard(path, BUCKET, make_records(), text_of)
+    assert (facts.name, facts.bucket, facts.samples) == ("x.tar", BUCKET, len(CAPTIONS))
+    assert facts.size == path.stat().st_size
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert facts.sha256 == digest
+    assert [file.name for file in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_same_input_makes_the_same_file(tmp_path):
+    for name in ("first.tar", "second.tar"):
+        write_shard(tmp_path / name, BUCKET, make_records(), text_of)
+    assert (tmp_path / "first.tar").read_bytes() == (tmp_path / "second.tar").read_bytes()
+    with tarfile.open(tmp_path / "first.tar") as tar:
+        assert {member.mtime for member in tar} == {0}
+
+
+def test_recurring_caption_is_encoded_once(tmp_path):
+    encoded = []
+
+    def counted(caption: str) -> torch.Tensor:
+        encoded.append(caption)
+        return text_of(caption)
+
+    write_shard(tmp_path / "x.tar", BUCKET, make_records(), counted)
+    assert encoded == ["a cat", "été, 猫", ""]
+
+
+def test_failure_while_writing_leaves_no_shard(tmp_path):
+    def fail(caption: str) -> torch.Tensor:
+        raise RuntimeError("encoder gone")
+
+    with pytest.raises(RuntimeError, match="encoder gone"):
+        write_shard(tmp_path / "x.tar", BUCKET, make_records(), fail)
+    assert not (tmp_path / "x.tar").exists()
+
+
+def test_plain_webdataset_reads_it(shard):
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert len(samples) == len(CAPTIONS)
+    for sample, record in zip(samples, make_records(), strict=True):
+        assert json.loads(sample["json"])["caption"] == record.caption
+        assert torch.equal(load(sample["latent.safetensors"])["latent"], record.latent)
+    assert ["text.safetensors" in sample for sample in samples] == [True, True, False, True]
+
+
+def test_a_sample_is_one_read(shard, written):
+    reads = []
+
+    def fetch(blob, check):
+        reads.append(blob.size)
+        return blob.view(check)
+
+    reader = ShardReader(shard, written, fetch)
+    assert len(reads) == 1  # the table of contents
+    for row, own in enumerate([True, True, False, True]):
+        reads.clear()
+        reader.sample(row)
+        assert len(reads) == (1 if own else 2)
+        assert reader.own_text(row) == own
+        assert sum(reads) < 512 * 8 * 2 + 32 * 4 * 6 * 4 + 4096
+
+
+def test_dropped_rows_are_not_counted(shard, written):
+    facts = dataclasses.replace(written, dropped=[0, 2], samples=2)
+    reader = ShardReader(shard, facts)
+    assert [reader.meta(row)["source"] for row in range(2)] == ["photo 1.jpg", "photo 3.jpg"]
+    with pytest.raises(UserError, match=r"has 3 samples, index\.json counts 4"):
+        ShardReader(shard, dataclasses.replace(written, dropped=[0]))
+
+
+def share(part: float) -> Callable[[bytes], bytes]:
+    return lambda content: content[: int(len(content) * part)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(share(part) for part in (0.0, 0.05, 0.3, 0.6, 0.9)),
+        lambda content: b"this is no tar" * 100,
+        lambda content: bytes(len(content)),
+        *(
+            lambda content, at=at: content[:at] + b"?" + content[at + 1 :]
+            for at in (700, 2000, 9000)
+        ),
+    ],
+)
+def test_damaged_shard_is_refused(shard, written, damage):
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(UserError, match=r"48x32-00000\.tar is incomplete or damaged"):
+        read_everything(shard, written)
+
+
+def test_shard_cut_while_it_is_read_is_refused(shard, written):
+    reader = ShardReader(shard, written)
+    with shard.open("r+b") as stream:
+        stream.truncate(5000)
+    with pytest.raises(UserError, match=r"damaged \(0 instead of \d+ bytes at \d+\)"):
+        reader.text(3)
+
+
+def test_missing_shard_is_refused(tmp_path, written):
+    with pytest.raises(UserError, match=r"gone\.tar cannot be read: No such file"):
+        ShardReader(tmp_path / "gone.tar", written)
+
+
+@pytest.fixture
+def index(shard: Path, written: Shard) -> Index:
+    """The index of one shard, written beside it."""
+    facts = dataclasses.replace(written, source="photos", dropped=[3], samples=len(CAPTIONS) - 1)
+    prints = {"pipeline": "Flux2KleinPipeline", "vae": "ab12"}
+    index = Index("klein", 8, prints, {"resolution": 64, "max_aspect": 1.5}, [facts])
+    write_index(shard.parent, index)
+    (shard.parent / CONDITIONING_NAME).touch()
+    return index
+
+
+def test_index_round_trip(shard, index):
+    assert read_index(shard.parent) == index
+    other = Bucket(16, 16)
+    more = [Shard("a", other, 7, 1, ""), *index.shards, Shard("b", BUCKET, 2, 1, "")]
+    counted = Index("klein", 8, {}, {}, more)
+    assert list(counted.bucket_counts().items()) == [(other, 7), (BUCKET, len(CAPTIONS) + 1)]
+    assert counted.samples == len(CAPTIONS) + 8
+
+
+def test_digest_names_content_and_order_of_the_shards(shard, index):
+    (one,) = index.shards
+    other = dataclasses.replace(one, sha256="1" * 64)
+    fewer = dataclasses.replace(one, dropped=[], samples=len(CAPTIONS))
+    listings = [[one], [other], [fewer], [one, other], [other, one]]
+    digests = [dataclasses.replace(index, shards=listing).digest for listing in listings]
+    assert len(set(digests)) == len(listings)
+    assert digests[0] == read_index(shard.parent).digest
+    assert dataclasses.replace(index, fingerprint={}, settings={}).digest == digests[0]
+
+
+def test_folder_without_conditioning_is_refused(shard, index):
+    (shard.parent / CONDITIONING_NAME).unlink()
+    with pytest.raises(UserError, match=f"{CONDITIONING_NAME} is missing"):
+        read_index(shard.parent)
+
+
+def test_folder_without_index_says_to_prepare(tmp_path):
+    with pytest.raises(UserError, match="flux2-ds prepare"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("size", [None, 512])
+def test_shard_that_is_missing_or_of_another_size(shard, index, size):
+    shard.unlink()
+    if size is not None:
+        shard.write_bytes(bytes(size))
+    found = "is missing" if size is None else f"has {size} bytes"
+    with pytest.raises(UserError, match=f"{shard.name} {found}"):
+        read_index(shard.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"shards": []}, "lists no samples"),
+        ({"shards": [{"name": "x.tar"}]}, "damaged"),
+        ({"shards": None}, "damaged"),
+    ],
+)
+def test_index_that_this_version_does_not_read(shard, index, change, message):
+    path = shard.parent / INDEX_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        read_index(shard.parent)
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 2, "sha', "[]", '{"format": 2}'])
+def test_index_that_is_not_json_of_ours(tmp_path, content):
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        read_index(tmp_path)

@@ -1,0 +1,234 @@
+"""The doctor: what it makes of a machine, a recipe, and hosts that differ."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.memory import checkpoint_bytes
+from flux2_ds.config.model_spec import RELEASED
+from flux2_ds.config.recipe import Batch, Checkpoint, Data, Launch, Log, Model, Recipe
+from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
+from flux2_ds.errors import UserError
+from flux2_ds.run.run_dir import check_run_dir
+from launcher import cli, doctor
+from launcher import host_checks as checks
+from launcher.doctor import Finding, Findings, odd_ones_out
+from launcher.hosts import Hosts
+
+DEV = RELEASED["black-forest-labs/FLUX.2-dev"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(
+        run_dir=str(tmp_path / "runs" / "x"),
+        model=Model(path=str(tmp_path / "model")),
+        data=Data(images="p", shards=str(tmp_path / "shards")),
+        log=Log(wandb="online"),
+    )
+
+
+def statuses(findings: Findings) -> dict[str, str]:
+    return {line.name: line.status for line in findings.lines}
+
+
+def nvidia_smi(folder: Path, body: str) -> None:
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+def test_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = Findings()
+    checks.check_gpus(missing, 1)
+    assert statuses(missing) == {"gpus": "failure"}
+    nvidia_smi(tmp_path, "echo 'H100, 570.1, 81559, 4'; echo 'H100, 570.1, 81559, 40000'")
+    findings = Findings()
+    checks.check_gpus(findings, 2)
+    assert statuses(findings) == {"gpus": "ok", "gpu memory": "warning"}
+    assert "GPU 1: 40000 of 81559 MiB" in findings.lines[1].text
+    assert findings.facts == {"gpus": "2 × H100", "driver": "570.1"}
+    few = Findings()
+    checks.check_gpus(few, 3)
+    assert "3 processes need as many" in few.lines[0].text
+    nvidia_smi(tmp_path, "echo 'driver/library version mismatch'; exit 9")
+    broken = Findings()
+    checks.check_gpus(broken, 1)
+    assert broken.lines[0].text == "driver/library version mismatch"
+
+
+def test_packages(monkeypatch):
+    good = Findings()
+    checks.check_packages(good)
+    assert statuses(good) == {"packages": "ok"}
+    monkeypatch.setattr(
+        checks.importlib.metadata,
+        "requires",
+        lambda name: ["torch>=99", "nothing-like-it", "x; extra == 'dev'"],
+    )
+    bad = Findings()
+    checks.check_packages(bad)
+    (line,) = bad.lines
+    assert line.status == "failure"
+    assert "needs >=99; nothing-like-it is missing" in line.text
+    less = Findings()
+    checks.check_packages(less, without=("nothing-like-it",))
+    assert less.lines[0].text.endswith("needs >=99")
+
+
+def test_a_recipe_that_nothing_is_there_for(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    findings = Findings()
+    checks.check_recipe(findings, recipe, 3, str(tmp_path / "not_there"))
+    assert statuses(findings) == {
+        "recipe": "failure",
+        "run_dir": "failure",
+        "model": "failure",
+        "shards": "failure",
+        "wandb": "warning",
+    }
+    assert "put run_dir on a file system that all hosts share" in str(findings.lines[2])
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    findings = Findings()
+    recipe = dataclasses.replace(recipe, model=Model(path="nobody/has-this"))
+    checks.check_recipe(findings, recipe, 2, None)
+    assert statuses(findings)["wandb"] == "ok"
+    assert statuses(findings)["model"] == "warning"  # it would be fetched
+    assert "secret" not in json.dumps(findings.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_disk_for_checkpoints(recipe, monkeypatch, method):
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    keep = Checkpoint(every=10, keep_last=2, keep_every=20)
+    recipe = dataclasses.replace(recipe, method=method, steps=80, checkpoint=keep)
+    one = checkpoint_bytes(DEV, recipe)
+    found = []
+    for there in (0, 5, 6):  # of 2 + 1 + 4 for good
+        for step in range(there):
+            place = Path(recipe.run_dir) / "checkpoints" / f"step_{step:08d}"
+            place.mkdir(parents=True, exist_ok=True)
+            place.with_suffix(".damaged").mkdir(exist_ok=True)
+        for usage.free in ((7 - there) * one - 1, (7 - there) * one + 1):
+            findings = Findings()
+            checks.check_disk(findings, recipe, DEV, None)
+            found.append((findings.lines[0].status, findings.lines[0].text.split(", ")[-1]))
+    size = {"lora": "2.2", "full": "3.6e+02"}[method]
+    text = "for {} checkpoints of " + size + " GiB"
+    assert found == [
+        ("warning", text.format(7)),
+        ("ok", text.format(7)),
+        ("warning", text.format(2)),
+        ("ok", text.format(2)),
+        ("warning", text.format(1).replace("checkpoints", "checkpoint")),
+        ("ok", text.format(1).replace("checkpoints", "checkpoint")),
+    ]
+
+
+def test_what_is_held_out_is_looked_at_like_what_is_trained_on(recipe, tmp_path):
+    shard = Shard("x.tar", Bucket(32, 32), 3, 5, "")
+    other = dataclasses.replace(shard, name="y.tar", held_out=True, references="several")
+    (tmp_path / "shards").mkdir()
+    for name in (CONDITIONING_NAME, "x.tar", "y.tar"):
+        (tmp_path / "shards" / name).write_bytes(b"12345")
+    write_index(tmp_path / "shards", Index("dev", 8, {}, {}, [shard, other]))
+    recipe = dataclasses.replace(recipe, batch=Batch(micro_size=2))
+    findings = Findings()
+    checks.check_recipe(findings, recipe, 2, None)
+    (said,) = (line.text for line in findings.lines if line.name == "shards")
+    assert said.startswith("the held-out pictures of bucket 32x32")
+
+
+def test_the_odd_host_is_named():
+    usual = {"torch": "2.13", "driver": "570"}
+    facts = {"node01": usual, "node02": usual | {"driver": "535"}, "node03": usual}
+    (line,) = odd_ones_out(facts)
+    assert line.text == "node02 has driver 535, the others 570"
+    assert odd_ones_out({"node01": usual, "node03": usual}) == []
+    (line,) = odd_ones_out({"node01": usual, "node02": {"torch": "2.13"}})
+    assert line.text == "node02 has driver nothing, the others 570"
+
+
+def test_hosts_that_say_the_same_are_one_line():
+    ok = Finding("ok", "disk", "9 GiB")
+    bad = Finding("failure", "gpus", "7", "ask for fewer")
+    merged = doctor.grouped({"node01": [ok], "node02": [ok, bad]})
+    assert [str(line) for line in merged] == [
+        "ok       disk         all 2 hosts: 9 GiB",
+        "failure  gpus         node02: 7 -> ask for fewer",
+    ]
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, **process: object) -> None:
+    asked = SimpleNamespace(**({"stdout": "", "stderr": "", "returncode": 0} | process))
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *argv, **options: asked)
+
+
+def test_a_host_that_does_not_answer_is_a_failure(monkeypatch):
+    answer(monkeypatch, returncode=255, stderr="ssh: no route to host\n")
+    (line,) = doctor.ask("node02", 8, []).lines
+    assert (line.status, line.name) == ("failure", "ssh")
+    assert "no route to host (node02)" in line.text
+    answer(monkeypatch, returncode=1, stderr="Traceback\nNo module named launcher\n")
+    (line,) = doctor.ask("node02", 8, []).lines
+    assert line.text == "No module named launcher"
+
+
+def test_a_clock_that_is_off_is_a_warning(monkeypatch):
+    answer(monkeypatch, stdout=json.dumps({**Findings().values(), "clock": 1.0}))
+    (line,) = doctor.ask("node02", 8, []).lines
+    assert (line.status, line.name) == ("warning", "clock")
+
+
+def test_failure_is_the_exit_code_and_nothing_is_left_behind(recipe, tmp_path, monkeypatch, capsys):
+    bad = Findings()
+    bad.fail("shards", "none")
+    seen = []
+
+    def ask(host, processes, common):
+        seen.extend(tmp_path.glob(".doctor-*"))
+        return bad
+
+    monkeypatch.setattr(doctor, "ask", ask)
+    monkeypatch.setattr(doctor, "measure", lambda *call: pytest.fail("measured"))
+    assert not doctor.examine(recipe, Launch(), Hosts(2), [])
+    assert capsys.readouterr().out == "failure  shards       none\n1 failures, 0 warnings\n"
+    assert len(seen) == 1 and list(tmp_path.glob(".doctor-*")) == []
+
+
+def test_its_own_file_does_not_make_run_dir_another_programs(recipe):
+    Path(recipe.run_dir, "logs").mkdir(parents=True)
+    token = doctor.place_token(recipe)
+    assert token is not None and token.parent == Path(recipe.run_dir)
+    check_run_dir(recipe)
+    (token.parent / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not a run of flux2-ds"):
+        check_run_dir(recipe)
+
+
+def test_a_signal_ends_the_measurement_and_is_no_finding(monkeypatch, capfd):
+    def run(commands, stopper, output):
+        stopper._note(signal.SIGINT, None)
+        return 128 + 9 if stopper.at_once else pytest.fail("it goes on")
+
+    monkeypatch.setattr(doctor, "run", run)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit, match="137"):
+        doctor.measure(Launch(accelerator="cpu"), Hosts(2))
+    assert capfd.readouterr().out == "SIGINT: ending at once\n"
+
+
+def test_doctor_wants_a_recipe_for_more(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["flux2-ds", "doctor", "--gpus", "2"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "give --config RECIPE, or nothing" in capsys.readouterr().err

@@ -1,0 +1,418 @@
+"""The command line of the launcher, which answers without torch."""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_hosts import write_hostfile
+from test_spec import write_model
+
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser
+from flux2_ds.data.index import (
+    CONDITIONING_NAME,
+    PROMPTS_NAME,
+    Index,
+    Shard,
+    read_index,
+    write_index,
+)
+from flux2_ds.run.run_dir import lock_run_dir
+from launcher import cli
+
+RECIPE = """\
+run_dir: runs/cats
+batch: {global_size: 4, micro_size: 2}
+model: {path: models/klein}
+data: {images: photos, shards: shards}
+launch: {accelerator: cpu, processes: 2}
+"""
+ROOT = Path(cli.__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats.yaml").write_text(RECIPE)
+    return "cats.yaml"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """`flux2-ds` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["flux2-ds", *argv])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
+def test_usage_lists_the_commands(monkeypatch, capsys, argv, code):
+    assert call(monkeypatch, *argv) == code
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("usage: flux2-ds COMMAND")
+    for command in ("prepare", "plan", "train", "slurm", "export", "sample", "tiny"):
+        assert f"\n  {command} " in captured.out
+
+
+def test_unknown_command_is_named(monkeypatch, capsys):
+    assert call(monkeypatch, "trian", "--config", "x") == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_command_that_would_run(recipe):
+    """As installed, in a process of its own."""
+    program = Path(sys.executable).with_name("flux2-ds")
+    arguments = [
+        *["--config", recipe, "--objective.mean", "-1"],
+        *["--preview.prompts", '["a cat", "b"]', "--steps=9"],
+    ]
+    argv = [program, "train", "--dry-run", *arguments[:2], "--gpus", "1", *arguments[2:]]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    *plan, command = done.stdout.splitlines()
+    assert "4 global = 2 micro × 2 accumulation × 1 processes" in "\n".join(plan)
+    words = shlex.split(command)
+    assert "DS_ACCELERATOR=cpu" in words
+    deepspeed = words[words.index("deepspeed") :]
+    assert deepspeed[:5] == ["deepspeed", "--log_level", "critical", "--num_gpus", "1"]
+    # The recipe's arguments, in order, without the launcher's own.
+    assert deepspeed[deepspeed.index("flux2_ds.train") + 1 :] == arguments
+    parsed, _ = parse_recipe(recipe_parser("train", ""), arguments)
+    assert (parsed.steps, parsed.objective.mean, parsed.preview.prompts) == (9, -1, ["a cat", "b"])
+
+
+def test_gpus_may_be_written_with_an_equals_sign(recipe, monkeypatch, capsys):
+    assert call(monkeypatch, "train", "--config", recipe, "--gpus=1", "--dry-run") == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.endswith(f"--module flux2_ds.train --config {recipe}")
+
+
+@pytest.mark.parametrize("arguments", [["--dry"], ["--gpu", "1", "--dry-run"]])
+def test_abbreviated_option_is_refused(recipe, monkeypatch, capsys, arguments):
+    assert call(monkeypatch, "train", "--config", recipe, *arguments) == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def prepare(folder: Path) -> None:
+    """An index of one shard, as far as the launcher reads it."""
+    (folder / "shards").mkdir()
+    (folder / "shards" / "x.tar").write_bytes(b"12345")
+    (folder / "shards" / CONDITIONING_NAME).touch()
+    shard = Shard("x.tar", Bucket(32, 32), 3, 5, "")
+    write_index(folder / "shards", Index("klein", 8, {}, {}, [shard]))
+
+
+def other_run(folder: Path) -> None:
+    (folder / "runs" / "cats").mkdir(parents=True)
+    (folder / "runs" / "cats" / "thesis.tex").touch()
+
+
+def other_model(folder: Path) -> None:
+    (folder / "models" / "klein").mkdir(parents=True)
+    (folder / "models" / "klein" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+
+
+def distilled_model(folder: Path) -> None:
+    (folder / "models" / "klein").mkdir(parents=True)
+    write_model(folder / "models" / "klein", "klein", {"is_distilled": True})
+
+
+def other_settings(folder: Path) -> None:
+    index = dataclasses.replace(read_index(folder / "shards"), settings={"resolution": 512})
+    write_index(folder / "shards", index)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: None, None),
+        (other_settings, "data.resolution is 1024, but data.shards shards were prepared with 512"),
+        (distilled_model, "models/klein is step-distilled"),
+        (other_run, "is not a run of flux2-ds"),
+        (lambda folder: (folder / "shards" / "x.tar").unlink(), "x.tar is missing"),
+        (lambda folder: (folder / "shards" / "index.json").unlink(), "flux2-ds prepare"),
+        (other_model, "holds a FluxPipeline"),
+    ],
+)
+def test_train_checks_what_it_reads_before_it_starts(
+    recipe, tmp_path, monkeypatch, capsys, spoil, message
+):
+    prepare(tmp_path)
+    spoil(tmp_path)
+    started = []
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: started.append(call) or 75)
+    assert call(monkeypatch, "train", "--config", recipe) == (75 if message is None else 2)
+    assert len(started) == (message is None)
+    captured = capsys.readouterr()
+    if message is None:
+        (command,), *_ = started[0]
+        assert captured.out == f"{command}\n"
+    else:
+        assert message in captured.err
+        assert call(monkeypatch, "train", "--config", recipe, "--dry-run") == 0
+        refused = bool(
+            list(tmp_path.glob("shards/index.json"))
+        )  # or there is nothing to look at yet
+        assert call(monkeypatch, "plan", "--config", recipe) == 2 * refused
+        captured = capsys.readouterr()
+        assert (message in captured.err) == refused
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_keys_that_deepspeed_does_not_know_are_refused(
+    recipe, tmp_path, monkeypatch, capsys, command
+):
+    """Of a config of the user's own, which no shipped one is."""
+    prepare(tmp_path)
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "typo": 1}}')
+    argv = [command, "--config", recipe, "--deepspeed"]
+    assert call(monkeypatch, *argv, str(tmp_path / "mine.json")) == 2
+    assert "typo: Extra inputs are not permitted" in capsys.readouterr().err
+    known = call(monkeypatch, *argv, "{zero_optimization: {stage: 2, overlap_comm: false}}")
+    assert known == (75 if command == "train" else 0)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_previews_of_prompts_that_nobody_encoded_are_refused(
+    recipe, tmp_path, monkeypatch, capsys, command
+):
+    prepare(tmp_path)
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
+    argv = [command, "--config", recipe, "--preview.prompts=[a cat]", "--preview.every"]
+    assert call(monkeypatch, *argv, "5") == 2
+    assert "prompts.safetensors has no prompt 'a cat'" in capsys.readouterr().err
+    assert call(monkeypatch, *argv, "null") == (75 if command == "train" else 0)
+    save_file({"a cat": np.zeros(2)}, tmp_path / "shards" / PROMPTS_NAME, {"format": "np"})
+    assert call(monkeypatch, *argv, "5") == (75 if command == "train" else 0)
+    assert call(monkeypatch, *argv, "5", "--preview.references=[nope.png]") == 2
+    assert "preview.references: nope.png does not exist" in capsys.readouterr().err
+    unused = call(monkeypatch, *argv, "null", "--preview.references=[nope.png]")
+    assert unused == (75 if command == "train" else 0)
+
+
+def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
+    for name in (".lock", ".launcher.lock"):  # the trainer's, and another launcher's
+        with lock_run_dir(load_recipe(tmp_path / recipe), name):
+            assert call(monkeypatch, "train", "--config", recipe) == 2
+        assert "another process is training in run_dir runs/cats" in capsys.readouterr().err
+    assert call(monkeypatch, "train", "--config", recipe) == 75
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--node-rank", "2"], "--node-rank is 2; launch.hostfile hostfile has the hosts 0 to 1"),
+        (["--node-rank", "0", "--max-restarts", "1"], "nor --max-restarts"),
+        (["--node-rank", "0", "--launch.over", "pdsh"], "neither launch.over: pdsh"),
+    ],
+)
+def test_a_part_that_cannot_be_started_is_refused(recipe, monkeypatch, capsys, options, message):
+    Path("hostfile").write_text("node01 slots=1\nnode02 slots=1\n")
+    hosts = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
+    assert call(monkeypatch, "train", "--config", recipe, *hosts, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_host_starts_its_own_part(recipe, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    Path("hostfile").write_text("node01 slots=1\nnode02 slots=1\n")
+    hosts = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
+    started = []
+    monkeypatch.setattr(
+        "launcher.supervise.run", lambda commands, *call: started.append(commands) or 75
+    )
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    # The first host's launcher holds the run directory.
+    with lock_run_dir(load_recipe(tmp_path / recipe), ".launcher.lock"):
+        argv = ["train", "--config", recipe, *hosts, "--node-rank"]
+        assert call(monkeypatch, *argv, "0") == 2
+        assert call(monkeypatch, *argv, "1") == 75
+        for wrong in ("none", "0", "70000"):
+            monkeypatch.setenv("MASTER_PORT", wrong)
+            assert call(monkeypatch, *argv, "1") == 2
+            assert f"MASTER_PORT is '{wrong}'; it must be a port" in capsys.readouterr().err
+    ((command,),) = started
+    assert command.host is None and command.environment["FLUX2_DS_SLOTS"] == "1"
+    where = ["--node_rank", "1", "--master_addr", "node01", "--master_port", "29511"]
+    assert command.argv[command.argv.index("--no_ssh") + 1 :][:6] == where
+
+
+def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(cli, "supervise", lambda *call: pytest.fail("started"))
+    argv = ["--config", recipe, *CUDA]
+    assert call(monkeypatch, "train", *argv) == 2
+    assert "2 processes (launch.processes or --gpus) need as many GPUs" in capsys.readouterr().err
+    # To look at a plan for another machine is fine.
+    assert call(monkeypatch, "train", *argv, "--dry-run") == 0
+    assert call(monkeypatch, "plan", *argv) == 0
+
+
+def test_bench_starts_as_train_does(recipe, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(cli, "run", lambda commands, stopper: started.append(commands) or 247)
+    argv = ["bench", "--config", recipe, "--measure", "5", "--json"]
+    assert call(monkeypatch, *argv, "--gpus", "2") == 247
+    ((command,),) = started
+    assert command.argv[3:5] == ["--num_gpus", "2"]
+    end = ["--no_local_rank", "--module", "flux2_ds.commands.bench", *argv[1:]]
+    assert command.argv[-len(end) :] == end
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(command) in captured.err and "a process was killed" in captured.err
+    monkeypatch.setattr("os.execve", lambda program, argv, environment: started.append(argv))
+    monkeypatch.setattr(cli, "commands_here", lambda *call, **more: pytest.fail("launched"))
+    with pytest.raises(pytest.fail.Exception):  # one process takes the launcher's place
+        call(monkeypatch, *argv, "--launch.processes", "1")
+    assert started[1][1:3] == ["-m", "flux2_ds.commands.bench"]
+    write_hostfile(tmp_path, "node01 slots=2\n")
+    elsewhere = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
+    assert call(monkeypatch, *argv, *elsewhere) == 2
+    assert "launch.hostfile is hostfile, and bench times this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prepared", "words"), [(True, "3 samples, 1 steps an epoch"), (False, "is not prepared yet")]
+)
+def test_plan_prints_the_arithmetic(recipe, tmp_path, monkeypatch, capsys, prepared, words):
+    if prepared:
+        prepare(tmp_path)
+    assert call(monkeypatch, "plan", "--config", recipe) == 0
+    out = capsys.readouterr().out
+    assert "4 global = 2 micro × 1 accumulation × 2 processes" in out
+    assert words in out
+
+
+SLURM = ["--nodes", "2", "--gpus-per-node=1", "--time", "1:00:00", "--account", "lab"]
+CUDA = ["--launch.accelerator", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("plan", ["--gpus=3"], "batch.global_size 4 "),
+        ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
+        ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
+        ("plan", ["--host=64GiB"], "--host is 64GiB, but only beside --gpu"),
+        ("bench", ["--against=bare"], "--against bare .* Add --launch.processes 1"),
+        (
+            "bench",
+            ["--gpus=1", "--against=bare"],
+            "--against bare is plain torch.* deepspeed: zero0",
+        ),
+        ("bench", ["--width=100"], "--width 100 and --height 1024 must be multiples of 16"),
+        ("bench", ["--gpus=3"], "batch.global_size 4 "),
+        ("bench", CUDA, "2 processes .* this machine shows 0"),
+        ("slurm", [*CUDA, "--nodes=0"], "--nodes must be at least 1"),
+        ("slurm", ["--gpus-per-node=0"], "--gpus-per-node must be at least 1"),
+        (
+            "slurm",
+            ["--launch.hostfile=h"],
+            "hostfile is h, and Slurm chooses the hosts. Add --launch",
+        ),
+        ("slurm", ["--gpus-per-node=2"], "--gpus-per-node is 2, but launch.accelerator is cpu"),
+        *(
+            ("slurm", ["--job=prepare", f"{option}=1"], f"{option} is of a training")
+            for option in ("--array", "--max-restarts", "--save-before")
+        ),
+        ("slurm", [*SLURM, *CUDA, "--submit"], "data.shards shards has no index.json"),
+    ],
+)
+def test_what_cannot_run_ends_with_one_message(
+    recipe, tmp_path, monkeypatch, capsys, command, options, message
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert call(monkeypatch, command, "--config", recipe, *options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.match(f"error: .*({message})", captured.err)
+    assert captured.err.count("\n") == 1
+
+
+def test_slurm_prints_a_script_with_the_recipes_arguments(recipe, monkeypatch, capsys):
+    assert call(monkeypatch, "slurm", "--config", recipe, *SLURM, *CUDA, "--steps", "5") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --job-name=cats\n#SBATCH --nodes=2\n" in script
+    assert "#SBATCH --account=lab" in script
+    assert f"-m flux2_ds.train --config {recipe} --launch.accelerator cuda --steps 5 " in script
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        ([], 2),
+        (["--gpus-per-node=1"], 1),
+        (["--launch.processes=null", "--batch.global_size=16"], 8),
+        (["--job=prepare"], 2),
+        (["--job=prepare", "--prepare.processes=4"], 4),
+    ],
+)
+def test_gpus_of_a_node_are_those_that_the_recipe_names(recipe, monkeypatch, capsys, options, gpus):
+    assert call(monkeypatch, "slurm", "--config", recipe, *CUDA, *options) == 0
+    assert f"#SBATCH --gpus-per-node={gpus}\n" in capsys.readouterr().out
+
+
+def test_a_command_takes_the_launchers_place(tmp_path):
+    """What signals the launcher signals the command, and its exit code is the launcher's."""
+    (tmp_path / "told.py").write_text(
+        "import os, sys\nprint(os.getpid(), *sys.argv[1:], os.environ['TOLD'], flush=True)\n"
+        "sys.exit(3)"
+    )
+    call = (
+        "from launcher.cli import run_module; print('first')\nrun_module('told', ['a b'], TOLD='x')"
+    )
+    launched = subprocess.Popen(
+        [sys.executable, "-c", call],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )
+    out, _ = launched.communicate(timeout=30)
+    assert out == f"first\n{launched.pid} a b x\n"
+    assert launched.returncode == 3
+
+
+def test_script_is_handed_to_sbatch(recipe, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = ["slurm", "--config", recipe, *SLURM, *CUDA, "--submit"]
+    assert call(monkeypatch, *argv) == 2
+    assert "sbatch is not on this machine" in capsys.readouterr().err
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n/bin/cat > submitted; exit 3\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert call(monkeypatch, *argv) == 3
+    assert "#SBATCH --job-name=cats" in (tmp_path / "submitted").read_text()
+
+
+def test_launcher_answers_without_torch(recipe):
+    heavy = ["torch", "deepspeed", "diffusers", "transformers", "wandb", "matplotlib"]
+    program = (
+        "import sys\nfrom launcher import cli\n"
+        f"sys.argv = ['flux2-ds', 'train', '--dry-run', '--config', {recipe!r}]\n"
+        f"cli.main()\nprint([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "deepspeed --log_level critical --num_gpus 2" in done.stdout

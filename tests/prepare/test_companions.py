@@ -1,0 +1,265 @@
+"""Masks and reference images: found beside their pictures, cut like them, stored, read and refused."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+from reference import load_pipeline
+from test_prepare import add_photo, recipe_for, run, samples
+
+from flux2_ds.commands.tiny import make_tiny
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
+from flux2_ds.data.dataset import check_companions, companion_lines
+from flux2_ds.data.images import UnreadableImageError, load_cropped, load_mask, load_reference
+from flux2_ds.data.index import Index, Shard, read_index
+from flux2_ds.data.loader import Loader, Share
+from flux2_ds.data.order import Order
+from flux2_ds.data.shards import ShardReader
+from flux2_ds.errors import UserError
+from flux2_ds.model import latents
+from flux2_ds.prepare.sources import find_entries
+
+
+def noise(folder: Path, name: str, size: tuple[int, int], mode: str = "RGB") -> Path:
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    pixels = np.random.default_rng(len(name)).integers(0, 256, shape, np.uint8)
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder / f"{name}.png"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("companions") / "model"
+    make_tiny(directory, "klein")
+    return directory
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """a has a mask, b one reference, c all of it, d nothing."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in "abcd":
+        add_photo(folder, name, (96, 64), f"picture {name}")
+    noise(folder, "a.mask", (96, 64), "L")
+    noise(folder, "c.mask", (48, 32), "L")
+    noise(folder, "b.reference", (70, 50))
+    for number, size in ((1, (64, 64)), (2, (40, 90)), (10, (130, 33))):
+        noise(folder, f"c.reference{number}", size)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_companions_are_found_beside_their_pictures(
+    photos: Path, tmp_path: Path, packed: bool
+) -> None:
+    noise(photos, "other.mask", (32, 32))  # of no picture: a picture of its own
+    location = str(photos)
+    if packed:
+        location = str(tmp_path / "photos.tar")
+        with tarfile.open(location, "w") as tar:
+            for path in sorted(photos.iterdir()):
+                tar.add(path, path.name)
+    for _ in range(2):  # what was found in tars is remembered
+        found = find_entries(location, "text", tmp_path / "scratch")
+        entries = {Path(entry.key).stem: entry for entry in found}
+        assert entries.keys() == {"a", "b", "c", "d", "other.mask"}
+        assert [name for name in entries if entries[name].mask] == ["a", "c"]
+        assert [len(entries[name].references) for name in "abcd"] == [0, 1, 3, 0]
+        widths = [70] if not packed else []
+        for blob in entries["c"].references:
+            (tmp_path / "one.png").write_bytes(blob.read())
+            widths.append(Image.open(tmp_path / "one.png").width)
+        assert widths[-3:] == [64, 40, 130]  # by number, not by name
+
+
+def test_two_masks_are_one_too_many(photos: Path, tmp_path: Path) -> None:
+    Image.new("L", (96, 64), 255).save(photos / "a.mask.jpg")
+    entries = {e.key: e for e in find_entries(str(photos), "text", tmp_path / "scratch")}
+    assert "two masks or references of one name: a.mask.jpg, a.mask.png" in str(
+        entries["a.png"].problem
+    )
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 64), (64, 96)])
+def test_a_mask_is_cut_like_its_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The mask as a picture, cropped by the way of pictures, and averaged over each token's pixels."""
+    bucket = Bucket(64, 64)
+    path = noise(tmp_path, "mask", size, "L")
+    cropped = load_cropped(str(path), bucket)[:, :, 0] / 255
+    expected = cropped.reshape(4, 16, 4, 16).mean(axis=(1, 3))
+    mask = load_mask(str(path), size, bucket)
+    assert mask.dtype == np.float32
+    np.testing.assert_allclose(mask, expected, atol=1e-6)
+    # Of another size but the same proportions.
+    Image.open(path).resize((3 * size[0], 3 * size[1]), Image.Resampling.NEAREST).save(path)
+    np.testing.assert_allclose(load_mask(str(path), size, bucket), expected, atol=1e-6)
+
+
+def test_the_kinds_of_masks(tmp_path: Path) -> None:
+    bucket, path = Bucket(32, 32), tmp_path / "mask.png"
+    half = np.zeros((32, 32), np.uint8)
+    half[:, 16:] = 255
+    transparent = np.dstack([np.full((32, 32, 3), 255, np.uint8), half])
+    kinds = {
+        "L": Image.fromarray(half),
+        "RGB": Image.fromarray(half).convert("RGB"),
+        "1": Image.fromarray(half).convert("1"),
+        "RGBA": Image.fromarray(transparent),
+        "16 bits": Image.fromarray(half.astype(np.uint16) * 257),
+    }
+    for kind, image in kinds.items():
+        image.save(path)
+        assert load_mask(str(path), (32, 32), bucket).tolist() == [[0, 1], [0, 1]], kind
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (Image.new("L", (32, 32)), "its mask is black all over"),
+        (Image.new("L", (32, 40), 255), "its mask is 32x40 px, the picture 32x32"),
+    ],
+)
+def test_masks_that_cannot_be_used(tmp_path: Path, mask: Image.Image, reason: str) -> None:
+    mask.save(tmp_path / "mask.png")
+    with pytest.raises(UnreadableImageError, match=reason):
+        load_mask(str(tmp_path / "mask.png"), (32, 32), Bucket(32, 32))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 97), (1500, 900), (700, 2100), (1024, 1024)])
+def test_a_reference_is_cut_as_the_pipeline_cuts_it(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = noise(tmp_path, "reference", size)
+    processor = Flux2KleinPipeline(
+        vae=None, text_encoder=None, tokenizer=None, scheduler=None, transformer=None
+    ).image_processor
+    image = Image.open(path)
+    if image.width * image.height > 1024 * 1024:
+        image = processor._resize_to_target_area(image, 1024 * 1024)
+    width, height = image.width // 16 * 16, image.height // 16 * 16
+    expected = processor.preprocess(image, height=height, width=width, resize_mode="crop")
+    found = torch.from_numpy(load_reference(str(path), 1024)).permute(2, 0, 1)
+    torch.testing.assert_close(found / 127.5 - 1, expected[0], rtol=0, atol=1e-6)
+
+
+def test_companions_reach_the_micro_batch(model: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(model, photos, tmp_path / "shards", samples_per_shard=9)
+    index = run(recipe)
+    (shard,) = index.shards
+    assert (shard.masks, shard.references, shard.samples) == (2, "several", 4)
+    reader = ShardReader(tmp_path / "shards" / shard.name, shard)
+    rows = {Path(reader.meta(row)["source"]).stem: row for row in range(4)}
+    vae = load_pipeline(model, read_spec(model), torch.float32).vae
+
+    order = Order(index, 1, seed=0, window=1)
+    loader = Loader(
+        tmp_path / "shards", index, order, Share(0, 1, 1, 1),
+        seed=0, caption_dropout=0.0, empty_text=torch.zeros(1), masked=True,
+    )  # fmt: skip
+    seen = set()
+    for step in range(4):
+        (batch,) = loader.read(step)
+        name = next(name for name, row in rows.items() if row == batch.samples[0].row)
+        seen.add(name)
+        path, size = str(photos / f"{name}.mask.png"), (96, 64)
+        assert batch.masks is not None and batch.masks.shape == (1, 3, 5)
+        wanted = load_mask(path, size, shard.bucket) if name in "ac" else np.ones((3, 5))
+        np.testing.assert_array_equal(batch.masks[0].numpy(), wanted)
+        files = {"b": ["reference"], "c": ["reference1", "reference2", "reference10"]}
+        expected = [
+            latents.encode(
+                vae,
+                torch.from_numpy(load_reference(str(photos / f"{name}.{file}.png"), 1024))[None],
+            )
+            for file in files.get(name, [])
+        ]
+        assert len(batch.references) == len(expected)
+        for found, wanted_latent in zip(batch.references, expected, strict=True):
+            torch.testing.assert_close(found, wanted_latent, rtol=0, atol=1e-5)
+    assert seen == set("abcd")
+
+
+def test_a_changed_companion_is_encoded_again(model: Path, photos: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    recipe = recipe_for(model, photos, shards, samples_per_shard=9)
+    before = run(recipe)
+    assert run(recipe) == before
+    stamp = (photos / "a.png").stat().st_mtime_ns + 10**9
+    os.utime(photos / "d.png", ns=(stamp, stamp))  # touched, the same bytes
+    os.utime(photos / "a.png", ns=(stamp, stamp))
+    assert run(recipe) == before
+    Image.new("L", (96, 64), 200).save(photos / "a.mask.png")
+    (photos / "b.reference.png").unlink()
+    after = run(recipe)
+    assert after.samples == 4 and len(samples(shards)) == 4
+    assert [shard.samples for shard in after.shards] == [2, 2]
+    new = ShardReader(shards / after.shards[1].name, after.shards[1])
+    masks = {new.meta(row)["source"]: new.mask(row) for row in range(2)}
+    assert masks["b.png"] is None and not new.references(1)
+    torch.testing.assert_close(masks["a.png"], torch.full((3, 5), 200 / 255))
+    assert read_index(shards) == after
+
+
+BUCKET = Bucket(64, 96)
+
+
+def recipe_with(micro: int, *, masked: bool) -> Recipe:
+    return Recipe(
+        run_dir="unused",
+        model=Model(path="unused"),
+        data=Data(images="unused", shards="shards"),
+        batch=Batch(micro_size=micro),
+        objective=Objective(masked_loss=masked),
+    )
+
+
+def index_with(*shards: tuple[int, str]) -> Index:
+    made = [
+        Shard(f"{n}.tar", BUCKET, 2, 1, "", masks=masks, references=references)
+        for n, (masks, references) in enumerate(shards)
+    ]
+    return Index("klein", 1, {}, {}, made)
+
+
+@pytest.mark.parametrize(
+    ("micro", "masked", "shards", "message"),
+    [
+        (2, True, [(0, ""), (1, "")], None),
+        (2, True, [(0, ""), (0, "")], r"objective\.masked_loss is true, but no picture"),
+        (2, False, [(0, "64x64"), (0, "64x64")], None),
+        (1, False, [(0, "64x64"), (0, "several")], None),
+        (2, False, [(0, "64x64"), (0, "")], r"batch\.micro_size is 2. Set it to 1"),
+        (2, False, [(0, "several")], r"bucket 96x64 .* batch\.micro_size is 2"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(
+    micro: int, masked: bool, shards: list[tuple[int, str]], message: str | None
+) -> None:
+    recipe, index, none = recipe_with(micro, masked=masked), index_with(*shards), index_with()
+    if message is None:
+        check_companions(recipe, index, none)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_companions(recipe, index, none)
+
+
+def test_held_out_references_that_differ_are_refused() -> None:
+    held_out = index_with((0, "64x64"), (0, ""))
+    with pytest.raises(UserError, match="the held-out pictures of bucket 96x64"):
+        check_companions(recipe_with(2, masked=False), index_with((0, "")), held_out)
+
+
+def test_what_is_there_is_said_and_whether_it_is_used() -> None:
+    index = index_with((2, "64x64"), (1, "several"))
+    assert companion_lines(recipe_with(1, masked=False), index) == [
+        "3 masks, not used: objective.masked_loss is false",
+        "reference images of 64x64 px or several sizes",
+    ]
+    assert companion_lines(recipe_with(1, masked=True), index)[0] == "3 masks, used"
+    assert companion_lines(recipe_with(1, masked=True), index_with((0, ""))) == []

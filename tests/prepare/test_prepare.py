@@ -1,0 +1,656 @@
+"""Photographs to shards on a tiny klein: what is kept, what is skipped, what a second start does."""
+
+import dataclasses
+import errno
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLFlux2
+from PIL import Image
+from reference import load_pipeline
+from safetensors.torch import load_file
+
+from flux2_ds.commands.tiny import make_tiny
+from flux2_ds.config.model_files import check_fingerprint, fingerprint
+from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.recipe import Data, Launch, Model, Prepare, Preview, Recipe, recipe_values
+from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, read_index
+from flux2_ds.data.shards import ShardReader, read_conditioning
+from flux2_ds.data.storage import Blob
+from flux2_ds.errors import OutageError, UserError
+from flux2_ds.model import latents
+from flux2_ds.model.text_encoder import TextEncoder
+from flux2_ds.prepare import __main__ as root
+from flux2_ds.prepare import ledger
+from flux2_ds.prepare import pictures as pictures_module
+from flux2_ds.prepare.entries import Entry
+
+CAPTIONS = {"a": "a red square", "b": "a wide field", "c": "a red square", "d": "a tall tower"}
+SIZES = {"a": (96, 96), "b": (128, 72), "c": (100, 96), "d": (64, 128)}
+CROP = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0, "held_out": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("prepare") / "model"
+    make_tiny(directory, "klein")
+    return directory
+
+
+def add_photo(folder: Path, name: str, size: tuple[int, int], caption: str) -> None:
+    pixels = np.random.default_rng(len(name)).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(caption)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in SIZES.items():
+        add_photo(folder, name, size, CAPTIONS[name])
+    return folder
+
+
+def recipe_for(
+    model: Path, photos: object, shards: Path, prepare: Prepare | None = None, **data: object
+) -> Recipe:
+    settings = {"resolution": 64, "bucket_step": 16, "samples_per_shard": 2, **data}
+    images = photos if isinstance(photos, dict) else str(photos)
+    return Recipe(
+        run_dir="unused",
+        precision="fp32",
+        model=Model(path=str(model)),
+        data=Data(images=images, shards=str(shards), **settings),  # type: ignore[arg-type]
+        prepare=prepare or Prepare(),
+        launch=Launch(accelerator="cpu"),
+    )
+
+
+def run(recipe: Recipe) -> Index:
+    model = Path(recipe.model.path)
+    return root.prepare(recipe, model, read_spec(model))
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def samples(folder: Path) -> dict[str, str]:
+    """Caption by source file of everything in the index."""
+    found = {}
+    for shard in read_index(folder).shards:
+        reader = ShardReader(folder / shard.name, shard)
+        for row in range(shard.samples):
+            meta = reader.meta(row)
+            assert meta["source"] not in found
+            found[meta["source"]] = meta["caption"]
+            assert reader.latent(row).shape[0] == 32 and reader.text(row).shape[0] == 512
+    return found
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def truncate(picture: Path) -> None:
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the encoders are given from now on: captions and file names."""
+    seen: list[str] = []
+    encode, decode = TextEncoder.encode, pictures_module.decode
+
+    def encode_noted(self: TextEncoder, captions: list[str]) -> torch.Tensor:
+        seen.extend(captions)
+        return encode(self, captions)
+
+    def decode_noted(picture, *options):
+        seen.append(picture.entry.key)
+        return decode(picture, *options)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode_noted)
+    monkeypatch.setattr(pictures_module, "decode", decode_noted)
+    return seen
+
+
+def test_samples_hold_what_the_pipeline_computes(model, photos, tmp_path, encoded):
+    shards = tmp_path / "shards"
+    index = run(recipe_for(model, photos, shards))
+    assert index == read_index(shards)
+    assert (index.samples, index.settings) == (4, CROP)
+    assert sorted(encoded) == sorted({"", *CAPTIONS.values()} | {f"{n}.png" for n in SIZES})
+    assert samples(shards) == {f"{name}.png": caption for name, caption in CAPTIONS.items()}
+    pipeline = load_pipeline(model, read_spec(model), torch.float32)
+    for shard in index.shards:
+        reader = ShardReader(shards / shard.name, shard)
+        for row in range(shard.samples):
+            expected, _ = pipeline.encode_prompt(reader.meta(row)["caption"])
+            torch.testing.assert_close(reader.text(row), expected[0], rtol=1e-4, atol=1e-4)
+            shape = (32, shard.bucket.height // 8, shard.bucket.width // 8)
+            assert reader.latent(row).shape == shape and reader.latent(row).dtype == torch.float32
+    conditioning = load_file(shards / "conditioning.safetensors")
+    mean, std = latents.statistics(pipeline.vae)
+    assert torch.equal(conditioning["latent_mean"], mean)
+    assert torch.equal(conditioning["latent_std"], std)
+    empty, _ = pipeline.encode_prompt("")
+    torch.testing.assert_close(conditioning["empty_text"], empty[0], rtol=1e-4, atol=1e-4)
+    assert not (shards / ".texts").exists()
+    for bucket in index.bucket_counts():
+        with Image.open(shards / "contact_sheets" / f"{bucket}.jpg") as sheet:
+            assert sheet.width >= bucket.width
+
+
+def test_unusable_pictures_are_skipped_named_and_counted(model, photos, tmp_path, caplog):
+    truncate(photos / "b.png")
+    (photos / "c.png").write_text("no picture")
+    (photos / "empty.png").touch()
+    Image.new("RGB", (8, 8)).save(photos / "small.png")
+    for name in ("small", "empty"):
+        (photos / f"{name}.txt").write_text("tiny")
+    shards = tmp_path / "shards"
+    assert run(recipe_for(model, photos, shards)).samples == 2
+    reasons = report(shards)["skipped"]
+    assert set(reasons) == {f"images/{name}.png" for name in ("b", "c", "empty", "small")}
+    assert "truncated" in reasons["images/b.png"]
+    assert "data.max_upscale" in reasons["images/small.png"]
+    assert all(name in caplog.text for name in reasons)
+    summary = (shards / "report.txt").read_text()
+    assert "4 pictures skipped" in summary and "3 unreadable: images/" in summary
+
+
+def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
+    shutil.copy(photos / "a.png", photos / "phone.HEIC")
+    (photos / "phone.txt").write_text("a phone's picture")
+    (photos / "a.png.txt").write_text("misnamed")
+    add_photo(photos, "wide", (640, 80), "a panorama")
+    shards = tmp_path / "shards"
+    index = run(recipe_for(model, photos, shards))
+    assert index.samples == 5
+    said = (shards / "report.txt").read_text()
+    assert report(shards)["skipped"] == {
+        "images/phone.HEIC": ".heic is not read: convert it to JPEG or PNG"
+    }
+    assert re.search(r"1 \.txt files belong to no picture, the first is .*a\.png\.txt", caplog.text)
+    wide = next(shard.bucket for shard in index.shards if shard.bucket.aspect > 1.5)
+    assert report(shards)["cropped_much"] == {"images/wide.png": round(1 - wide.aspect / 8, 3)}
+    assert "1 pictures lose more than 30% to the crop" in said and "images/wide.png (7" in said
+
+
+def test_pictures_without_captions_are_named(model, photos, tmp_path):
+    for number in range(7):
+        shutil.copy(photos / "a.png", photos / f"n{number}.png")
+    (photos / "n1.txt").write_bytes(b"caf\xe9")
+    named = r"7 of 11 pictures .* images/n0\.png, images/n1\.png \(caption n1\.txt is not UTF-8"
+    with pytest.raises(UserError, match=rf"{named}.* images/n4\.png and 2 more\. Write"):
+        run(recipe_for(model, photos, tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "samples", "caption"), [("skip", 3, None), ("fixed", 4, "a photograph")]
+)
+def test_a_missing_caption_follows_the_setting(model, photos, tmp_path, setting, samples, caption):
+    (photos / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.png.*data\.missing_caption"):
+        run(recipe_for(model, photos, tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+    recipe = recipe_for(
+        model, photos, tmp_path / "s", missing_caption=setting, fixed_caption=caption or ""
+    )
+    assert run(recipe).samples == samples
+    assert globals()["samples"](tmp_path / "s").get("a.png") == caption
+
+
+def test_a_folder_that_grows_keeps_its_shards_and_encodes_only_what_is_new(
+    model, photos, tmp_path, encoded
+):
+    shards = tmp_path / "shards"
+    recipe = recipe_for(model, photos, shards)
+    run(recipe)
+    before = shard_bytes(shards)
+    encoded.clear()
+    assert run(recipe).samples == 4  # nothing new
+    assert encoded == [] and shard_bytes(shards) == before
+
+    add_photo(photos, "e", (96, 96), CAPTIONS["d"])  # a caption known from before
+    add_photo(photos, "f", (96, 96), "a new caption")
+    os.utime(photos / "a.png", ns=(1, 1))  # touched, with the same bytes
+    index = run(recipe)
+    assert encoded == ["a new caption", "e.png", "f.png"]
+    assert index.samples == 6
+    expected = {f"{name}.png": caption for name, caption in CAPTIONS.items()}
+    expected |= {"e.png": CAPTIONS["d"], "f.png": "a new caption"}
+    assert samples(shards) == expected
+    assert {
+        name: content for name, content in shard_bytes(shards).items() if name in before
+    } == before
+    assert (report(shards)["kept"], report(shards)["encoded"]) == (4, 2)
+
+
+def test_what_could_not_be_read_is_tried_again(model, photos, tmp_path, monkeypatch):
+    """A file out of reach is left out for now; a failing disk ends the start, for the next file would go, too."""
+    recipe, read = recipe_for(model, photos, tmp_path / "s"), Blob.read
+
+    def failing(error: Exception) -> None:
+        def read_some(self: Blob) -> bytes:
+            if self.location.endswith("b.png"):
+                raise error
+            return read(self)
+
+        monkeypatch.setattr(Blob, "read", read_some)
+
+    failing(OutageError("b.png cannot be read: Input/output error."))
+    with pytest.raises(OutageError, match="Input/output"):
+        run(recipe)
+    failing(UserError("b.png cannot be read: Permission denied."))
+    assert run(recipe).samples == 3
+    assert list(report(tmp_path / "s")["skipped"]) == ["images/b.png"]
+    monkeypatch.setattr(Blob, "read", read)
+    assert run(recipe).samples == 4
+
+
+def test_a_folder_may_change_all_its_captions_or_begin_with_nothing_usable(model, photos, tmp_path):
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    run(recipe)
+    for caption in photos.glob("*.txt"):
+        caption.write_text(f"sks, {caption.read_text()}")
+    assert run(recipe).samples == 4
+    assert all(caption.startswith("sks, ") for caption in samples(tmp_path / "s").values())
+
+    other, recipe = tmp_path / "other", recipe_for(model, tmp_path / "other", tmp_path / "t")
+    other.mkdir()
+    add_photo(other, "a", (96, 96), "one")
+    truncate(other / "a.png")
+    with pytest.raises(UserError, match="can be used"):
+        run(recipe)
+    add_photo(other, "b", (96, 96), "two")
+    assert run(recipe).samples == 1
+    with pytest.raises(UserError, match="prepared from other pictures"):
+        run(recipe_for(model, photos, tmp_path / "t"))
+
+
+def test_conditioning_is_known_by_its_contents_and_written_again(model, photos, tmp_path, encoded):
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    index = run(recipe)
+    path = tmp_path / "s" / CONDITIONING_NAME
+    whole = path.read_bytes()
+    assert index.text_dtype == "float32"
+    assert read_conditioning(str(tmp_path / "s"), index)["latent_mean"].shape == (128,)
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:2000]):
+        path.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"conditioning\.safetensors .*not what index\.json says"
+        ):
+            read_conditioning(str(tmp_path / "s"), index)
+    path.unlink()
+    encoded.clear()
+    assert run(recipe) == index
+    assert path.read_bytes() == whole and encoded == [""]
+
+
+def test_preview_prompts_are_encoded_with_the_captions_or_later(model, photos, tmp_path, encoded):
+    recipe = recipe_for(model, photos, tmp_path / "shards")
+
+    def prepared(*prompts: str, every: int | None = 5) -> dict[str, torch.Tensor]:
+        run(dataclasses.replace(recipe, preview=Preview(prompts=list(prompts), every=every)))
+        path = tmp_path / "shards" / PROMPTS_NAME
+        return load_file(path) if path.is_file() else {}
+
+    assert prepared("a cat", every=None) == {}
+    del encoded[:]
+    found = prepared("a cat", "a red square")
+    assert encoded == ["a cat"]  # the other is known from a shard
+    del encoded[:]
+    add_photo(photos, "new", (96, 96), "a new one")
+    found = prepared("a dog", "a cat")
+    assert sorted(encoded) == ["a dog", "a new one", "new.png"]
+    assert found.keys() == {"a cat", "a dog", "a red square"}
+    expected = TextEncoder(model, read_spec(model), torch.float32, torch.device("cpu"))
+    for prompt, text in found.items():
+        torch.testing.assert_close(text, expected.encode([prompt])[0], rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "shards" / ".texts").exists()
+
+
+def test_what_is_gone_or_changed_is_dropped_but_no_shard_is_rewritten(
+    model, photos, tmp_path, encoded
+):
+    shards = tmp_path / "shards"
+    recipe = recipe_for(model, photos, shards)
+    run(recipe)
+    before = shard_bytes(shards)
+    encoded.clear()
+    (photos / "a.txt").write_text("another caption")
+    add_photo(photos, "c", (96, 100), CAPTIONS["c"])  # another picture of that name
+    (photos / "d.png").unlink()
+    index = run(recipe)
+    assert encoded == ["another caption", "a.png", "c.png"]
+    assert samples(shards) == {
+        "a.png": "another caption", "b.png": CAPTIONS["b"], "c.png": CAPTIONS["c"]
+    }  # fmt: skip
+    assert index.samples == 3 and report(shards)["dropped"] == 3
+    assert {
+        name: content for name, content in shard_bytes(shards).items() if name in before
+    } == before
+    # What is put back is found again.
+    (photos / "a.txt").write_text(CAPTIONS["a"])
+    encoded.clear()
+    run(recipe)
+    assert encoded == [] and samples(shards)["a.png"] == CAPTIONS["a"]
+
+
+def test_several_sources_and_areas(model, photos, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    add_photo(other, "a", (48, 48), "a small one")
+    images = {"one": str(photos), "two": str(other)}
+    index = run(recipe_for(model, images, tmp_path / "s", resolution=[32, 64]))
+    found = {(s.source, str(s.bucket)): s.samples for s in index.shards}
+    # The largest area that a picture fills without being enlarged; d is 64x128.
+    assert found == {("one", "64x64"): 2, ("one", "80x48"): 1, ("one", "48x80"): 1,
+                     ("two", "32x32"): 1}  # fmt: skip
+    assert report(tmp_path / "s")["sources"] == {"one": 4, "two": 1}
+    assert all(shard.name.startswith(f"{shard.source}-{shard.bucket}-") for shard in index.shards)
+
+
+def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
+    for number in range(14):
+        add_photo(photos, f"more{number}", (96, 96), "a red square")
+    shards = tmp_path / "s"
+    recipe = recipe_for(model, photos, shards, held_out=0.3)
+
+    def split() -> dict[str, bool]:
+        index = read_index(shards)
+        assert [index.part(held_out=h).samples for h in (True, False)] != [0, index.samples]
+        return {
+            reader.meta(row)["source"]: shard.held_out
+            for shard in index.shards
+            for reader in [ShardReader(shards / shard.name, shard)]
+            for row in range(shard.samples)
+        }
+
+    run(recipe)
+    before = split()
+    assert 0 < sum(before.values()) < len(before) / 2
+    add_photo(photos, "0 before all others", (96, 96), "a red square")
+    run(recipe)
+    assert len(split()) == len(before) + 1
+    assert {name: held for name, held in split().items() if name in before} == before
+    assert report(shards)["held_out"] == sum(split().values())
+    # The share is met: a name is held out with that probability.
+    names = [Entry("images", f"{n}.png", "", "", Blob("")) for n in range(4000)]
+    assert abs(sum(ledger.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
+    assert all(ledger.is_held_out(e, 0.4) for e in names if ledger.is_held_out(e, 0.3))
+
+
+def test_pictures_in_tars(model, photos, tmp_path):
+    tar = tmp_path / "raw.tar"
+    with tarfile.open(tar, "w") as out:
+        for path in sorted(photos.iterdir()):
+            out.add(path, path.name)
+    run(recipe_for(model, photos, tmp_path / "from-folder"))
+    run(recipe_for(model, tar, tmp_path / "from-tar"))
+    expected = samples(tmp_path / "from-folder")
+    assert samples(tmp_path / "from-tar") == {f"raw.tar/{k}": v for k, v in expected.items()}
+    one, other = (
+        {s.name: ShardReader(folder / s.name, s) for s in read_index(folder).shards}
+        for folder in (tmp_path / "from-folder", tmp_path / "from-tar")
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name].latent(0), other[name].latent(0))
+
+
+def test_captions_over_512_tokens_are_counted(model, photos, tmp_path):
+    (photos / "a.txt").write_text("red " * 600)
+    run(recipe_for(model, photos, tmp_path / "s"))
+    ((caption, tokens),) = report(tmp_path / "s")["captions_cut"].items()
+    assert caption == ("red " * 600).strip() and tokens > 600
+    assert "1 captions are longer than 512 tokens" in (tmp_path / "s" / "report.txt").read_text()
+
+
+def test_rounds_keep_the_scratch_space_small(model, photos, tmp_path, encoded):
+    run(recipe_for(model, photos, tmp_path / "whole"))
+    encoded.clear()
+    tiny = Prepare(scratch_gb=1e-9)  # a shard at a time
+    run(recipe_for(model, photos, tmp_path / "rounds", prepare=tiny))
+    captions = [item for item in encoded if not item.endswith(".png")]
+    assert sorted(captions) == sorted({"", *CAPTIONS.values()})
+    assert captions != sorted(captions)  # they did come in rounds
+    assert shard_bytes(tmp_path / "rounds") == shard_bytes(tmp_path / "whole")
+
+
+def test_several_processes_write_the_same_shards(model, photos, tmp_path):
+    run(recipe_for(model, photos, tmp_path / "one"))
+    run(recipe_for(model, photos, tmp_path / "two", prepare=Prepare(processes=2)))
+    one, two = (shard_bytes(tmp_path / name) for name in ("one", "two"))
+    assert one == two and len(one) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        (Prepare(text_weights="bf16", vae_precision="bf16"), 0.15),
+        (Prepare(text_weights="int8"), 0.15),
+        (Prepare(vae_slicing=True, vae_tiling=True, text_device="cpu"), 1e-4),
+    ],
+)
+def test_encoder_settings(model, photos, tmp_path, settings, tolerance):
+    before = {s.name: s for s in run(recipe_for(model, photos, tmp_path / "plain")).shards}
+    index = run(recipe_for(model, photos, tmp_path / "other", prepare=settings))
+    for shard in index.shards:
+        plain, other = (
+            ShardReader(tmp_path / name / s.name, s)
+            for name, s in (("plain", before[shard.name]), ("other", shard))
+        )
+        for read in ("latent", "text"):
+            expected, found = getattr(plain, read)(0).float(), getattr(other, read)(0).float()
+            assert (found - expected).norm() <= tolerance * expected.norm()
+    dtype = torch.float32 if settings.text_weights == "auto" else torch.bfloat16
+    assert other.text(0).dtype == dtype
+    plain, other = (
+        load_file(tmp_path / name / "conditioning.safetensors") for name in ("plain", "other")
+    )
+    for name in ("latent_mean", "latent_std"):
+        assert torch.equal(plain[name], other[name])
+    with pytest.raises(UserError, match=r"prepare\.\w+ was"):
+        run(recipe_for(model, photos, tmp_path / "plain", prepare=settings))
+
+
+def test_statistics_of_a_vae_saved_in_bf16_are_computed_in_fp32(model, photos, tmp_path):
+    saved, shards = shutil.copytree(model, tmp_path / "model"), tmp_path / "shards"
+    vae = AutoencoderKLFlux2.from_pretrained(model, subfolder="vae").to(torch.bfloat16)
+    vae.save_pretrained(saved / "vae")
+    run(recipe_for(saved, photos, shards, prepare=Prepare(vae_precision="bf16")))
+    conditioning = load_file(shards / "conditioning.safetensors")
+    variance = vae.bn.running_var.double() + vae.config.batch_norm_eps
+    std = conditioning["latent_std"].double()
+    torch.testing.assert_close(std, variance.sqrt(), rtol=1e-6, atol=0)
+    assert torch.equal(conditioning["latent_mean"], vae.bn.running_mean.float())
+
+
+def test_kill_9_loses_nothing_that_is_finished(model, photos, tmp_path):
+    for number in range(12):
+        add_photo(photos, f"more{number}", (96, 96), "a red square")
+    truncate(photos / "a.png")
+    run(recipe_for(model, photos, tmp_path / "whole"))
+    recipe = recipe_for(model, photos, tmp_path / "cut")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe_values(recipe)))
+    # A slow VAE, so that the kill comes in the middle.
+    script = (
+        "import sys, time; from flux2_ds.prepare import __main__ as root, pictures\n"
+        "encode = pictures.latents.encode\n"
+        "pictures.latents.encode = lambda *a: (time.sleep(0.3), encode(*a))[1]\n"
+        f"sys.argv = ['prepare', '--config', {str(config)!r}]\n"
+        "root.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut" / "prepared").glob("*.tar.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "index.json").exists()
+    notes = list((tmp_path / "cut" / "prepared").glob("*.tar.json"))
+    finished = {path.name.removesuffix(".json") for path in notes}
+    times = {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in finished}
+    run(recipe)
+    assert {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in finished} == times
+    assert shard_bytes(tmp_path / "whole") == shard_bytes(tmp_path / "cut")
+    assert read_index(tmp_path / "whole") == read_index(tmp_path / "cut")
+    reasons = [report(tmp_path / name)["skipped"] for name in ("whole", "cut")]
+    assert reasons[0] == reasons[1] and list(reasons[0]) == ["images/a.png"]
+    left = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_a_full_disk_is_said_and_survived(model, photos, tmp_path, monkeypatch):
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(UserError, match=r"needs \d\.\d\d GB more.* has 0\.00 GB free"):
+            run(recipe)
+
+    class FullFile(io.FileIO):
+        def write(self, data):
+            if self.tell() > 20_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        original = Path.open
+
+        def opened(self, mode="r", *rest, **more):
+            partial = self.suffix == ".partial" and "w" in mode and "images-" in self.name
+            return FullFile(self, "w") if partial else original(self, mode, *rest, **more)
+
+        patch.setattr(Path, "open", opened)
+        with pytest.raises(UserError, match=r"the disk of data\.shards .* is full"):
+            run(recipe)
+    assert not list((tmp_path / "s").glob("*.partial"))
+    assert run(recipe).samples == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data.max_upscale": 1.5}, r"max_upscale was .*, is 1\.5"),
+        ({"data.resolution": [64, 32]}, r"resolution was 64, is \[64, 32\]"),
+        ({"precision": "bf16"}, "text_weights was 'torch.float32', is 'torch.bfloat16'"),
+    ],
+)
+def test_shards_of_other_settings_are_not_continued(model, photos, tmp_path, change, named):
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    content = root.content_of(recipe, {})
+    for _ in range(2):
+        with root.claimed(tmp_path / "s", content):
+            pass
+    (tmp_path / "s" / ".texts").mkdir()  # encoding has begun
+    ((name, value),) = change.items()
+    section, _, field = name.rpartition(".")
+    if section:
+        value = dataclasses.replace(recipe.data, **{field: value})
+    other = dataclasses.replace(recipe, **{section or field: value})
+    with (
+        pytest.raises(UserError, match=named),
+        root.claimed(tmp_path / "s", root.content_of(other, {})),
+    ):
+        pass
+
+
+def test_a_start_that_was_refused_binds_the_folder_to_nothing(model, photos, tmp_path):
+    """But while other machines wait for it, they are held to its settings."""
+    shards = tmp_path / "s"
+    with pytest.raises(UserError, match="none of the pictures"):
+        run(recipe_for(model, photos, shards, resolution=1024))
+    assert (shards / root.CONTENT_NAME).is_file()
+    recipe = recipe_for(model, photos, shards)
+    with pytest.raises(UserError, match=r"data\.resolution was 1024, is 64"):
+        root.check_folder(shards, root.content_of(recipe, fingerprint(model)))
+    assert run(recipe).samples == 4
+    assert run(recipe).samples == 4
+    with pytest.raises(UserError, match=r"data\.resolution was 64, is 1024"):
+        run(recipe_for(model, photos, shards, resolution=1024))
+
+
+def test_pictures_that_were_made_here_are_not_trained_on(model, photos, tmp_path):
+    recipe = recipe_for(model, photos, photos / "shards")
+    recipe = dataclasses.replace(recipe, run_dir=str(photos / "linked"))
+    (tmp_path / "run" / "previews").mkdir(parents=True)
+    shutil.copy(photos / "a.png", tmp_path / "run" / "previews")
+    (photos / "linked").symlink_to(tmp_path / "run")
+    for _ in range(2):
+        assert run(recipe).samples == 4
+    assert list((photos / "shards" / "contact_sheets").glob("*.jpg"))
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+    with (
+        root.claimed(tmp_path / "s", {}),
+        pytest.raises(UserError, match="another prepare is writing"),
+        root.claimed(tmp_path / "s", {}),
+    ):
+        pass
+
+
+def test_a_folder_of_something_else_is_left_alone(model, photos, tmp_path):
+    shards = tmp_path / "shards"
+    run(recipe_for(model, photos, shards))
+    before = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    other = tmp_path / "other"
+    other.mkdir()
+    add_photo(other, "z", (96, 96), "something else")
+    with pytest.raises(UserError, match=r"data\.shards .* prepared from other pictures"):
+        run(recipe_for(model, other, shards))
+    assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty"):
+        run(recipe_for(model, photos, foreign))
+    assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
+
+
+def test_a_store_is_refused_before_anything_else(photos, tmp_path, monkeypatch):
+    recipe = recipe_for(tmp_path / "no model", photos, Path("unused"))
+    recipe = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, shards="s3://bucket/shards")
+    )
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe_values(recipe)))
+    monkeypatch.setattr(sys, "argv", ["prepare", "--config", str(config)])
+    monkeypatch.setattr(root, "log", logging.getLogger("unused"))  # whose level `main` sets
+    with pytest.raises(UserError, match=r"^data\.shards s3://bucket/shards is a URL"):
+        root.main()
+
+
+def test_shards_of_another_model_are_refused(model, tmp_path):
+    other = tmp_path / "other"
+    make_tiny(other, "klein", seed=1)
+    with pytest.raises(
+        UserError,
+        match=r"^data\.shards s3://bucket/shards were made by another model: their vae is \w+, .* is \w+",
+    ):
+        check_fingerprint(fingerprint(model), other, "s3://bucket/shards")
+    shutil.rmtree(other / "text_encoder")
+    shutil.copytree(model / "vae", other / "vae", dirs_exist_ok=True)
+    assert check_fingerprint(fingerprint(model), other, "shards") == ["text_encoder"]

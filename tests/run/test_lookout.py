@@ -1,0 +1,205 @@
+"""The lookout: what a failing, killed or stuck process leaves for the others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flux2_ds.run import watchdog as lookout
+from flux2_ds.run.watchdog import Failure, Place, diagnose, first_failure, forget
+
+PROCESS = """\
+import sys, time
+from pathlib import Path
+from flux2_ds.run import watchdog as lookout
+from flux2_ds.errors import OutageError, UserError
+lookout._POLL, lookout._BEAT, lookout._SILENT, lookout._GRACE = 0.05, 0.1, 1.0, 0.5
+logs, rank, hang_after, program = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+with lookout.Lookout(logs, rank, 2, hang_after=hang_after) as me:
+    while not (logs / f"rank_{1 - rank}.json").exists():
+        time.sleep(0.02)
+    me.at(7, "computing")
+    time.sleep(0.3)  # both know each other
+    exec(program)
+"""
+WAITS = "time.sleep(60)"
+LOSES = "time.sleep(0.1); raise RuntimeError('[gloo/pair.cc] Connection closed by peer')"
+
+
+def pair(
+    logs: Path, first: str, second: str, hang_after: float = 0.0
+) -> list[subprocess.Popen[str]]:
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(logs), str(rank), str(hang_after), program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=Path(lookout.__file__).parents[2],
+        )
+        for rank, program in enumerate((first, second))
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    outputs = [process.communicate(timeout=30)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.parametrize("other", [WAITS, LOSES])
+def test_the_first_cause_alone_reaches_the_console(tmp_path, other):
+    codes, (first, second) = ended(pair(tmp_path, other, "raise ValueError('a bad shard')"))
+    assert codes == [1, 1]
+    assert first == ""  # the process that only lost its peer
+    assert second.startswith("Traceback")
+    assert ", computing in step 7: ValueError: a bad shard\n" in second
+    assert second.endswith(f"its log: {tmp_path}/rank_1.log\n")
+    assert "a bad shard" in (tmp_path / "rank_1.log").read_text()
+    assert ("Connection closed" in (tmp_path / "rank_0.log").read_text()) == (other == LOSES)
+    assert "rank 1" in str(first_failure(tmp_path))
+
+
+def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
+    refuse = "raise UserError('data.shards x is wrong')"
+    codes, outputs = ended(pair(tmp_path, refuse, refuse))
+    assert codes == [2, 2]
+    assert "".join(outputs) == "error: data.shards x is wrong\n"
+
+
+def test_an_outage_is_one_line_that_a_restart_may_mend(tmp_path):
+    codes, outputs = ended(pair(tmp_path, "raise OutageError('the store is away')", WAITS))
+    assert codes == [1, 1]
+    assert "Traceback" not in outputs[0]
+    assert outputs[0].startswith("error: rank 0 on ") and "the store is away\n" in outputs[0]
+
+
+def test_another_starts_failure_ends_nothing_and_hides_nothing(tmp_path):
+    foreign = """
+from dataclasses import asdict
+import json
+failure = lookout.Failure('rank 1', 'connection refused', 1, time.time(), 'another start')
+(logs / lookout.FAILURE_NAME).write_text(json.dumps(asdict(failure)))
+time.sleep(1)
+"""
+    codes, outputs = ended(pair(tmp_path, foreign, "time.sleep(1)"))
+    assert (codes, outputs) == ([0, 0], ["", ""])
+    codes, outputs = ended(pair(tmp_path, foreign + "raise ValueError('own')", WAITS))
+    assert codes == [1, 1] and "ValueError: own" in outputs[0]
+    found = first_failure(tmp_path)
+    assert found is not None and "own" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("variables", "same"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, f"process {os.getppid()}"),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "MASTER_PORT": "5"}, " here 5"),
+        ({"WORLD_SIZE": "4", "MASTER_PORT": "5"}, " here 5"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "9"}, "9 here "),
+    ],
+)
+def test_all_processes_of_a_start_name_it_alike(monkeypatch, variables, same):
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"MASTER_ADDR": "here"} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert lookout.this_start() == same
+
+
+@pytest.mark.parametrize(("kind", "code"), [("ValueError", 1), ("UserError", 2)])
+def test_a_full_disk_does_not_hide_the_error(tmp_path, kind, code):
+    fails = f"""
+import pathlib
+def full(*_): raise OSError(28, 'No space left on device')
+pathlib.Path.write_text = full
+raise {kind}('what went wrong')
+"""
+    (process, other) = pair(tmp_path, fails, "pass")
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == code
+    assert "what went wrong" in out
+    assert "the other processes are not told: [Errno 28] No space left on device" in out
+    other.communicate()
+
+
+def test_a_killed_process_is_named_by_the_others(tmp_path):
+    codes, (first, _) = ended(pair(tmp_path, LOSES, "import os; os.kill(os.getpid(), 9)"))
+    assert codes == [1, -9]
+    assert "rank 1 on" in first
+    assert "it was killed" in first
+    assert "Connection closed" not in first
+
+
+def test_a_process_that_ends_is_not_missed(tmp_path):
+    codes, outputs = ended(pair(tmp_path, "time.sleep(1)", "pass"))
+    assert (codes, outputs) == ([0, 0], ["", ""])
+    assert first_failure(tmp_path) is None
+
+
+def test_the_process_that_the_others_wait_for_is_named(tmp_path):
+    stuck = "me.at(8, 'waiting for data'); time.sleep(60)"
+    waiting = "me.at(8, 'computing'); time.sleep(60)"
+    codes, outputs = ended(pair(tmp_path, waiting, stuck, hang_after=1))
+    assert codes == [1, 1]
+    assert "rank 1 on" in outputs[0]
+    assert "waiting for data in step 8: no progress for 1 s" in outputs[0]
+    # Where it was, for whoever looks into it.
+    assert "most recent call first" in (tmp_path / "rank_1.log").read_text()
+
+
+def test_a_process_that_moves_keeps_the_others_waiting(tmp_path):
+    """One writes a checkpoint for all, tensor by tensor; then it is stuck."""
+    waits = "me.at(8, 'saving'); time.sleep(60)"
+    writes = "for _ in range(30): me.at(8, 'saving'); time.sleep(0.1)\ntime.sleep(60)"
+    started = time.monotonic()
+    codes, (first, _) = ended(pair(tmp_path, waits, writes, hang_after=2))
+    assert codes == [1, 1]
+    assert "saving in step 8: no progress for" in first
+    assert time.monotonic() - started > 5  # 3 of writing and 2 of standing still
+
+
+def test_what_belongs_to_no_step_is_no_hang(tmp_path):
+    ends = "me.at(0, 'closing the metrics'); time.sleep(2)"
+    assert ended(pair(tmp_path, ends, ends, hang_after=1)) == ([0, 0], ["", ""])
+
+
+def test_a_frozen_process_is_named(tmp_path):
+    processes = pair(tmp_path, WAITS, "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", 2)
+    out, _ = processes[0].communicate(timeout=30)
+    assert processes[0].returncode == 1
+    assert "rank 1 on" in out and "it is frozen, or its host is lost" in out
+    os.kill(processes[1].pid, signal.SIGKILL)
+    processes[1].communicate()
+
+
+def test_diagnosis():
+    now = time.time()
+    places = [Place(rank, f"node{rank // 2}", 1, 0, 12, "computing", now, now) for rank in range(4)]
+    behind, why = diagnose(places, now)
+    assert "all 4 processes wait there; is the network of node0, node1 down?" in why
+    behind, why = diagnose([*places[:3], replace(places[3], step=11, doing="saving")], now)
+    assert behind.rank == 3 and "stuck" in why
+    behind, why = diagnose([replace(places[0], ended=True, step=1), *places[1:]], now)
+    assert "all 3 processes" in why
+    behind, why = diagnose([places[0], replace(places[1], beat=now - 100), *places[2:]], now)
+    assert behind.rank == 1 and "frozen" in why
+
+
+def test_an_earlier_start_is_forgotten(tmp_path):
+    old = Failure("rank 0", "x", 1, time.time() - 60)
+    (tmp_path / lookout.FAILURE_NAME).write_text(json.dumps(vars(old)))
+    (tmp_path / "rank_0.json").write_text("{}")
+    (tmp_path / "rank_7.json").write_text("{}")
+    (tmp_path / "rank_0.log").write_text("kept")
+    assert first_failure(tmp_path) == old
+    assert first_failure(tmp_path, time.time() - 30) is None
+    forget(tmp_path, 1, before=old.time)
+    assert first_failure(tmp_path) == old
+    forget(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"rank_0.json", "rank_0.log"}

@@ -1,0 +1,59 @@
+"""Variables that place a process among others, as a user may set them by hand."""
+
+import socket
+
+import pytest
+
+from flux2_ds.errors import OutageError, UserError
+from flux2_ds.run.environment import Ranks, given_ranks
+
+GOOD = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "node01",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_what_launchers_set() -> None:
+    assert given_ranks(GOOD) == Ranks(rank=3, local_rank=1, world=4)
+    for alone in ({}, {"MASTER_PORT": "29511"}, {"WORLD_SIZE": "1"}):
+        assert given_ranks(alone) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        *((name, None, "is not set. RANK, .* go together") for name in GOOD),
+        ("MASTER_ADDR", "", "is not set"),
+        ("RANK", "4", r"is '4'; .* 0 to 3, by WORLD_SIZE\. .* unset RANK and WORLD_SIZE"),
+        ("RANK", "-1", "is '-1'; it must be a number"),
+        ("LOCAL_RANK", "gpu0", "is 'gpu0'; it must be a number"),
+        ("WORLD_SIZE", "0", "is '0'; it must be a number, at least 1"),
+        ("WORLD_SIZE", "four", "is 'four'"),
+        ("MASTER_PORT", "http", "is 'http'; it must be a port, 1 to 65535"),
+        ("MASTER_PORT", "0", "is '0'; it must be a port"),
+        ("MASTER_PORT", "65536", "is '65536'; it must be a port"),
+    ],
+)
+def test_what_cannot_be(name: str, given: str | None, message: str) -> None:
+    environment = {key: value for key, value in GOOD.items() if key != name}
+    if given is not None:
+        environment[name] = given
+    with pytest.raises(UserError, match=f"the environment variable {name} {message}"):
+        given_ranks(environment)
+
+
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch finds it when the first process would listen there."""
+    from flux2_ds.distributed import start_process  # imports DeepSpeed
+
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**here, "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        message = rf"127\.0\.0\.1, port {port}, .* MASTER_PORT \(.*EADDRINUSE.*\)\. They must"
+        with pytest.raises(OutageError, match=message):
+            start_process("cpu")

@@ -1,0 +1,105 @@
+"""What is refused before a model is loaded, and what all processes decide alike."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flux2_ds.config.memory import GIB, kept_blocks
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.plan import Plan, make_plan
+from flux2_ds.config.recipe import Batch, Data, Launch, Model, Recipe
+from flux2_ds.distributed import Process
+from flux2_ds.engine import zero3 as dividing
+from flux2_ds.errors import UserError
+from flux2_ds.model import transformer
+from flux2_ds.model.load import place_weight
+from flux2_ds.ops.quantized_linear import QuantizedLinear
+from flux2_ds.training import build as assembly
+from flux2_ds.training.build import check_machine, finish_model
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"attention": "efficient"}, None),
+        ({"attention": "xformers"}, "attention is xformers: .*xformers.* Or set attention: auto"),
+        ({"deepspeed": {"zero_optimization": {"overlap_com": True}}}, "deepspeed config: overlap_com"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_here_is_refused_before_a_model_is_loaded(
+    changes: dict[str, Any], message: str | None
+) -> None:
+    plan = make_plan(replace(RECIPE, **changes), 1)
+    if message is None:
+        check_machine(plan, CPU)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_machine(plan, CPU)
+
+
+def test_all_processes_keep_as_many_blocks_as_the_fullest_card_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At stage 3 another number in one of them would leave the others waiting."""
+    spec = Spec("klein", "Flux2KleinPipeline", 1, 3, 2, 32, 64, False)
+    plan = make_plan(replace(RECIPE, batch=Batch(global_size=2)), 2)
+    kept: list[int] = []
+    monkeypatch.setattr(assembly, "arrange_blocks", lambda model, **how: kept.append(how["kept"]))
+    monkeypatch.setattr(assembly, "exchange", lambda free: [free, 0.601 * GIB])
+    model = transformer.new_transformer(spec)
+    finish_model(model, spec, plan, Process(0, 2, CPU), 64)
+    assert kept == [kept_blocks(spec, plan, 64, 0.601 * GIB)] and kept[0] < spec.blocks
+
+
+@pytest.mark.parametrize("room", [GIB, 0.55 * GIB])
+def test_an_8_bit_base_is_held_transposed_where_the_fullest_card_allows(
+    monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    spec = Spec("klein", "Flux2KleinPipeline", 1, 3, 2, 32, 64, False)
+    changes = {
+        "base_weights": "fp8",
+        "batch": Batch(global_size=2),
+        "launch": Launch(accelerator="cpu"),
+    }
+    plan = make_plan(replace(RECIPE, **changes), 2)
+    monkeypatch.setattr(assembly, "exchange", lambda free: [free, room])
+    model = transformer.new_transformer(spec)
+    for name, parameter in list(model.named_parameters()):
+        place_weight(model, name, parameter.detach(), "fp8")
+    expected = finish_model(model, spec, plan, Process(0, 2, CPU), 64)
+    assert expected.transposes == (room == GIB)
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 12 + 3 * 2
+    for linear in linears:
+        if expected.transposes:
+            assert torch.equal(linear.transposed, linear.values.t())
+        else:
+            assert linear.transposed is None
+
+
+def test_nvme_is_refused_where_nothing_can_be_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan_at(place: Path) -> Plan:
+        offload = {"device": "nvme", "nvme_path": str(place)}
+        zero = {"zero_optimization": {"stage": 3, "offload_param": offload}}
+        return make_plan(replace(RECIPE, deepspeed=zero, batch=Batch(global_size=2)), 2)
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"nvme_path .*/file/a/.*, where no directory can be made"):
+        check_machine(plan_at(tmp_path / "file" / "a"), CPU)
+
+    def load(builder: Any, verbose: bool) -> None:
+        raise RuntimeError("Unable to JIT load the async_io op\nfor many reasons")
+
+    monkeypatch.setattr(dividing.AsyncIOBuilder, "load", load)
+    message = r"not build \(Unable to JIT load the async_io op\)\. .*libaio-dev.*\"cpu\""
+    with pytest.raises(UserError, match=message):
+        check_machine(plan_at(tmp_path / "a"), CPU)
