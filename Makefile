@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup check test test-multinode test-nvme test-gpu smoke-test clean
+.PHONY: help setup check test test-multinode test-gpu smoke-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,13 +32,10 @@ check: $(INSTALLED) ## formatting, lint, types and layering
 	$(BIN)/pytest -q tests/test_layering.py
 
 test: $(INSTALLED) ## all tests that need no GPU
-	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode and not nvme'
+	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode'
 
 test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
 	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode
-
-test-nvme: $(INSTALLED) ## a base on NVMe; needs a C++ compiler and libaio-dev
-	$(OFFLINE) $(BIN)/pytest -m nvme
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
 	$(OFFLINE) $(BIN)/pytest -m gpu

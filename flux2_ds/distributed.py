@@ -21,16 +21,16 @@ class Process:
     """This process among all of the run."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process writes the files and the log."""
         return self.rank == 0
 
 
-def start_process(accelerator: Literal["cuda", "cpu"]) -> Process:
+def init_process_group(accelerator: Literal["cuda", "cpu"]) -> Process:
     """Join the process group that the launcher's environment describes; alone without one.
 
     Raises:
@@ -87,7 +87,7 @@ def barrier() -> None:
     distributed.barrier(device_ids=[torch.cuda.current_device()] if on_card else None)
 
 
-def stop_process() -> None:
+def destroy_process_group() -> None:
     """Wait for all processes and leave the process group."""
     # Not only for each other: a gloo thread that still returns the tensor of the last collective when
     # Python shuts down aborts a process that has done all its work ("terminate called without an
@@ -96,7 +96,7 @@ def stop_process() -> None:
     distributed.destroy_process_group()
 
 
-def any_process(flag: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
+def any_rank(flag: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
     """A function that says whether the flag is up in any process. Collective.
 
     One alone looks at its flag when that is called. Several have looked now; what the device is given meanwhile
@@ -106,36 +106,36 @@ def any_process(flag: Callable[[], bool], device: torch.device) -> Callable[[], 
         return flag
     value = torch.full((), float(flag()), device=device)
     distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
-    answer = Readback(value)
+    answer = AsyncScalar(value)
     return lambda: bool(float(answer))
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum over all processes. Collective."""
     distributed.all_reduce(value, op=distributed.ReduceOp.SUM)
     return value
 
 
-def average(value: torch.Tensor) -> torch.Tensor:
+def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
     """Mean over all processes. Collective."""
-    return total(value) / distributed.get_world_size()
+    return all_reduce_sum(value) / distributed.get_world_size()
 
 
-def exchange(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """What each process gives, by rank, in all of them. Collective."""
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
 
 
-def from_first(value: int, device: torch.device) -> int:
+def broadcast_from_rank0(value: int, device: torch.device) -> int:
     """The first process's value, in all of them. Collective."""
     tensor = torch.tensor(value, device=device)
     distributed.broadcast(tensor, src=0)
     return int(tensor)
 
 
-class Readback:
+class AsyncScalar:
     """A number on its way from the device to the host.
 
     `float()` waits until it is there. A tensor's own would wait for all that has been queued on the device

@@ -22,14 +22,14 @@ from flux2_ds.config.plan import captures
 from flux2_ds.config.recipe import Recipe, recipe_values
 from flux2_ds.data.dataset import recordable
 from flux2_ds.distributed import (
-    any_process,
+    any_rank,
     barrier,
-    start_process,
-    stop_process,
+    destroy_process_group,
+    init_process_group,
 )
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import EXIT_STOPPED, OutageError, run_root
-from flux2_ds.run.environment import rank_and_world
+from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
 from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.run_dir import (
@@ -41,15 +41,15 @@ from flux2_ds.run.run_dir import (
     versions,
     write_run_dir,
 )
-from flux2_ds.run.watchdog import Lookout
+from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training import loop
 from flux2_ds.training.build import (
     build_engine,
-    build_evaluation,
     build_loader,
     build_model,
     build_objective,
     build_previews,
+    build_validation,
     say_memory,
 )
 from flux2_ds.training.inputs import Inputs, read_inputs, resume, say_plan
@@ -66,31 +66,31 @@ def main() -> None:
     check_run_dir(recipe)
     stop = StopRequest(stop_file(recipe))
     stop.listen()
-    rank, world = rank_and_world(os.environ)
+    rank, world_size = rank_and_world_size(os.environ)
     logs = logs_directory(recipe)
     with (
         # Before this start writes to the logs, which the processes of a running one look into.
         lock_run_dir(recipe) if rank == 0 else nullcontext(),
-        Lookout(logs, rank, world, hang_after=recipe.launch.hang_after) as lookout,
+        Watchdog(logs, rank, world_size, hang_timeout_s=recipe.launch.hang_timeout_s) as watchdog,
     ):
         set_up_log(logs, rank)
-        finished = train(recipe, stop, lookout)
+        finished = train(recipe, stop, watchdog)
     if not finished:
         sys.exit(EXIT_STOPPED)
 
 
-def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
+def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
     """Train as this process's part of the run; False if it was asked to stop."""
-    lookout.at(0, "meeting the other processes")
-    process = start_process(recipe.launch.accelerator)
+    watchdog.heartbeat(0, "meeting the other processes")
+    process = init_process_group(recipe.launch.accelerator)
     inputs = read_inputs(recipe, process)
     plan, index = inputs.plan, inputs.index
 
     barrier()  # every process has passed the checks
-    if process.first:
+    if process.is_rank0:
         say_plan(inputs)
 
-    lookout.at(0, "loading the model")
+    watchdog.heartbeat(0, "loading the model")
     arranged = recordable(plan, index)
     if captures(plan) and not captures(arranged):
         log.info("no CUDA graphs: the samples' reference images have several sizes")
@@ -98,16 +98,16 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
         inputs.directory, inputs.spec, arranged, process, index.largest_tokens
     )
     engine = build_engine(model, plan)
-    lookout.at(0, "reading the checkpoint")
+    watchdog.heartbeat(0, "reading the checkpoint")
     first_step = resume(engine, recipe, index, process)
     finished = True
     if first_step < recipe.steps:
         barrier()  # nothing refuses any more: the run directory may say what it holds now
-        if process.first:
+        if process.is_rank0:
             for change in changed_settings(recipe):
                 log.warning("accepted: %s", change)
             write_run_dir(plan)
-        finished = run(inputs, engine, expected, stop, lookout, first_step)
+        finished = run(inputs, engine, expected, stop, watchdog, first_step)
     else:
         log.info(
             "nothing to do: the newest checkpoint is of step %d, and steps is %d. To go on, raise steps%s",
@@ -117,9 +117,9 @@ def train(recipe: Recipe, stop: StopRequest, lookout: Lookout) -> bool:
             if recipe.optimizer.schedule != "constant"
             else "",
         )
-    lookout.at(0, "ending")
+    watchdog.heartbeat(0, "ending")
     say_memory(expected, process.device)
-    stop_process()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
+    destroy_process_group()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
     return finished
 
 
@@ -128,7 +128,7 @@ def run(
     engine: Engine,
     expected: Memory,
     stop: StopRequest,
-    lookout: Lookout,
+    watchdog: Watchdog,
     first_step: int,
 ) -> bool:
     """Run the loop with its data, objective and metrics; False if a signal ended it.
@@ -149,11 +149,11 @@ def run(
         expected=expected,
         text_dtype=conditioning["empty_text"].dtype,
         first_step=first_step,
-        lookout=lookout,
-        stopping=lambda: any_process(lambda: stop.seen(process), process.device)(),
+        watchdog=watchdog,
+        stopping=lambda: any_rank(lambda: stop.seen(process), process.device)(),
     )
     metrics = None
-    if process.first:
+    if process.is_rank0:
         metrics = Metrics(
             run_dir,
             mode=recipe.log.wandb,
@@ -170,7 +170,7 @@ def run(
             process,
             recipe,
             stop,
-            lookout,
+            watchdog,
             NonFinite(
                 run_dir / "nonfinite",
                 recipe.optimizer.nonfinite,
@@ -185,16 +185,16 @@ def run(
                 "recipe": recipe_values(recipe),
                 "versions": versions(),
                 "index": index.digest,
-                "processes": process.world,
+                "processes": process.world_size,
             },
-            evaluation=build_evaluation(inputs, engine, objective),
+            validation=build_validation(inputs, engine, objective),
             previews=build_previews(inputs, engine),
         )
     except torch.OutOfMemoryError as error:
         # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
         raise OutageError(too_small(recipe, "a step", error, expected.spare)) from error
     if metrics is not None:
-        lookout.at(0, "closing the metrics")
+        watchdog.heartbeat(0, "closing the metrics")
         metrics.close()
     return finished
 

@@ -113,9 +113,9 @@ def collective_timeout(launch: Launch, environment: dict[str, str]) -> dict[str,
         raise UserError(
             f"the environment variable DEEPSPEED_TIMEOUT is {given!r}; it must be whole minutes, at least 1."
         )
-    if not launch.hang_after or given is not None:
+    if not launch.hang_timeout_s or given is not None:
         return {}
-    return {"DEEPSPEED_TIMEOUT": str(math.ceil(launch.hang_after / 60) + 5)}
+    return {"DEEPSPEED_TIMEOUT": str(math.ceil(launch.hang_timeout_s / 60) + 5)}
 
 
 def forwarded(environment: dict[str, str]) -> dict[str, str]:

@@ -25,15 +25,15 @@ _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 
 class MemoryPlan:
     """Memory of the recipe as it stands, and what else would fit.
 
-    `per_host`: processes that share a host's memory. `keep`: share of the blocks that keep their
-    activations. `fits`: on the given card and host; None if none was given. `others`: the fastest
+    `per_host`: processes that share a host's memory. `checkpointed`: share of the blocks
+    whose activations are checkpointed. `fits`: on the given card and host; None if none was given. `others`: the fastest
     first.
     """
 
     processes: int
     per_host: int
     image_tokens: int
-    keep: float
+    checkpointed: float
     memory: Memory
     fits: bool | None
     others: list[Choice]
@@ -42,7 +42,7 @@ class MemoryPlan:
         """For people."""
         found = [
             f"memory     {self.memory.on_card / GIB:.1f} GiB a GPU at {self.image_tokens} image tokens, "
-            f"{self.keep:.0%} of the blocks keep their activations",
+            f"{self.checkpointed:.0%} of the blocks checkpointed",
             *_parts(self.memory.card),
         ]
         if self.memory.host:
@@ -56,9 +56,9 @@ class MemoryPlan:
         if not self.others:
             return [*found, "           nothing does: more or larger GPUs, or a smaller model"]
         found.append("what fits, fastest first:")
-        found.append(f"  {'deepspeed':23}  base      keep  inputs  GPU GiB  host GiB")
+        found.append(f"  {'deepspeed':23}  base      ckpt  inputs  GPU GiB  host GiB")
         found += [
-            f"  {choice.deepspeed:23}  {choice.base_weights or '-':8}  {choice.activations:4.0%}"
+            f"  {choice.deepspeed:23}  {choice.base_weights or '-':8}  {choice.activation_checkpointing:4.0%}"
             f"  {'host' if choice.offload_activations else 'card':6}"
             f"  {choice.memory.on_card / GIB:7.1f}"
             f"  {choice.memory.on_host * self.per_host / GIB:8.1f}"
@@ -72,7 +72,7 @@ class MemoryPlan:
             "processes": self.processes,
             "processes_per_host": self.per_host,
             "image_tokens": self.image_tokens,
-            "activations": self.keep,
+            "activation_checkpointing": self.checkpointed,
             "gpu": self.memory.card,
             "gpu_total": self.memory.on_card,
             "host_per_process": self.memory.host,
@@ -81,7 +81,7 @@ class MemoryPlan:
                 {
                     "deepspeed": choice.deepspeed,
                     "base_weights": choice.base_weights,
-                    "activations": choice.activations,
+                    "activation_checkpointing": choice.activation_checkpointing,
                     "offload_activations": choice.offload_activations,
                     "gpu_total": choice.memory.on_card,
                     "host_total": choice.memory.on_host * self.per_host,
@@ -109,12 +109,12 @@ def plan_memory(
         plan = recordable(plan, index)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept, card_bytes or 0)
-    keep = kept / spec.blocks
+    checkpointed = 1 - kept / spec.blocks
     if card_bytes is None:
-        return MemoryPlan(plan.processes, per_host, tokens, keep, memory, None, [])
+        return MemoryPlan(plan.processes, per_host, tokens, checkpointed, memory, None, [])
     fits = memory.fits(card_bytes, host_bytes)
     others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
-    return MemoryPlan(plan.processes, per_host, tokens, keep, memory, fits, others)
+    return MemoryPlan(plan.processes, per_host, tokens, checkpointed, memory, fits, others)
 
 
 def size(option: str, text: str) -> float:

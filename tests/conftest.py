@@ -36,23 +36,23 @@ def tiny_spec(tiny_model: Path) -> Spec:
 
 @pytest.fixture
 def write_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Saves (kind, name, tensor) triples or `Piece`s as one process, without a process group."""
+    """Saves (kind, name, tensor) triples or `TensorShard`s as one process, without a process group."""
     import torch
 
     from flux2_ds.checkpoint import manager as saving
-    from flux2_ds.checkpoint.tensor_store import Piece
+    from flux2_ds.checkpoint.tensor_store import TensorShard
     from flux2_ds.distributed import Process
 
-    monkeypatch.setattr(saving, "exchange", lambda value: [value])
+    monkeypatch.setattr(saving, "all_gather_object", lambda value: [value])
 
     def write(
-        root: Path, step: int, pieces: Iterable[Any], state: dict[str, Any] | None = None
+        root: Path, step: int, tensor_shards: Iterable[Any], state: dict[str, Any] | None = None
     ) -> Path:
-        def given() -> Iterator[Piece]:
-            for piece in pieces:
-                yield piece if isinstance(piece, Piece) else Piece(*piece)
+        def given() -> Iterator[TensorShard]:
+            for piece in tensor_shards:
+                yield piece if isinstance(piece, TensorShard) else TensorShard(*piece)
 
         alone = Process(0, 1, torch.device("cpu"))
-        return saving.save(root, step, given, state or {}, alone, in_parts=False)
+        return saving.save(root, step, given, state or {}, alone, sharded=False)
 
     return write

@@ -10,7 +10,7 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
 from flux2_ds.config.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["limits", "numerics"]
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from flux2_ds.checkpoint.tensor_store import Piece, StoredTensors, write
-from flux2_ds.distributed import Process, exchange
+from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore, write
+from flux2_ds.distributed import Process, all_gather_object
 from flux2_ds.errors import UserError
 from flux2_ds.run.run_dir import checkpoint_steps
 
@@ -40,7 +40,7 @@ class Checkpoint:
         """What is stored: weights, and the states of the optimizer that trained them."""
         return sorted({_kind(name) for name in self.state()["files"]})
 
-    def stored(self, kind: str) -> StoredTensors:
+    def stored(self, kind: str) -> TensorStore:
         """The tensors of one kind, to be read one by one or in parts.
 
         Raises:
@@ -52,7 +52,7 @@ class Checkpoint:
                 f"{self.path} holds no {kind}, only {', '.join(self.kinds())}. It was written with "
                 "other optimizer settings; go on with those, or give a new run_dir."
             )
-        return StoredTensors(files)
+        return TensorStore(files)
 
     def tensors(self, kind: str) -> dict[str, torch.Tensor]:
         """Whole tensors by parameter name, all at once."""
@@ -80,12 +80,12 @@ def partial_path(root: Path, step: int) -> Path:
 
 
 def write_files(
-    partial: Path, pieces: Iterable[Piece], part: int | None = None
+    partial: Path, tensor_shards: Iterable[TensorShard], part: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Write tensors into a begun checkpoint, synced; returns size and sha256 of each file."""
     partial.mkdir(parents=True, exist_ok=True)  # another host may not see it yet
     files = {}
-    for file in write(partial, pieces, part):
+    for file in write(partial, tensor_shards, part):
         _sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     return files
@@ -196,15 +196,15 @@ class SaveError(UserError):
 def save(
     root: Path,
     step: int,
-    pieces: Callable[[], Iterable[Piece]],
+    tensor_shards: Callable[[], Iterable[TensorShard]],
     state: dict[str, Any],
     process: Process,
     *,
-    in_parts: bool,
+    sharded: bool,
 ) -> Path:
     """Write the checkpoint of `step`; collective.
 
-    `pieces` is collective, too: called in every process, it gives what that one writes. `in_parts`:
+    `tensor_shards` is collective, too: called in every process, it gives what that one writes. `sharded`:
     several do.
 
     Raises:
@@ -212,7 +212,7 @@ def save(
     """
 
     def clear() -> None:
-        if process.first:
+        if process.is_rank0:
             shutil.rmtree(partial_path(root, step), ignore_errors=True)
 
     def together(action: Callable[[], Any]) -> list[Any]:
@@ -222,7 +222,7 @@ def save(
             result = action()
         except (OSError, SafetensorError) as error:
             failure = f"{error}"
-        outcomes = exchange((result, failure))
+        outcomes = all_gather_object((result, failure))
         failures = {rank: why for rank, (_, why) in enumerate(outcomes) if why is not None}
         if failures:
             clear()
@@ -233,10 +233,10 @@ def save(
             )
         return [result for result, _ in outcomes]
 
-    part = process.rank if in_parts else None
-    together(lambda: begin(root, step) if process.first else None)
+    part = process.rank if sharded else None
+    together(lambda: begin(root, step) if process.is_rank0 else None)
     partial = partial_path(root, step)
-    written = together(lambda: write_files(partial, pieces(), part))
+    written = together(lambda: write_files(partial, tensor_shards(), part))
     files = {name: facts for one in written for name, facts in one.items()}
-    together(lambda: finish(root, step, files, state) if process.first else None)
+    together(lambda: finish(root, step, files, state) if process.is_rank0 else None)
     return checkpoint_path(root, step)

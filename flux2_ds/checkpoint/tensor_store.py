@@ -23,7 +23,7 @@ FILE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A tensor to store: whole, or elements from `start` on of one of `shape`."""
 
     kind: str
@@ -33,31 +33,35 @@ class Piece:
     shape: tuple[int, ...] | None = None
 
 
-def write(folder: Path, pieces: Iterable[Piece], part: int | None = None) -> Iterator[Path]:
+def write(
+    folder: Path, tensor_shards: Iterable[TensorShard], part: int | None = None
+) -> Iterator[Path]:
     """Write pieces, ordered by kind, into KIND.safetensors or KIND-PART-NUMBER.safetensors; gives each
     file when it is written.
 
     Floats are stored in fp32. `part`: the number of the process that writes, if several do.
     """
     numbers: Counter[str] = Counter()
-    for kind, group in _groups(pieces, FILE_BYTES if part is not None else None):
+    for kind, group in _groups(tensor_shards, FILE_BYTES if part is not None else None):
         name = kind if part is None else f"{kind}-{part:04d}-{numbers[kind]:04d}"
         numbers[kind] += 1
-        divided = [piece for piece in group if piece.shape is not None]
+        partitioned = [piece for piece in group if piece.shape is not None]
         metadata = {
-            "starts": json.dumps({piece.name: piece.start for piece in divided}),
-            "shapes": json.dumps({piece.name: piece.shape for piece in divided}),
+            "starts": json.dumps({piece.name: piece.start for piece in partitioned}),
+            "shapes": json.dumps({piece.name: piece.shape for piece in partitioned}),
         }
         file = folder / f"{name}.safetensors"
-        write_tensors(file, {p.name: p.tensor for p in group}, metadata if divided else None)
+        write_tensors(file, {p.name: p.tensor for p in group}, metadata if partitioned else None)
         yield file
 
 
-def _groups(pieces: Iterable[Piece], at_most: int | None) -> Iterator[tuple[str, list[Piece]]]:
+def _groups(
+    tensor_shards: Iterable[TensorShard], at_most: int | None
+) -> Iterator[tuple[str, list[TensorShard]]]:
     """Pieces in host memory that go into one file: of one kind, about `at_most` bytes."""
     kind, size = "", 0
-    group: list[Piece] = []
-    for piece in pieces:
+    group: list[TensorShard] = []
+    for piece in tensor_shards:
         full = at_most is not None and size >= at_most
         if group and (piece.kind != kind or full):
             yield kind, group
@@ -65,12 +69,12 @@ def _groups(pieces: Iterable[Piece], at_most: int | None) -> Iterator[tuple[str,
         dtype = torch.float32 if piece.tensor.is_floating_point() else piece.tensor.dtype
         here = piece.tensor.detach().to("cpu", dtype, copy=True)
         kind, size = piece.kind, size + here.nbytes
-        group.append(Piece(piece.kind, piece.name, here, piece.start, piece.shape))
+        group.append(TensorShard(piece.kind, piece.name, here, piece.start, piece.shape))
     if group:
         yield kind, group
 
 
-class StoredTensors:
+class TensorStore:
     """The tensors of one kind in the files that hold it."""
 
     def __init__(self, files: Iterable[Path]) -> None:

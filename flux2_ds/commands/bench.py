@@ -38,19 +38,25 @@ from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.loader import MicroBatch
-from flux2_ds.distributed import Process, barrier, exchange, start_process, stop_process
+from flux2_ds.distributed import (
+    Process,
+    all_gather_object,
+    barrier,
+    destroy_process_group,
+    init_process_group,
+)
 from flux2_ds.engine import optimizers
+from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.load import empty_transformer, fill_randomly
-from flux2_ds.run.environment import rank_and_world
+from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
-from flux2_ds.run.watchdog import Lookout
+from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import (
     build_engine,
     build_objective,
     check_machine,
-    division,
     finish_model,
 )
 from flux2_ds.training.loss import FlowObjective
@@ -86,8 +92,8 @@ def main() -> None:
     parser = recipe_parser("flux2-ds bench", "Time the recipe's training step.")
     add_options(parser)
     recipe, options = parse_recipe(parser)
-    rank, world = rank_and_world(os.environ)
-    with looking_out(rank, world):
+    rank, world_size = rank_and_world_size(os.environ)
+    with looking_out(rank, world_size):
         if options.json:
             log.setLevel(logging.WARNING)
         result = bench(recipe, options)
@@ -96,18 +102,18 @@ def main() -> None:
 
 
 @contextmanager
-def looking_out(rank: int, world: int) -> Iterator[None]:
+def looking_out(rank: int, world_size: int) -> Iterator[None]:
     """Of several processes, one's error ends the others and is the only one to be printed, as in training.
 
     Where they log is no run's directory; it stays if one of them fails.
     """
-    if world == 1:
+    if world_size == 1:
         set_up_console()
         yield
         return
     # The launcher is the parent of all of them.
     logs = Path(tempfile.gettempdir()) / f"flux2-ds-bench-{os.getppid()}"
-    with Lookout(logs, rank, world, hang_after=0):
+    with Watchdog(logs, rank, world_size, hang_timeout_s=0):
         set_up_log(logs, rank)
         yield
     for path in logs.glob(f"rank_{rank}.*"):
@@ -118,8 +124,8 @@ def looking_out(rank: int, world: int) -> Iterator[None]:
 
 def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     """Time the recipe's step, and what else the options ask for. Collective."""
-    process = start_process(recipe.launch.accelerator)
-    plan = make_plan(recipe, process.world)
+    process = init_process_group(recipe.launch.accelerator)
+    plan = make_plan(recipe, process.world_size)
     check_options(options, plan)
     bucket = Bucket(options.height, options.width)
     device, on_card = process.device, process.device.type == "cuda"
@@ -135,12 +141,12 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         "rank": recipe.lora.rank,
         "targets": recipe.lora.targets,
         "base_weights": recipe.base_weights or recipe.precision,
-        "activations": recipe.activations,
+        "activation_checkpointing": recipe.activation_checkpointing,
         "offload_activations": recipe.offload_activations,
         "deepspeed": f"ZeRO {plan.zero_stage}"
         + (" offload" if plan.offloads("offload_optimizer") else ""),
         "picture": str(bucket),
-        "processes": process.world,
+        "processes": process.world_size,
         "global_batch": recipe.batch.global_size,
         "micro_batch": recipe.batch.micro_size,
         "card": torch.cuda.get_device_name(device) if on_card else "CPU",
@@ -175,9 +181,9 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         spare = built.expected.spare if built else []
         raise UserError(too_small(recipe, str(bucket), error, spare)) from error
     result["cuda_graphs"] = built.expected.records
-    result["transposed_base"] = built.expected.transposes
+    result["cache_transposed_base"] = built.expected.transposes
     samples = recipe.batch.global_size
-    work = useful_flops(spec, bucket, recipe.method) * samples / process.world
+    work = useful_flops(spec, bucket, recipe.method) * samples / process.world_size
     result |= {
         "first_step_seconds": (bare or timing).first_seconds,
         "seconds_per_step": timing.seconds,
@@ -192,7 +198,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["predicted_gib"] = built.expected.on_card / GIB
         if built.expected.host:
             grown = this.memory_info().rss - resident
-            result["host_gib"] = max(exchange(grown)) / GIB
+            result["host_gib"] = max(all_gather_object(grown)) / GIB
             result["predicted_host_gib"] = built.expected.on_host / GIB
     if plain is not None:
         result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
@@ -203,7 +209,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["engine_cost"] = timing.seconds / bare.seconds - 1
     if options.profile is not None:
         result["kernels"] = costliest_kernels(built.step, Path(options.profile), process)
-    stop_process()
+    destroy_process_group()
     return result
 
 
@@ -212,8 +218,8 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
     model = empty_transformer(spec)
-    divide = division(plan.deepspeed, model, dtype, recipe.base_weights)
-    fill_randomly(model, dtype, recipe.base_weights, device, divide)
+    partition = make_partitioner(plan.deepspeed) if plan.zero_stage == 3 else None
+    fill_randomly(model, dtype, recipe.base_weights, device, partition)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)
@@ -239,7 +245,7 @@ def measure(step: Step, process: Process, warm_up: int, count: int) -> Timing:
 
     Several processes begin together.
     """
-    device, alone = process.device, process.world == 1
+    device, alone = process.device, process.world_size == 1
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -255,14 +261,14 @@ def measure(step: Step, process: Process, warm_up: int, count: int) -> Timing:
         seconds = (time.perf_counter() - start) / steps
         if not math.isfinite(float(loss)):
             raise UserError(f"the loss of the synthetic steps is {float(loss)}.")
-        return seconds if alone else max(exchange(seconds))
+        return seconds if alone else max(all_gather_object(seconds))
 
     first = run(1)
     run(warm_up)
     runs = [run(count) for _ in range(3)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     if not alone:
-        peak = max(exchange(peak))
+        peak = max(all_gather_object(peak))
     return Timing(first, statistics.median(runs), min(runs), peak)
 
 
@@ -287,7 +293,7 @@ def costliest_kernels(
     step: Step, path: Path, process: Process, count: int = 10
 ) -> list[dict[str, Any]]:
     """Profile one step, write the first process's trace, and name its costliest kernels. Collective."""
-    if not process.first:
+    if not process.is_rank0:
         step()
         return []
     on_card = process.device.type == "cuda"

@@ -54,7 +54,7 @@ def main() -> None:
     add("--gb", type=float, default=1.0, help="size of the shards of each model, in GB")
     add("--model", nargs="+", choices=MODELS, default=["dev", "klein-4b"])
     add("--from", nargs="+", choices=["disk", "http", "s3"], default=["disk", "http"], dest="kinds")
-    add("--readers", type=int, default=4, help="data.readers of the loader")
+    add("--readers", type=int, default=4, help="data.num_workers of the loader")
     add("--rounds", type=int, default=3, help="readings of each, in turns; the best counts")
     add("--work", type=Path, help="folder on the disk to measure; default: the temporary one")
     options = parser.parse_args()
@@ -113,7 +113,7 @@ def measure(
             order = Order(index, 1, seed=0, window=2)
             empty = torch.zeros(0)
             return Loader(location, index, order, Share(0, 1, 1, 1), seed=0, caption_dropout=0.0,
-                          empty_text=empty, readers=options.readers)  # fmt: skip
+                          empty_text=empty, num_workers=options.readers)  # fmt: skip
 
         def timed(read: Callable[[], int]) -> tuple[float, float, float]:
             """Seconds by the clock, of processors here, and of processors in the server."""

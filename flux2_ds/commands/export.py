@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds.checkpoint import manager as checkpoint
-from flux2_ds.checkpoint.tensor_store import StoredTensors
+from flux2_ds.checkpoint.tensor_store import TensorStore
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
@@ -127,7 +127,7 @@ def export(
     return path
 
 
-def export_transformer(stored: StoredTensors, path: Path, dtype: torch.dtype) -> None:
+def export_transformer(stored: TensorStore, path: Path, dtype: torch.dtype) -> None:
     """Write all weights in diffusers' layout."""
     for old in path.glob("diffusion_pytorch_model*.safetensors*"):
         old.unlink()

@@ -23,7 +23,7 @@ from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, TARGETS, Spec, read_spec, target_modules
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Objective, Recipe, check_ranges
-from flux2_ds.data.dataset import check_shards, companion_lines, read_data
+from flux2_ds.data.dataset import check_shards, mask_and_reference_lines, read_data
 from flux2_ds.data.images import check_format, contact_sheet
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.data.shards import ShardReader, read_conditioning
@@ -66,7 +66,7 @@ def main() -> None:
     check_shards(index, held_out, spec, directory, recipe)
     say("latents", latent_lines(shards, index, options.samples))
     say("sample", sample_lines(directory, spec, shards, index))
-    say("companions", companion_lines(recipe, index))
+    say("companions", mask_and_reference_lines(recipe, index))
     counts = index.bucket_counts()
     say("timesteps", [timestep_line(recipe.objective, *each) for each in counts.items()])
     if options.picture:

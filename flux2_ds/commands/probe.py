@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from flux2_ds.distributed import exchange, start_process, stop_process
+from flux2_ds.distributed import all_gather_object, destroy_process_group, init_process_group
 from flux2_ds.engine.engine import build_cpu_adam
 from flux2_ds.engine.zero3 import check_zero
 from flux2_ds.errors import run_root
@@ -79,16 +79,16 @@ def main() -> None:
 
 def bandwidth(accelerator: Any) -> None:
     """Print what the first process measures, as JSON lines (name, text)."""
-    process = start_process(accelerator)
+    process = init_process_group(accelerator)
     size = 256 * _MIB if accelerator == "cuda" else 16 * _MIB
     data = torch.ones(size // 4, device=process.device)
-    hosts = exchange(socket.gethostname())
-    if process.world > 1:
+    hosts = all_gather_object(socket.gethostname())
+    if process.world_size > 1:
         seconds = timed(lambda: distributed.all_reduce(data), process.device)
         # What a ring moves over each link: the usual figure to compare with the hardware's.
-        rate = 2 * (process.world - 1) / process.world * size / seconds
+        rate = 2 * (process.world_size - 1) / process.world_size * size / seconds
         say(
-            process.first,
+            process.is_rank0,
             "bandwidth",
             f"all-reduce of {size // _MIB} MiB: {gbytes(rate)} bus bandwidth",
         )
@@ -107,14 +107,14 @@ def bandwidth(accelerator: Any) -> None:
 
         seconds = timed(across, process.device)
         rates[host] = size / seconds
-        say(process.first, "link", f"{hosts[0]} to {host}: {gbytes(rates[host])}")
+        say(process.is_rank0, "link", f"{hosts[0]} to {host}: {gbytes(rates[host])}")
     if len(rates) > 1:
         slowest = min(rates, key=lambda host: rates[host])
         typical = sorted(rates.values())[len(rates) // 2]
         if rates[slowest] < 0.6 * typical:
             text = f"{slowest} is at {rates[slowest] / typical:.0%} of the typical host"
-            say(process.first, "odd link", text, "warning")
-    stop_process()
+            say(process.is_rank0, "odd link", text, "warning")
+    destroy_process_group()
 
 
 def timed(work: Any, device: torch.device, repeats: int = 5) -> float:

@@ -31,7 +31,7 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import build_order, check_shards, read_data
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
-from flux2_ds.distributed import Process, start_process, stop_process
+from flux2_ds.distributed import Process, destroy_process_group, init_process_group
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
@@ -96,7 +96,9 @@ class Experiment:
     def build(self, mode: str) -> tuple[torch.nn.Module, Recipe]:
         """A model with its base in `mode` and a new adapter, and the recipe that it follows."""
         # Nothing is warmed up here, so shapes come in any order.
-        recipe = replace(self.recipe, base_weights=None, cuda_graphs=False, transposed_base=False)
+        recipe = replace(
+            self.recipe, base_weights=None, cuda_graphs=False, cache_transposed_base=False
+        )
         if mode == "fp32":
             recipe = replace(recipe, precision="fp32")
         elif mode in BASE_WEIGHTS:
@@ -172,8 +174,8 @@ def main() -> None:
 
 def compare(recipe: Recipe, modes: list[str], batches: int) -> list[Trained]:
     """The plain base's result, then that of each mode."""
-    process = start_process(recipe.launch.accelerator)
-    if process.world > 1 or make_plan(recipe, 1).zero_stage == 3:
+    process = init_process_group(recipe.launch.accelerator)
+    if process.world_size > 1 or make_plan(recipe, 1).zero_stage == 3:
         raise UserError(
             "quality measures one process with a whole model: start it with flux2-ds quality, and set "
             "deepspeed: zero2 or zero0."
@@ -196,7 +198,7 @@ def compare(recipe: Recipe, modes: list[str], batches: int) -> list[Trained]:
         put(model, start)
         results.append(Trained(mode, experiment.train(model, changed), nearness))
         say(results[-1])
-    stop_process()
+    destroy_process_group()
     return results
 
 

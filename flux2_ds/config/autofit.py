@@ -1,4 +1,4 @@
-"""What would fit on a card: ZeRO stage × base weights × activations, the fastest first."""
+"""What would fit on a card: ZeRO stage × base weights × activation checkpointing, the fastest first."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _STAGES = (
 )
 _Base = Literal["fp8", "nf4_fp8", "int8", "nf4"] | None
 _BASES: tuple[_Base, ...] = (None, "fp8", "nf4_fp8", "int8", "nf4")
-_ACTIVATIONS = [(keep, False) for keep in (1.0, 0.75, 0.5, 0.25, 0.0)] + [(0.0, True)]
-"""Share of the blocks that keep theirs, and whether the others' inputs wait in host memory."""
+_ACTIVATIONS = [(share, False) for share in (0.0, 0.25, 0.5, 0.75, 1.0)] + [(1.0, True)]
+"""Share of checkpointed blocks, and whether their inputs wait in host memory."""
 
 # TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
 _PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
@@ -33,7 +33,7 @@ class Choice:
 
     deepspeed: str
     base_weights: str | None
-    activations: float
+    activation_checkpointing: float
     offload_activations: bool
     memory: Memory
     cost: float
@@ -55,27 +55,29 @@ def choices(
                 recipe,
                 deepspeed=deepspeed,
                 base_weights=base,
-                transposed_base=recipe.transposed_base and None,  # not every base can be
+                cache_transposed_base=recipe.cache_transposed_base
+                and None,  # not every base can be
             )
-            for keep, offload in _ACTIVATIONS:
+            for share, offload in _ACTIVATIONS:
                 offload = offload or recipe.offload_activations
                 tried = dataclasses.replace(changed, offload_activations=offload)
                 try:
                     plan = make_plan(tried, processes)
                 except UserError:
                     continue  # a combination that does not exist
-                memory = estimate(spec, plan, image_tokens, round(keep * spec.blocks), card_bytes)
+                memory = estimate(
+                    spec, plan, image_tokens, spec.blocks - round(share * spec.blocks), card_bytes
+                )
                 if memory.fits(card_bytes, host_bytes):
-                    cost = _cost(spec, plan, image_tokens, keep, memory)
-                    found.append(Choice(deepspeed, base, keep, offload, memory, cost))
+                    cost = _cost(spec, plan, image_tokens, share, memory)
+                    found.append(Choice(deepspeed, base, share, offload, memory, cost))
                     break  # with this stage and base nothing is faster
     return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
 
 
-def _cost(spec: Spec, plan: Plan, image_tokens: int, keep: float, memory: Memory) -> float:
+def _cost(spec: Spec, plan: Plan, image_tokens: int, again: float, memory: Memory) -> float:
     recipe = plan.recipe
     linear, attention = spec.forward_flops(image_tokens)
-    again = 1 - keep
     passes = (3 if recipe.method == "full" else 2) + again
     seconds = passes * linear / (_PRODUCTS[recipe.base_weights] * 1e12)
     # Weights that are held transposed are not read and written once more.

@@ -19,7 +19,7 @@ from flux2_ds.config.recipe import Recipe
 
 GIB = 2**30
 _CUDA_GRAPHS, TRANSPOSED = "CUDA graphs", "transposed base"
-_SPARE = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "transposed_base"}
+_SPARE = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "cache_transposed_base"}
 """What is made only where memory is left for it -> its setting."""
 
 _KEPT = {
@@ -95,7 +95,7 @@ def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
     them in groups, below it masters, gradients and the updated weights on their way back to the card.
     """
     zero = plan.zero
-    locked = _page_locked if zero["offload_optimizer"].get("pin_memory", True) else float
+    locked = _pinned_bytes if zero["offload_optimizer"].get("pin_memory", True) else float
     if plan.zero_stage < 3:
         gradients = locked(4 * share) + locked(element * share)
         return {"fp32 masters": locked(4 * share), "gradients": gradients}
@@ -103,14 +103,6 @@ def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
     whole, rest = divmod(share, group)
     copies = whole * locked(4 * group) + (locked(4 * rest) if rest else 0)
     return {"fp32 masters": 4 * share, "gradients": locked(4 * share) + copies}
-
-
-def _swapped_bytes(spec: Spec, base_weights: str | None, element: int) -> list[float]:
-    """Bytes of each weight that `assembly.swapped` puts on NVMe: a quantised base's scales stay."""
-    if base_weights in (None, "bf16"):
-        return [elements * element for elements in block_matrices(spec) + other_matrices(spec)]
-    each = 0.5 if base_weights.startswith("nf4") else 1
-    return [elements * each for elements in block_matrices(spec)]
 
 
 def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
@@ -123,7 +115,7 @@ def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
     return sum(elements * each for elements, each in tensors if elements <= threshold)
 
 
-def _page_locked(size: float) -> float:
+def _pinned_bytes(size: float) -> float:
     return 2.0 ** math.ceil(math.log2(size))
 
 
@@ -152,13 +144,11 @@ def estimate(
     parts = plan.processes if stage == 3 else 1
     at = host if plan.offloads("offload_param") else card
     at["base weights"] = base_bytes(spec, recipe.base_weights, element) / parts
-    if at is host and not plan.swaps:
+    if at is host:
         # What is trained DeepSpeed moves into one page-locked piece.
-        host["base weights" if full else "adapter"] = _page_locked((element if full else 4) * share)
-    if plan.swaps:
-        away = _swapped_bytes(spec, recipe.base_weights, element)
-        host["base weights"] -= sum(away) / parts
-        host["swap buffers"] = zero["offload_param"]["buffer_count"] * max(away) / parts
+        host["base weights" if full else "adapter"] = _pinned_bytes(
+            (element if full else 4) * share
+        )
     if stage == 3:
         # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
         stored = element if recipe.base_weights in (None, "bf16") else 1
@@ -203,11 +193,11 @@ def estimate(
     in_double, in_single = kept_streams(recipe)
     card["activations"] = stream * (in_double * kept_double + in_single * kept_single)
     if recipe.offload_activations:
-        text = _page_locked(stream * TEXT_TOKENS / (image_tokens + TEXT_TOKENS))
-        image = _page_locked(stream * image_tokens / (image_tokens + TEXT_TOKENS))
+        text = _pinned_bytes(stream * TEXT_TOKENS / (image_tokens + TEXT_TOKENS))
+        image = _pinned_bytes(stream * image_tokens / (image_tokens + TEXT_TOKENS))
         double = spec.double_blocks - kept_double
         single = spec.single_blocks - kept_single
-        host["activations"] = double * (text + image) + single * _page_locked(stream)
+        host["activations"] = double * (text + image) + single * _pinned_bytes(stream)
     else:
         card["activations"] += stream * (spec.blocks - kept)
     # While one block runs: its intermediates, and its widest weight as the product reads it.
@@ -220,7 +210,7 @@ def estimate(
         # they are then added to others or divided among processes.
         graphs = 4 * trained * (1 + (plan.accumulation > 1 or stage == 2)) + card["batch"]
         graphs += max(
-            card["working"] if recipe.data.held_out else 0,
+            card["working"] if recipe.data.validation_fraction else 0,
             _preview_bytes(spec, recipe, element) if recipe.preview.every else 0,
         )
         spare[_CUDA_GRAPHS] = graphs
@@ -245,12 +235,12 @@ def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
 
 
 def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) -> int:
-    """How many blocks keep their activations, the recipe's `activations` being a share of them or a
-    word; `auto` is as many as fit into `card_bytes`."""
-    setting = plan.recipe.activations
+    """How many blocks keep their activations: those that the recipe's `activation_checkpointing` leaves;
+    with `auto` as many as fit into `card_bytes`."""
+    setting = plan.recipe.activation_checkpointing
     if setting != "auto":
-        share = {"recompute": 0.0, "keep": 1.0}[setting] if isinstance(setting, str) else setting
-        return round(share * spec.blocks)
+        share = {"none": 0.0, "full": 1.0}[setting] if isinstance(setting, str) else setting
+        return spec.blocks - round(share * spec.blocks)
     for kept in range(spec.blocks, 0, -1):
         # Kept blocks gain more than what is made where memory is left for it: for that there is none here.
         if estimate(spec, plan, image_tokens, kept, card_bytes=0).fits(card_bytes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -29,6 +30,17 @@ PATHS = (
 )
 """Settings that are a path, several, or paths by name; `~/`, which a shell expands neither in YAML nor after `=`, is
 the user's home in them."""
+
+
+RENAMED = {
+    "activations": "activation_checkpointing (none for keep, full for recompute, 1 - x for a share x)",
+    "transposed_base": "cache_transposed_base",
+    "data.held_out": "data.validation_fraction",
+    "data.readers": "data.num_workers",
+    "evaluation": "validation",
+    "launch.hang_after": "launch.hang_timeout_s",
+}
+"""Settings that had another name once."""
 
 
 class RecipeParser(ArgumentParser):
@@ -78,6 +90,9 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     for file in map(Path, finder.parse_known_args(argv)[0].config):
         if file.is_file():  # jsonargparse says if not
             _check_file(file)
+    _refuse_renamed(
+        (word[2:].partition("=")[0] for word in argv if word[:2] == "--"), "the command line"
+    )
     options = parser.parse_args(argv)
     _refuse_empty(options, Recipe)
     _expand_home(options)
@@ -112,6 +127,12 @@ def _check_file(path: Path) -> None:
     if not isinstance(root, yaml.MappingNode):
         what = "is empty" if root is None else "holds no settings"
         raise UserError(f"{path} {what}. A recipe has lines such as `steps: 1000`.")
+    settings = [(key.value, value) for key, value in root.value]
+    inside = [
+        (name, value.value) for name, value in settings if isinstance(value, yaml.MappingNode)
+    ]
+    nested = [f"{name}.{key.value}" for name, pairs in inside for key, _ in pairs]
+    _refuse_renamed([name for name, _ in settings] + nested, str(path))
     nodes: list[yaml.Node] = [root]
     while nodes:
         node = nodes.pop()
@@ -127,6 +148,13 @@ def _check_file(path: Path) -> None:
                     f"{path} has {key.value} twice, at lines {lines[key.value]} and {line}. Put both into one."
                 )
             nodes.append(value)
+
+
+def _refuse_renamed(names: Iterable[str], where: str) -> None:
+    for name in names:
+        for old in (name, str(name).partition(".")[0]):
+            if old in RENAMED:
+                raise UserError(f"{old}, in {where}, is called {RENAMED[old]} now. Rename it.")
 
 
 def _refuse_empty(settings: Any, kind: type, within: str = "") -> None:

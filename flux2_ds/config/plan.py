@@ -12,7 +12,7 @@ from typing import Any, Literal
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.parse import shipped_directory
 from flux2_ds.config.recipe import Recipe, check_ranges
-from flux2_ds.config.validate import check_swapped, ignored_settings, swapping, swaps
+from flux2_ds.config.validate import ignored_settings
 from flux2_ds.errors import UserError
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
@@ -41,7 +41,7 @@ _OWNED_ELSEWHERE = {
     "fp16": "precision",
     "torch_autocast": "precision",
     "data_types": "precision",
-    "activation_checkpointing": "activations",
+    "activation_checkpointing": "activation_checkpointing",
     "wandb": "log.wandb",
 }
 
@@ -66,13 +66,8 @@ class Plan:
         return int(self.zero.get("stage", 0))
 
     def offloads(self, part: Literal["offload_optimizer", "offload_param"]) -> bool:
-        """Whether that part lives in host memory, or on NVMe."""
+        """Whether that part lives in host memory."""
         return _device(self.zero, part) != "none"
-
-    @property
-    def swaps(self) -> bool:
-        """Whether the base is on NVMe."""
-        return swaps(self.zero)
 
     def lines(self, spec: Spec | None = None) -> list[str]:
         """The arithmetic, for people. `spec`: of the model, where it is known."""
@@ -95,7 +90,7 @@ class Plan:
             + (f", EMA {adam.ema_decay:g}" if adam.ema_decay is not None else ""),
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offloads("offload_optimizer") else "")
-            + f", activations: {recipe.activations}, attention: {recipe.attention}",
+            + f", activation checkpointing: {recipe.activation_checkpointing}, attention: {recipe.attention}",
             *(f"ignored    {setting}" for setting in ignored_settings(recipe, spec)),
         ]
 
@@ -116,10 +111,9 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
     _check_precision(recipe, stage)
     check_base(recipe)
     _check_optimizer(recipe, stage, zero)
-    check_swapped(recipe, zero, processes, compiled=compiles(recipe))
     for name, why_not in (
         ("cuda_graphs", why_not_captured),
-        ("transposed_base", why_not_transposed),
+        ("cache_transposed_base", why_not_transposed),
     ):
         if getattr(recipe, name) and (reason := why_not(recipe, stage)):
             raise UserError(f"{name} is true, and {reason}. Change that, or remove {name}.")
@@ -131,8 +125,6 @@ def make_plan(recipe: Recipe, processes: int) -> Plan:
                 "are compiled. Remove it, or set compile: false."
             )
         zero = zero | {"memory_efficient_linear": False}
-    if swaps(zero):
-        zero = swapping(zero, recipe.run_dir)
     if zero:
         config["zero_optimization"] = zero
     config |= {
@@ -162,7 +154,7 @@ def captures(plan: Plan) -> bool:
 def transposable(plan: Plan) -> bool:
     """Whether the base may be held a second time, transposed."""
     return (
-        plan.recipe.transposed_base is not False
+        plan.recipe.cache_transposed_base is not False
         and why_not_transposed(plan.recipe, plan.zero_stage) is None
     )
 
@@ -281,7 +273,7 @@ def _check_optimizer(recipe: Recipe, stage: int, zero: dict[str, Any]) -> None:
         )
     for part in _OFFLOADS:
         device = _device(zero, part)
-        if device not in ("none", "cpu") and (part, device) != ("offload_param", "nvme"):
+        if device not in ("none", "cpu"):
             raise UserError(
                 f"the deepspeed config has {part} on {device!r}, which checkpoints cannot read. "
                 'Set "device": "cpu".'

@@ -66,14 +66,14 @@ class Data:
     `fixed_caption`."""
     fixed_caption: str = ""
     """Caption of pictures that have none, with `missing_caption: fixed`."""
-    held_out: float = 0.0
+    validation_fraction: float = 0.0
     """Share of the pictures that `prepare` holds out from training for evaluation, chosen by a hash
     of their names, so that the choice stays when the data grows; 0..0.5."""
     samples_per_shard: int = 256
     """Largest number of samples in a shard."""
     shuffle_window: int = 8
     """Shards among which samples are shuffled; more is closer to a full shuffle."""
-    readers: int = 4
+    num_workers: int = 4
     """Threads of each process that read samples ahead; a distant store needs more."""
     cache: str | None = None
     """Folder on a local disk for what was read from a URL, in `flux2-ds-cache` within it. Default: none,
@@ -224,9 +224,9 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The loss on pictures that are not trained on (`data.held_out`), always with the same noise and
-    timesteps, in the log and the metrics as `evaluation_loss`."""
+class Validation:
+    """The loss on pictures that are not trained on (`data.validation_fraction`), always with the same noise and
+    timesteps, in the log and the metrics as `validation_loss`."""
 
     every: int = 500
     """Steps between evaluations; the first comes after so many, one more at the end."""
@@ -270,7 +270,7 @@ class Launch:
     over: Literal["ssh", "pdsh"] = "ssh"
     """How a hostfile's machines are reached: one ssh each, or DeepSpeed's own way with pdsh, which
     passes no environment on."""
-    hang_after: float = 600.0
+    hang_timeout_s: float = 600.0
     """Seconds in which no process moves on in a step, an evaluation or a checkpoint, after which the
     run is ended and the process that the others wait for is named; 0 turns it off. It must be longer
     than the longest forward and backward pass, and than compiling for one bucket before step 1."""
@@ -308,13 +308,12 @@ class Recipe:
     does not hold up small models and pictures. For adapters with compiled blocks, below ZeRO stage 3,
     without lora.dropout, offload_activations and reference images of several sizes. Default: so, in bf16, if
     memory allows."""
-    transposed_base: bool | None = None
+    cache_transposed_base: bool | None = None
     """Hold an fp8 or int8 base a second time, transposed, which spares the backward pass turning every weight
     around: about 2 % of a step for as many bytes again. Not at ZeRO stage 3. Default: if memory allows."""
-    activations: Literal["auto", "recompute", "keep"] | float = "auto"
-    """Share of the blocks that keep the activations the backward pass needs, 0..1, instead of
-    recomputing them: more memory, faster. `keep` is 1, `recompute` is 0, `auto` as many as the card
-    has room for (on the CPU: all)."""
+    activation_checkpointing: Literal["auto", "none", "full"] | float = "auto"
+    """Share of the blocks that recompute their activations in the backward pass, 0..1: less memory,
+    slower. `none` is 0, `full` is 1, `auto` as few as the card has room for (on the CPU: none)."""
     offload_activations: bool = False
     """Keep what the blocks that recompute need, their inputs, in page-locked host memory until the
     backward pass: less memory on the card, for larger pictures and micro-batches."""
@@ -341,7 +340,7 @@ class Recipe:
     """Checkpoints."""
     log: Log = field(default_factory=Log)
     """Console, metrics.jsonl and Weights & Biases."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    validation: Validation = field(default_factory=Validation)
     """The loss on pictures that are not trained on."""
     preview: Preview = field(default_factory=Preview)
     """Pictures of what is trained."""
@@ -361,11 +360,11 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("between 0 and 2⁶⁴ - 1", lambda v: 0 <= v < 2**64, "seed preview.seed"),
     ("at least 1", lambda v: v >= 1,
      "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard data.shuffle_window "
-     "data.readers prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
-     "evaluation.every evaluation.samples checkpoint.every checkpoint.keep_last checkpoint.keep_every "
+     "data.num_workers prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
+     "validation.every validation.samples checkpoint.every checkpoint.keep_last checkpoint.keep_every "
      "log.every launch.processes preview.steps preview.every objective.max_shift_tokens"),
     ("0 or more", lambda v: v >= 0,
-     "launch.hang_after objective.guidance optimizer.warmup_steps "
+     "launch.hang_timeout_s objective.guidance optimizer.warmup_steps "
      "optimizer.max_grad_norm optimizer.eps optimizer.weight_decay"),
     ("positive", lambda v: v > 0,
      "data.max_upscale data.cache_gb prepare.scratch_gb optimizer.learning_rate lora.alpha "
@@ -377,10 +376,11 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("in [0, 1)", lambda v: 0 <= v < 1, "lora.dropout"),
     ("in [0, 1)", lambda v: all(0 <= beta < 1 for beta in v), "optimizer.betas"),
     ("in (0, 1)", lambda v: 0 < v < 1, "optimizer.ema_decay"),
-    ("between 0 and 0.5", lambda v: 0 <= v <= 0.5, "data.held_out"),
+    ("between 0 and 0.5", lambda v: 0 <= v <= 0.5, "data.validation_fraction"),
     ("between 1 and 64", lambda v: 1 <= v <= 64, "data.max_aspect"),
     ("between -1 and 1.75", lambda v: -1 <= v <= 1.75, "objective.mode_scale"),
-    ("auto, recompute, keep or between 0 and 1", lambda v: isinstance(v, str) or 0 <= v <= 1, "activations"),
+    ("auto, none, full or between 0 and 1", lambda v: isinstance(v, str) or 0 <= v <= 1,
+     "activation_checkpointing"),
     ("one prompt or more", bool, "preview.prompts"),
 ]  # fmt: skip
 """What a setting must be, if it is given, and the settings of which that holds."""

@@ -72,7 +72,7 @@ def read_data(recipe: Recipe) -> tuple[Index, Index]:
     training, held_out = whole.part(held_out=False), whole.part(held_out=True)
     if not training.samples:
         raise UserError(
-            f"all samples of data.shards {data.shards} are held out. Lower data.held_out."
+            f"all samples of data.shards {data.shards} are held out. Lower data.validation_fraction."
         )
     return training, held_out
 
@@ -96,7 +96,7 @@ def check_shards(
     if spec is not None:
         check_variant(recipe, index, spec)
     check_settings(recipe, index)
-    check_companions(recipe, index, held_out)
+    check_masks_and_references(recipe, index, held_out)
     if directory is None:
         return
     from flux2_ds.config.model_files import (
@@ -141,7 +141,7 @@ def check_settings(recipe: Recipe, index: Index) -> None:
             )
 
 
-def check_companions(recipe: Recipe, index: Index, held_out: Index) -> None:
+def check_masks_and_references(recipe: Recipe, index: Index, held_out: Index) -> None:
     """Refuse masks that are wanted and not there, and reference images that cannot be batched, also
     among what is held out.
 
@@ -167,7 +167,7 @@ def check_companions(recipe: Recipe, index: Index, held_out: Index) -> None:
                 )
 
 
-def companion_lines(recipe: Recipe, index: Index) -> list[str]:
+def mask_and_reference_lines(recipe: Recipe, index: Index) -> list[str]:
     """Which masks and reference images there are, and whether they are used, for people."""
     lines = []
     masks = sum(shard.masks for shard in index.shards)

@@ -17,7 +17,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import is_url
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.run.atomic import atomic_write_text
 
 FORMAT = 2
 INDEX_NAME = "index.json"
@@ -137,7 +137,7 @@ class Index:
 def write_index(directory: Path, index: Index) -> Path:
     """Write `index` to `directory`/index.json; it appears whole or not at all."""
     path = directory / INDEX_NAME
-    write_whole(path, json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
+    atomic_write_text(path, json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
     return path
 
 

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN
 from flux2_ds.data.index import Index
-from flux2_ds.data.order import Order, Sample, Sweep
+from flux2_ds.data.order import Order, Sample, ValidationOrder
 from flux2_ds.data.shards import Fetch, ShardReader
 from flux2_ds.data.storage import Blob, join
 
 _STEPS_READY = 2
-_READERS_KEPT = 256
+_OPEN_SHARDS = 256
 """Tables of contents kept in memory: some 0.2 MB each with 256 samples. A table that is needed again is
 one small read."""
 _TEXTS_KEPT = 8
@@ -63,17 +63,17 @@ class MicroBatch:
 class Share:
     """Which places of a global batch this process serves, in micro-batches.
 
-    Process `rank` of `world` owns a contiguous run of lanes.
+    Process `rank` of `world_size` owns a contiguous run of lanes.
     """
 
     rank: int
-    world: int
+    world_size: int
     global_batch: int
     micro_batch: int
 
     def micro_batches(self) -> list[slice]:
         """The places of each micro-batch, in order."""
-        own = self.global_batch // self.world
+        own = self.global_batch // self.world_size
         first = self.rank * own
         return [
             slice(at, at + self.micro_batch) for at in range(first, first + own, self.micro_batch)
@@ -83,8 +83,8 @@ class Share:
 class Loader:
     """Reads samples of prepared shards in the order of `order`, from a folder or a URL.
 
-    `readers` threads read samples, so many ahead of the step that all of them are busy. Besides
-    tables of contents and texts in common, at most 2 × readers + 4 steps' samples are in memory. With
+    `num_workers` threads read samples, so many ahead of the step that all of them are busy. Besides
+    tables of contents and texts in common, at most 2 × num_workers + 4 steps' samples are in memory. With
     `pinned` the batches are in page-locked memory: from any other, a copy to a GPU makes the step wait
     for the GPU.
     """
@@ -93,14 +93,14 @@ class Loader:
         self,
         folder: str | Path,
         index: Index,
-        order: Order | Sweep,
+        order: Order | ValidationOrder,
         share: Share,
         *,
         seed: int,
         caption_dropout: float,
         empty_text: torch.Tensor,
         masked: bool = False,
-        readers: int = 4,
+        num_workers: int = 4,
         pinned: bool = False,
         fetch: Fetch = Blob.view,
     ) -> None:
@@ -112,7 +112,7 @@ class Loader:
         self._caption_dropout = caption_dropout
         self._empty_text = empty_text
         self._masked = masked
-        self._threads = readers
+        self._threads = num_workers
         self._pinned = pinned
         self._fetch = fetch
         self._lock = threading.Lock()
@@ -226,7 +226,7 @@ class Loader:
             reader = ShardReader(join(self._folder, shard.name), shard, self._fetch)
         with self._lock:
             self._readers[number] = reader
-            if len(self._readers) > _READERS_KEPT:
+            if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)
         return reader
 

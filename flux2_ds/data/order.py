@@ -20,7 +20,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
 
 
-class Sweep:
+class ValidationOrder:
     """At most `most` samples of `index`, in passes of `width`.
 
     The samples are the same whatever the width, and so are their positions, 0 to `count` - 1; repeats have

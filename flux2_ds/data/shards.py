@@ -38,7 +38,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, PROMPTS_NAME, Index, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
-from flux2_ds.run.atomic import appearing
+from flux2_ds.run.atomic import atomic_path
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
 MASK, REFERENCES = "mask.safetensors", "references.safetensors"
@@ -70,7 +70,7 @@ def write_shard(
     source: str = "",
 ) -> Shard:
     """Write one shard; it appears whole or not at all. `text_of` gives a caption's [512, D]."""
-    with appearing(path) as partial:
+    with atomic_path(path) as partial:
         with partial.open("wb") as stream:
             facts = _write_tar(stream, bucket, records, text_of)
             stream.flush()

@@ -20,11 +20,10 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from flux2_ds.config.recipe import Optimizer
-from flux2_ds.config.validate import swaps
 from flux2_ds.engine import optimizers
-from flux2_ds.engine.host_memory import lock_pages
+from flux2_ds.engine.host_memory import pin_in_place
 from flux2_ds.engine.state import TrainingState
-from flux2_ds.engine.zero3 import divide_on_host, page_locks
+from flux2_ds.engine.zero3 import pins_parameters
 
 
 def build_cpu_adam() -> None:
@@ -35,7 +34,7 @@ def build_cpu_adam() -> None:
 class Engine:
     """A model under DeepSpeed with an optimizer over its trainable parameters.
 
-    `in_parts`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
+    `sharded`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
     `compiled`: modules that are one graph each, whose parameters ZeRO-3 must gather all together.
     """
 
@@ -46,7 +45,7 @@ class Engine:
         settings: Optimizer,
         *,
         offload_optimizer: bool = False,
-        in_parts: bool = False,
+        sharded: bool = False,
         compiled: Sequence[nn.Module] = (),
     ) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -68,9 +67,6 @@ class Engine:
             bucket = min(get_zero_config(config).reduce_bucket_size, trained)
             zero = config["zero_optimization"] | {"reduce_bucket_size": bucket}
             config = config | {"zero_optimization": zero}
-        if swaps(config.get("zero_optimization", {})):
-            # Left to `initialize`, adapters would go through buffers of the base's dtype.
-            divide_on_host(parameters, config)
         self._gathers_whole_modules = self._stage == 3 and bool(compiled)
         if self._gathers_whole_modules:
             for module in compiled:
@@ -78,14 +74,14 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
-        if page_locks(config):
-            divided: list[Any] = list(model.parameters())
-            for part in (parameter.ds_tensor for parameter in divided):
+        if pins_parameters(config):
+            partitioned: list[Any] = list(model.parameters())
+            for part in (parameter.ds_tensor for parameter in partitioned):
                 if part.is_cpu:  # DeepSpeed keeps small ones on the card
-                    lock_pages(part)
+                    pin_in_place(part)
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
-            self._named, self._optimizer, self._engine.optimizer, self._stage, settings, in_parts
+            self._named, self._optimizer, self._engine.optimizer, self._stage, settings, sharded
         )
         """Weights, optimizer and EMA, for checkpoints."""
         self.skips_overflows = "fp16" in config

@@ -11,7 +11,7 @@ LARGE = 4 << 20
 """Bytes."""
 
 
-def place_large_apart() -> None:
+def mmap_large_allocations() -> None:
     """From now on each large tensor has pages of its own, which go back to the system with it.
 
     On its own glibc would soon keep freed tensors in its heap, where they leave holes as large as a model.
@@ -21,7 +21,7 @@ def place_large_apart() -> None:
         libc.mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
 
 
-def lock_pages(tensor: torch.Tensor) -> None:
+def pin_in_place(tensor: torch.Tensor) -> None:
     """Let copies between `tensor`, contiguous in host memory, and a card run beside other work.
 
     torch's own way takes a power of two of bytes, 94 GiB for the 60 GiB of FLUX.2-dev in bf16. Here a large

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from flux2_ds.config.recipe import Optimizer
-from flux2_ds.engine.zero_partitions import Fragment
+from flux2_ds.engine.zero_partitions import ZeroPartition
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 _EIGHT_BIT = ("state1", "absmax1", "state2", "absmax2")
@@ -70,20 +70,20 @@ class Muon(torch.optim.Muon):
         return loss
 
 
-def elements(state: dict[str, Any], kind: str, fragment: Fragment) -> torch.Tensor:
+def elements(state: dict[str, Any], kind: str, partition_: ZeroPartition) -> torch.Tensor:
     """A fragment's values [count] of one kind of elementwise state."""
     if kind.startswith("absmax"):
-        places = torch.arange(fragment.offset, fragment.offset + fragment.count)
+        places = torch.arange(partition_.offset, partition_.offset + partition_.count)
         value: torch.Tensor = state[kind][(places // _BLOCK).to(state[kind].device)]
         return value
-    return fragment.of(state[kind])
+    return partition_.of(state[kind])
 
 
-def load_elements(optimizer: Any, name: str, fragments: list[Fragment], read: Read) -> None:
-    """Set the elementwise state of the flat tensors that `fragments` are parts of."""
-    by_flat: dict[int, list[Fragment]] = {}
-    for fragment in fragments:
-        by_flat.setdefault(id(fragment.flat), []).append(fragment)
+def load_elements(optimizer: Any, name: str, partitions: list[ZeroPartition], read: Read) -> None:
+    """Set the elementwise state of the flat tensors that `partitions` are parts of."""
+    by_flat: dict[int, list[ZeroPartition]] = {}
+    for partition_ in partitions:
+        by_flat.setdefault(id(partition_.flat), []).append(partition_)
     for own in by_flat.values():
         flat = own[0].flat
         state = optimizer.state[flat]

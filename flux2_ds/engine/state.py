@@ -14,10 +14,10 @@ import torch
 from torch import distributed, nn
 
 from flux2_ds.checkpoint.manager import Checkpoint
-from flux2_ds.checkpoint.tensor_store import Piece, StoredTensors
+from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
-from flux2_ds.engine.zero_partitions import Fragment, own_fragments, shape_of
+from flux2_ds.engine.zero_partitions import ZeroPartition, owned_partitions, shape_of
 from flux2_ds.errors import UserError
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -27,7 +27,7 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class TrainingState:
     """The state of the `named` parameters under `optimizer`; `zero` is DeepSpeed's wrapper of it.
 
-    `in_parts`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
+    `sharded`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class TrainingState:
         zero: Any,
         stage: int,
         settings: Optimizer,
-        in_parts: bool,
+        sharded: bool,
     ) -> None:
         self._named, self._optimizer, self._zero = named, optimizer, zero
-        self._stage, self._settings, self.in_parts = stage, settings, in_parts
+        self._stage, self._settings, self.sharded = stage, settings, sharded
         self._rank = distributed.get_rank()
-        self._fragments = own_fragments(named, zero, stage, self._rank)
+        self._fragments = owned_partitions(named, zero, stage, self._rank)
         self._ema: dict[str, torch.Tensor] = {}
         if settings.ema_decay is not None:
             self._ema = {part.name: part.weight.clone() for part in self._fragments}
@@ -53,22 +53,22 @@ class TrainingState:
         counts = {int(state["step"]) for state in self._optimizer.state.values() if "step" in state}
         return max(counts, default=0)
 
-    def pieces(self) -> list[Piece] | Iterator[Piece]:
+    def tensor_shards(self) -> list[TensorShard] | Iterator[TensorShard]:
         """What this process writes into a checkpoint; collective.
 
-        With `in_parts` its own fragments, one after the other; else the first process's list of whole
+        With `sharded` its own fragments, one after the other; else the first process's list of whole
         tensors, and nothing in the others.
         """
         if self._stage == 0:
             return self._whole_pieces() if self._rank == 0 else []
-        if self.in_parts:
+        if self.sharded:
             return self._parts()
         gathered = []
         for kind in self._kinds():
             for name in self._named:
                 whole = self._gather(kind, name)
                 if self._rank == 0:
-                    gathered.append(Piece(kind, name, whole.cpu()))
+                    gathered.append(TensorShard(kind, name, whole.cpu()))
         return gathered
 
     def counters(self) -> dict[str, Any]:
@@ -131,27 +131,29 @@ class TrainingState:
         ema = ["ema"] if self._settings.ema_decay is not None else []
         return ["weights", *ema, *optimizers.ELEMENTWISE.get(self._settings.name, ())]
 
-    def _elements(self, kind: str, fragment: Fragment) -> torch.Tensor:
+    def _elements(self, kind: str, partition_: ZeroPartition) -> torch.Tensor:
         if kind == "weights":
-            return fragment.weight
+            return partition_.weight
         if kind == "ema":
-            return self._ema[fragment.name]
-        return optimizers.elements(self._optimizer.state[fragment.flat], kind, fragment)
+            return self._ema[partition_.name]
+        return optimizers.elements(self._optimizer.state[partition_.flat], kind, partition_)
 
-    def _parts(self) -> Iterator[Piece]:
+    def _parts(self) -> Iterator[TensorShard]:
         for kind in self._kinds():
             for part in self._fragments:
-                yield Piece(kind, part.name, self._elements(kind, part), part.start, part.shape)
+                yield TensorShard(
+                    kind, part.name, self._elements(kind, part), part.start, part.shape
+                )
 
-    def _whole_pieces(self) -> Iterator[Piece]:
+    def _whole_pieces(self) -> Iterator[TensorShard]:
         for kind in self._kinds():
             for part in self._fragments:
-                yield Piece(kind, part.name, self._elements(kind, part).view(part.shape))
+                yield TensorShard(kind, part.name, self._elements(kind, part).view(part.shape))
         if self._settings.name not in optimizers.ELEMENTWISE:
             for kind, name, tensor in sorted(
                 optimizers.whole_state(self._optimizer, self._named), key=lambda item: item[0]
             ):
-                yield Piece(kind, name, tensor)
+                yield TensorShard(kind, name, tensor)
 
     def _gather(self, kind: str, name: str) -> torch.Tensor:
         """A whole tensor from the fragments of all processes. Collective."""
@@ -165,7 +167,7 @@ class TrainingState:
         distributed.all_reduce(whole)
         return whole.view(shape)
 
-    def _load_weights(self, saved: StoredTensors) -> None:
+    def _load_weights(self, saved: TensorStore) -> None:
         own = {part.name: part for part in self._fragments}
         for name, parameter in self._named.items():
             part = own.get(name)

@@ -15,7 +15,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Fragment:
+class ZeroPartition:
     """Elements [start, start + count) of a flattened parameter, at `offset` in the `flat` master."""
 
     name: str
@@ -40,28 +40,28 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def own_fragments(
+def owned_partitions(
     named: dict[str, nn.Parameter], optimizer: Any, stage: int, rank: int
-) -> list[Fragment]:
+) -> list[ZeroPartition]:
     """This process's fragments; `optimizer` is DeepSpeed's at ZeRO stages 1 to 3.
 
     At stage 0 every process owns all of every parameter.
     """
     found = []
     for name, parameter in named.items():
-        fragment = (_whole, _of_sequence, _of_sequence, _of_parameter)[stage](
+        partition_ = (_whole, _of_sequence, _of_sequence, _of_parameter)[stage](
             name, parameter, optimizer, rank
         )
-        if fragment is not None and fragment.count > 0:
-            found.append(fragment)
+        if partition_ is not None and partition_.count > 0:
+            found.append(partition_)
     return found
 
 
-def _whole(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragment:
-    return Fragment(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+def _whole(name: str, parameter: Any, optimizer: Any, rank: int) -> ZeroPartition:
+    return ZeroPartition(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
 
 
-def _of_sequence(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragment | None:
+def _of_sequence(name: str, parameter: Any, optimizer: Any, rank: int) -> ZeroPartition | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -71,12 +71,12 @@ def _of_sequence(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragme
         masters = optimizer.fp32_groups_flat_partition
     flat = masters[mapping.param_group_index]
     place, master = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(name, tuple(parameter.shape), place.start, place.numel, flat, master.start)
+    return ZeroPartition(name, tuple(parameter.shape), place.start, place.numel, flat, master.start)
 
 
-def _of_parameter(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragment:
+def _of_parameter(name: str, parameter: Any, optimizer: Any, rank: int) -> ZeroPartition:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = rank * size
     count = min(size, parameter.ds_numel - start)  # the last process's part is padded
     flat = optimizer.fp32_partitioned_groups_flat[group]
-    return Fragment(name, shape_of(parameter), start, count, flat, offset)
+    return ZeroPartition(name, shape_of(parameter), start, count, flat, offset)

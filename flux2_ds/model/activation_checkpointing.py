@@ -68,21 +68,21 @@ def arrange_blocks(
     compiled: bool,
     attention: str | None,
     offload: bool = False,
-    divided: bool = False,
+    partitioned: bool = False,
 ) -> None:
     """Set how the blocks run.
 
     `kept`: how many blocks keep their activations. `offload`: the token streams that the others take in
     wait for the backward pass in page-locked host memory. `compiled`: compile each block, as
     one graph without breaks. `attention`: name of a diffusers attention backend, or None for torch's
-    own choice. `divided`: ZeRO-3 gathers a compiled block's parameters when the block is called.
+    own choice. `partitioned`: ZeRO-3 gathers a compiled block's parameters when the block is called.
     """
     fuse_single_blocks(model)
     if attention is not None:
         model.set_attention_backend(attention)
     if compiled:
-        _set_up_compiler(divided)
-        if divided:
+        _set_up_compiler(partitioned)
+        if partitioned:
             # ZeRO-3 sees arguments by position only, and this is what makes diffusers pass them so.
             model.enable_gradient_checkpointing(lambda block, *arguments: block(*arguments))
     blocks = blocks_of(model)
@@ -100,7 +100,7 @@ def arrange_blocks(
         block.forward = forward
 
 
-def _set_up_compiler(divided: bool) -> None:
+def _set_up_compiler(partitioned: bool) -> None:
     # One graph for each kind of block and each bucket, whose sizes it knows; all of them count
     # against one limit.
     torch._dynamo.config.recompile_limit = 1024
@@ -108,7 +108,7 @@ def _set_up_compiler(divided: bool) -> None:
     # ZeRO-3's warm-up is forward only, and torch would compile the backward pass at its first use.
     differentiation = torch._functorch.config
     if hasattr(differentiation, "force_non_lazy_backward_lowering"):  # newer than torch 2.9
-        differentiation.force_non_lazy_backward_lowering = divided
+        differentiation.force_non_lazy_backward_lowering = partitioned
 
 
 def _recomputing(forward: Forward) -> Forward:

@@ -22,18 +22,18 @@ from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, quantiz
 _NAME = "diffusion_pytorch_model.safetensors"
 
 
-def read_parts(
+def read_partitioned(
     model: nn.Module,
     directory: Path,
     dtype: torch.dtype,
     device: torch.device,
-    divide: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None],
     rank: int,
     base_weights: str | None = None,
 ) -> None:
     """As `read_weights`, each parameter divided among processes as soon as it exists.
 
-    `divide`: see `dividing.divider`. `rank`: this process's place among those that share each parameter;
+    `partition`: see `dividing.make_partitioner`. `rank`: this process's place among those that share each parameter;
     it reads and quantises the rows of its own part only.
 
     Raises:
@@ -45,15 +45,15 @@ def read_parts(
         module = place_weight(model, name, parameter.to(dtype), base_weights).to_empty(
             device=device
         )
-        divide(module)
+        partition(module)
         # Opened anew for each tensor: pages of the file stay resident only while it is open.
         with open_file(files[name]) as file:
             stored = file.get_slice(name)
             _check_shape(files[name], name, tuple(stored.get_shape()), tuple(parameter.shape))
-            _fill(module, stored, dtype, device, rank)
+            _fill_partition(module, stored, dtype, device, rank)
 
 
-def _fill(
+def _fill_partition(
     module: nn.Module, stored: Any, dtype: torch.dtype, device: torch.device, rank: int
 ) -> None:
     """Fill this process's part of a divided module's parameters from `stored`, a safetensors slice.
@@ -86,13 +86,12 @@ def read_weights(
     dtype: torch.dtype,
     device: torch.device,
     base_weights: str | None = None,
-    divide: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
     With quantised `base_weights` the blocks' linears become `QuantizedLinear`, each as soon as it is read, so that
     the peak is the quantised model and one tensor. Embedders, modulation, norms and the output layer
-    stay in `dtype`. With `divide` each is then divided, for parts that are out of reach at once, on NVMe.
+    stay in `dtype`.
 
     Raises:
         UserError: files are missing, or their tensors are not those of the model.
@@ -103,9 +102,7 @@ def read_weights(
         with open_file(files[name]) as file:
             _check_shape(files[name], name, tuple(file.get_slice(name).get_shape()), shape)
             weight = file.get_tensor(name).to(device, dtype)
-        module = place_weight(model, name, weight, base_weights)
-        if divide is not None:
-            divide(module)
+        place_weight(model, name, weight, base_weights)
 
 
 def check_card(base_weights: str | None, device: torch.device) -> None:
@@ -207,7 +204,7 @@ def fill_randomly(
     dtype: torch.dtype,
     base_weights: str | None,
     device: torch.device,
-    divide: Callable[[nn.Module], None] | None = None,
+    partition: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Give an empty transformer random weights, quantised and divided one by one.
 
@@ -219,8 +216,8 @@ def fill_randomly(
         if weight.ndim > 1:
             weight.normal_(0, 1 / math.sqrt(weight.shape[1]), generator=generator)
         module = place_weight(model, name, weight, base_weights)
-        if divide is not None:
-            divide(module)
+        if partition is not None:
+            partition(module)
 
 
 def empty_transformer(spec: Spec) -> Flux2Transformer2DModel:

@@ -30,23 +30,23 @@ from flux2_ds.config.recipe import Recipe, check_ranges, is_url
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.shards import tensors_in, whole_part
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.prepare import ledger
+from flux2_ds.prepare import manifest
 from flux2_ds.prepare.choose import bucket_lines, choose_buckets, with_captions
 from flux2_ds.prepare.encode import Encoding, encode, text_bytes, text_precision
-from flux2_ds.prepare.entries import Picture
-from flux2_ds.prepare.ledger import Job
+from flux2_ds.prepare.manifest import Job
 from flux2_ds.prepare.report import Report, write_report
+from flux2_ds.prepare.source_images import Picture
 from flux2_ds.prepare.sources import find_entries
 from flux2_ds.prepare.team import Team
 from flux2_ds.prepare.texts import TEXTS
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.run.atomic import atomic_write_text
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import hold
 
 log = logging.getLogger("flux2_ds")
 
 CONTENT_NAME = "content.json"
-SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "held_out")
+SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "validation_fraction")
 """The data settings that decide which pictures are trained on, which part of them, and how large."""
 
 
@@ -95,13 +95,13 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = Non
     content = content_of(recipe, prints)
     if not untouched(folder):
         check_folder(folder, content)
-    scratch = folder / ledger.FOLDER / "tars"
-    entries = find_entries(data.images, data.caption_column, scratch, made_here(recipe))
-    entries = with_captions(entries, data, report.skipped)
+    scratch = folder / manifest.FOLDER / "tars"
+    source_images = find_entries(data.images, data.caption_column, scratch, made_here(recipe))
+    source_images = with_captions(source_images, data, report.skipped)
     with claimed(folder, content), full_disk_explained(folder), team.gathered(folder):
-        notes = ledger.read_notes(folder)
-        seen = ledger.compare(entries, notes)
-        if not seen.kept and ledger.of_others(entries, notes):
+        notes = manifest.read_notes(folder)
+        seen = manifest.compare(source_images, notes)
+        if not seen.kept and manifest.of_others(source_images, notes):
             raise UserError(
                 f"data.shards {folder} was prepared from other pictures: none of data.images "
                 f"{data.images} is among them. Give a new folder."
@@ -110,7 +110,9 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = Non
         pictures = choose_buckets(seen.fresh, data, report.skipped)
         if not pictures and not seen.kept:
             raise nothing_usable(data.images)
-        jobs = ledger.plan_shards(pictures, notes, data.samples_per_shard, data.held_out)
+        jobs = manifest.plan_shards(
+            pictures, notes, data.samples_per_shard, data.validation_fraction
+        )
         say_plan(pictures, seen)
         check_disk(folder, jobs, spec, recipe)
         report.dropped = sum(len(rows) for rows in seen.dropped.values())
@@ -126,7 +128,7 @@ def prepare(recipe: Recipe, directory: Path, spec: Spec, team: Team | None = Non
 
         settings = {name: getattr(data, name) for name in SETTINGS}
         finished = sorted([*notes, *written], key=lambda note: note.shard.name)
-        shards = ledger.shards_of(finished, seen.dropped)
+        shards = manifest.shards_of(finished, seen.dropped)
         conditioning = (folder / CONDITIONING_NAME).read_bytes()
         index = Index(
             spec.variant,
@@ -209,9 +211,9 @@ def check_folder(folder: Path, content: dict[str, Any]) -> None:
 def untouched(folder: Path) -> bool:
     """Whether nothing has been encoded into a folder: it is new, or a start that was refused or killed
     before has left its settings, which bind nobody."""
-    ours = {CONTENT_NAME, f"{CONTENT_NAME}.partial", ledger.FOLDER}
+    ours = {CONTENT_NAME, f"{CONTENT_NAME}.partial", manifest.FOLDER}
     return not folder.exists() or (
-        all(found.name in ours for found in folder.iterdir()) and not ledger.read_notes(folder)
+        all(found.name in ours for found in folder.iterdir()) and not manifest.read_notes(folder)
     )
 
 
@@ -226,9 +228,9 @@ def claimed(folder: Path, content: dict[str, Any]) -> Iterator[None]:
         check_folder(folder, content)
     path = folder / CONTENT_NAME
     taken = f"another prepare is writing data.shards {folder}. Wait for it or stop it."
-    with hold(folder / ledger.FOLDER / "lock", taken, "do not prepare twice at a time"):
+    with hold(folder / manifest.FOLDER / "lock", taken, "do not prepare twice at a time"):
         if untouched(folder):
-            write_whole(path, json.dumps(content, indent=1) + "\n")
+            atomic_write_text(path, json.dumps(content, indent=1) + "\n")
         yield
 
 
@@ -249,7 +251,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def say_plan(pictures: list[Picture], seen: ledger.Comparison) -> None:
+def say_plan(pictures: list[Picture], seen: manifest.Comparison) -> None:
     """Log what is there and what is to be encoded."""
     if seen.kept:
         log.info("%d pictures are encoded already", len(seen.kept))

@@ -13,20 +13,22 @@ from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolut
 from flux2_ds.config.recipe import Data
 from flux2_ds.data.images import UnreadableImageError, image_size
 from flux2_ds.errors import UserError
-from flux2_ds.prepare.entries import Entry, Picture, Skipped
+from flux2_ds.prepare.source_images import Picture, Skipped, SourceImage
 
 _NAMED = 5
 _THREADS = 16  # reading a header is waiting, on network file systems above all
 
 
-def with_captions(entries: list[Entry], data: Data, skipped: Skipped) -> list[Entry]:
+def with_captions(
+    source_images: list[SourceImage], data: Data, skipped: Skipped
+) -> list[SourceImage]:
     """The entries that can be used as far as their captions go.
 
     Raises:
         UserError: a picture without a caption with `missing_caption: error`, or none left.
     """
     usable, bare = [], []
-    for entry in entries:
+    for entry in source_images:
         if entry.caption is None and data.missing_caption == "error" and not _broken(entry):
             bare.append(entry)
         elif entry.problem is not None:
@@ -39,19 +41,19 @@ def with_captions(entries: list[Entry], data: Data, skipped: Skipped) -> list[En
         named = [each.name + f" ({each.problem})" * bool(each.problem) for each in bare[:_NAMED]]
         more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
         raise UserError(
-            f"{len(bare)} of {len(entries)} pictures have no caption, that is, no text in a .txt file "
+            f"{len(bare)} of {len(source_images)} pictures have no caption, that is, no text in a .txt file "
             f"beside them or in metadata: {', '.join(named)}{more}. Write the captions, or set "
             "data.missing_caption to skip or fixed."
         )
     return usable
 
 
-def _broken(entry: Entry) -> bool:
+def _broken(entry: SourceImage) -> bool:
     """Whether the picture itself cannot be used, whatever its caption."""
     return entry.problem is not None and not entry.problem.startswith("caption ")
 
 
-def choose_buckets(entries: list[Entry], data: Data, skipped: Skipped) -> list[Picture]:
+def choose_buckets(source_images: list[SourceImage], data: Data, skipped: Skipped) -> list[Picture]:
     """Measure the pictures and give each its bucket; those that fit none are skipped."""
     tables = [
         bucket_table(resolution, data.bucket_step, data.max_aspect)
@@ -59,9 +61,13 @@ def choose_buckets(entries: list[Entry], data: Data, skipped: Skipped) -> list[P
     ]
     chosen = []
     with ThreadPoolExecutor(_THREADS) as threads:
-        sizes = threads.map(_size, entries)
+        sizes = threads.map(_size, source_images)
         for entry, size in tqdm(
-            zip(entries, sizes, strict=True), "measured", len(entries), unit="img", delay=2
+            zip(source_images, sizes, strict=True),
+            "measured",
+            len(source_images),
+            unit="img",
+            delay=2,
         ):
             if isinstance(size, str):
                 skipped.add(entry.name, size)
@@ -92,7 +98,7 @@ def fitting_bucket(
     return None
 
 
-def _size(entry: Entry) -> tuple[int, int] | str:
+def _size(entry: SourceImage) -> tuple[int, int] | str:
     """Width and height, or why they cannot be known."""
     try:
         return entry.size or image_size(entry.blob.location)

@@ -19,12 +19,12 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
-from flux2_ds.prepare.ledger import Job, Note
+from flux2_ds.prepare.manifest import Job, Note
 from flux2_ds.prepare.pictures import PictureWorker, in_chunks, load_vae
 from flux2_ds.prepare.report import Report
 from flux2_ds.prepare.team import CAPTIONS, PICTURES, Kind, Make, Team
 from flux2_ds.prepare.texts import TEXTS, TextFiles, TextWorker, copy_known
-from flux2_ds.run.atomic import appearing
+from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.tensor_files import write_tensors
 
 
@@ -110,7 +110,7 @@ def write_prompts(folder: Path, prompts: set[str], texts: TextFiles) -> None:
     """Add encoded prompts to the folder of shards."""
     if prompts:
         new = {prompt: texts.read(prompt) for prompt in prompts}
-        write_whole_tensors(folder / PROMPTS_NAME, known_prompts(folder) | new)
+        atomic_write_tensors(folder / PROMPTS_NAME, known_prompts(folder) | new)
 
 
 def encode_texts(encoding: Encoding, team: Team, captions: set[str], report: Report) -> None:
@@ -129,12 +129,12 @@ def write_conditioning(folder: Path, vae: AutoencoderKLFlux2, texts: TextFiles) 
     """Write the latent statistics and the encoded empty caption."""
     mean, std = latents.statistics(vae)
     tensors = {"latent_mean": mean, "latent_std": std, "empty_text": texts.read("")}
-    write_whole_tensors(folder / CONDITIONING_NAME, tensors)
+    atomic_write_tensors(folder / CONDITIONING_NAME, tensors)
 
 
-def write_whole_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def atomic_write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file that appears whole or not at all."""
-    with appearing(path) as partial:
+    with atomic_path(path) as partial:
         write_tensors(partial, tensors)
 
 

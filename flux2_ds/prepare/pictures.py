@@ -25,8 +25,8 @@ from flux2_ds.data.images import (
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
-from flux2_ds.prepare.entries import Picture
-from flux2_ds.prepare.ledger import Job, Note, Row, caption_digest, write_note
+from flux2_ds.prepare.manifest import Job, Note, Row, caption_digest, write_note
+from flux2_ds.prepare.source_images import Picture
 from flux2_ds.prepare.texts import TextFiles
 
 Item = TypeVar("Item")

@@ -16,9 +16,9 @@ from flux2_ds.config.model_spec import TEXT_TOKENS
 from flux2_ds.data.images import contact_sheet
 from flux2_ds.data.index import Index
 from flux2_ds.prepare.choose import bucket_lines
-from flux2_ds.prepare.entries import Picture, Skipped
 from flux2_ds.prepare.pictures import decode
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.prepare.source_images import Picture, Skipped
+from flux2_ds.run.atomic import atomic_write_text
 
 REPORT_NAME, SUMMARY_NAME, SHEETS = "report.json", "report.txt", "contact_sheets"
 _SHEET_PICTURES, _SHEET_SIDE = 36, 192
@@ -108,8 +108,8 @@ def write_report(folder: Path, report: Report, index: Index, pictures: list[Pict
     """Write report.json, report.txt and the contact sheets; returns the summary."""
     values = json.dumps(report.values(index, pictures), indent=1, ensure_ascii=False)
     summary = report.summary(index, pictures)
-    write_whole(folder / REPORT_NAME, values + "\n")
-    write_whole(folder / SUMMARY_NAME, summary)
+    atomic_write_text(folder / REPORT_NAME, values + "\n")
+    atomic_write_text(folder / SUMMARY_NAME, summary)
     write_contact_sheets(folder / SHEETS, pictures)
     return summary
 

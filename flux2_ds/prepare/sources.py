@@ -23,8 +23,14 @@ from flux2_ds.config.recipe import is_url
 from flux2_ds.data.images import SUFFIXES, is_picture, why_unread
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
-from flux2_ds.prepare.companions import attach
-from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable, stem
+from flux2_ds.prepare.masks_and_references import attach
+from flux2_ds.prepare.source_images import (
+    SourceImage,
+    clean_caption,
+    decode_caption,
+    printable,
+    stem,
+)
 from flux2_ds.prepare.tars import expand, read_tar
 
 log = logging.getLogger("flux2_ds")
@@ -35,7 +41,7 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 
 def find_entries(
     images: str | dict[str, str], caption_column: str, scratch: Path, apart: Sequence[Path] = ()
-) -> list[Entry]:
+) -> list[SourceImage]:
     """All pictures of all sources, sorted by source and name.
 
     `scratch` keeps what was found in tars, so that a second start does not read them again. Folders
@@ -54,27 +60,27 @@ def find_entries(
                 f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
                 "are named after it."
             )
-        entries = list(_source(name, location, caption_column, scratch, apart))
-        if not entries:
+        source_images = list(_source(name, location, caption_column, scratch, apart))
+        if not source_images:
             raise UserError(
                 f"data.images {location} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither "
                 "in itself nor below. Give the folder of your pictures."
             )
-        entries.sort(key=lambda entry: entry.key)
-        for one, other in pairwise(entries):
+        source_images.sort(key=lambda entry: entry.key)
+        for one, other in pairwise(source_images):
             if one.key == other.key:
                 raise UserError(
                     f"data.images {location} has {one.key} twice, in {one.blob.location} and in "
                     f"{other.blob.location}. Give them as two sources, data.images: "
                     f"{{one: {one.blob.location}, other: {other.blob.location}}}."
                 )
-        found += attach(entries)
+        found += attach(source_images)
     return found
 
 
 def _source(
     name: str, location: str, caption_column: str, scratch: Path, apart: Sequence[Path]
-) -> Iterator[Entry]:
+) -> Iterator[SourceImage]:
     if location.endswith(".tar"):
         tars = expand(location)
     elif is_url(location):
@@ -95,7 +101,7 @@ def _source(
 
 def _folder(
     source: str, folder: str, caption_column: str, apart: Sequence[Path]
-) -> Iterator[Entry]:
+) -> Iterator[SourceImage]:
     """The pictures below a folder on disk."""
     listed: dict[str, str | None] = {}
     pictures: list[os.DirEntry[str]] = []
@@ -117,18 +123,20 @@ def _folder(
         try:
             facts = file.stat()
         except OSError as error:
-            yield Entry(source, key, "", "", Blob(file.path), f"cannot be read: {error.strerror}")
+            yield SourceImage(
+                source, key, "", "", Blob(file.path), f"cannot be read: {error.strerror}"
+            )
             continue
         stamp = f"{facts.st_size}:{facts.st_mtime_ns}"
         caption, problem = listed.pop(os.path.normpath(file.path), None), None
         if caption is None:
             caption, problem = _text_in(texts.get(stem(file.path)))
         problem = why_unread(file.name) or problem
-        yield Entry(source, key, stamp, caption, Blob(file.path), problem)
+        yield SourceImage(source, key, stamp, caption, Blob(file.path), problem)
     for path in listed:
         missing = "named in the metadata, but there is no such picture"
         key = printable(os.path.relpath(path, folder))
-        yield Entry(source, key, "", "", Blob(path), missing)
+        yield SourceImage(source, key, "", "", Blob(path), missing)
 
 
 def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:

@@ -26,8 +26,14 @@ from flux2_ds.config.recipe import is_url
 from flux2_ds.data.images import UnreadableImageError, image_size, is_picture, why_unread
 from flux2_ds.data.storage import Blob, file_system, tried_again
 from flux2_ds.errors import UserError
-from flux2_ds.prepare.entries import Entry, clean_caption, decode_caption, printable, stem
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.prepare.source_images import (
+    SourceImage,
+    clean_caption,
+    decode_caption,
+    printable,
+    stem,
+)
+from flux2_ds.run.atomic import atomic_write_text
 
 
 def expand(pattern: str) -> list[str]:
@@ -56,7 +62,7 @@ def _listed(name: str) -> list[str]:
     return tried_again(name, found)
 
 
-def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[Entry]:
+def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[SourceImage]:
     """The pictures of one tar with their captions.
 
     Raises:
@@ -66,23 +72,27 @@ def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> 
     name = hashlib.sha256(f"{location}|{stamp}|{caption_column}".encode()).hexdigest()[:24]
     note = scratch / f"{name}.json"
     if note.is_file():
-        return [Entry.of(values | {"source": source}) for values in json.loads(note.read_text())]
+        return [
+            SourceImage.of(values | {"source": source}) for values in json.loads(note.read_text())
+        ]
 
-    def scan() -> list[Entry]:
+    def scan() -> list[SourceImage]:
         try:
             with _stream(location) as stream:
                 return list(_scan(source, location, stream, caption_column))
         except tarfile.TarError as error:
             raise UserError(f"{location} cannot be read as a tar ({error}).") from error
 
-    entries = tried_again(location, scan) if is_url(location) else scan()
+    source_images = tried_again(location, scan) if is_url(location) else scan()
     scratch.mkdir(parents=True, exist_ok=True)
-    write_whole(note, json.dumps([asdict(entry) for entry in entries]))
-    return entries
+    atomic_write_text(note, json.dumps([asdict(entry) for entry in source_images]))
+    return source_images
 
 
-def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) -> Iterator[Entry]:
-    pictures: dict[str, Entry] = {}
+def _scan(
+    source: str, location: str, stream: IO[bytes], caption_column: str
+) -> Iterator[SourceImage]:
+    pictures: dict[str, SourceImage] = {}
     texts: dict[str, tuple[str | None, str | None]] = {}
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
@@ -96,7 +106,7 @@ def _scan(source: str, location: str, stream: IO[bytes], caption_column: str) ->
             elif suffix == ".json":
                 texts.setdefault(stem(name), _from_json(content.read(), name, caption_column))
             elif is_picture(name):
-                entry = Entry(
+                entry = SourceImage(
                     source,
                     f"{PurePosixPath(location).name}/{name}",
                     f"{member.size}:{member.mtime:.0f}",
@@ -149,7 +159,7 @@ def _check_rest(tar: tarfile.TarFile) -> None:
         )
 
 
-def _measured(entry: Entry, content: bytes) -> Entry:
+def _measured(entry: SourceImage, content: bytes) -> SourceImage:
     try:
         return replace(entry, size=image_size(content))
     except UnreadableImageError as error:

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.errors import UserError
-from flux2_ds.prepare import ledger
-from flux2_ds.prepare.entries import Entry, Picture
-from flux2_ds.prepare.ledger import Job
+from flux2_ds.prepare import manifest
+from flux2_ds.prepare.manifest import Job
+from flux2_ds.prepare.source_images import Picture, SourceImage
 from flux2_ds.prepare.workers import Worker, run_tasks
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.run.atomic import atomic_write_text
 
 log = logging.getLogger("flux2_ds")
 
@@ -61,7 +61,9 @@ class Kind:
 def job_of(values: dict[str, Any]) -> Job:
     """A job from `asdict`'s values after their way through JSON."""
     pictures = [
-        Picture(**(each | {"entry": Entry.of(each["entry"]), "bucket": Bucket(**each["bucket"])}))
+        Picture(
+            **(each | {"entry": SourceImage.of(each["entry"]), "bucket": Bucket(**each["bucket"])})
+        )
         for each in values["pictures"]
     ]
     return Job(**(values | {"bucket": Bucket(**values["bucket"]), "pictures": pictures}))
@@ -71,7 +73,7 @@ CAPTIONS = Kind(
     "captions", list, list, dict, dict, len, lambda _, all_: -(-all_ // _CAPTIONS_A_PROCESS)
 )
 PICTURES = Kind(
-    "pictures", asdict, job_of, ledger.note_values, ledger.note_of, lambda job: len(job.pictures),
+    "pictures", asdict, job_of, manifest.note_values, manifest.note_of, lambda job: len(job.pictures),
     lambda tasks, _: tasks,
 )  # fmt: skip
 
@@ -96,7 +98,7 @@ class Team:
     @contextmanager
     def gathered(self, folder: Path) -> Iterator[None]:
         """On the first machine: open the meeting place of this start, and tell the others of the end."""
-        place = folder / ledger.FOLDER / "team"
+        place = folder / manifest.FOLDER / "team"
         shutil.rmtree(place, ignore_errors=True)  # of an earlier start
         if self._nodes == 1:
             yield
@@ -139,7 +141,7 @@ class Team:
     def phases(self, folder: Path) -> Iterator[tuple[Kind, Callable[[Make, list[str]], None]]]:
         """On the other machines: every phase as it comes, with the call that does this machine's part,
         until the first machine is done."""
-        place, last = folder / ledger.FOLDER / "team", ""
+        place, last = folder / manifest.FOLDER / "team", ""
         while True:
             # Listings, because NFS remembers for a while that a single file was not there.
             starts = {path.name for path in place.glob("*")}
@@ -195,7 +197,9 @@ class Claiming:
             return
         task = self._kind.of(json.loads((self._phase / f"{name}.task").read_text()))
         result = self._worker(task, self._check)
-        write_whole(self._phase / f"{name}.done", json.dumps(self._kind.result_values(result)))
+        atomic_write_text(
+            self._phase / f"{name}.done", json.dumps(self._kind.result_values(result))
+        )
 
     def _check(self, _: int) -> None:
         """Leave the folder to a later start: this one may be the rest of one that was killed."""

@@ -14,8 +14,8 @@ from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.errors import UserError
 from flux2_ds.model.text_encoder import TextEncoder
-from flux2_ds.prepare.ledger import Note, caption_digest
-from flux2_ds.run.atomic import appearing
+from flux2_ds.prepare.manifest import Note, caption_digest
+from flux2_ds.run.atomic import atomic_path
 
 TEXTS = ".texts"
 """Below the shards' folder: captions that wait for their shard."""
@@ -38,7 +38,7 @@ class TextFiles:
     def write(self, caption: str, embedding: torch.Tensor) -> None:
         """Keep an embedding; the file appears whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with appearing(self._path(caption)) as partial:
+        with atomic_path(self._path(caption)) as partial:
             partial.write_bytes(save_tensors({"text": embedding.contiguous()}))
 
     def _path(self, caption: str) -> Path:

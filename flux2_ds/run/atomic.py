@@ -11,7 +11,7 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Where to write: it becomes `path` at the block's end, or is removed if the block raises.
 
     One writer at a time.
@@ -24,7 +24,7 @@ def appearing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)  # above all when the disk is full
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that appears whole or not at all."""
-    with appearing(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ class Ranks:
 
     rank: int
     local_rank: int
-    world: int
+    world_size: int
 
 
 def given_ranks(environment: Mapping[str, str]) -> Ranks | None:
@@ -34,21 +34,21 @@ def given_ranks(environment: Mapping[str, str]) -> Ranks | None:
     for name in _TOGETHER:
         if not environment.get(name):
             raise UserError(f"the environment variable {name} is not set. {_REMEDY}")
-    world = _number(environment, "WORLD_SIZE", 1)
-    rank = _number(environment, "RANK", 0, world)
-    local_rank = _number(environment, "LOCAL_RANK", 0, world)
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    rank = _number(environment, "RANK", 0, world_size)
+    local_rank = _number(environment, "LOCAL_RANK", 0, world_size)
     checked_port(environment["MASTER_PORT"])
-    return Ranks(rank, local_rank, world)
+    return Ranks(rank, local_rank, world_size)
 
 
-def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
+def rank_and_world_size(environment: Mapping[str, str]) -> tuple[int, int]:
     """This process's number among all, and how many there are; one that is alone is the first of one.
 
     Raises:
         UserError: as `given_ranks`.
     """
     ranks = given_ranks(environment)
-    return (ranks.rank, ranks.world) if ranks else (0, 1)
+    return (ranks.rank, ranks.world_size) if ranks else (0, 1)
 
 
 def checked_port(given: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux2_ds.errors import UserError
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.run.atomic import atomic_write_text
 
 log = logging.getLogger("flux2_ds")
 
@@ -117,7 +117,7 @@ def draw_loss(run_dir: Path) -> Path:
     axes = figure.subplots()
     axes.plot(steps, losses, linewidth=0.8, alpha=0.45, label="loss")
     axes.plot(steps, means, linewidth=1.8, label=f"mean of {window} records")
-    evaluated = [(r["step"], r["evaluation_loss"]) for r in records if "evaluation_loss" in r]
+    evaluated = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o-", markersize=3, label="held-out samples")
     axes.set(xlabel="optimizer step", ylabel="flow-matching loss", title=run_dir.name)
@@ -164,7 +164,7 @@ def _cut_after(path: Path, step: int) -> None:
     """Drop records after `step`: those steps are done again."""
     if path.is_file():
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _wandb_id(run_dir: Path) -> str:

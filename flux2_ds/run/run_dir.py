@@ -17,15 +17,15 @@ import yaml
 from flux2_ds.config.plan import Plan
 from flux2_ds.config.recipe import Lora, Recipe, recipe_values
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.run.atomic import PARTIAL, write_whole
+from flux2_ds.run.atomic import PARTIAL, atomic_write_text
 
 log = logging.getLogger("flux2_ds")
 
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
-_FREE = ("run_dir", "accept_changes", "activations", "offload_activations", "attention", "compile",
-         "cuda_graphs", "transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch",
-         "prepare", "evaluation")  # fmt: skip
+_FREE = ("run_dir", "accept_changes", "activation_checkpointing", "offload_activations", "attention", "compile",
+         "cuda_graphs", "cache_transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch",
+         "prepare", "validation")  # fmt: skip
 """Settings that may change between two starts of a run: they do not change what is computed."""
 _BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs", "deepspeed.json", "versions.json"}
 """What a start that was refused or killed may leave."""
@@ -99,7 +99,7 @@ def write_run_dir(plan: Plan) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_whole(run_dir / name, text)
+            atomic_write_text(run_dir / name, text)
     except OSError as error:
         raise OutageError(
             f"run_dir {run_dir} cannot be written ({error.strerror}). Free some space, correct its owner, or "
@@ -212,7 +212,7 @@ def _identity(values: dict[str, Any]) -> dict[str, Any]:
         flat.pop("steps")
     # Where the pictures and captions were does not reach the trainer; how the global batch is cut and
     # read does not change it, nor does what happens where there is no update.
-    for name in ("data.images", "data.caption_column", "data.readers", "data.cache", "data.cache_gb",
+    for name in ("data.images", "data.caption_column", "data.num_workers", "data.cache", "data.cache_gb",
                  "batch.micro_size", "optimizer.nonfinite"):  # fmt: skip
         flat.pop(name, None)
     return flat

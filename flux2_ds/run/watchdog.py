@@ -40,13 +40,13 @@ _SILENT = (
     6 * _BEAT
 )  # a process whose thread has not written for so long is frozen, or its host is gone
 _GRACE = 3.0  # s that a process gets to fail by itself after another one's failure
-_DOING = ("waiting for data", "computing", "agreeing", "evaluating", "rendering", "saving")
+_PHASES = ("waiting for data", "computing", "agreeing", "evaluating", "rendering", "saving")
 """What a process does within a step, in this order."""
 _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|Socket Timeout", re.I)
 
 
 @dataclass(frozen=True)
-class Place:
+class Heartbeat:
     """Where a process is. Times in seconds since the epoch."""
 
     rank: int
@@ -54,19 +54,19 @@ class Place:
     pid: int
     created: float
     step: int = 0
-    doing: str = "starting"
+    phase: str = "starting"
     since: float = 0.0
     beat: float = 0.0
     ended: bool = False
 
     def order(self) -> tuple[int, int]:
         """Ascending in the order in which a process passes its places."""
-        return self.step, _DOING.index(self.doing) if self.doing in _DOING else -1
+        return self.step, _PHASES.index(self.phase) if self.phase in _PHASES else -1
 
     def __str__(self) -> str:
         at = f" in step {self.step}" if self.step else ""
         seen = "last seen " if time.time() - self.beat > _POLL else ""
-        return f"rank {self.rank} on {self.host}, {seen}{self.doing}{at}"
+        return f"rank {self.rank} on {self.host}, {seen}{self.phase}{at}"
 
 
 @dataclass(frozen=True)
@@ -114,29 +114,31 @@ def this_start() -> str:
     return " ".join(environment.get(name, "") for name in names)
 
 
-class Lookout:
+class Watchdog:
     """This process's place, and its eye on the others; a context around all that may fail.
 
     An exception ends the process inside the context: with a `UserError`'s code, else 1.
     """
 
-    def __init__(self, logs: Path, rank: int, world: int, *, hang_after: float) -> None:
-        self._logs, self._world, self._hang_after = logs, world, hang_after
+    def __init__(self, logs: Path, rank: int, world_size: int, *, hang_timeout_s: float) -> None:
+        self._logs, self._world, self._hang_after = logs, world_size, hang_timeout_s
         # Records of an earlier start are older than this by what it takes to import torch.
         self._started = time.time() - 2
         self._start = this_start()
         me = psutil.Process()
-        self._place = Place(rank, socket.gethostname(), me.pid, me.create_time(), since=time.time())
+        self._place = Heartbeat(
+            rank, socket.gethostname(), me.pid, me.create_time(), since=time.time()
+        )
         self._written = 0  # the step in the file
         self._peers: dict[int, psutil.Process | None] = {rank: None}
         self._leaving = threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             # The others may have started earlier: what is theirs, and recent, stays.
-            forget(logs, world, before=self._started)
+            forget(logs, world_size, before=self._started)
         self._console = keep_output(self._log(rank), rank)
 
-    def __enter__(self) -> Lookout:
+    def __enter__(self) -> Watchdog:
         self._write()
         threading.Thread(target=self._look, daemon=True).start()
         return self
@@ -151,13 +153,13 @@ class Lookout:
             self._fail(error)
         self._end()
 
-    def at(self, step: int, doing: str) -> None:
+    def heartbeat(self, step: int, phase: str) -> None:
         """Say where this process is. Costs nothing; the thread writes it down.
 
         Said again at the same place it means that something moves there. What belongs to no step
         (0) may take as long as it likes.
         """
-        self._place = replace(self._place, step=step, doing=doing, since=time.time())
+        self._place = replace(self._place, step=step, phase=phase, since=time.time())
 
     def _fail(self, error: BaseException) -> None:
         """End with this error, or with the one that it follows from."""
@@ -244,10 +246,12 @@ class Lookout:
         if time.time() - moved < patience:
             return  # one of them moves, such as the one that writes for all
         behind, why = diagnose(places, time.time())
-        why = f"no progress for {stood:.0f} s (launch.hang_after is {self._hang_after:g}): {why}"
+        why = (
+            f"no progress for {stood:.0f} s (launch.hang_timeout_s is {self._hang_after:g}): {why}"
+        )
         self._claim(behind, why, EXIT_FAILURE)
 
-    def _claim(self, place: Place, reason: str, code: int, text: str = "") -> None:
+    def _claim(self, place: Heartbeat, reason: str, code: int, text: str = "") -> None:
         """Record and print the first cause, unless another process has."""
         if self.failure() is not None:
             return
@@ -296,9 +300,9 @@ class Lookout:
         partial.write_text(json.dumps(asdict(self._place)))
         partial.replace(self._logs / f"rank_{self._place.rank}.json")
 
-    def _read(self, rank: int) -> Place | None:
+    def _read(self, rank: int) -> Heartbeat | None:
         try:
-            return Place(**json.loads((self._logs / f"rank_{rank}.json").read_text()))
+            return Heartbeat(**json.loads((self._logs / f"rank_{rank}.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None  # not there yet
 
@@ -310,10 +314,10 @@ class Lookout:
         return self._logs / f".{name}.{self._place.rank}.{threading.get_ident()}"
 
 
-def diagnose(places: list[Place], now: float) -> tuple[Place, str]:
+def diagnose(places: list[Heartbeat], now: float) -> tuple[Heartbeat, str]:
     """The process that the others wait for, and how one can tell."""
     running = [place for place in places if not place.ended] or places
-    last, first = max(running, key=Place.order), min(running, key=Place.order)
+    last, first = max(running, key=Heartbeat.order), min(running, key=Heartbeat.order)
     silent = [place for place in running if now - place.beat > _SILENT]
     if silent:
         return silent[0], f"it is frozen, or its host is lost (the furthest is {last})"

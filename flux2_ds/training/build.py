@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from torch import nn
 
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.config.validate import swaps
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, Share
-from flux2_ds.data.order import Order, Sweep
+from flux2_ds.data.order import Order, ValidationOrder
 from flux2_ds.data.shards import read_prompts
 from flux2_ds.data.storage import Blob
 from flux2_ds.distributed import (
     Process,
-    exchange,
+    all_gather_object,
 )
 from flux2_ds.engine.engine import Engine
-from flux2_ds.engine.zero3 import Swapped, check_config, divider, gathering
+from flux2_ds.engine.zero3 import check_zero, gathering, make_partitioner
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.activation_checkpointing import arrange_blocks, blocks_of
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.cuda_graphs import replay_passes
-from flux2_ds.model.load import check_card, read_parts, read_weights
-from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.model.load import check_card, read_partitioned, read_weights
+from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.training.inputs import Inputs
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.previews import Previews, as_prompt
-from flux2_ds.training.validation import Evaluation
+from flux2_ds.training.validation import ValidationLoss
 
 log = logging.getLogger("flux2_ds")
 
@@ -74,30 +71,14 @@ def load_as(
     """The transformer in `directory`, divided if that DeepSpeed config divides it."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
-    divide = division(config, model, dtype, base_weights)
     files, device = directory / "transformer", process.device
-    if divide is None or swaps(config["zero_optimization"]):
-        read_weights(model, files, dtype, device, base_weights, divide)
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        read_partitioned(
+            model, files, dtype, device, make_partitioner(config), process.rank, base_weights
+        )
     else:
-        read_parts(model, files, dtype, device, divide, process.rank, base_weights)
+        read_weights(model, files, dtype, device, base_weights)
     return model
-
-
-def division(
-    config: dict[str, Any], model: nn.Module, dtype: torch.dtype, base_weights: str | None
-) -> Callable[[nn.Module], None] | None:
-    """What divides each module of an empty model once it has its weight (see `dividing.divider`), if that DeepSpeed
-    config divides it. Collective."""
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        return None
-    return divider(config, swapped(model, dtype, base_weights) if swaps(zero) else None)
-
-
-def swapped(model: nn.Module, dtype: torch.dtype, base_weights: str | None) -> Swapped:
-    """What of a model of `dtype` goes to NVMe: all, or where the blocks' linears are quantised their values."""
-    largest = max(parameter.numel() for parameter in model.parameters())
-    return Swapped(torch.uint8 if base_weights in BASE_WEIGHTS else dtype, largest)
 
 
 def finish_model(
@@ -116,8 +97,8 @@ def finish_model(
     log.info("parameters %s trained", f"{trained:,}")
     # The same number in all processes: at stage 3 a block that recomputes has collectives of its own.
     free = free_memory(process.device)
-    if process.world > 1:
-        free = min(exchange(free))
+    if process.world_size > 1:
+        free = min(all_gather_object(free))
     kept = kept_blocks(spec, plan, image_tokens, free)
     attention = attention_backend(recipe, process.device)
     compiled = compiles(recipe)
@@ -127,7 +108,7 @@ def finish_model(
         compiled=compiled,
         attention=attention,
         offload=recipe.offload_activations,
-        divided=plan.zero_stage == 3,
+        partitioned=plan.zero_stage == 3,
     )
     expected = estimate(spec, plan, image_tokens, kept, free)
     if expected.transposes:
@@ -138,15 +119,15 @@ def finish_model(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the card's memory is not enough to hold the base a second time, transposed "
-                f"({str(error).splitlines()[0]}). Remove transposed_base."
+                f"({str(error).splitlines()[0]}). Remove cache_transposed_base."
             ) from error
     if expected.records:
         replay_passes(model)
     log.info(
-        "blocks     %d of %d keep their activations, %s%s%s%s, attention %s",
-        kept,
+        "blocks     %d of %d checkpoint their activations, %s%s%s%s, attention %s",
+        spec.blocks - kept,
         spec.blocks,
-        "the others' inputs wait in host memory, " if recipe.offload_activations else "",
+        "whose inputs wait in host memory, " if recipe.offload_activations else "",
         "compiled" if compiled else "not compiled",
         ", replayed as CUDA graphs" if expected.records else "",
         ", weights held transposed as well" if expected.transposes else "",
@@ -162,7 +143,7 @@ def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
         plan.deepspeed,
         plan.recipe.optimizer,
         offload_optimizer=plan.offloads("offload_optimizer"),
-        in_parts=plan.recipe.method == "full",
+        sharded=plan.recipe.method == "full",
         compiled=blocks_of(model) if compiles(plan.recipe) else (),
     )
 
@@ -170,7 +151,7 @@ def build_engine(model: Flux2Transformer2DModel, plan: Plan) -> Engine:
 def build_loader(
     recipe: Recipe,
     index: Index,
-    order: Order | Sweep,
+    order: Order | ValidationOrder,
     process: Process,
     conditioning: dict[str, torch.Tensor],
 ) -> Loader:
@@ -180,12 +161,12 @@ def build_loader(
         data.shards,
         index,
         order,
-        Share(process.rank, process.world, recipe.batch.global_size, recipe.batch.micro_size),
+        Share(process.rank, process.world_size, recipe.batch.global_size, recipe.batch.micro_size),
         seed=recipe.seed,
         caption_dropout=recipe.objective.caption_dropout,
         empty_text=conditioning["empty_text"],
         masked=recipe.objective.masked_loss,
-        readers=data.readers,
+        num_workers=data.num_workers,
         pinned=process.device.type == "cuda",
         fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
     )
@@ -222,7 +203,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
         UserError: a setting of ZeRO, an attention backend or a quantised base, and what to do.
     """
     recipe = plan.recipe
-    check_config(plan.deepspeed)
+    check_zero(plan.deepspeed)
     check_backend(recipe, device)
     check_card(recipe.base_weights, device)
 
@@ -239,19 +220,21 @@ def say_memory(expected: Memory, device: torch.device) -> None:
         )
 
 
-def build_evaluation(inputs: Inputs, engine: Engine, objective: FlowObjective) -> Evaluation | None:
+def build_validation(
+    inputs: Inputs, engine: Engine, objective: FlowObjective
+) -> ValidationLoss | None:
     """The loss on what is held out, with every caption; None if nothing is."""
     recipe, held_out, process = inputs.recipe, inputs.held_out, inputs.process
     if not held_out.samples:
         return None
-    wide = replace(recipe.batch, global_size=process.world * recipe.batch.micro_size)
-    sweep = Sweep(held_out, recipe.evaluation.samples, wide.global_size)
+    wide = replace(recipe.batch, global_size=process.world_size * recipe.batch.micro_size)
+    validation_order = ValidationOrder(held_out, recipe.validation.samples, wide.global_size)
     captioned = replace(recipe.objective, caption_dropout=0.0)
     recipe = replace(recipe, batch=wide, objective=captioned)
-    loader = build_loader(recipe, held_out, sweep, process, inputs.conditioning)
+    loader = build_loader(recipe, held_out, validation_order, process, inputs.conditioning)
     # Strata are those of a whole global batch, which the held-out samples are not.
     objective = replace(objective, settings=replace(objective.settings, stratified=False))
-    return Evaluation(engine, loader, objective, sweep, recipe.evaluation.every)
+    return ValidationLoss(engine, loader, objective, validation_order, recipe.validation.every)
 
 
 def build_previews(inputs: Inputs, engine: Engine) -> Previews | None:

@@ -14,13 +14,13 @@ from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import build_order, check_shards, companion_lines, read_data
+from flux2_ds.data.dataset import build_order, check_shards, mask_and_reference_lines, read_data
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning
 from flux2_ds.distributed import (
     Process,
-    from_first,
+    broadcast_from_rank0,
 )
 from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.optimizers import compatible
@@ -60,7 +60,7 @@ def read_inputs(recipe: Recipe, process: Process) -> Inputs:
     Raises:
         UserError: something does not fit the recipe, or cannot be read.
     """
-    plan = make_plan(recipe, process.world)
+    plan = make_plan(recipe, process.world_size)
     parts = ["transformer"] if recipe.preview.every is None else ["transformer", "vae", "scheduler"]
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
@@ -83,7 +83,7 @@ def check_same(index: Index, recipe: Recipe, process: Process) -> None:
         UserError: it is another one.
     """
     own = int(index.digest, 16) >> 1  # 63 bits
-    if from_first(own, process.device) != own:
+    if broadcast_from_rank0(own, process.device) != own:
         raise UserError(
             f"the index of data.shards {recipe.data.shards} on {socket.gethostname()} is not the first "
             "process's. Wait until prepare and all copies are finished, and start again."
@@ -101,7 +101,7 @@ def say_plan(inputs: Inputs) -> None:
         len(index.shards),
         order.steps_per_epoch,
     )
-    for line in companion_lines(plan.recipe, index):
+    for line in mask_and_reference_lines(plan.recipe, index):
         log.info("           %s", line)
     for bucket, count in index.bucket_counts().items():
         repeated = order.repeated(bucket)
@@ -126,13 +126,13 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     """
     root = checkpoints_directory(recipe)
     step = 0
-    if process.first:
+    if process.is_rank0:
         found, damaged = checkpoint.newest(root)
         for path, damage in damaged.items():
             log.warning("%s is damaged: %s", path, damage)
             log.warning("going on from the one before; moved it to %s", checkpoint.set_aside(path))
         step = found.step if found else 0
-    step = from_first(step, process.device)
+    step = broadcast_from_rank0(step, process.device)
     if step == 0:
         return 0
     chosen = checkpoint.Checkpoint(checkpoint.checkpoint_path(root, step), step)

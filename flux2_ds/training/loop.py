@@ -16,22 +16,22 @@ import torch
 from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.checkpoint import manager as saving
 from flux2_ds.checkpoint.manager import SaveError
-from flux2_ds.checkpoint.tensor_store import Piece
+from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.config.plan import learning_rate
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.loader import Loader, MicroBatch
-from flux2_ds.distributed import Process, Readback, any_process, average, barrier
+from flux2_ds.distributed import AsyncScalar, Process, all_reduce_mean, any_rank, barrier
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.run_dir import checkpoints_directory
-from flux2_ds.run.watchdog import Lookout
+from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.previews import Previews
 from flux2_ds.training.step import update
 from flux2_ds.training.stop import StopRequest
-from flux2_ds.training.validation import Evaluation
+from flux2_ds.training.validation import ValidationLoss
 from flux2_ds.training.warmup import Recompilations
 
 log = logging.getLogger("flux2_ds")
@@ -65,7 +65,7 @@ class Queued:
     number: int
     micro_batches: list[MicroBatch]
     losses: list[torch.Tensor]
-    gradient_norm: Readback
+    gradient_norm: AsyncScalar
 
 
 def train(
@@ -76,38 +76,38 @@ def train(
     process: Process,
     recipe: Recipe,
     stop: StopRequest,
-    lookout: Lookout,
+    watchdog: Watchdog,
     nonfinite: NonFinite,
     *,
     first_step: int,
     steps_per_epoch: int,
     run_state: dict[str, object],
-    evaluation: Evaluation | None = None,
+    validation: ValidationLoss | None = None,
     previews: Previews | None = None,
 ) -> bool:
     """Run steps [first_step, recipe.steps). Returns False if a signal ended it early.
 
-    `metrics` is None in all processes but the first, `evaluation` if nothing is held out, `previews` if none
+    `metrics` is None in all processes but the first, `validation` if nothing is held out, `previews` if none
     are wanted.
     """
     if previews is not None and first_step == 0:
-        show(previews, metrics, 0, lookout)
+        show(previews, metrics, 0, watchdog)
     steps, global_batch = recipe.steps, recipe.batch.global_size
     meter = Meter(torch.zeros((), device=process.device))
     queued: deque[Queued] = deque()
     recompilations = Recompilations()
-    lookout.at(first_step + 1, "waiting for data")
+    watchdog.heartbeat(first_step + 1, "waiting for data")
     for step, micro_batches in enumerate(loader.steps(first_step, steps), start=first_step):
-        lookout.at(step + 1, "computing")
-        asked_to_stop = any_process(partial(stop.seen, process), process.device)
+        watchdog.heartbeat(step + 1, "computing")
+        asked_to_stop = any_rank(partial(stop.seen, process), process.device)
         seed_dropout(recipe.seed, step, process.rank)
         rate = learning_rate(recipe, step)
         losses = update(engine, objective, micro_batches, rate)
 
         done = step + 1
         recompilations.check(done, micro_batches[0].bucket)
-        queued.append(Queued(done, micro_batches, losses, Readback(engine.gradient_norm())))
-        lookout.at(done, "agreeing")
+        queued.append(Queued(done, micro_batches, losses, AsyncScalar(engine.gradient_norm())))
+        watchdog.heartbeat(done, "agreeing")
         # The device works on this step while the host prepares the next: only the one before is
         # looked at, unless the numbers are needed now.
         while len(queued) > 1:
@@ -115,7 +115,7 @@ def train(
         stopping = asked_to_stop()
         ending = stopping or done == steps
         evaluating = (
-            evaluation is not None and not stopping and (ending or every(evaluation.every, done))
+            validation is not None and not stopping and (ending or every(validation.every, done))
         )
         previewing = (
             previews is not None and not stopping and (ending or every(previews.every, done))
@@ -127,21 +127,23 @@ def train(
             values = summarise(meter, engine, done, rate, steps_per_epoch)
             values["bucket"] = str(micro_batches[0].bucket)
             values["skipped_steps"] = nonfinite.skipped
-        if evaluation is not None and evaluating:
-            values["evaluation_loss"] = evaluation.loss(partial(lookout.at, done, "evaluating"))
+        if validation is not None and evaluating:
+            values["validation_loss"] = validation.loss(
+                partial(watchdog.heartbeat, done, "evaluating")
+            )
         if logging_due:
             report(values, metrics, done, steps)
         if saving_due:
-            moving = partial(lookout.at, done, "saving")
-            save(engine, recipe, done, run_state, process, moving, ending=ending)
+            heartbeat = partial(watchdog.heartbeat, done, "saving")
+            save(engine, recipe, done, run_state, process, heartbeat, ending=ending)
         if previews is not None and previewing:
-            show(previews, metrics, done, lookout)
+            show(previews, metrics, done, watchdog)
         if logging_due:
             meter = Meter(torch.zeros((), device=process.device))
         if stopping and done < steps:
             log.info("stopped by %s after step %d", stop.reason or "another process", done)
             return False
-        lookout.at(done + 1, "waiting for data")
+        watchdog.heartbeat(done + 1, "waiting for data")
     return True
 
 
@@ -178,7 +180,7 @@ def summarise(
     Raises:
         UserError: the loss is not finite. Raised before a checkpoint is written.
     """
-    loss = float(average(meter.loss / meter.updates)) if meter.updates else None
+    loss = float(all_reduce_mean(meter.loss / meter.updates)) if meter.updates else None
     if loss is not None and not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {step}, of which no checkpoint was written. Lower "
@@ -216,15 +218,15 @@ def report(
         values["bucket"],
         values["epoch"],
     )
-    if "evaluation_loss" in values:
+    if "validation_loss" in values:
         log.info(
-            "step %d/%d | loss on held-out samples %.4f", step, steps, values["evaluation_loss"]
+            "step %d/%d | loss on held-out samples %.4f", step, steps, values["validation_loss"]
         )
 
 
-def show(previews: Previews, metrics: Metrics | None, step: int, lookout: Lookout) -> None:
+def show(previews: Previews, metrics: Metrics | None, step: int, watchdog: Watchdog) -> None:
     """Render the preview prompts."""
-    pictures = previews.render(step, partial(lookout.at, step, "rendering"))
+    pictures = previews.render(step, partial(watchdog.heartbeat, step, "rendering"))
     if metrics is not None and pictures:
         metrics.show(step, pictures)
         log.info("step %d: previews in %s", step, pictures[0][1].parent)
@@ -236,11 +238,11 @@ def save(
     step: int,
     run_state: dict[str, object],
     process: Process,
-    moving: Callable[[], None],
+    heartbeat: Callable[[], None],
     *,
     ending: bool,
 ) -> None:
-    """Write a checkpoint; all processes go on together once it is complete. `moving` is called at each
+    """Write a checkpoint; all processes go on together once it is complete. `heartbeat` is called at each
     tensor.
 
     A run that goes on survives one that cannot be written: stopping would lose what it has trained.
@@ -249,28 +251,28 @@ def save(
         SaveError: it was the last chance.
     """
 
-    def followed(piece: Piece) -> Piece:
-        moving()
+    def followed(piece: TensorShard) -> TensorShard:
+        heartbeat()
         return piece
 
-    moving()
+    heartbeat()
     checkpoints, kept = checkpoints_directory(recipe), recipe.checkpoint
     state = {**run_state, **engine.state.counters()}
     try:
         path = saving.save(
             checkpoints,
             step,
-            lambda: map(followed, engine.state.pieces()),
+            lambda: map(followed, engine.state.tensor_shards()),
             state,
             process,
-            in_parts=engine.state.in_parts,
+            sharded=engine.state.sharded,
         )
     except SaveError as error:
         if ending:
             raise
         log.error("%s Training goes on, with the next attempt at the next checkpoint.", error)
         return
-    if process.first:
+    if process.is_rank0:
         log.info("saved %s", path)
         try:
             checkpoint.remove_old(checkpoints, kept.keep_last, kept.keep_every)

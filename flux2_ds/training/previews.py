@@ -67,8 +67,8 @@ class Previews:
         self._references = [open_reference(path) for path in settings.references]
         self.every = every
 
-    def render(self, step: int, moving: Callable[[], None] = lambda: None) -> Rendered:
-        """Render all prompts with the weights after `step`; `moving` is called at each denoising step.
+    def render(self, step: int, heartbeat: Callable[[], None] = lambda: None) -> Rendered:
+        """Render all prompts with the weights after `step`; `heartbeat` is called at each denoising step.
         Collective.
 
         Raises:
@@ -76,11 +76,11 @@ class Previews:
         """
         target = self._folder / f"step_{step:08d}"
         target.mkdir(parents=True, exist_ok=True)
-        moving()
+        heartbeat()
         with self._surviving(step):
-            self._render(target, moving)
+            self._render(target, heartbeat)
         barrier()
-        if self._process.first:
+        if self._process.is_rank0:
             with self._surviving(step):
                 self._overview(target.name).save(self._folder.with_suffix(".png"))
         paths = [target / f"{number}.png" for number in range(len(self._prompts))]
@@ -97,12 +97,12 @@ class Previews:
             if step == 0:
                 raise UserError(
                     f"{reason}. If memory is short, lower preview.width and preview.height or set cuda_graphs: "
-                    "false, transposed_base: false; or remove preview.every."
+                    "false, cache_transposed_base: false; or remove preview.every."
                 ) from error
             log.warning("step %d: %s; training goes on", step, reason)
 
     @torch.no_grad()
-    def _render(self, target: Path, moving: Callable[[], None]) -> None:
+    def _render(self, target: Path, heartbeat: Callable[[], None]) -> None:
         # Compiled blocks would compile once more for these shapes.
         with self._engine.evaluating(), torch.compiler.set_stance("force_eager"):
             pipeline = load_image_pipeline(
@@ -111,10 +111,10 @@ class Previews:
             pipeline.set_progress_bar_config(disable=True)
             last = len(self._prompts) - 1
             # As many in every process, because at stage 3 all of them take part in each forward pass.
-            for turn in range(math.ceil(len(self._prompts) / self._process.world)):
-                number = turn * self._process.world + self._process.rank
+            for turn in range(math.ceil(len(self._prompts) / self._process.world_size)):
+                number = turn * self._process.world_size + self._process.rank
                 prompt = self._prompts[min(number, last)]
-                picture = render(pipeline, self._settings, prompt, self._references, moving)
+                picture = render(pipeline, self._settings, prompt, self._references, heartbeat)
                 if number <= last:
                     picture.save(target / f"{number}.png")
 
@@ -161,12 +161,12 @@ def render(
     preview: Preview,
     prompt: Prompt,
     references: list[Image.Image],
-    moving: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Image.Image:
-    """One picture; the same prompt starts from the same noise every time. `moving` is called at each step."""
+    """One picture; the same prompt starts from the same noise every time. `heartbeat` is called at each step."""
 
     def moved(pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        moving()
+        heartbeat()
         return kept
 
     weights = pipeline.vae

@@ -35,7 +35,7 @@ class StopRequest:
 
     def seen(self, process: Process) -> bool:
         """Whether this process has been asked to stop."""
-        if process.first and self.file.exists():
+        if process.is_rank0 and self.file.exists():
             self.reason = self.file.read_text().strip() or self.file.name
             self.file.unlink(missing_ok=True)
         return self.reason is not None

@@ -10,35 +10,40 @@ from collections.abc import Callable
 import torch
 
 from flux2_ds.data.loader import Loader
-from flux2_ds.data.order import Sweep
-from flux2_ds.distributed import total
+from flux2_ds.data.order import ValidationOrder
+from flux2_ds.distributed import all_reduce_sum
 from flux2_ds.engine.engine import Engine
 from flux2_ds.training.loss import FlowObjective
 
 
-class Evaluation:
-    """The mean loss over the samples of `sweep`, which `loader` reads, wanted every `every` steps."""
+class ValidationLoss:
+    """The mean loss over the samples of `validation_order`, which `loader` reads, wanted every `every` steps."""
 
     def __init__(
-        self, engine: Engine, loader: Loader, objective: FlowObjective, sweep: Sweep, every: int
+        self,
+        engine: Engine,
+        loader: Loader,
+        objective: FlowObjective,
+        validation_order: ValidationOrder,
+        every: int,
     ) -> None:
         self._engine, self._loader, self._objective = engine, loader, objective
-        self._sweep = sweep
+        self._sweep = validation_order
         self.every = every
 
     @torch.no_grad()
-    def loss(self, moving: Callable[[], None] = lambda: None) -> float:
-        """The loss now, each sample counted once; `moving` is called at each pass. Collective."""
-        moving()
+    def loss(self, heartbeat: Callable[[], None] = lambda: None) -> float:
+        """The loss now, each sample counted once; `heartbeat` is called at each pass. Collective."""
+        heartbeat()
         # In fp64 the sum does not depend on which process has which samples.
         summed = torch.zeros((), dtype=torch.float64, device=self._objective.device)
         with self._engine.evaluating():
             for micro_batches in self._loader.steps(0, len(self._sweep)):
-                moving()
+                heartbeat()
                 for batch in micro_batches:
                     counted = sum(s.position < self._sweep.count for s in batch.samples)
                     # Also with none that counts: at ZeRO-3 all processes make the same passes.
                     loss = self._objective.loss(self._engine.forward, batch, counted)
                     if counted:
                         summed += counted * loss.double()
-        return float(total(summed)) / self._sweep.count
+        return float(all_reduce_sum(summed)) / self._sweep.count

@@ -27,12 +27,12 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
-from flux2_ds.run.watchdog import Lookout
+from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.loss import FlowObjective
 
 log = logging.getLogger("flux2_ds")
 
-_EVALUATION = " for evaluation"
+_VALIDATION = " for evaluation"
 
 
 def warm_up(
@@ -45,7 +45,7 @@ def warm_up(
     expected: Memory,
     text_dtype: torch.dtype,
     first_step: int,
-    lookout: Lookout,
+    watchdog: Watchdog,
     stopping: Callable[[], bool],
 ) -> None:
     """Pass forward and backward once for each length in `index`, and forward for those in `held_out`; where
@@ -63,7 +63,7 @@ def warm_up(
     room = not_yet_allocated(plan, expected, resumed=first_step > 0)
     trained, evaluated = lengths(index), lengths(held_out)
     passes = [(shards, "") for shards in trained]
-    passes += [(shards, _EVALUATION) for shards in evaluated]
+    passes += [(shards, _VALIDATION) for shards in evaluated]
     if not every_length:
         passes = passes[:1]
     if expected.records:
@@ -75,7 +75,7 @@ def warm_up(
         if stopping():
             return
         names = ", ".join(dict.fromkeys(describe(shard) for shard in shards))
-        lookout.at(first_step + 1, f"warming up for {names}")
+        watchdog.heartbeat(first_step + 1, f"warming up for {names}")
         before = time.perf_counter()
         batch = synthetic(
             recipe.batch.micro_size,
@@ -86,7 +86,7 @@ def warm_up(
         )
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
-            if purpose == _EVALUATION:
+            if purpose == _VALIDATION:
                 with engine.evaluating(), torch.no_grad():
                     objective.loss(engine.forward, batch)
             else:
@@ -132,8 +132,8 @@ def describe(shard: Shard) -> str:
 def too_small(recipe: Recipe, names: str, error: Exception, spare: Sequence[str]) -> str:
     """What to change if the card's memory is not enough. `spare`: settings that may become false."""
     ways = []
-    if recipe.activations not in ("recompute", 0.0):
-        ways.append(f"activations: recompute (it is {recipe.activations})")
+    if recipe.activation_checkpointing not in ("full", 1.0):
+        ways.append(f"activation_checkpointing: full (it is {recipe.activation_checkpointing})")
     elif not recipe.offload_activations:
         ways.append("offload_activations: true")
     ways += [f"{setting}: false" for setting in spare]

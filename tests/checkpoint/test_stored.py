@@ -6,31 +6,31 @@ import pytest
 import torch
 
 from flux2_ds.checkpoint import tensor_store as stored
-from flux2_ds.checkpoint.tensor_store import Piece, StoredTensors
+from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(35.0).view(5, 7) + 50}
 
 
-def write_in_parts(folder: Path, world: int) -> list[Path]:
+def write_in_parts(folder: Path, world_size: int) -> list[Path]:
     """Each process has its run of the sequence of all elements, as at ZeRO stages 1 and 2."""
     total = sum(value.numel() for value in TENSORS.values())
-    part, files = -(-total // world), []
-    for rank in range(world):
-        pieces, offset = [], 0
+    part, files = -(-total // world_size), []
+    for rank in range(world_size):
+        tensor_shards, offset = [], 0
         for name, value in TENSORS.items():
             start = max(0, rank * part - offset)
             stop = min(value.numel(), (rank + 1) * part - offset)
             if start < stop:
                 flat = value.flatten()[start:stop]
-                pieces.append(Piece("weights", name, flat, start, tuple(value.shape)))
+                tensor_shards.append(TensorShard("weights", name, flat, start, tuple(value.shape)))
             offset += value.numel()
-        files += stored.write(folder, pieces, part=rank)
+        files += stored.write(folder, tensor_shards, part=rank)
     return files
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_every_range_comes_back(tmp_path, world):
-    found = StoredTensors(write_in_parts(tmp_path, world))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_range_comes_back(tmp_path, world_size):
+    found = TensorStore(write_in_parts(tmp_path, world_size))
     assert found.shapes == {name: tuple(value.shape) for name, value in TENSORS.items()}
     for name, value in TENSORS.items():
         assert torch.equal(found.whole(name), value)
@@ -42,17 +42,19 @@ def test_every_range_comes_back(tmp_path, world):
 def test_large_parts_go_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "FILE_BYTES", 30)
     names = "abcde"
-    pieces = [Piece(kind, n, torch.ones(4), 0, (4,)) for kind in ("weights", "ema") for n in names]
-    files = [path.name for path in stored.write(tmp_path, pieces, part=3)]
+    tensor_shards = [
+        TensorShard(kind, n, torch.ones(4), 0, (4,)) for kind in ("weights", "ema") for n in names
+    ]
+    files = [path.name for path in stored.write(tmp_path, tensor_shards, part=3)]
     kinds = [f"{kind}-0003-000{i}.safetensors" for kind in ("weights", "ema") for i in range(3)]
     assert files == kinds
-    found = StoredTensors(tmp_path / name for name in files if name.startswith("ema"))
+    found = TensorStore(tmp_path / name for name in files if name.startswith("ema"))
     assert sorted(found.shapes) == list(names)
 
 
 def test_missing_elements_are_an_error(tmp_path):
     files = write_in_parts(tmp_path, 3)
-    found = StoredTensors(files[:-1])
+    found = TensorStore(files[:-1])
     with pytest.raises(ValueError, match="b: elements 0 to 35 are not all stored"):
         found.whole("b")
 
@@ -60,9 +62,9 @@ def test_missing_elements_are_an_error(tmp_path):
 def test_codes_keep_their_type_and_whole_tensors_their_plain_file(tmp_path):
     from safetensors.torch import load_file
 
-    pieces = [Piece("state1", "a", torch.tensor([[3, 4]], dtype=torch.uint8))]
-    pieces += [Piece("weights", "a", torch.tensor([[0.5]], dtype=torch.bfloat16))]
-    codes, weights = (load_file(path) for path in stored.write(tmp_path, pieces))
+    tensor_shards = [TensorShard("state1", "a", torch.tensor([[3, 4]], dtype=torch.uint8))]
+    tensor_shards += [TensorShard("weights", "a", torch.tensor([[0.5]], dtype=torch.bfloat16))]
+    codes, weights = (load_file(path) for path in stored.write(tmp_path, tensor_shards))
     assert codes["a"].dtype == torch.uint8
     assert (weights["a"].dtype, weights["a"].tolist()) == (torch.float32, [[0.5]])
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -53,7 +53,7 @@ def test_a_card_that_is_too_small_is_answered_with_settings(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(bench, "build", build)
-    monkeypatch.setattr(bench, "start_process", lambda accelerator: Process(0, 1, CPU))
+    monkeypatch.setattr(bench, "init_process_group", lambda accelerator: Process(0, 1, CPU))
     recipe = Recipe(
         run_dir="r",
         model=Model(path=str(tiny_model)),

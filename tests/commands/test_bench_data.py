@@ -47,7 +47,7 @@ def test_a_reading_that_misses_samples_is_no_figure(monkeypatch, tmp_path):
     index = bench_data.make_shards(tmp_path / "x", 16, 1)
     monkeypatch.setattr(bench_data, "plain_pipeline", lambda *_: iter([1]))
     with pytest.raises(RuntimeError, match="1 samples read of 2"):
-        bench_data.measure("disk", tmp_path / "x", index, Namespace(readers=1, rounds=1), 0.0)
+        bench_data.measure("disk", tmp_path / "x", index, Namespace(num_workers=1, rounds=1), 0.0)
 
 
 def running(process: psutil.Process) -> bool:

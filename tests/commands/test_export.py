@@ -12,7 +12,7 @@ from reference import load_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flux2_ds.checkpoint.tensor_store import Piece
+from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.commands import export as export_module
 from flux2_ds.commands.export import choose, export, file_dtype
 from flux2_ds.config.model_spec import Spec
@@ -135,12 +135,12 @@ def test_an_export_in_several_files_and_of_the_average(
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", "full")
     model = trained(recipe, tiny_spec)
-    pieces = [
-        Piece(kind, name, p.detach().flatten() * factor, 0, tuple(p.shape))
+    tensor_shards = [
+        TensorShard(kind, name, p.detach().flatten() * factor, 0, tuple(p.shape))
         for kind, factor in (("weights", 1), ("ema", 2))
         for name, p in model.named_parameters()
     ]
-    write_checkpoint(tmp_path / "run" / "checkpoints", 3, pieces)
+    write_checkpoint(tmp_path / "run" / "checkpoints", 3, tensor_shards)
     chosen = choose(tmp_path / "run" / "checkpoints", 3)
     monkeypatch.setattr(export_module, "FILE_SIZE", "1MB")
     path = export(recipe, chosen, torch.float32, "ema")

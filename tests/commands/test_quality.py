@@ -83,7 +83,7 @@ def test_only_the_base_makes_a_difference(tiny_model, photos, tmp_path):  # noqa
     prepare.prepare(recipe, tiny_model, read_spec(tiny_model))
     command = [sys.executable, "-m", "flux2_ds.commands.quality", *settings]
     # What goes with the recipe's base need not go with the plain one.
-    command += ["--base_weights", "fp8", "--transposed_base", "true"]
+    command += ["--base_weights", "fp8", "--cache_transposed_base", "true"]
     command += [
         "--modes",
         "[fp32, nf4]",

@@ -45,8 +45,8 @@ def previewed(model: Path, run_dir: Path, method: str = "lora") -> Recipe:
 def exported(recipe: Recipe, spec: Spec, write_checkpoint: Callable[..., Path]) -> Path:
     model = trained(recipe, spec)
     checkpoints = Path(recipe.run_dir) / "checkpoints"
-    pieces = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    write_checkpoint(checkpoints, 7, pieces)
+    tensor_shards = [("weights", name, p) for name, p in transformer.trainable(model).items()]
+    write_checkpoint(checkpoints, 7, tensor_shards)
     return export(recipe, choose(checkpoints, None), torch.float32)
 
 

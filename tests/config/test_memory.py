@@ -40,7 +40,11 @@ ALL_LINEARS = Lora(rank=32, targets="all")
 
 
 def recipe_for(model: str = DEV, processes: int = 1, **settings) -> Recipe:
-    settings = {"lora": Lora(rank=16, targets="diffusers"), "transposed_base": False, **settings}
+    settings = {
+        "lora": Lora(rank=16, targets="diffusers"),
+        "cache_transposed_base": False,
+        **settings,
+    }
     return Recipe(
         run_dir="r",
         model=Model(path=model),
@@ -114,13 +118,23 @@ def test_quantised_weights_take_what_is_planned(name):
         (DEV, 4096, {"base_weights": "fp8"}, 65.9),
         (DEV, 3952, {"base_weights": "fp8"}, 64.9),
         (DEV, 1024, {"base_weights": "fp8"}, 43.5),
-        (DEV, 4096, {"base_weights": "fp8", "transposed_base": True}, 95.2),
+        (DEV, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 95.2),
         (DEV, 4096, {"base_weights": "fp8", "zero": ZERO2}, 67.05),
         (DEV, 4096, {"base_weights": "fp8", "zero": ZERO3}, 66.5),
         (DEV, 4096, {"base_weights": "fp8", "method": "dora"}, 68.7),
-        (DEV, 4096, {"base_weights": "nf4_fp8", "activations": 0.0, "cuda_graphs": False}, 22.0),
-        (DEV, 4096, {"base_weights": "nf4", "activations": 0.0, "cuda_graphs": False}, 22.1),
-        (DEV, 4096, {"zero": "zero3_offload", "activations": 0.5}, 21.5),
+        (
+            DEV,
+            4096,
+            {"base_weights": "nf4_fp8", "activation_checkpointing": "full", "cuda_graphs": False},
+            22.0,
+        ),
+        (
+            DEV,
+            4096,
+            {"base_weights": "nf4", "activation_checkpointing": "full", "cuda_graphs": False},
+            22.1,
+        ),
+        (DEV, 4096, {"zero": "zero3_offload", "activation_checkpointing": 0.5}, 21.5),
         (
             DEV,
             4096,
@@ -139,14 +153,19 @@ def test_quantised_weights_take_what_is_planned(name):
         (KLEIN_9B, 3952, {"base_weights": "fp8"}, 22.2),
         (KLEIN_9B, 1024, {"base_weights": "fp8"}, 13.8),
         (KLEIN_9B, 4096, {"base_weights": "int8"}, 22.7),
-        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True}, 30.8),
-        (KLEIN_9B, 4096, {"base_weights": "fp8", "transposed_base": True, "method": "dora"}, 31.7),
+        (KLEIN_9B, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 30.8),
+        (
+            KLEIN_9B,
+            4096,
+            {"base_weights": "fp8", "cache_transposed_base": True, "method": "dora"},
+            31.7,
+        ),
         (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 2}, 99.8),
         (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 4}, 66.0),
         (KLEIN_4B, 4096, {"base_weights": "fp8"}, 12.0),
         (KLEIN_4B, 3952, {"base_weights": "fp8"}, 11.8),
         (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
-        (KLEIN_4B, 4096, {"base_weights": "fp8", "transposed_base": True}, 15.5),
+        (KLEIN_4B, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 15.5),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload_optimizer"}, 16.8),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
     ],
@@ -155,7 +174,7 @@ def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, set
     settings = dict(settings)
     zero, processes = settings.pop("zero", {}), settings.pop("processes", 1)
     deepspeed = zero if isinstance(zero, str) else {"zero_optimization": zero}
-    settings = {"activations": "keep", "deepspeed": deepspeed, **settings}
+    settings = {"activation_checkpointing": "none", "deepspeed": deepspeed, **settings}
     recipe, spec = recipe_for(model, processes, **settings), RELEASED[model]
     plan = make_plan(recipe, processes)
     memory = estimate(spec, plan, tokens, kept_blocks(spec, plan, tokens, math.inf))
@@ -164,10 +183,10 @@ def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, set
 
 def test_offload_moves_and_processes_divide():
     here = estimate_for(DEV, 0, zero=ZERO2)
-    divided = estimate_for(DEV, 0, processes=4, zero=ZERO2)
+    partitioned = estimate_for(DEV, 0, processes=4, zero=ZERO2)
     loose = {"device": "cpu", "pin_memory": False}
     away = estimate_for(DEV, 0, zero={**ZERO2, "offload_optimizer": loose})
-    assert divided.card["optimizer"] == here.card["optimizer"] / 4
+    assert partitioned.card["optimizer"] == here.card["optimizer"] / 4
     parts = ("fp32 masters", "optimizer", "gradients")
     weights_on_their_way = {"fp32 masters": 0, "optimizer": 0, "gradients": here.card["adapter"]}
     assert away.host == {part: here.card[part] + weights_on_their_way[part] for part in parts}
@@ -270,7 +289,7 @@ def test_cuda_graphs_are_counted_where_there_is_room():
     captured = estimate(RELEASED[DEV], plan, 4096, 0)
     graphs = trained + without.card["batch"]
     assert captured.card == without.card | {_CUDA_GRAPHS: graphs}
-    data = replace(plan.recipe.data, held_out=0.1)
+    data = replace(plan.recipe.data, validation_fraction=0.1)
     plan = replace(plan, recipe=replace(plan.recipe, data=data, cuda_graphs=True))
     evaluated = estimate(RELEASED[DEV], plan, 4096, 0, card_bytes=0)
     assert evaluated.card[_CUDA_GRAPHS] == graphs + without.card["working"]
@@ -282,19 +301,19 @@ def test_cuda_graphs_are_counted_where_there_is_room():
 def test_a_transposed_base_is_counted_where_there_is_room():
     """After the CUDA graphs, with a byte for each weight of the blocks, and before no kept block."""
     spec = RELEASED[DEV]
-    recipe = recipe_for(deepspeed="zero0", base_weights="fp8", transposed_base=None)
+    recipe = recipe_for(deepspeed="zero0", base_weights="fp8", cache_transposed_base=None)
     plan = make_plan(recipe, 1)
     both = estimate(spec, plan, 4096, 0)
-    assert both.spare == ["cuda_graphs", "transposed_base"]
+    assert both.spare == ["cuda_graphs", "cache_transposed_base"]
     turned = both.card["transposed base"]
     assert turned == sum(block_matrices(spec))
     room = both.on_card * 1.03 + GIB
     assert estimate(spec, plan, 4096, 0, room).transposes
     less = estimate(spec, plan, 4096, 0, room - 0.2 * turned)
     assert less.spare == ["cuda_graphs"] and less.on_card == both.on_card - turned
-    asked = make_plan(replace(recipe, transposed_base=True), 1)
+    asked = make_plan(replace(recipe, cache_transposed_base=True), 1)
     assert estimate(spec, asked, 4096, 0, 0).transposes
-    never = make_plan(replace(recipe, transposed_base=False), 1)
+    never = make_plan(replace(recipe, cache_transposed_base=False), 1)
     assert (
         kept_blocks(spec, plan, 4096, room) == kept_blocks(spec, never, 4096, room) == spec.blocks
     )
@@ -305,7 +324,9 @@ def test_a_transposed_base_is_counted_where_there_is_room():
 
 
 def test_without_a_card_the_plan_counts_the_least():
-    plan = make_plan(recipe_for(deepspeed="zero0", base_weights="fp8", transposed_base=None), 1)
+    plan = make_plan(
+        recipe_for(deepspeed="zero0", base_weights="fp8", cache_transposed_base=None), 1
+    )
     found = plan_memory(plan, Hosts(1), None, None, None)
     assert found.memory.spare == [] and found.memory == estimate(RELEASED[DEV], plan, 4096, 0, 0)
 
@@ -334,18 +355,6 @@ def test_a_base_in_host_memory_takes_its_own_bytes():
     assert full.host["base weights"] == 32 * GIB and "adapter" not in full.host
 
 
-@pytest.mark.parametrize("base", [None, "nf4"])
-def test_of_a_base_on_nvme_there_are_buffers_in_host_memory(base):
-    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/mnt/run"}}
-    memory = estimate_for(DEV, 0, 2, zero=zero, base_weights=base)
-    widest = 9 * RELEASED[DEV].width ** 2 * (0.5 if base else 2)
-    assert memory.host["swap buffers"] == 12 * widest / 2
-    assert "base weights" not in memory.card
-    # Scales and what is not quantised stay.
-    others = sum(other_matrices(RELEASED[DEV])) if base else 0
-    assert others <= memory.host["base weights"] <= others + 0.3e9
-
-
 def test_auto_keeps_as_many_blocks_as_just_fit():
     spec = RELEASED[DEV]
     plan = make_plan(recipe_for(base_weights="fp8", deepspeed="zero0"), 1)
@@ -358,17 +367,21 @@ def test_auto_keeps_as_many_blocks_as_just_fit():
 
 
 @pytest.mark.parametrize(
-    ("activations", "kept"),
-    [("recompute", 0), ("keep", 56), (0.0, 0), (1.0, 56), (0.5, 28), (0.3, 17), (0.009, 1)],
+    ("setting", "kept"),
+    [("full", 0), ("none", 56), (1.0, 0), (0.0, 56), (0.5, 28), (0.7, 17), (0.991, 1)],
 )
-def test_a_share_keeps_the_nearest_number_of_blocks(activations, kept):
-    plan = make_plan(recipe_for(activations=activations), 1)
+def test_a_share_checkpoints_the_nearest_number_of_blocks(setting, kept):
+    plan = make_plan(recipe_for(activation_checkpointing=setting), 1)
     assert kept_blocks(RELEASED[DEV], plan, 4096, 0) == kept
 
 
 def test_choices_fit_and_the_fastest_is_first():
     found = choices(recipe_for(), RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
-    assert (found[0].deepspeed, found[0].base_weights, found[0].activations) == ("zero0", "fp8", 1)
+    assert (found[0].deepspeed, found[0].base_weights, found[0].activation_checkpointing) == (
+        "zero0",
+        "fp8",
+        0,
+    )
     assert all(c.memory.fits(80 * GIB) and c.memory.on_host <= 64 * GIB for c in found)
     assert [c.cost for c in found] == sorted(c.cost for c in found)
     small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, math.inf)
@@ -439,12 +452,12 @@ def test_nothing_is_recorded_if_new_shapes_may_come_at_any_time(references, reco
             recordable(plan, index)
 
 
-@pytest.mark.parametrize("held_out", [0.0, 0.1])
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.1])
 @pytest.mark.parametrize("room", [28, 32])
-def test_blocks_are_kept_before_passes_are_recorded(room, held_out):
+def test_blocks_are_kept_before_passes_are_recorded(room, validation_fraction):
     """Where memory is short the card is busy, and a recomputed block costs more than Python does."""
     recipe = recipe_for(deepspeed="zero0", base_weights="nf4_fp8")
-    recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
+    recipe = replace(recipe, data=replace(recipe.data, validation_fraction=validation_fraction))
     counts = [
         kept_blocks(
             RELEASED[DEV], make_plan(replace(recipe, cuda_graphs=each), 1), 4096, room * GIB

@@ -92,8 +92,8 @@ def test_a_png_is_turned_by_what_stands_before_its_pixels(tmp_path):
 )
 def test_exif_that_is_damaged_elsewhere_still_turns(tmp_path, other):
     upright = noise_picture(32, 48)
-    entries = sorted([other, (ORIENTATION, 3, 1, b"\0\6\0\0")])
-    directory = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
+    source_images = sorted([other, (ORIENTATION, 3, 1, b"\0\6\0\0")])
+    directory = b"".join(struct.pack(">HHI4s", *entry) for entry in source_images)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + directory + bytes(4)
     path = tmp_path / "turned.webp"
     Image.fromarray(HOW_A_CAMERA_STORES_IT[6](upright)).save(path, lossless=True, exif=exif)

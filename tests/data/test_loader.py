@@ -85,15 +85,15 @@ def wait_for_threads_to_end() -> bool:
     return not loader_threads()
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
-def test_processes_and_micro_batches_do_not_change_the_global_batch(prepared, world, micro):
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_micro_batches_do_not_change_the_global_batch(prepared, world_size, micro):
     alone = make_loader(prepared)
-    shares = [Share(rank, world, GLOBAL_BATCH, micro) for rank in range(world)]
+    shares = [Share(rank, world_size, GLOBAL_BATCH, micro) for rank in range(world_size)]
     loaders = [make_loader(prepared, share) for share in shares]
     for step in range(6):
-        pieces = [batch for loader in loaders for batch in loader.read(step)]
-        assert all(len(batch.samples) == micro for batch in pieces)
-        assert_same(pieces, alone.read(step))
+        tensor_shards = [batch for loader in loaders for batch in loader.read(step)]
+        assert all(len(batch.samples) == micro for batch in tensor_shards)
+        assert_same(tensor_shards, alone.read(step))
 
 
 def test_batch_holds_the_samples_of_the_order(prepared):

@@ -97,19 +97,19 @@ def test_batches_of_a_bucket_come_in_sequence(case):
             left = left[size:]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8, 64])
-def test_processes_serve_the_same_global_batches(world):
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 64])
+def test_processes_serve_the_same_global_batches(world_size):
     index = make_index([(BUCKETS[n % 3], 7 + n) for n in range(9)])
     order = Order(index, 64, 5, window=2)
     for step in range(0, 3 * order.steps_per_epoch, 2):
         bucket, whole = order.batch(step)
-        pieces = []
-        for rank in range(world):
-            own = slice(rank * 64 // world, (rank + 1) * 64 // world)
+        tensor_shards = []
+        for rank in range(world_size):
+            own = slice(rank * 64 // world_size, (rank + 1) * 64 // world_size)
             found, samples = Order(index, 64, 5, window=2).batch(step, own)
             assert found == bucket
-            pieces += samples
-        assert pieces == whole
+            tensor_shards += samples
+        assert tensor_shards == whole
 
 
 WEIGHTS = {"a": 2.0, "b": 0.4, "c": 1.0, "d": 3.7}
@@ -217,7 +217,7 @@ def opened(order: Order, lanes: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("buckets", "lanes", "world"),
+    ("buckets", "lanes", "world_size"),
     [
         (1, 8, 1),
         (2, 4, 1),
@@ -226,11 +226,11 @@ def opened(order: Order, lanes: int) -> int:
         (4, 8, 1),
     ],
 )
-def test_shards_are_read_nearly_sequentially(buckets, lanes, world):
+def test_shards_are_read_nearly_sequentially(buckets, lanes, world_size):
     index = make_index([(BUCKETS[n % buckets], 40) for n in range(128)])
-    own = lanes // world
+    own = lanes // world_size
     # Sequential reading opens a shard once; a window that two lanes share may be opened by each.
-    assert opened(Order(index, lanes, 0, window=8), own) <= 128 // world + 8 * own * buckets
+    assert opened(Order(index, lanes, 0, window=8), own) <= 128 // world_size + 8 * own * buckets
 
 
 def test_pinned_sequence():

@@ -14,8 +14,8 @@ import torch
 from torch import distributed
 
 from flux2_ds.config.plan import read_deepspeed
-from flux2_ds.distributed import Process, start_process, stop_process
-from flux2_ds.engine.zero3 import divider
+from flux2_ds.distributed import Process, destroy_process_group, init_process_group
+from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.model import load as weights
 from flux2_ds.model import transformer
 
@@ -28,7 +28,7 @@ def resident(line: str) -> int:
 
 def load(directory: Path, base_weights: str | None, process: Process) -> dict[str, object]:
     """Bytes by which this process rose while it loaded, bytes of its own part, and wrong parameters."""
-    config = read_deepspeed("zero3") | {"train_batch_size": process.world}
+    config = read_deepspeed("zero3") | {"train_batch_size": process.world_size}
     files, cpu, dtype = directory / "transformer", torch.device("cpu"), torch.bfloat16
     gc.collect()  # what DeepSpeed adds to parameters refers to them
     Path("/proc/self/clear_refs").write_text("5")  # the highest is counted from here
@@ -36,8 +36,8 @@ def load(directory: Path, base_weights: str | None, process: Process) -> dict[st
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
         whole = transformer.build_transformer(directory)
-    divide = divider(config)
-    weights.read_parts(model, files, dtype, cpu, divide, process.rank, base_weights)
+    partition = make_partitioner(config)
+    weights.read_partitioned(model, files, dtype, cpu, partition, process.rank, base_weights)
     used = resident("VmHWM") - before
 
     weights.read_weights(whole, files, dtype, cpu, base_weights)
@@ -54,15 +54,15 @@ def load(directory: Path, base_weights: str | None, process: Process) -> dict[st
 
 def main() -> None:
     torch.set_num_threads(1)
-    process = start_process("cpu")
+    process = init_process_group("cpu")
     distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
     found = {str(base): load(Path(sys.argv[1]), base, process) for base in (None, "nf4")}
-    results: list[object] = [None] * process.world
+    results: list[object] = [None] * process.world_size
     distributed.all_gather_object(results, found)
-    if process.first:
+    if process.is_rank0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     gc.collect()  # gloo's threads end with the last reference to the process group
-    stop_process()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

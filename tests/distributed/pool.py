@@ -19,16 +19,16 @@ _POOLS: dict[int, Pool] = {}
 
 
 class Pool:
-    """`world` processes that run a worker script and talk over gloo."""
+    """`world_size` processes that run a worker script and talk over gloo."""
 
-    def __init__(self, world: int, *command: str | Path) -> None:
+    def __init__(self, world_size: int, *command: str | Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.logs = [
             Path(tempfile.mkstemp(suffix=f".rank{rank}.log", prefix="flux2_ds-")[1])
-            for rank in range(world)
+            for rank in range(world_size)
         ]
         self.processes = [
             subprocess.Popen(
@@ -75,24 +75,24 @@ class Pool:
 
 
 def launch(
-    world: int, cases: list[dict[str, Any]], folder: Path, *, killed: bool = False
+    world_size: int, cases: list[dict[str, Any]], folder: Path, *, killed: bool = False
 ) -> list[list[float]]:
-    """Run the cases of trajectory.py in `world` processes; returns the losses of each.
+    """Run the cases of trajectory.py in `world_size` processes; returns the losses of each.
 
     `killed`: one of them kills itself; the others are then ended, as the launcher does.
     """
     (folder / "cases.json").write_text(json.dumps(cases))
     for old in folder.glob("done-*"):
         old.unlink()
-    if world not in _POOLS:
-        _POOLS[world] = Pool(world, trajectory.__file__)
-    pool = _POOLS[world]
+    if world_size not in _POOLS:
+        _POOLS[world_size] = Pool(world_size, trajectory.__file__)
+    pool = _POOLS[world_size]
     pool.ask(str(folder))
-    while len(list(folder.glob("done-*"))) < world and not pool.ended():
+    while len(list(folder.glob("done-*"))) < world_size and not pool.ended():
         time.sleep(0.02)
     if pool.ended():
         time.sleep(0 if killed else 1)  # for the others' last words
-        codes = _POOLS.pop(world).end()
+        codes = _POOLS.pop(world_size).end()
         assert killed and -signal.SIGKILL in codes, f"{codes}\n{pool.said()}"
         return []
     assert not killed
@@ -100,12 +100,12 @@ def launch(
     return results
 
 
-def run_once(world: int, worker: str, argument: Path, folder: Path) -> Any:
-    """Run `worker ARGUMENT RESULTS.json` in `world` new processes; returns the results."""
-    pool = Pool(world, worker, argument, folder / "results.json")
+def run_once(world_size: int, worker: str, argument: Path, folder: Path) -> Any:
+    """Run `worker ARGUMENT RESULTS.json` in `world_size` new processes; returns the results."""
+    pool = Pool(world_size, worker, argument, folder / "results.json")
     codes = [process.wait(timeout=900) for process in pool.processes]
     pool.end()
-    assert codes == [0] * world, pool.said()
+    assert codes == [0] * world_size, pool.said()
     return json.loads((folder / "results.json").read_text())
 
 

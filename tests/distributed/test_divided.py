@@ -41,18 +41,18 @@ def test_a_divided_quantised_base_follows_stage_0(tmp_path: Path) -> None:
         for base in ("fp8", "nf4_int8", "nf4")
     ]
     kinds += [{**kinds[0], "method": "dora"}, {**kinds[2], "method": "dora"}]
-    divided = [kind | {"deepspeed": zero3()} for kind in kinds]
+    partitioned = [kind | {"deepspeed": zero3()} for kind in kinds]
     recomputing = {"blocks": {"kept": 1, "compiled": False}}
-    divided.append(kinds[2] | recomputing | {"deepspeed": read_deepspeed("zero3")})
+    partitioned.append(kinds[2] | recomputing | {"deepspeed": read_deepspeed("zero3")})
     if shutil.which("c++") is not None:  # for DeepSpeed's CPU Adam
-        divided.append(kinds[2] | {"deepspeed": read_deepspeed("zero3_offload")})
+        partitioned.append(kinds[2] | {"deepspeed": read_deepspeed("zero3_offload")})
     whole = launch(2, [kind | {"deepspeed": {}} for kind in kinds], tmp_path)
-    parts = launch(2, [kind | {"files": str(tmp_path)} for kind in divided], tmp_path)
+    parts = launch(2, [kind | {"files": str(tmp_path)} for kind in partitioned], tmp_path)
     expected = {
         (kind["method"], kind["base_weights"]): losses
         for kind, losses in zip(kinds, whole, strict=True)
     }
-    for kind, found in zip(divided, parts, strict=True):
+    for kind, found in zip(partitioned, parts, strict=True):
         same = expected[kind["method"], kind["base_weights"]]
         assert found[0] == pytest.approx(same[0], rel=1e-6), kind
         # Where what is multiplied is rounded to 8 bits, the last bit of an update changes roundings.
@@ -81,8 +81,8 @@ def test_compiled_blocks_follow_stage_2(tmp_path: Path) -> None:
     kinds = [common | kind for kind in kinds]
     whole = launch(2, [kind | {"deepspeed": read_deepspeed("zero2")} for kind in kinds], tmp_path)
     # Previews in between compile nothing.
-    divided = {"deepspeed": compilable("zero3"), "files": str(tmp_path), "previewed": True}
-    parts = launch(2, [kind | divided for kind in kinds], tmp_path)
+    partitioned = {"deepspeed": compilable("zero3"), "files": str(tmp_path), "previewed": True}
+    parts = launch(2, [kind | partitioned for kind in kinds], tmp_path)
     for kind, found, expected in zip(kinds, parts, whole, strict=True):
         assert found == pytest.approx(expected, rel=1e-5), kind
     if shutil.which("c++") is not None:

@@ -62,9 +62,9 @@ def test_the_reference_learns(references: dict[str, Any]) -> None:
     assert moved > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_every_config_follows_plain_pytorch(
-    world: int, references: dict[str, Any], tmp_path: Path
+    world_size: int, references: dict[str, Any], tmp_path: Path
 ) -> None:
     cases = [
         {"method": method, "name": name, "deepspeed": config, "micro": 1, "steps": STEPS}
@@ -73,14 +73,16 @@ def test_every_config_follows_plain_pytorch(
     ]
     for case in [case for case in cases if case["name"] in ("zero2", "zero3")]:
         if case["method"] == "full":
-            cases.append({**case, "micro": 4 // world})
+            cases.append({**case, "micro": 4 // world_size})
             blocks = {"kept": 0, "compiled": False, "offload": case["name"] == "zero3"}
             cases.append({**case, "blocks": blocks})
         else:
             cases.append({**case, "method": "dora", "previewed": True})
-    for case, losses in zip(cases, launch(world, cases, tmp_path), strict=True):
+    for case, losses in zip(cases, launch(world_size, cases, tmp_path), strict=True):
         described = {key: value for key, value in case.items() if key != "deepspeed"}
-        assert_follows(losses, references[case["method"]][0], f"{world} processes, {described}")
+        assert_follows(
+            losses, references[case["method"]][0], f"{world_size} processes, {described}"
+        )
 
 
 def test_bf16_stays_near(references: dict[str, Any], tmp_path: Path) -> None:
@@ -171,10 +173,10 @@ def test_a_checkpoint_continues_on_any_stage_and_world_size(
     ]  # fmt: skip
     launch(2, origins, tmp_path)
 
-    def continued(method: str, name: str, world: int) -> list[dict[str, Any]]:
+    def continued(method: str, name: str, world_size: int) -> list[dict[str, Any]]:
         return [
             {"method": method, "deepspeed": configs()[name], "micro": 1, "steps": STEPS,
-             "load": origin["save"], "save": f"{origin['save']}-{name}-{world}"}
+             "load": origin["save"], "save": f"{origin['save']}-{name}-{world_size}"}
             for origin in origins
             if origin["method"] == method
         ]  # fmt: skip
@@ -184,8 +186,8 @@ def test_a_checkpoint_continues_on_any_stage_and_world_size(
         2: [case for name in ("zero0", "zero2", "zero3") for case in continued("lora", name, 2)],
         4: [*continued("full", "zero3", 4)[:1], *continued("lora", "zero2", 4)[1:]],
     }
-    for world, cases in work.items():
-        for case, losses in zip(cases, launch(world, cases, tmp_path), strict=True):
+    for world_size, cases in work.items():
+        for case, losses in zip(cases, launch(world_size, cases, tmp_path), strict=True):
             expected_losses, expected_weights = references[case["method"]]
             assert_follows(losses, expected_losses[half:], case["save"])
             found, _ = checkpoint.newest(Path(case["save"]))

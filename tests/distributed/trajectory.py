@@ -59,7 +59,7 @@ def build(
     *,
     base_weights: str | None = None,
     blocks: dict[str, Any] | None = None,
-    divided: bool = False,
+    partitioned: bool = False,
     dtype: torch.dtype = torch.float32,
     rank: int = 3,
     spread: float = 0.2,
@@ -82,7 +82,7 @@ def build(
             if "lora_B" in name:
                 parameter.data.normal_(0, spread, generator=generator)
     if blocks is not None:
-        arrange_blocks(model, **blocks, attention=None, divided=divided)
+        arrange_blocks(model, **blocks, attention=None, partitioned=partitioned)
     return model.train()
 
 
@@ -169,7 +169,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         **case["deepspeed"],
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": GLOBAL_BATCH // (micro * process.world),
+        "gradient_accumulation_steps": GLOBAL_BATCH // (micro * process.world_size),
         "gradient_clipping": CLIP,
         "zero_allow_untested_optimizer": True,
     }
@@ -183,7 +183,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             base_weights = case.get("base_weights")
             loaded = assembly.load_as(config, Path(case["files"]), dtype, base_weights, process)
         stage = config.get("zero_optimization", {}).get("stage", 0)
-        model = build(case["method"], loaded, divided=stage == 3, dtype=dtype, **chosen)
+        model = build(case["method"], loaded, partitioned=stage == 3, dtype=dtype, **chosen)
     replays: list[int] = []
     if case.get("replayed"):
         replay_passes(model, partial(computed_again, replays))
@@ -199,7 +199,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             config,
             settings,
             offload_optimizer=offload,
-            in_parts=case["method"] == "full",
+            sharded=case["method"] == "full",
             compiled=blocks_of(model) if compiled else (),
         )
     if stage > 1:
@@ -217,7 +217,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         for number in (100, 101):
             engine.rehearse(partial(loss_of, batch=global_batch(number)))
         assert torch.equal(torch.get_rng_state(), generator)
-    own = GLOBAL_BATCH // process.world
+    own = GLOBAL_BATCH // process.world_size
     losses = []
     for step in range(first, case["steps"]):
         total = torch.zeros((), device=process.device)
@@ -251,10 +251,10 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 saving.save(
                     Path(case["save"]),
                     step + 1,
-                    engine.state.pieces,
+                    engine.state.tensor_shards,
                     engine.state.counters(),
                     process,
-                    in_parts=engine.state.in_parts,
+                    sharded=engine.state.sharded,
                 )
     if case.get("replayed"):
         assert len(replays) == 2 * (case["steps"] * own // micro - 1)
@@ -294,15 +294,15 @@ def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
     torch.manual_seed(process.rank)  # what is to be the same in all processes has a seed of its own
     with patch.multiple(
         bench,
-        start_process=lambda accelerator: process,
-        stop_process=barrier,
+        init_process_group=lambda accelerator: process,
+        destroy_process_group=barrier,
         planned_spec=lambda path: SPEC,
         measure=recorded,
     ):
         result = bench.bench(recipe, asked)
-    assert len(set(map(str, agreement.exchange(result)))) == 1  # the same is told to all
+    assert len(set(map(str, agreement.all_gather_object(result)))) == 1  # the same is told to all
     assert result["samples_per_second"] * result["seconds_per_step"] == pytest.approx(GLOBAL_BATCH)
-    last: list[float] = agreement.exchange(losses)[-1]
+    last: list[float] = agreement.all_gather_object(losses)[-1]
     return last
 
 
@@ -350,12 +350,12 @@ def killed_while_saving(when: list[Any] | None, step: int, rank: int) -> Iterato
 
 
 def main() -> None:
-    from flux2_ds.distributed import barrier, start_process, stop_process
+    from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
 
     torch.set_num_threads(1)
     # Traced, differentiated and divided into passes as ever, but run by torch's own kernels.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
-    process = start_process("cpu")
+    process = init_process_group("cpu")
     for line in sys.stdin:
         folder = Path(line.strip())
         cases = json.loads((folder / "cases.json").read_text())
@@ -363,11 +363,11 @@ def main() -> None:
             run_bench(case["bench"], process) if "bench" in case else run_case(case, process)
             for case in cases
         ]
-        if process.first:
+        if process.is_rank0:
             (folder / "results.json").write_text(json.dumps(results))
         barrier()
         (folder / f"done-{process.rank}").touch()
-    stop_process()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from flux2_ds.config.model_spec import RELEASED
 from flux2_ds.config.recipe import Data, Model, Optimizer, Recipe
 from flux2_ds.engine import optimizers
 from flux2_ds.engine.optimizers import join_blocks
-from flux2_ds.engine.zero_partitions import Fragment
+from flux2_ds.engine.zero_partitions import ZeroPartition
 
 QMAP = create_dynamic_map(signed=True)
 
@@ -57,7 +57,7 @@ def test_checkpoints_take_what_is_planned(name):
     optimizer = optimizers.build(settings, [weight], fused=False)
     optimizer.step()
     if name in optimizers.ELEMENTWISE:
-        whole = Fragment("w", (96, 96), 0, weight.numel(), weight, 0)
+        whole = ZeroPartition("w", (96, 96), 0, weight.numel(), weight, 0)
         state = optimizer.state[weight]
         kinds = optimizers.ELEMENTWISE[name]
         stored = [optimizers.elements(state, kind, whole) for kind in kinds]

@@ -26,11 +26,18 @@ def test_what_a_step_takes_is_said(tmp_path: Path) -> None:
     for name, settings in {
         "streamed": ["--deepspeed", "zero3_offload"],
         "twice": ["--deepspeed", "zero0", "--base_weights", "fp8"],
-        "once": ["--deepspeed", "zero0", "--base_weights", "fp8", "--transposed_base", "false"],
+        "once": [
+            "--deepspeed",
+            "zero0",
+            "--base_weights",
+            "fp8",
+            "--cache_transposed_base",
+            "false",
+        ],
     }.items():
         printed = run("launcher", *common, *settings)
         found[name] = json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])
-    assert found["twice"]["transposed_base"] and not found["once"]["transposed_base"]
+    assert found["twice"]["cache_transposed_base"] and not found["once"]["cache_transposed_base"]
     copy = found["twice"]["peak_gib"] - found["once"]["peak_gib"]
     expected = found["twice"]["predicted_gib"] - found["once"]["predicted_gib"]
     assert copy == pytest.approx(expected, rel=0.1)

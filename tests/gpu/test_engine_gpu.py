@@ -30,11 +30,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_stage_follows_plain_pytorch(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_stage_follows_plain_pytorch(world_size: int, tmp_path: Path) -> None:
     """In processes of their own, because DeepSpeed chooses its accelerator once."""
-    if torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs")
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
     cases = []
     for method, dtype in KINDS:
         for name in STAGES:
@@ -44,9 +44,9 @@ def test_every_stage_follows_plain_pytorch(world: int, tmp_path: Path) -> None:
             cases += [
                 {"method": method, "name": name, "dtype": dtype, "deepspeed": config, "micro": micro,
                  "steps": STEPS}
-                for micro in sorted({1, 4 // world})
+                for micro in sorted({1, 4 // world_size})
             ]  # fmt: skip
-    references, found = train(cases, world, tmp_path)
+    references, found = train(cases, world_size, tmp_path)
     worst: dict[tuple[str, str], float] = {}
     for case, losses in zip(cases, found, strict=True):
         kind = case["method"], case["dtype"]
@@ -55,23 +55,23 @@ def test_every_stage_follows_plain_pytorch(world: int, tmp_path: Path) -> None:
         error = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
         worst[kind] = max(worst.get(kind, 0), error)
         assert error < TOLERANCE[case["dtype"]], (case, error)
-    print(f"{world} GPUs:", {" ".join(kind): f"{error:.1e}" for kind, error in worst.items()})
+    print(f"{world_size} GPUs:", {" ".join(kind): f"{error:.1e}" for kind, error in worst.items()})
 
 
 def train(
-    cases: list[dict[str, Any]], world: int, folder: Path
+    cases: list[dict[str, Any]], world_size: int, folder: Path
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Losses of plain PyTorch for each of KINDS, and of each case in `world` processes with a GPU each."""
+    """Losses of plain PyTorch for each of KINDS, and of each case in `world_size` processes with a GPU each."""
     (folder / "cases.json").write_text(json.dumps([KINDS, STEPS, cases]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    logs = [folder / f"{rank}.log" for rank in range(world)]
+    logs = [folder / f"{rank}.log" for rank in range(world_size)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(folder)],
             cwd=DISTRIBUTED, stdout=log.open("w"), stderr=subprocess.STDOUT,
-            env={**os.environ, **meeting, "DS_ACCELERATOR": "cuda", "WORLD_SIZE": str(world),
+            env={**os.environ, **meeting, "DS_ACCELERATOR": "cuda", "WORLD_SIZE": str(world_size),
                  "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, log in enumerate(logs)
@@ -81,7 +81,7 @@ def train(
             for process in processes:
                 process.kill()
         time.sleep(0.1)
-    assert codes == [0] * world, "\n".join(log.read_text() for log in logs)
+    assert codes == [0] * world_size, "\n".join(log.read_text() for log in logs)
     references, found = json.loads((folder / "losses.json").read_text())
     return references, found
 
@@ -97,7 +97,7 @@ references = [
     for method, dtype in kinds
 ]
 found = [trajectory.run_case(case, process) for case in cases]
-if process.first:
+if process.is_rank0:
     (folder / "losses.json").write_text(json.dumps([references, found]))
 stop_process()
 """

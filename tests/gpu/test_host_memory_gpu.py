@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux2_ds.engine.host_memory import LARGE, lock_pages, place_large_apart
+from flux2_ds.engine.host_memory import LARGE, mmap_large_allocations, pin_in_place
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,15 +15,15 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _apart() -> None:
-    place_large_apart()
+    mmap_large_allocations()
 
 
 @pytest.mark.parametrize("size", [1, 1000, LARGE - 1, LARGE, 3 * LARGE + 12345])
 def test_a_locked_tensor_is_what_it_was(size: int) -> None:
     tensor = torch.randint(0, 256, (size,), dtype=torch.uint8)
     expected, before = tensor.clone(), tensor.data_ptr()
-    lock_pages(tensor)
-    lock_pages(tensor)
+    pin_in_place(tensor)
+    pin_in_place(tensor)
     assert tensor.is_pinned() and torch.equal(tensor, expected)
     assert (tensor.data_ptr() == before) == (size >= LARGE)
     assert torch.equal(tensor.to("cuda", non_blocking=True).cpu(), expected)
@@ -35,7 +35,7 @@ def test_memory_is_unlocked_as_it_is_freed() -> None:
         tensor = torch.empty(8 * LARGE, dtype=torch.uint8)
         address = tensor.data_ptr()
         assert not tensor.is_pinned()
-        lock_pages(tensor)
+        pin_in_place(tensor)
         view = tensor[10:]
         tensor.data = torch.empty(1, dtype=torch.uint8)
         assert view.is_pinned()
@@ -47,7 +47,7 @@ def test_memory_is_unlocked_as_it_is_freed() -> None:
 
 def test_a_copy_from_locked_memory_does_not_wait() -> None:
     tensor, before = torch.empty(1 << 28, dtype=torch.uint8), torch.cuda.Event()
-    lock_pages(tensor)
+    pin_in_place(tensor)
     torch.cuda._sleep(10**9)
     before.record()
     tensor.to("cuda", non_blocking=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux2_ds.distributed import Readback
+from flux2_ds.distributed import AsyncScalar
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ def test_a_number_is_read_once_it_is_there_and_before_what_comes_later() -> None
     value = torch.zeros((), device="cuda")
     torch.cuda._sleep(LONG // 20)
     value.fill_(3)
-    readback, later = Readback(value), torch.cuda.Event()
+    readback, later = AsyncScalar(value), torch.cuda.Event()
     torch.cuda._sleep(LONG)
     value.fill_(4)
     later.record()

@@ -43,8 +43,8 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings of all runs, whose model and shards are made: two shapes, accumulation, evaluation."""
     folder = tmp_path_factory.mktemp("train")
     settings = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(folder / "model"),
-                "--data.shards", str(folder / "shards"), "--data.held_out", "0.2",
-                "--evaluation.every", "3", "--checkpoint.every", "6", "--log.every", "1",
+                "--data.shards", str(folder / "shards"), "--data.validation_fraction", "0.2",
+                "--validation.every", "3", "--checkpoint.every", "6", "--log.every", "1",
                 "--log.wandb", "disabled", "--launch.processes", "1"]  # fmt: skip
     run("launcher", "tiny", "--variant", "klein", "--out", str(folder / "model"))
     run("launcher", "prepare", *settings)
@@ -72,7 +72,7 @@ def expected(
     [
         ("launcher", ["--precision", "fp32"], 1e-4),
         ("flux2_ds.train", ["--precision", "fp16"], 1e-3),
-        ("flux2_ds.train", ["--precision", "fp32", "--activations", "recompute",
+        ("flux2_ds.train", ["--precision", "fp32", "--activation_checkpointing", "full",
                             "--offload_activations", "true"], 1e-4),
         ("flux2_ds.train", ["--precision", "bf16", "--cuda_graphs", "false"], 3e-3),
         ("flux2_ds.train", ["--precision", "bf16"], 3e-3),

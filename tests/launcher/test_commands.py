@@ -64,7 +64,7 @@ def test_commands_for_a_hostfile_carry_the_environment_but_no_secret(monkeypatch
 
 
 def test_command_for_pdsh_is_deepspeeds_own():
-    (command,) = commands(Launch(over="pdsh", hang_after=0), NODES, ["-x"])
+    (command,) = commands(Launch(over="pdsh", hang_timeout_s=0), NODES, ["-x"])
     assert str(command) == (
         "DS_ACCELERATOR=cuda deepspeed --log_level critical --hostfile hostfile --master_port 29501 "
         "--no_local_rank --module flux2_ds.train -x"

@@ -205,13 +205,13 @@ def test_divided_blocks_are_compiled_both_ways_by_a_forward_pass(
     monkeypatch.setattr(
         blocks.torch, "compile", partial(blocks.torch.compile.func, backend=backend)
     )
-    for divided in (True, False):
+    for partitioned in (True, False):
         model = build(BOTH_KINDS)
-        arrange_blocks(model, kept=0, compiled=True, attention=None, divided=divided)
+        arrange_blocks(model, kept=0, compiled=True, attention=None, partitioned=partitioned)
         directions.clear()
         predict(model)
         assert directions.count("forward") == 2
-        assert directions.count("backward") == (2 if divided else 0)
+        assert directions.count("backward") == (2 if partitioned else 0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

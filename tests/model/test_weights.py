@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flux2_ds.errors import UserError
-from flux2_ds.model.load import read_parts, read_weights
+from flux2_ds.model.load import read_partitioned, read_weights
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -17,16 +17,16 @@ SHAPES = {"norm": (5,), "linear": (3, 4)}
 
 
 class Divider:
-    """Leaves of each parameter what ZeRO-3 does in one of `world` processes, with nothing in it yet."""
+    """Leaves of each parameter what ZeRO-3 does in one of `world_size` processes, with nothing in it yet."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
 
     def __call__(self, module: nn.Module) -> None:
         parameter: Any
         for parameter in module.parameters():
             parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
-            size = -(-parameter.numel() // self.world)
+            size = -(-parameter.numel() // self.world_size)
             parameter.ds_tensor = torch.full((size,), 77, dtype=parameter.dtype)
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
@@ -48,10 +48,14 @@ def empty(shapes: dict[str, tuple[int, ...]] = SHAPES) -> nn.Module:
 
 
 def read(
-    model: nn.Module, folder: Path, world: int = 2, rank: int = 0, base_weights: str | None = None
+    model: nn.Module,
+    folder: Path,
+    world_size: int = 2,
+    rank: int = 0,
+    base_weights: str | None = None,
 ) -> nn.Module:
     cpu = torch.device("cpu")
-    read_parts(model, folder, torch.float32, cpu, Divider(world), rank, base_weights)
+    read_partitioned(model, folder, torch.float32, cpu, Divider(world_size), rank, base_weights)
     return model
 
 
@@ -72,25 +76,25 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str
     return tensors
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8, 25])
-def test_the_parts_of_all_processes_are_the_model(tmp_path, world):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 25])
+def test_the_parts_of_all_processes_are_the_model(tmp_path, world_size):
     tensors = write(tmp_path, {**SHAPES, "column": (12, 1), "row": (1, 12), "block": (2, 3, 2)})
     shapes = {name.removesuffix(".weight"): tuple(value.shape) for name, value in tensors.items()}
-    models = [read(empty(shapes), tmp_path, world, rank) for rank in range(world)]
+    models = [read(empty(shapes), tmp_path, world_size, rank) for rank in range(world_size)]
     for name, value in tensors.items():
         assert torch.equal(joined(models, name, value), value), name
 
 
 @pytest.mark.parametrize("base", sorted(BASE_WEIGHTS))
-@pytest.mark.parametrize("world", [1, 2, 3, 9])
-def test_the_parts_of_a_quantised_model_are_those_of_a_whole_one(tmp_path, world, base):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_the_parts_of_a_quantised_model_are_those_of_a_whole_one(tmp_path, world_size, base):
     """Bit for bit, whichever rows a process has read; also where its values and its scales are of
     different rows."""
     shapes = {"norm": (5,), "transformer_blocks.linear": (7, 128), "transformer_blocks.norm": (6,)}
     write(tmp_path, shapes)
     whole = empty(shapes)
     read_weights(whole, tmp_path, torch.float32, torch.device("cpu"), base)
-    models = [read(empty(shapes), tmp_path, world, r, base) for r in range(world)]
+    models = [read(empty(shapes), tmp_path, world_size, r, base) for r in range(world_size)]
     expected = dict(whole.named_parameters())
     assert "transformer_blocks.linear.scale" in expected
     for name, value in expected.items():
@@ -147,9 +151,9 @@ def test_whole_weights_are_divided_after_they_are_read(tmp_path):
     tensors = write(tmp_path)
     model, seen = empty(), []
 
-    def divide(module: nn.Module) -> None:
+    def partition(module: nn.Module) -> None:
         seen.append(next(module.parameters()).detach().clone())
 
-    read_weights(model, tmp_path, torch.float32, torch.device("cpu"), divide=divide)
+    read_weights(model, tmp_path, torch.float32, torch.device("cpu"), partition=partition)
     for found, expected in zip(seen, tensors.values(), strict=True):
         assert torch.equal(found, expected)

@@ -23,7 +23,7 @@ run_dir: run
 seed: {SEED}
 steps: {STEPS}
 precision: fp32
-activations: keep
+activation_checkpointing: none
 model: {{path: model}}
 data:
   images: {ROOT}/examples/photos

@@ -205,7 +205,7 @@ def test_a_killed_machine_is_named_and_the_run_restarts(cluster, work, reference
 def test_a_cut_link_is_named_and_the_run_goes_on_without_the_machine(
     cluster, work, reference, losses
 ):
-    options = ["--launch.hang_after", "8", "--max-restarts", "1", "--elastic"]
+    options = ["--launch.hang_timeout_s", "8", "--max-restarts", "1", "--elastic"]
     run = start(cluster, work, "cut", *options)
     wait_for_step(run, work / "cut", 6)
     cluster.link("down")
@@ -216,7 +216,7 @@ def test_a_cut_link_is_named_and_the_run_goes_on_without_the_machine(
     out = (work / "cut.out").read_text()
     first, second = (machine.name for machine in cluster.machines)
     assert f"is the network of {first}, {second} down?" in out
-    assert "(launch.hang_after is 8)" in out
+    assert "(launch.hang_timeout_s is 8)" in out
     assert f"{second} does not answer over ssh; going on without it" in out
     assert losses(work / "cut") == pytest.approx(reference, rel=1e-5)
     # Nothing is left on the machine that was cut off.

@@ -35,13 +35,19 @@ from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare import __main__ as root
-from flux2_ds.prepare import ledger
+from flux2_ds.prepare import manifest
 from flux2_ds.prepare import pictures as pictures_module
-from flux2_ds.prepare.entries import Entry
+from flux2_ds.prepare.source_images import SourceImage
 
 CAPTIONS = {"a": "a red square", "b": "a wide field", "c": "a red square", "d": "a tall tower"}
 SIZES = {"a": (96, 96), "b": (128, 72), "c": (100, 96), "d": (64, 128)}
-CROP = {"resolution": 64, "bucket_step": 16, "max_aspect": 2.0, "max_upscale": 1.0, "held_out": 0.0}
+CROP = {
+    "resolution": 64,
+    "bucket_step": 16,
+    "max_aspect": 2.0,
+    "max_upscale": 1.0,
+    "validation_fraction": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +379,7 @@ def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
     for number in range(14):
         add_photo(photos, f"more{number}", (96, 96), "a red square")
     shards = tmp_path / "s"
-    recipe = recipe_for(model, photos, shards, held_out=0.3)
+    recipe = recipe_for(model, photos, shards, validation_fraction=0.3)
 
     def split() -> dict[str, bool]:
         index = read_index(shards)
@@ -394,9 +400,9 @@ def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
     assert {name: held for name, held in split().items() if name in before} == before
     assert report(shards)["held_out"] == sum(split().values())
     # The share is met: a name is held out with that probability.
-    names = [Entry("images", f"{n}.png", "", "", Blob("")) for n in range(4000)]
-    assert abs(sum(ledger.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
-    assert all(ledger.is_held_out(e, 0.4) for e in names if ledger.is_held_out(e, 0.3))
+    names = [SourceImage("images", f"{n}.png", "", "", Blob("")) for n in range(4000)]
+    assert abs(sum(manifest.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
+    assert all(manifest.is_held_out(e, 0.4) for e in names if manifest.is_held_out(e, 0.3))
 
 
 def test_pictures_in_tars(model, photos, tmp_path):

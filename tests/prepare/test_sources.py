@@ -12,11 +12,11 @@ from PIL import Image
 from flux2_ds.config.recipe import Data
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.choose import with_captions
-from flux2_ds.prepare.entries import Entry, Skipped
+from flux2_ds.prepare.source_images import Skipped, SourceImage
 from flux2_ds.prepare.sources import find_entries
 
 
-def entries_of(images, scratch: Path, column: str = "text") -> list[Entry]:
+def entries_of(images, scratch: Path, column: str = "text") -> list[SourceImage]:
     return find_entries(images if isinstance(images, dict) else str(images), column, scratch)
 
 
@@ -26,7 +26,7 @@ def picture(path: Path, side: int = 32) -> Path:
     return path
 
 
-def captions(found: list[Entry]) -> dict[str, str | None]:
+def captions(found: list[SourceImage]) -> dict[str, str | None]:
     return {entry.key: entry.caption for entry in found}
 
 

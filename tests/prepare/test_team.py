@@ -22,9 +22,9 @@ from flux2_ds.data.index import read_index
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.prepare import __main__ as root
-from flux2_ds.prepare.entries import Entry, Picture
-from flux2_ds.prepare.ledger import Job
+from flux2_ds.prepare.manifest import Job
 from flux2_ds.prepare.pictures import PictureWorker
+from flux2_ds.prepare.source_images import Picture, SourceImage
 from flux2_ds.prepare.team import PICTURES, Team
 from flux2_ds.prepare.texts import TextWorker
 
@@ -146,8 +146,10 @@ def test_a_machine_with_another_model_or_setting_does_not_encode(model, photos, 
 
 def test_a_job_survives_its_way_to_another_machine():
     blob = Blob("photos/\udcff ü.png", 3, 9)
-    entry = Entry("me", "\udcff ü.png", "1:2", "an ü", blob, None, (30, 40), blob, (blob, blob))
-    plain = Entry("me", "b", "1:2", "b", Blob("b"))
+    entry = SourceImage(
+        "me", "\udcff ü.png", "1:2", "an ü", blob, None, (30, 40), blob, (blob, blob)
+    )
+    plain = SourceImage("me", "b", "1:2", "b", Blob("b"))
     bucket = Bucket(32, 48)
     pictures = [Picture(each, "caption", bucket, 0.25) for each in (entry, plain)]
     job = Job("x.tar", "me", bucket, pictures, held_out=True)

@@ -17,7 +17,7 @@ GOOD = {
 
 
 def test_what_launchers_set() -> None:
-    assert given_ranks(GOOD) == Ranks(rank=3, local_rank=1, world=4)
+    assert given_ranks(GOOD) == Ranks(rank=3, local_rank=1, world_size=4)
     for alone in ({}, {"MASTER_PORT": "29511"}, {"WORLD_SIZE": "1"}):
         assert given_ranks(alone) is None
 
@@ -47,7 +47,7 @@ def test_what_cannot_be(name: str, given: str | None, message: str) -> None:
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch finds it when the first process would listen there."""
-    from flux2_ds.distributed import start_process  # imports DeepSpeed
+    from flux2_ds.distributed import init_process_group  # imports DeepSpeed
 
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
@@ -56,4 +56,4 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
         message = rf"127\.0\.0\.1, port {port}, .* MASTER_PORT \(.*EADDRINUSE.*\)\. They must"
         with pytest.raises(OutageError, match=message):
-            start_process("cpu")
+            init_process_group("cpu")

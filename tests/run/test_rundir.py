@@ -135,7 +135,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(started):
     check_run_dir(
         make_recipe(
             started,
-            activations="keep",
+            activation_checkpointing="none",
             cuda_graphs=False,
             deepspeed="zero3",
             checkpoint=Checkpoint(every=7, keep_last=1),

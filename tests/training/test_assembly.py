@@ -1,7 +1,6 @@
 """What is refused before a model is loaded, and what all processes decide alike."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 
 from flux2_ds.config.memory import GIB, kept_blocks
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.plan import Plan, make_plan
+from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Batch, Data, Launch, Model, Recipe
 from flux2_ds.distributed import Process
-from flux2_ds.engine import zero3 as dividing
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.load import place_weight
@@ -52,7 +50,7 @@ def test_all_processes_keep_as_many_blocks_as_the_fullest_card_allows(
     plan = make_plan(replace(RECIPE, batch=Batch(global_size=2)), 2)
     kept: list[int] = []
     monkeypatch.setattr(assembly, "arrange_blocks", lambda model, **how: kept.append(how["kept"]))
-    monkeypatch.setattr(assembly, "exchange", lambda free: [free, 0.601 * GIB])
+    monkeypatch.setattr(assembly, "all_gather_object", lambda free: [free, 0.601 * GIB])
     model = transformer.new_transformer(spec)
     finish_model(model, spec, plan, Process(0, 2, CPU), 64)
     assert kept == [kept_blocks(spec, plan, 64, 0.601 * GIB)] and kept[0] < spec.blocks
@@ -69,7 +67,7 @@ def test_an_8_bit_base_is_held_transposed_where_the_fullest_card_allows(
         "launch": Launch(accelerator="cpu"),
     }
     plan = make_plan(replace(RECIPE, **changes), 2)
-    monkeypatch.setattr(assembly, "exchange", lambda free: [free, room])
+    monkeypatch.setattr(assembly, "all_gather_object", lambda free: [free, room])
     model = transformer.new_transformer(spec)
     for name, parameter in list(model.named_parameters()):
         place_weight(model, name, parameter.detach(), "fp8")
@@ -82,24 +80,3 @@ def test_an_8_bit_base_is_held_transposed_where_the_fullest_card_allows(
             assert torch.equal(linear.transposed, linear.values.t())
         else:
             assert linear.transposed is None
-
-
-def test_nvme_is_refused_where_nothing_can_be_swapped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def plan_at(place: Path) -> Plan:
-        offload = {"device": "nvme", "nvme_path": str(place)}
-        zero = {"zero_optimization": {"stage": 3, "offload_param": offload}}
-        return make_plan(replace(RECIPE, deepspeed=zero, batch=Batch(global_size=2)), 2)
-
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"nvme_path .*/file/a/.*, where no directory can be made"):
-        check_machine(plan_at(tmp_path / "file" / "a"), CPU)
-
-    def load(builder: Any, verbose: bool) -> None:
-        raise RuntimeError("Unable to JIT load the async_io op\nfor many reasons")
-
-    monkeypatch.setattr(dividing.AsyncIOBuilder, "load", load)
-    message = r"not build \(Unable to JIT load the async_io op\)\. .*libaio-dev.*\"cpu\""
-    with pytest.raises(UserError, match=message):
-        check_machine(plan_at(tmp_path / "a"), CPU)

@@ -13,9 +13,9 @@ import torch
 
 from flux2_ds import train
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.recipe import Batch, Data, Evaluation, Model, Objective, Recipe
+from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe, Validation
 from flux2_ds.data.index import Index, Shard
-from flux2_ds.data.order import Sweep
+from flux2_ds.data.order import ValidationOrder
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.distributed import Process
 from flux2_ds.training.loss import FlowObjective
@@ -65,12 +65,12 @@ class Stand:
 def evaluate(
     held_out: tuple[Path, Index],
     monkeypatch: pytest.MonkeyPatch,
-    world: int = 1,
+    world_size: int = 1,
     micro: int = 1,
     samples: int = 64,
     stratified: bool = False,
 ) -> tuple[float, list[list[torch.Size]]]:
-    """The loss that `world` processes agree on, and the shapes of each one's forward passes."""
+    """The loss that `world_size` processes agree on, and the shapes of each one's forward passes."""
     monkeypatch.setattr("flux2_ds.training.validation.total", lambda value: value)
     folder, index = held_out
     recipe = Recipe(
@@ -79,7 +79,7 @@ def evaluate(
         data=Data(images="unused", shards=str(folder)),
         batch=Batch(global_size=64, micro_size=micro),
         objective=Objective(caption_dropout=1.0, stratified=stratified),
-        evaluation=Evaluation(samples=samples),
+        validation=Validation(samples=samples),
     )
     objective = FlowObjective(
         recipe.objective,
@@ -90,20 +90,20 @@ def evaluate(
         device=CPU,
     )
     loss, shapes = 0.0, []
-    for rank in range(world):
+    for rank in range(world_size):
         model: Any = Stand()
         inputs: Any = SimpleNamespace(
             recipe=recipe,
-            process=Process(rank, world, CPU),
+            process=Process(rank, world_size, CPU),
             held_out=index,
             conditioning=CONDITIONING,
         )
-        evaluation = train.build_evaluation(inputs, model, objective)
-        assert evaluation is not None
+        validation = train.build_validation(inputs, model, objective)
+        assert validation is not None
         before = torch.get_rng_state()
-        part = evaluation.loss()
+        part = validation.loss()
         shapes.append(list(model.shapes))
-        assert evaluation.loss() == part  # nothing is random, and nothing is left behind
+        assert validation.loss() == part  # nothing is random, and nothing is left behind
         assert torch.equal(torch.get_rng_state(), before)
         assert model.dropout.training and model.linear.weight.grad is None
         loss += part
@@ -133,10 +133,12 @@ def test_timesteps_of_few_samples_are_of_the_whole_distribution(held_out, monkey
     assert stratified == plain
 
 
-@pytest.mark.parametrize(("world", "micro"), [(2, 1), (1, 2), (2, 2), (4, 4)])
-def test_processes_and_micro_batches_do_not_change_the_loss(held_out, monkeypatch, world, micro):
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 1), (1, 2), (2, 2), (4, 4)])
+def test_processes_and_micro_batches_do_not_change_the_loss(
+    held_out, monkeypatch, world_size, micro
+):
     alone, _ = evaluate(held_out, monkeypatch)
-    loss, shapes = evaluate(held_out, monkeypatch, world, micro)
+    loss, shapes = evaluate(held_out, monkeypatch, world_size, micro)
     assert loss == pytest.approx(alone, rel=1e-6)
     assert all(each == shapes[0] for each in shapes)  # or ZeRO-3 would wait for ever
     assert {shape[0] for shape in shapes[0]} == {micro}
@@ -148,9 +150,16 @@ def test_fewer_samples_are_taken_from_all_buckets_in_proportion():
     index = Index("klein", 2, {}, {}, shards)
     chosen = []
     for width in (1, 4, 64):
-        sweep = Sweep(index, 12, width)
-        chosen.append([s for n in range(len(sweep)) for s in sweep.batch(n)[1] if s.position < 12])
-        for bucket, samples in map(sweep.batch, range(len(sweep))):
+        validation_order = ValidationOrder(index, 12, width)
+        chosen.append(
+            [
+                s
+                for n in range(len(validation_order))
+                for s in validation_order.batch(n)[1]
+                if s.position < 12
+            ]
+        )
+        for bucket, samples in map(validation_order.batch, range(len(validation_order))):
             assert {shards[sample.shard].bucket for sample in samples} == {bucket}
             assert len(samples) == width
     assert chosen[0] == chosen[1] == chosen[2]

@@ -42,7 +42,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def previews(tiny_model: Path, tiny_spec: Spec, tmp_path: Path) -> Make:
-    """Makes previews of the tiny model as process `rank` of `world`."""
+    """Makes previews of the tiny model as process `rank` of `world_size`."""
     with torch.device("meta"):
         model = transformer.build_transformer(tiny_model)
     read_weights(model, tiny_model / "transformer", torch.float32, CPU, None)
@@ -56,12 +56,12 @@ def previews(tiny_model: Path, tiny_spec: Spec, tmp_path: Path) -> Make:
         yield
         model.train()
 
-    def make(rank: int = 0, world: int = 1, folder: str = "run") -> Previews:
+    def make(rank: int = 0, world_size: int = 1, folder: str = "run") -> Previews:
         arrange_blocks(model, kept=99, compiled=True, attention=None)
         engine: Any = SimpleNamespace(model=model.train(), evaluating=evaluating)
         return Previews(
             engine, SETTINGS, tiny_spec, tiny_model, tmp_path / folder / "previews",
-            Process(rank, world, CPU), prompts, every=2,
+            Process(rank, world_size, CPU), prompts, every=2,
         )  # fmt: skip
 
     return make
@@ -110,7 +110,7 @@ def test_processes_divide_the_prompts_and_make_as_many_passes(previews, tmp_path
 
 
 def test_the_overview_has_the_first_and_the_last_step(previews, tmp_path, monkeypatch):
-    monkeypatch.setattr(Previews, "_render", lambda self, target, moving: None)
+    monkeypatch.setattr(Previews, "_render", lambda self, target, heartbeat: None)
     columns = Mock(return_value=Image.new("RGB", (8, 8)))
     monkeypatch.setattr(preview, "grid", columns)
     made = previews()

@@ -22,7 +22,7 @@ from flux2_ds import distributed as agreement
 from flux2_ds import train
 from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.checkpoint import manager as saving
-from flux2_ds.checkpoint.tensor_store import Piece
+from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import Memory
 from flux2_ds.config.model_files import fingerprint
@@ -58,10 +58,10 @@ INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process group."""
     monkeypatch.setattr(loop, "average", lambda value: value)
-    monkeypatch.setattr(loop, "any_process", lambda flag, device: flag)
+    monkeypatch.setattr(loop, "any_rank", lambda flag, device: flag)
     monkeypatch.setattr(loop, "barrier", lambda: None)
-    monkeypatch.setattr(train, "from_first", lambda value, device: value)
-    monkeypatch.setattr(saving, "exchange", lambda value: [value])
+    monkeypatch.setattr(train, "broadcast_from_rank0", lambda value, device: value)
+    monkeypatch.setattr(saving, "all_gather_object", lambda value: [value])
 
 
 # Starting
@@ -86,7 +86,7 @@ def test_a_second_start_touches_nothing_of_a_running_one(tmp_path, monkeypatch):
 def test_processes_that_read_different_indexes_are_refused(monkeypatch):
     recipe = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
     train.check_same(INDEX, recipe, SECOND)
-    monkeypatch.setattr(train, "from_first", lambda value, device: value + 1)
+    monkeypatch.setattr(train, "broadcast_from_rank0", lambda value, device: value + 1)
     with pytest.raises(UserError, match=r"index of data.shards s on .* is not the first process's"):
         train.check_same(INDEX, recipe, SECOND)
 
@@ -142,11 +142,11 @@ def test_several_processes_look_for_a_stop_when_asked_and_one_alone_when_it_is_n
     monkeypatch.setattr(agreement.distributed, "get_world_size", lambda: processes)
     monkeypatch.setattr(agreement.distributed, "all_reduce", lambda value, op: None)
     flags = {"up": False}
-    answer = agreement.any_process(lambda: flags["up"], torch.device("cpu"))
+    answer = agreement.any_rank(lambda: flags["up"], torch.device("cpu"))
     flags["up"] = True
     assert answer() == late
     monkeypatch.setattr(agreement.distributed, "all_reduce", lambda value, op: value.fill_(1))
-    assert agreement.any_process(lambda: processes == 1, torch.device("cpu"))()
+    assert agreement.any_rank(lambda: processes == 1, torch.device("cpu"))()
 
 
 # The loop
@@ -161,8 +161,8 @@ class StandIn:
         self.losses, self.norms = iter(losses), iter(norms or [1.0] * len(losses))
         self.norm = math.nan
         self.state = SimpleNamespace(
-            in_parts=False,
-            pieces=lambda: [Piece("weights", "a", torch.zeros(1))],
+            sharded=False,
+            tensor_shards=lambda: [TensorShard("weights", "a", torch.zeros(1))],
             counters=lambda: {"updates": 0},
         )
 
@@ -195,9 +195,9 @@ def run_loop(
     steps: int,
     metrics: Any = None,
     policy: Any = "stop",
-    evaluation: Any = None,
+    validation: Any = None,
     previews: Any = None,
-    lookout: Any = None,
+    watchdog: Any = None,
     log_every: int = 1,
     save_every: int = 100,
 ) -> bool:
@@ -216,14 +216,14 @@ def run_loop(
         FIRST,
         recipe,
         StopRequest(folder / "stop"),
-        lookout or Mock(),
+        watchdog or Mock(),
         NonFinite(
             folder / "nonfinite", policy, engine.skips_overflows, lambda s: {"row": s.row}, rank=1
         ),
         first_step=0,
         steps_per_epoch=3,
         run_state={},
-        evaluation=evaluation,
+        validation=validation,
         previews=previews,
     )
 
@@ -243,14 +243,14 @@ def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
 
 
 def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
-    metrics, evaluation = Mock(), SimpleNamespace(every=2, loss=Mock(side_effect=[0.5, 0.4, 0.3]))
-    assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, evaluation=evaluation, log_every=3)
+    metrics, validation = Mock(), SimpleNamespace(every=2, loss=Mock(side_effect=[0.5, 0.4, 0.3]))
+    assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation, log_every=3)
     written = {call.args[0]: call.args[1] for call in metrics.write.call_args_list}
-    found = {step: values.get("evaluation_loss") for step, values in written.items()}
+    found = {step: values.get("validation_loss") for step, values in written.items()}
     assert found == {2: 0.5, 3: None, 4: 0.4, 5: 0.3}
     (tmp_path / "stop").write_text("SIGTERM")
-    evaluation.loss = Mock(side_effect=AssertionError)
-    assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, Mock(), evaluation=evaluation)
+    validation.loss = Mock(side_effect=AssertionError)
+    assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, Mock(), validation=validation)
 
 
 def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
@@ -328,10 +328,10 @@ def test_old_checkpoints_that_stay_do_not_end_a_run(tmp_path, monkeypatch, caplo
 
 
 def test_slow_work_outside_the_step_moves(tmp_path):
-    lookout = Mock()
-    evaluation = SimpleNamespace(every=2, loss=lambda moving: moving() or 0.5)
-    assert run_loop(tmp_path, StandIn([1.0] * 2), 2, evaluation=evaluation, lookout=lookout)
-    places = [call.args for call in lookout.at.call_args_list]
+    watchdog = Mock()
+    validation = SimpleNamespace(every=2, loss=lambda heartbeat: heartbeat() or 0.5)
+    assert run_loop(tmp_path, StandIn([1.0] * 2), 2, validation=validation, watchdog=watchdog)
+    places = [call.args for call in watchdog.heartbeat.call_args_list]
     assert places == [
         *((1, "waiting for data"), (1, "computing"), (1, "agreeing")),
         *((2, "waiting for data"), (2, "computing"), (2, "agreeing")),
@@ -357,11 +357,11 @@ def test_steps_that_the_loss_scaler_skips_are_no_failure(tmp_path):
 def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog):
     write = checkpoint.write_files
 
-    def full(partial: Path, pieces: Any, part: int | None) -> Any:
+    def full(partial: Path, tensor_shards: Any, part: int | None) -> Any:
         if "04" in partial.name or "09" in partial.name:
             (partial / "weights.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(partial, pieces, part)
+        return write(partial, tensor_shards, part)
 
     monkeypatch.setattr(checkpoint, "write_files", full)
     assert run_loop(tmp_path, StandIn([1.0] * 6), 6, save_every=2)
@@ -426,9 +426,9 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
 
 
 def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
-    pieces = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
+    tensor_shards = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
     state = {"updates": step - 1, "index": index.digest, "recipe": recipe_values(recipe)}
-    return write(Path(recipe.run_dir) / "checkpoints", step, pieces, state)
+    return write(Path(recipe.run_dir) / "checkpoints", step, tensor_shards, state)
 
 
 def test_a_new_run_starts_at_the_beginning(tmp_path):
@@ -580,6 +580,6 @@ def test_a_run_that_is_past_its_steps_says_where_it_is(
 
 
 def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "from_first", lambda value, device: 10)
+    monkeypatch.setattr(train, "broadcast_from_rank0", lambda value, device: 10)
     with pytest.raises(UserError, match=r"process 1 does not see .*step_00000010"):
         train.resume(Mock(), recipe_for(tmp_path), INDEX, SECOND)

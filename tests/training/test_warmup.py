@@ -81,9 +81,9 @@ def run(engine: Any, loss: Any = None, recipe: Recipe = RECIPE, **changes: Any) 
         "stopping": lambda: False,
         **changes,
     }
-    lookout = Mock()
-    warm_up(engine, objective, TRAINED, HELD_OUT, make_plan(recipe, 1), lookout=lookout, **given)
-    return lookout
+    watchdog = Mock()
+    warm_up(engine, objective, TRAINED, HELD_OUT, make_plan(recipe, 1), watchdog=watchdog, **given)
+    return watchdog
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -133,7 +133,7 @@ def test_the_longest_samples_come_first_and_each_length_once(caplog):
         return torch.zeros((), requires_grad=True)
 
     with caplog.at_level(logging.INFO, logger="flux2_ds"):
-        lookout = run(Stand(torch.nn.Identity()), loss)
+        watchdog = run(Stand(torch.nn.Identity()), loss)
     assert seen == [
         ("64x48", [(2, 32, 2, 4), (2, 32, 2, 2)]),  # 12 + 2 + 1 tokens
         ("32x32", [(2, 32, 4, 4), (2, 32, 4, 4)]),  # 4 + 4 + 4
@@ -146,9 +146,9 @@ def test_the_longest_samples_come_first_and_each_length_once(caplog):
         "warm-up 3 of 4: 64x32, 32x64, 0 s",
         "warm-up 4 of 4: 64x32 for evaluation, 0 s",
     ]
-    assert [call.args[0] for call in lookout.at.call_args_list] == 4 * [5]
+    assert [call.args[0] for call in watchdog.heartbeat.call_args_list] == 4 * [5]
     assert (
-        lookout.at.call_args_list[1].args[1]
+        watchdog.heartbeat.call_args_list[1].args[1]
         == "warming up for 32x32 with references of several sizes"
     )
 
@@ -164,10 +164,10 @@ def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        ({}, "Set activations: recompute (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
-        ({"activations": "recompute", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
-        ({"activations": 0.5, "method": "full"}, "Set activations: recompute (it is 0.5), or a smaller batch.micro_size (it is 2), or a smaller data"),
-        ({"activations": 0.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
+        ({}, "Set activation_checkpointing: full (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
+        ({"activation_checkpointing": "full", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
+        ({"activation_checkpointing": 0.5, "method": "full"}, "Set activation_checkpointing: full (it is 0.5), or a smaller batch.micro_size (it is 2), or a smaller data"),
+        ({"activation_checkpointing": 1.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
     ],
 )  # fmt: skip
 def test_a_card_that_is_too_small_is_said_before_step_1(change, advice):
@@ -207,6 +207,6 @@ def test_what_is_recorded_is_what_the_training_passes(dtype):
 
 def test_the_advice_names_what_is_at_work():
     error = torch.OutOfMemoryError("no")
-    for spare in ("cuda_graphs", "transposed_base"):
+    for spare in ("cuda_graphs", "cache_transposed_base"):
         advice = warmup.too_small(RECIPE, "64x64", error, [spare])
         assert f"{spare}: false" in advice and advice.count("false") == 1

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from flux2_ds.run import watchdog as lookout
-from flux2_ds.run.watchdog import Failure, Place, diagnose, first_failure, forget
+from flux2_ds.run import watchdog
+from flux2_ds.run.watchdog import Failure, Heartbeat, diagnose, first_failure, forget
 
 PROCESS = """\
 import sys, time
 from pathlib import Path
-from flux2_ds.run import watchdog as lookout
+from flux2_ds.run import watchdog
 from flux2_ds.errors import OutageError, UserError
-lookout._POLL, lookout._BEAT, lookout._SILENT, lookout._GRACE = 0.05, 0.1, 1.0, 0.5
-logs, rank, hang_after, program = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-with lookout.Lookout(logs, rank, 2, hang_after=hang_after) as me:
+watchdog._POLL, watchdog._BEAT, watchdog._SILENT, watchdog._GRACE = 0.05, 0.1, 1.0, 0.5
+logs, rank, hang_timeout_s, program = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+with watchdog.Watchdog(logs, rank, 2, hang_timeout_s=hang_timeout_s) as me:
     while not (logs / f"rank_{1 - rank}.json").exists():
         time.sleep(0.02)
-    me.at(7, "computing")
+    me.heartbeat(7, "computing")
     time.sleep(0.3)  # both know each other
     exec(program)
 """
@@ -33,15 +33,15 @@ LOSES = "time.sleep(0.1); raise RuntimeError('[gloo/pair.cc] Connection closed b
 
 
 def pair(
-    logs: Path, first: str, second: str, hang_after: float = 0.0
+    logs: Path, first: str, second: str, hang_timeout_s: float = 0.0
 ) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(logs), str(rank), str(hang_after), program],
+            [sys.executable, "-c", PROCESS, str(logs), str(rank), str(hang_timeout_s), program],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=Path(lookout.__file__).parents[2],
+            cwd=Path(watchdog.__file__).parents[2],
         )
         for rank, program in enumerate((first, second))
     ]
@@ -83,8 +83,8 @@ def test_another_starts_failure_ends_nothing_and_hides_nothing(tmp_path):
     foreign = """
 from dataclasses import asdict
 import json
-failure = lookout.Failure('rank 1', 'connection refused', 1, time.time(), 'another start')
-(logs / lookout.FAILURE_NAME).write_text(json.dumps(asdict(failure)))
+failure = watchdog.Failure('rank 1', 'connection refused', 1, time.time(), 'another start')
+(logs / watchdog.FAILURE_NAME).write_text(json.dumps(asdict(failure)))
 time.sleep(1)
 """
     codes, outputs = ended(pair(tmp_path, foreign, "time.sleep(1)"))
@@ -109,7 +109,7 @@ def test_all_processes_of_a_start_name_it_alike(monkeypatch, variables, same):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"MASTER_ADDR": "here"} | variables).items():
         monkeypatch.setenv(name, value)
-    assert lookout.this_start() == same
+    assert watchdog.this_start() == same
 
 
 @pytest.mark.parametrize(("kind", "code"), [("ValueError", 1), ("UserError", 2)])
@@ -143,9 +143,9 @@ def test_a_process_that_ends_is_not_missed(tmp_path):
 
 
 def test_the_process_that_the_others_wait_for_is_named(tmp_path):
-    stuck = "me.at(8, 'waiting for data'); time.sleep(60)"
-    waiting = "me.at(8, 'computing'); time.sleep(60)"
-    codes, outputs = ended(pair(tmp_path, waiting, stuck, hang_after=1))
+    stuck = "me.heartbeat(8, 'waiting for data'); time.sleep(60)"
+    waiting = "me.heartbeat(8, 'computing'); time.sleep(60)"
+    codes, outputs = ended(pair(tmp_path, waiting, stuck, hang_timeout_s=1))
     assert codes == [1, 1]
     assert "rank 1 on" in outputs[0]
     assert "waiting for data in step 8: no progress for 1 s" in outputs[0]
@@ -155,18 +155,18 @@ def test_the_process_that_the_others_wait_for_is_named(tmp_path):
 
 def test_a_process_that_moves_keeps_the_others_waiting(tmp_path):
     """One writes a checkpoint for all, tensor by tensor; then it is stuck."""
-    waits = "me.at(8, 'saving'); time.sleep(60)"
-    writes = "for _ in range(30): me.at(8, 'saving'); time.sleep(0.1)\ntime.sleep(60)"
+    waits = "me.heartbeat(8, 'saving'); time.sleep(60)"
+    writes = "for _ in range(30): me.heartbeat(8, 'saving'); time.sleep(0.1)\ntime.sleep(60)"
     started = time.monotonic()
-    codes, (first, _) = ended(pair(tmp_path, waits, writes, hang_after=2))
+    codes, (first, _) = ended(pair(tmp_path, waits, writes, hang_timeout_s=2))
     assert codes == [1, 1]
     assert "saving in step 8: no progress for" in first
     assert time.monotonic() - started > 5  # 3 of writing and 2 of standing still
 
 
 def test_what_belongs_to_no_step_is_no_hang(tmp_path):
-    ends = "me.at(0, 'closing the metrics'); time.sleep(2)"
-    assert ended(pair(tmp_path, ends, ends, hang_after=1)) == ([0, 0], ["", ""])
+    ends = "me.heartbeat(0, 'closing the metrics'); time.sleep(2)"
+    assert ended(pair(tmp_path, ends, ends, hang_timeout_s=1)) == ([0, 0], ["", ""])
 
 
 def test_a_frozen_process_is_named(tmp_path):
@@ -180,10 +180,12 @@ def test_a_frozen_process_is_named(tmp_path):
 
 def test_diagnosis():
     now = time.time()
-    places = [Place(rank, f"node{rank // 2}", 1, 0, 12, "computing", now, now) for rank in range(4)]
+    places = [
+        Heartbeat(rank, f"node{rank // 2}", 1, 0, 12, "computing", now, now) for rank in range(4)
+    ]
     behind, why = diagnose(places, now)
     assert "all 4 processes wait there; is the network of node0, node1 down?" in why
-    behind, why = diagnose([*places[:3], replace(places[3], step=11, doing="saving")], now)
+    behind, why = diagnose([*places[:3], replace(places[3], step=11, phase="saving")], now)
     assert behind.rank == 3 and "stuck" in why
     behind, why = diagnose([replace(places[0], ended=True, step=1), *places[1:]], now)
     assert "all 3 processes" in why
@@ -193,7 +195,7 @@ def test_diagnosis():
 
 def test_an_earlier_start_is_forgotten(tmp_path):
     old = Failure("rank 0", "x", 1, time.time() - 60)
-    (tmp_path / lookout.FAILURE_NAME).write_text(json.dumps(vars(old)))
+    (tmp_path / watchdog.FAILURE_NAME).write_text(json.dumps(vars(old)))
     (tmp_path / "rank_0.json").write_text("{}")
     (tmp_path / "rank_7.json").write_text("{}")
     (tmp_path / "rank_0.log").write_text("kept")

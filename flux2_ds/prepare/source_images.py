@@ -17,7 +17,7 @@ _SAID_BY_NAME = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SourceImage:
     """A picture of a source.
 
     `key` names it within the source and `stamp` changes when the file does. `problem` is the reason
@@ -36,7 +36,7 @@ class Entry:
     references: tuple[Blob, ...] = ()
 
     @staticmethod
-    def of(values: dict[str, Any]) -> Entry:
+    def of(values: dict[str, Any]) -> SourceImage:
         """An entry from `asdict`'s values after their way through JSON."""
         parts = {
             "blob": Blob(**values["blob"]),
@@ -44,7 +44,7 @@ class Entry:
             "mask": values["mask"] and Blob(**values["mask"]),
             "references": tuple(Blob(**each) for each in values["references"]),
         }
-        return Entry(**(values | parts))
+        return SourceImage(**(values | parts))
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class Picture:
     `lost` is the share of it that the crop cuts away; 0 also if it was encoded earlier.
     """
 
-    entry: Entry
+    entry: SourceImage
     caption: str
     bucket: Bucket
     lost: float = 0.0

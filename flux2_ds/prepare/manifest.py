@@ -16,8 +16,8 @@ from typing import Any
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Shard
-from flux2_ds.prepare.entries import Entry, Picture
-from flux2_ds.run.atomic import write_whole
+from flux2_ds.prepare.source_images import Picture, SourceImage
+from flux2_ds.run.atomic import atomic_write_text
 
 FOLDER = "prepared"
 
@@ -62,7 +62,7 @@ class Comparison:
     """
 
     kept: list[Picture]
-    fresh: list[Entry]
+    fresh: list[SourceImage]
     dropped: dict[str, list[int]]
     skipped: dict[str, str]
 
@@ -94,15 +94,15 @@ def read_notes(folder: Path) -> list[Note]:
 def write_note(folder: Path, note: Note) -> None:
     """Remember a finished shard; it is finished when this file is there."""
     (folder / FOLDER).mkdir(exist_ok=True)
-    write_whole(folder / FOLDER / f"{note.shard.name}.json", json.dumps(note_values(note)))
+    atomic_write_text(folder / FOLDER / f"{note.shard.name}.json", json.dumps(note_values(note)))
 
 
-def compare(entries: list[Entry], notes: list[Note]) -> Comparison:
+def compare(source_images: list[SourceImage], notes: list[Note]) -> Comparison:
     """Sort the pictures into those that are encoded, those that are not, and rows without one.
 
     A picture is unchanged if its caption is, and its stamp or, failing that, its bytes.
     """
-    wanted = {(entry.source, entry.key): entry for entry in entries}
+    wanted = {(entry.source, entry.key): entry for entry in source_images}
     kept: list[Picture] = []
     dropped: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
@@ -123,14 +123,14 @@ def compare(entries: list[Entry], notes: list[Note]) -> Comparison:
     return Comparison(kept, list(wanted.values()), dropped, skipped)
 
 
-def of_others(entries: list[Entry], notes: list[Note]) -> bool:
+def of_others(source_images: list[SourceImage], notes: list[Note]) -> bool:
     """Whether shards were made, and of none of these pictures, whatever their captions and companions are now."""
-    present = {(entry.source, entry.key): entry for entry in entries}
+    present = {(entry.source, entry.key): entry for entry in source_images}
     rows = [(present.get((note.shard.source, row.key)), row) for note in notes for row in note.rows]
     return bool(rows) and not any(entry and _same_picture(entry, row) for entry, row in rows)
 
 
-def _same(entry: Entry, row: Row) -> bool:
+def _same(entry: SourceImage, row: Row) -> bool:
     if caption_digest(entry.caption or "") != row.caption:
         return False
     if entry.stamp.partition("|")[2] != row.stamp.partition("|")[2]:  # the companions'
@@ -138,7 +138,7 @@ def _same(entry: Entry, row: Row) -> bool:
     return _same_picture(entry, row)
 
 
-def _same_picture(entry: Entry, row: Row) -> bool:
+def _same_picture(entry: SourceImage, row: Row) -> bool:
     own, own_before = entry.stamp.partition("|")[0], row.stamp.partition("|")[0]
     return own == own_before or (
         own.split(":")[0] == own_before.split(":")[0]
@@ -146,7 +146,7 @@ def _same_picture(entry: Entry, row: Row) -> bool:
     )
 
 
-def is_held_out(entry: Entry, share: float) -> bool:
+def is_held_out(entry: SourceImage, share: float) -> bool:
     """Whether a picture is for evaluation: a function of its name, whatever else there is."""
     digest = hashlib.sha256(f"held out|{entry.name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -16,7 +16,7 @@ from flux2_ds.commands.tiny import make_tiny
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
-from flux2_ds.data.dataset import check_companions, companion_lines
+from flux2_ds.data.dataset import check_masks_and_references, mask_and_reference_lines
 from flux2_ds.data.images import UnreadableImageError, load_cropped, load_mask, load_reference
 from flux2_ds.data.index import Index, Shard, read_index
 from flux2_ds.data.loader import Loader, Share
@@ -69,12 +69,12 @@ def test_companions_are_found_beside_their_pictures(
                 tar.add(path, path.name)
     for _ in range(2):  # what was found in tars is remembered
         found = find_entries(location, "text", tmp_path / "scratch")
-        entries = {Path(entry.key).stem: entry for entry in found}
-        assert entries.keys() == {"a", "b", "c", "d", "other.mask"}
-        assert [name for name in entries if entries[name].mask] == ["a", "c"]
-        assert [len(entries[name].references) for name in "abcd"] == [0, 1, 3, 0]
+        source_images = {Path(entry.key).stem: entry for entry in found}
+        assert source_images.keys() == {"a", "b", "c", "d", "other.mask"}
+        assert [name for name in source_images if source_images[name].mask] == ["a", "c"]
+        assert [len(source_images[name].references) for name in "abcd"] == [0, 1, 3, 0]
         widths = [70] if not packed else []
-        for blob in entries["c"].references:
+        for blob in source_images["c"].references:
             (tmp_path / "one.png").write_bytes(blob.read())
             widths.append(Image.open(tmp_path / "one.png").width)
         assert widths[-3:] == [64, 40, 130]  # by number, not by name
@@ -82,9 +82,9 @@ def test_companions_are_found_beside_their_pictures(
 
 def test_two_masks_are_one_too_many(photos: Path, tmp_path: Path) -> None:
     Image.new("L", (96, 64), 255).save(photos / "a.mask.jpg")
-    entries = {e.key: e for e in find_entries(str(photos), "text", tmp_path / "scratch")}
+    source_images = {e.key: e for e in find_entries(str(photos), "text", tmp_path / "scratch")}
     assert "two masks or references of one name: a.mask.jpg, a.mask.png" in str(
-        entries["a.png"].problem
+        source_images["a.png"].problem
     )
 
 
@@ -243,23 +243,23 @@ def test_what_cannot_be_trained_on_is_refused(
 ) -> None:
     recipe, index, none = recipe_with(micro, masked=masked), index_with(*shards), index_with()
     if message is None:
-        check_companions(recipe, index, none)
+        check_masks_and_references(recipe, index, none)
     else:
         with pytest.raises(UserError, match=message):
-            check_companions(recipe, index, none)
+            check_masks_and_references(recipe, index, none)
 
 
 def test_held_out_references_that_differ_are_refused() -> None:
     held_out = index_with((0, "64x64"), (0, ""))
     with pytest.raises(UserError, match="the held-out pictures of bucket 96x64"):
-        check_companions(recipe_with(2, masked=False), index_with((0, "")), held_out)
+        check_masks_and_references(recipe_with(2, masked=False), index_with((0, "")), held_out)
 
 
 def test_what_is_there_is_said_and_whether_it_is_used() -> None:
     index = index_with((2, "64x64"), (1, "several"))
-    assert companion_lines(recipe_with(1, masked=False), index) == [
+    assert mask_and_reference_lines(recipe_with(1, masked=False), index) == [
         "3 masks, not used: objective.masked_loss is false",
         "reference images of 64x64 px or several sizes",
     ]
-    assert companion_lines(recipe_with(1, masked=True), index)[0] == "3 masks, used"
-    assert companion_lines(recipe_with(1, masked=True), index_with((0, ""))) == []
+    assert mask_and_reference_lines(recipe_with(1, masked=True), index)[0] == "3 masks, used"
+    assert mask_and_reference_lines(recipe_with(1, masked=True), index_with((0, ""))) == []
