@@ -25,10 +25,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 
+from flux2_ds.config.deepspeed_config import read_deepspeed, shipped_configs
 from flux2_ds.config.memory import GIB, checkpoint_bytes
 from flux2_ds.config.model_spec import RELEASED, Spec, spec_here
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.plan import make_plan, read_deepspeed, shipped_configs
+from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import check_prompts, check_shards, read_data
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root

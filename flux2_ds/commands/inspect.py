@@ -22,7 +22,8 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, TARGETS, Spec, read_spec, target_modules
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.recipe import Objective, Recipe, check_ranges
+from flux2_ds.config.recipe import Objective, Recipe
+from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.dataset import check_shards, mask_and_reference_lines, read_data
 from flux2_ds.data.images import check_format, contact_sheet
 from flux2_ds.data.index import Index, is_prepared
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=9,
                         help="Samples in the picture and in the measured statistics.")  # fmt: skip
     recipe, options = parse_recipe(parser)
-    check_ranges(recipe)
+    check_recipe(recipe)
     if options.samples < 1:
         parser.error(f"--samples is {options.samples}; it must be at least 1.")
     if options.picture:

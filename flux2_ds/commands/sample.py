@@ -31,8 +31,8 @@ from flux2_ds.config.memory import GIB, adapter_parameters, base_bytes, renderin
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.plan import check_attention, check_base
-from flux2_ds.config.recipe import Recipe, check_ranges
+from flux2_ds.config.recipe import Recipe
+from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.images import check_format
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
@@ -67,10 +67,8 @@ def main() -> None:
     recipe, options = parse_recipe(parser)
     if options.output is not None:
         check_format("--output", Path(options.output))
-    check_ranges(recipe)
     recipe = trained_recipe(recipe)
-    check_base(recipe)
-    check_attention(recipe)
+    check_recipe(recipe)
     trained = choose_export(recipe, options.step, options.weights)
     step = step_of(trained)
     average = options.weights == "ema"

@@ -1,13 +1,220 @@
-"""What settings refuse of each other, and which have no effect with the others."""
+"""What settings refuse of each other, and which have no effect beside the others."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flux2_ds.config.buckets import bucket_table, resolutions
+from flux2_ds.config.deepspeed_config import OFFLOADS, offload_device
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import Lora, Recipe, Validation, is_url
+from flux2_ds.config.recipe import Data, Lora, Recipe, Validation, is_url
+from flux2_ds.config.settings import check_ranges
+from flux2_ds.errors import UserError
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what is wrong for every command and on any machine."""
+    check_ranges(Recipe, recipe)
+    for problem in _problems(recipe):
+        raise UserError(problem)
+
+
+def check_training(recipe: Recipe, processes: int, zero: dict[str, Any]) -> None:
+    """Refuse what cannot be trained by so many processes with DeepSpeed's `zero_optimization`; the message
+    names the setting, its value and a value that works."""
+    for problem in _training_problems(recipe, processes, zero):
+        raise UserError(problem)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    data, every = recipe.data, recipe.checkpoint.every
+    yield from _secrets(data)
+    if not recipe.preview.prompts:
+        yield "preview.prompts is []; it must have one prompt or more."
+    if recipe.checkpoint.keep_every is not None and recipe.checkpoint.keep_every % every:
+        yield (
+            f"checkpoint.keep_every is {recipe.checkpoint.keep_every}; it must be a multiple of "
+            f"checkpoint.every, which is {every}."
+        )
+    for resolution in resolutions(data.resolution) or [0]:
+        if not bucket_table(resolution, data.bucket_step, data.max_aspect):
+            yield (
+                f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
+                "bucket. The step must not be larger than a resolution."
+            )
+    if data.missing_caption == "fixed" and not data.fixed_caption:
+        yield "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
+    if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
+        yield (
+            f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
+            "auto, or precision: bf16."
+        )
+    base = recipe.base_weights
+    if base is not None and recipe.method == "full":
+        yield (
+            f"base_weights is {base}, but method full trains the base itself. Remove base_weights, or "
+            "set method: lora."
+        )
+    if base == "bf16" and recipe.precision != "bf16":
+        yield (
+            f"base_weights is bf16 and precision {recipe.precision}; an unquantized base has the dtype "
+            "of precision. Remove base_weights, or set precision: bf16."
+        )
+    if base not in (None, "bf16") and recipe.precision == "fp16":
+        yield (
+            f"base_weights is {base} with precision fp16, whose engine would round the weights' scales. "
+            "Set precision: bf16."
+        )
+
+
+def _secrets(data: Data) -> Iterator[str]:
+    """Find passwords, user names of web servers, and queries; `sftp://me@host` has none."""
+    images = {"": data.images} if isinstance(data.images, str) else data.images
+    named = {
+        "data.shards": data.shards,
+        **{f"data.images.{name}".rstrip("."): location for name, location in images.items()},
+        **{f"data.more_shards.{name}": location for name, location in data.more_shards.items()},
+    }
+    for name, location in named.items():
+        if re.search(r"https?://[^/]*@|://[^/]*:[^/]*@", location, re.IGNORECASE):
+            yield (
+                f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
+                "show it. Take it out and give credentials as docs/data.md says under Reading."
+            )
+        # In other stores' names a ? may stand for any character.
+        if re.search(r"https?://[^?]*\?|://[^?]*\?[^/]*=", location, re.IGNORECASE):
+            yield (
+                f"{name} is a URL with a query (?...), such as signed URLs have; logs, recipe.yaml and W&B "
+                "would show it, and it does not name a folder or a .tar. Take it out and give credentials as "
+                "docs/data.md says under Reading."
+            )
+
+
+def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> Iterator[str]:
+    if processes < 1:
+        yield f"the number of processes is {processes}; it must be at least 1."
+    batch, stage = recipe.batch, int(zero.get("stage", 0))
+    per_pass = batch.micro_size * processes
+    if batch.global_size % per_pass:
+        nearest = max(1, round(batch.global_size / per_pass)) * per_pass
+        yield (
+            f"batch.global_size {batch.global_size} is not a multiple of batch.micro_size "
+            f"{batch.micro_size} × {processes} processes = {per_pass}. "
+            f"Set batch.global_size to {nearest}, or change micro_size or the number of processes."
+        )
+    if recipe.precision == "fp16" and recipe.launch.accelerator == "cpu":
+        yield (
+            "precision is fp16, which DeepSpeed does not offer on the CPU. Set precision to bf16 "
+            "or fp32, or launch.accelerator to cuda."
+        )
+    if stage == 0 and (
+        recipe.precision == "fp16" or (recipe.precision == "bf16" and recipe.method == "full")
+    ):
+        yield (
+            f"precision is {recipe.precision} with method {recipe.method}, whose fp32 masters need "
+            "ZeRO, and the deepspeed config has stage 0. Set deepspeed: zero1, which costs nothing "
+            "on one process, or precision: fp32."
+        )
+    yield from _optimizer_problems(recipe, stage, zero)
+    yield from _offload_problems(recipe, stage, zero)
+    for name, reason in (
+        ("cuda_graphs", why_no_cuda_graphs(recipe, stage)),
+        ("cache_transposed_base", why_not_transposed(recipe, stage)),
+    ):
+        if getattr(recipe, name) and reason:
+            yield f"{name} is true, and {reason}. Change that, or remove {name}."
+    if stage == 3 and compiles(recipe) and zero.get("memory_efficient_linear"):
+        yield (
+            "the deepspeed config sets memory_efficient_linear, which cannot be compiled, and the blocks "
+            "are compiled. Remove it, or set compile: false."
+        )
+
+
+def _optimizer_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Iterator[str]:
+    adam = recipe.optimizer
+    if adam.name in ("adafactor", "prodigy", "muon") and stage > 0:
+        reason = {
+            "adafactor": "factors each matrix, and ZeRO flattens the matrices",
+            "muon": "orthogonalizes each matrix, and ZeRO flattens the matrices",
+            "prodigy": "finds one step size from all weights, and ZeRO gives each process a part",
+        }[adam.name]
+        other = "adamw8bit, which needs as little memory and works at every stage"
+        if offload_device(zero, "offload_optimizer") != "none":
+            other = "adamw, which this config keeps in host memory"
+        yield (
+            f"optimizer.name is {adam.name}, which {reason} (stage {stage}). Set deepspeed: zero0, "
+            f"or optimizer.name: {other}."
+        )
+    if adam.name == "muon" and recipe.method != "lora":
+        yield (
+            f"optimizer.name is muon, which updates matrices only, and method {recipe.method} trains "
+            "vectors, too. Set method: lora, or optimizer.name: adamw."
+        )
+    if adam.name == "prodigy" and adam.learning_rate < 0.1:
+        yield (
+            f"optimizer.learning_rate is {adam.learning_rate:g}; Prodigy finds its own step size and "
+            "multiplies it by this. Set it to 1."
+        )
+
+
+def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Iterator[str]:
+    for part in OFFLOADS:
+        device = offload_device(zero, part)
+        if device not in ("none", "cpu"):
+            yield (
+                f"the deepspeed config has {part} on {device!r}, which checkpoints cannot read. "
+                'Set "device": "cpu".'
+            )
+    if offload_device(zero, "offload_param") != "none" and stage != 3:
+        yield (
+            f"the deepspeed config has offload_param at stage {stage}; DeepSpeed moves parameters at "
+            "stage 3 only. Set deepspeed: zero3_offload, or remove offload_param."
+        )
+    optimizer = recipe.optimizer.name
+    if offload_device(zero, "offload_optimizer") != "none" and (optimizer != "adamw" or stage == 0):
+        yield (
+            f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "
+            f"{optimizer}; DeepSpeed offloads its own CPU Adam only, at stages 1 to 3. Set "
+            "optimizer.name: adamw with deepspeed: zero2_offload, or keep adamw8bit_paged with "
+            "deepspeed: zero2, which moves its state to host memory when the card is full."
+        )
+
+
+def compiles(recipe: Recipe) -> bool:
+    """Whether the blocks are compiled: by default on CUDA."""
+    if recipe.compile is not None:
+        return recipe.compile
+    return recipe.launch.accelerator == "cuda"
+
+
+def why_no_cuda_graphs(recipe: Recipe, stage: int) -> str | None:
+    """Why passes cannot be recorded as CUDA graphs, which hold work for the card only."""
+    if recipe.launch.accelerator != "cuda":
+        return f"launch.accelerator is {recipe.launch.accelerator}"
+    if stage == 3:
+        return "the deepspeed config has stage 3, at which Python gathers the weights"
+    if not compiles(recipe):
+        return "the blocks are not compiled (compile is false)"
+    if recipe.method == "full":
+        return "method is full, whose gradients would be held twice"
+    if recipe.offload_activations:
+        return "offload_activations is true"
+    if recipe.lora.dropout:
+        return f"lora.dropout is {recipe.lora.dropout:g}, which each step seeds anew"
+    return None
+
+
+def why_not_transposed(recipe: Recipe, stage: int) -> str | None:
+    """Why a transposed copy of the base would save nothing, or take what was to be saved."""
+    if recipe.base_weights not in ("fp8", "int8"):
+        return f"base_weights is {recipe.base_weights or recipe.precision}, not fp8 or int8"
+    if stage == 3:
+        return "the deepspeed config has stage 3, which shards the base to save memory"
+    return None
+
 
 _TIMESTEPS = {
     "shift": ("shift",),
@@ -16,11 +223,11 @@ _TIMESTEPS = {
     "std": ("flux", "shift", "logit_normal"),
     "mode_scale": ("mode",),
 }
-"""Setting of `objective` -> the `objective.timesteps` that it has a part in."""
+"""Setting of `objective` -> the `objective.timesteps` that use it."""
 
 
 def ignored_settings(recipe: Recipe, spec: Spec | None = None) -> list[str]:
-    """The settings and why. `spec`: of the model, where it is known."""
+    """The settings without effect, and why. `spec`: of the model, where it is known."""
     return [f"{setting} ({reason})" for setting, reason in _ignored(recipe, spec)]
 
 

@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from flux2_ds.config.model_files import fingerprint, model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.recipe import Recipe, check_ranges, is_url
+from flux2_ds.config.recipe import Recipe, is_url
+from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.shards import tensors_in, whole_part
 from flux2_ds.errors import UserError, run_root
@@ -56,7 +57,7 @@ def main() -> None:
     recipe, _ = parse_recipe(
         recipe_parser("flux2-ds prepare", "Encode photographs and captions into shards.")
     )
-    check_ranges(recipe)
+    check_recipe(recipe)
     check_target(recipe.data.shards)
     torch.backends.cudnn.allow_tf32 = False  # fp32 encoding means fp32 on a GPU too
     directory = model_directory(

@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,6 +16,7 @@ import yaml
 
 from flux2_ds.config.plan import Plan
 from flux2_ds.config.recipe import Lora, Recipe, recipe_values
+from flux2_ds.config.settings import changes
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.atomic import PARTIAL, atomic_write_text
 
@@ -23,10 +24,6 @@ log = logging.getLogger("flux2_ds")
 
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
-_FREE = ("run_dir", "accept_changes", "activation_checkpointing", "offload_activations", "attention", "compile",
-         "cuda_graphs", "cache_transposed_base", "deepspeed", "checkpoint", "log", "preview", "launch",
-         "prepare", "validation")  # fmt: skip
-"""Settings that may change between two starts of a run: they do not change what is computed."""
 _BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs", "deepspeed.json", "versions.json"}
 """What a start that was refused or killed may leave."""
 Weights = Literal["trained", "ema"]
@@ -75,12 +72,14 @@ def changed_settings(recipe: Recipe) -> list[str]:
     if newest_step(recipe) == 0 or not stored.is_file():
         return []
     try:
-        before = _identity(yaml.safe_load(stored.read_text()))
+        before = yaml.safe_load(stored.read_text())
+        if missing := {item.name for item in fields(Recipe)} - before.keys():
+            raise KeyError(min(missing))
+        return changes(Recipe, before, recipe_values(recipe))
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error
-    return _differences(before, _identity(recipe_values(recipe)))
 
 
 def write_run_dir(plan: Plan) -> None:
@@ -196,34 +195,6 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
-
-
-def _identity(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is computed, flat."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in _FREE:
-            continue
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            flat[name] = value
-    if flat["optimizer.schedule"] == "constant":
-        flat.pop("steps")
-    # Where the pictures and captions were does not reach the trainer; how the global batch is cut and
-    # read does not change it, nor does what happens where there is no update.
-    for name in ("data.images", "data.caption_column", "data.num_workers", "data.cache", "data.cache_gb",
-                 "batch.micro_size", "optimizer.nonfinite"):  # fmt: skip
-        flat.pop(name, None)
-    return flat
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
 
 
 def hold(path: Path, taken: str, unsure: str) -> IO[str]:

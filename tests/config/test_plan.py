@@ -442,7 +442,7 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
     [
         ({"optimizer.name": "adafactor"}, r"adafactor, which factors .* \(stage 2\).* zero0"),
         ({"optimizer.name": "prodigy"}, r"prodigy, which finds .* \(stage 2\).* zero0"),
-        ({"optimizer.name": "muon"}, r"muon, which orthogonalises .* \(stage 2\).* zero0"),
+        ({"optimizer.name": "muon"}, r"muon, which orthogonalizes .* \(stage 2\).* zero0"),
         (
             {"optimizer.name": "muon", "deepspeed": "zero2_offload"},
             r"muon, which .* \(stage 2\).* optimizer.name: adamw, which this config keeps in host",
