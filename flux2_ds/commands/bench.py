@@ -1,4 +1,9 @@
-"""Bench: the recipe's own training step, with random weights of the true shapes, timed."""
+"""Time the recipe's own training step, on random weights of the true shapes.
+
+    flux2-ds bench --config RECIPE [--width 768 --height 1344] [--against diffusers] [--json]
+
+The image is the recipe's largest unless `--width` and `--height` say otherwise.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from flux2_ds.config.bench_options import add_options, check_options
+from flux2_ds.config.bench_options import add_options, bench_bucket, check_options
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import GIB, Memory
 from flux2_ds.config.model_spec import (
@@ -53,22 +58,20 @@ from flux2_ds.model.load import empty_transformer, fill_randomly
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
 from flux2_ds.run.watchdog import Watchdog
-from flux2_ds.training.build import (
-    build_engine,
-    build_objective,
-    check_machine,
-    finish_model,
-)
+from flux2_ds.training.build import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.step import update
 from flux2_ds.training.warmup import synthetic, too_small
 
 log = logging.getLogger("flux2_ds")
 
+Step = Callable[[], torch.Tensor]
+"""One step; returns its loss."""
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one kind of step, in the slowest process; `peak_bytes` in the one that takes most."""
+    """Seconds of one kind of step on the slowest rank; `peak_bytes` of the rank that takes most."""
 
     first_seconds: float
     seconds: float
@@ -93,7 +96,7 @@ def main() -> None:
     add_options(parser)
     recipe, options = parse_recipe(parser)
     rank, world_size = rank_and_world_size(os.environ)
-    with looking_out(rank, world_size):
+    with watched(rank, world_size):
         if options.json:
             log.setLevel(logging.WARNING)
         result = bench(recipe, options)
@@ -102,23 +105,23 @@ def main() -> None:
 
 
 @contextmanager
-def looking_out(rank: int, world_size: int) -> Iterator[None]:
-    """Of several processes, one's error ends the others and is the only one to be printed, as in training.
+def watched(rank: int, world_size: int) -> Iterator[None]:
+    """Log, and end all processes when one of them fails, as training does.
 
-    Where they log is no run's directory; it stays if one of them fails.
+    The logs are in a temporary directory, which stays if a process fails.
     """
     if world_size == 1:
         set_up_console()
         yield
         return
-    # The launcher is the parent of all of them.
+    # The launcher is the parent of all processes.
     logs = Path(tempfile.gettempdir()) / f"flux2-ds-bench-{os.getppid()}"
     with Watchdog(logs, rank, world_size, hang_timeout_s=0):
         set_up_log(logs, rank)
         yield
     for path in logs.glob(f"rank_{rank}.*"):
         path.unlink()
-    with suppress(OSError):  # others are in it
+    with suppress(OSError):  # another rank's files are still in it
         logs.rmdir()
 
 
@@ -127,7 +130,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     process = init_process_group(recipe.launch.accelerator)
     plan = make_plan(recipe, process.world_size)
     check_options(options, plan)
-    bucket = Bucket(options.height, options.width)
+    bucket = bench_bucket(options, recipe)
     device, on_card = process.device, process.device.type == "cuda"
     if options.card is not None and on_card:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -145,7 +148,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         "offload_activations": recipe.offload_activations,
         "deepspeed": f"ZeRO {plan.zero_stage}"
         + (" offload" if plan.offloads("offload_optimizer") else ""),
-        "picture": str(bucket),
+        "image": str(bucket),
         "processes": process.world_size,
         "global_batch": recipe.batch.global_size,
         "micro_batch": recipe.batch.micro_size,
@@ -153,38 +156,39 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    plain = None
+    log.info(
+        "bench      %s, %s, %s in micro-batches of %d, on %s",
+        *(spec, recipe.method, bucket, recipe.batch.micro_size, result["card"]),
+    )
+
+    def timed(what: str, step: Step) -> Timing:
+        return measure(step, process, options.warm_up, options.measure, what)
+
     if options.against == "diffusers":
         # First, because it leaves nothing behind.
-        plain = measure(
-            diffusers_step(spec, recipe, bucket, device), process, options.warm_up, options.measure
-        )
+        theirs = timed("diffusers' loop", diffusers_step(spec, recipe, bucket, device))
         gc.collect()
     if on_card:
         result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
 
     this = psutil.Process()
-    resident, built = this.memory_info().rss, None
+    resident, built, bare = this.memory_info().rss, None, None
     try:
         built = build(plan, spec, bucket, process)
-        bare = None
         if options.against == "bare":
-            bare = measure(
-                bare_step(built.model, recipe, built.objective, built.batches),
-                process,
-                options.warm_up,
-                options.measure,
+            bare = timed(
+                "bare step", bare_step(built.model, recipe, built.objective, built.batches)
             )
-        timing = measure(built.step, process, options.warm_up, options.measure)
+        timing = timed("step", built.step)
     except torch.OutOfMemoryError as error:
         spare = built.expected.spare if built else []
         raise UserError(too_small(recipe, str(bucket), error, spare)) from error
-    result["cuda_graphs"] = built.expected.records
-    result["cache_transposed_base"] = built.expected.transposes
     samples = recipe.batch.global_size
     work = useful_flops(spec, bucket, recipe.method) * samples / process.world_size
     result |= {
+        "cuda_graphs": built.expected.records,
+        "cache_transposed_base": built.expected.transposes,
         "first_step_seconds": (bare or timing).first_seconds,
         "seconds_per_step": timing.seconds,
         "fastest_seconds_per_step": timing.fastest,
@@ -200,10 +204,11 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
             grown = this.memory_info().rss - resident
             result["host_gib"] = max(all_gather_object(grown)) / GIB
             result["predicted_host_gib"] = built.expected.on_host / GIB
-    if plain is not None:
-        result["diffusers_seconds_per_step"] = plain.seconds * plan.accumulation
-        result["diffusers_peak_gib"] = plain.peak_bytes / GIB
-        result["speedup"] = plain.seconds * plan.accumulation / timing.seconds
+    if options.against == "diffusers":
+        seconds = theirs.seconds * plan.accumulation
+        result["diffusers_seconds_per_step"] = seconds
+        result["diffusers_peak_gib"] = theirs.peak_bytes / GIB
+        result["speedup"] = seconds / timing.seconds
     if bare is not None:
         result["bare_seconds_per_step"] = bare.seconds
         result["engine_cost"] = timing.seconds / bare.seconds - 1
@@ -214,7 +219,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
 
 
 def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
-    """The recipe's step on this process's share of a global batch of noise. Collective."""
+    """The recipe's step on this rank's share of a global batch of noise. Collective."""
     recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
     model = empty_transformer(spec)
@@ -238,102 +243,6 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
         return update(engine, objective, batches, recipe.optimizer.learning_rate)[-1]
 
     return Built(model, objective, batches, expected, step)
-
-
-def measure(step: Step, process: Process, warm_up: int, count: int) -> Timing:
-    """Time `count` steps in a row, the host waiting at the end only, as in training; three times. Collective.
-
-    Several processes begin together.
-    """
-    device, alone = process.device, process.world_size == 1
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def run(steps: int) -> float:
-        wait()
-        if not alone:
-            barrier()
-        start = time.perf_counter()
-        for _ in range(steps):
-            loss = step()
-        wait()
-        seconds = (time.perf_counter() - start) / steps
-        if not math.isfinite(float(loss)):
-            raise UserError(f"the loss of the synthetic steps is {float(loss)}.")
-        return seconds if alone else max(all_gather_object(seconds))
-
-    first = run(1)
-    run(warm_up)
-    runs = [run(count) for _ in range(3)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    if not alone:
-        peak = max(all_gather_object(peak))
-    return Timing(first, statistics.median(runs), min(runs), peak)
-
-
-def useful_flops(spec: Spec, bucket: Bucket, method: str) -> float:
-    """Floating-point operations of one sample's step in the blocks, nothing computed twice.
-
-    The backward pass has as many as the forward pass in the linears, with method full as many again for
-    the weights' gradients, and 2.5 times as many in attention. An adapter's own are not counted.
-    """
-    linear, attention = spec.forward_flops(bucket.tokens)
-    return (3 if method == "full" else 2) * linear + 3.5 * attention
-
-
-def gemm_speed(process: Process) -> float:
-    """TFLOP/s of a bf16 product of 8192³ on the slowest card, all of them at work. Collective."""
-    a, b = (torch.randn(8192, 8192, device=process.device, dtype=torch.bfloat16) for _ in range(2))
-    timing = measure(lambda: (a @ b)[0, 0], process, 5, 10)
-    return 2 * 8192**3 / timing.seconds / 1e12
-
-
-def costliest_kernels(
-    step: Step, path: Path, process: Process, count: int = 10
-) -> list[dict[str, Any]]:
-    """Profile one step, write the first process's trace, and name its costliest kernels. Collective."""
-    if not process.is_rank0:
-        step()
-        return []
-    on_card = process.device.type == "cuda"
-    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        step()
-        if on_card:
-            torch.cuda.synchronize()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
-
-    def cost(event: Any) -> float:
-        return float(event.self_device_time_total if on_card else event.self_cpu_time_total)
-
-    events = sorted(profiler.key_averages(), key=cost, reverse=True)[:count]
-    return [
-        {"kernel": event.key, "calls": event.count, "milliseconds": cost(event) / 1e3}
-        for event in events
-    ]
-
-
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result, for people."""
-    kernels = result.pop("kernels", [])
-    found = [
-        f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}"
-        for name, value in result.items()
-    ]
-    return found + [
-        f"{each['milliseconds']:8.2f} ms {each['calls']:5d} × {each['kernel'][:90]}"
-        for each in kernels
-    ]
-
-
-if __name__ == "__main__":
-    run_root(main)
-
-
-Step = Callable[[], torch.Tensor]
-"""One step; returns its loss."""
 
 
 def bare_step(
@@ -399,3 +308,95 @@ def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.dev
         return loss.detach()
 
     return step
+
+
+def measure(step: Step, process: Process, warm_up: int, count: int, what: str = "") -> Timing:
+    """Time `count` steps in a row, three times. Collective.
+
+    As in training, the host waits for the device at the end only; the ranks begin together. `what`
+    names the step in the progress lines.
+    """
+    device, alone = process.device, process.world_size == 1
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def run(steps: int, purpose: str) -> float:
+        wait()
+        if not alone:
+            barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        wait()
+        seconds = (time.perf_counter() - start) / steps
+        if not math.isfinite(float(loss)):
+            raise UserError(f"the loss of the synthetic steps is {float(loss)}.")
+        seconds = seconds if alone else max(all_gather_object(seconds))
+        if what:
+            log.info("%s, %s: %d × %.3f s", what, purpose, steps, seconds)
+        return seconds
+
+    first = run(1, "first step")
+    run(warm_up, "warm-up")
+    runs = [run(count, f"run {number} of 3") for number in (1, 2, 3)]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    if not alone:
+        peak = max(all_gather_object(peak))
+    return Timing(first, statistics.median(runs), min(runs), peak)
+
+
+def useful_flops(spec: Spec, bucket: Bucket, method: str) -> float:
+    """Floating-point operations of one sample's step in the blocks, recomputation not counted.
+
+    The backward pass of the linears takes as many as their forward pass, with method full as many
+    again for the weights' gradients; that of attention 2.5 times as many. The adapter is not counted.
+    """
+    linear, attention = spec.forward_flops(bucket.tokens)
+    return (3 if method == "full" else 2) * linear + 3.5 * attention
+
+
+def gemm_speed(process: Process) -> float:
+    """TFLOP/s of a bf16 product of 8192³ on the slowest card, all of them at work. Collective."""
+    a, b = (torch.randn(8192, 8192, device=process.device, dtype=torch.bfloat16) for _ in range(2))
+    timing = measure(lambda: (a @ b)[0, 0], process, 5, 10)
+    return 2 * 8192**3 / timing.seconds / 1e12
+
+
+def costliest_kernels(
+    step: Step, path: Path, process: Process, count: int = 10
+) -> list[dict[str, Any]]:
+    """Profile one step, write rank 0's trace, and name its costliest kernels. Collective."""
+    if not process.is_rank0:
+        step()
+        return []
+    on_card = process.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step()
+        if on_card:
+            torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+    def cost(event: Any) -> float:
+        return float(event.self_device_time_total if on_card else event.self_cpu_time_total)
+
+    events = sorted(profiler.key_averages(), key=cost, reverse=True)[:count]
+    return [
+        {"kernel": event.key, "calls": event.count, "milliseconds": cost(event) / 1e3}
+        for event in events
+    ]
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result, for people."""
+    kernels = result.pop("kernels", [])
+    return [
+        f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}"
+        for name, value in result.items()
+    ] + [f"{k['milliseconds']:8.2f} ms {k['calls']:5d} × {k['kernel'][:90]}" for k in kernels]
+
+
+if __name__ == "__main__":
+    run_root(main)

@@ -1,13 +1,15 @@
-"""Tiny FLUX.2 model directories, made offline: what tests and the smoke test train."""
+"""Make tiny FLUX.2 model directories, offline: what tests and the smoke test train.
+
+flux2-ds tiny --out DIR [--variant dev] [--photos FOLDER] [--size mid]
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import nn
@@ -33,10 +35,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from flux2_ds.data.images import UnreadableImageError, load_upright
+from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import flow, latents
 
-TEXT_WIDTH = 32
-VOCABULARY = 512
+POSTERIOR_STD = 0.05
+"""Of the VAE's latents, whatever the image."""
+TEXT_WIDTH, VOCABULARY = 32, 512
 SENTENCES = [
     "A close-up photograph of a cat with green eyes looking past the camera.",
     "A mountain meadow in autumn under a wide blue sky, with yellow grass and distant peaks.",
@@ -57,8 +62,7 @@ MISTRAL_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Of the transformer, and how it is fitted."""
 
     double_blocks: int
@@ -73,6 +77,23 @@ SIZES = {"tiny": Size(2, 3, 4, 32, 250, 2e-3), "mid": Size(4, 8, 8, 128, 1000, 3
 """Widths of 128 and 1024: 2 and 238 million parameters. The second wants a GPU."""
 
 
+def main() -> None:
+    """Entry point of `flux2-ds tiny`."""
+    parser = argparse.ArgumentParser(prog="flux2-ds tiny", description="Make a tiny FLUX.2 model.")
+    parser.add_argument("--variant", choices=["klein", "dev"], default="klein")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the transformer")
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--photos", type=Path, help="folder of images to fit the model to")
+    options = parser.parse_args()
+    try:
+        make_tiny(options.out, options.variant, options.seed, options.photos, options.size)
+    except OSError as error:
+        raise UserError(f"--out {options.out} cannot be written ({error.strerror}).") from error
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
+    print(f"tiny FLUX.2-{options.variant}: {options.out}, {size / 1e6:.1f} MB")
+
+
 def make_tiny(
     directory: Path,
     variant: Literal["klein", "dev"],
@@ -83,27 +104,24 @@ def make_tiny(
     """Write a complete model directory.
 
     The text encoders are as deep as their pipelines' default hidden states need (30 layers for dev,
-    28 for klein) and 32 wide; `size` names the transformer's in `SIZES`.
-
-    Raises:
-        FileExistsError: `directory` is not empty.
+    28 for klein) and 32 wide.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; give a new directory")
+        raise UserError(f"--out {directory} is not empty. Give a new directory.")
+    images = [] if photos is None else load_photos(photos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _klein(SIZES[size]) if variant == "klein" else _dev(SIZES[size])
+        pipeline = (_klein if variant == "klein" else _dev)(SIZES[size])
         vae = pipeline.vae
-        with torch.no_grad():  # a narrow posterior of fixed width: its mean carries the picture
+        with torch.no_grad():  # a narrow posterior of fixed width: its mean carries the image
             vae.quant_conv.weight[32:].zero_()
             vae.quant_conv.bias[32:].fill_(2 * np.log(POSTERIOR_STD))
-        if photos is None:
+        if images:
+            fit_vae(vae, images)
+            fit_transformer(pipeline.transformer, vae, images, *SIZES[size][-2:])
+        else:
             vae.bn.running_mean.normal_(0, 0.5)
             vae.bn.running_var.uniform_(0.5, 2)
-        else:
-            pictures, chosen = load_photos(photos), SIZES[size]
-            fit_vae(vae, pictures)
-            fit_transformer(pipeline.transformer, vae, pictures, chosen.steps, chosen.learning_rate)
     pipeline.save_pretrained(directory, safe_serialization=True)
     if variant == "dev":
         _name_pixtral_processor(directory)
@@ -142,18 +160,11 @@ def _dev(size: Size) -> Flux2Pipeline:
     )
     config = Mistral3Config(
         text_config={"model_type": "mistral", **_language_config(layers=31)},
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        vision_config={"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32,
+                       "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+                       "image_size": 56, "patch_size": 14},
         image_token_index=special.index("[IMG]"),
-    )
+    )  # fmt: skip
     return Flux2Pipeline(
         **_shared_parts(size, guidance=True),
         text_encoder=Mistral3ForConditionalGeneration(config),
@@ -162,9 +173,9 @@ def _dev(size: Size) -> Flux2Pipeline:
 
 
 def _name_pixtral_processor(directory: Path) -> None:
-    """Make the tokenizer directory that of a PixtralProcessor, as in the real model.
+    """Make the tokenizer directory that of a PixtralProcessor, as in the released model.
 
-    Its files are written here because transformers makes the class itself only beside torchvision.
+    The files are written here because transformers has the class only beside torchvision.
     """
     image_processor = {
         "image_processor_type": "PixtralImageProcessor",
@@ -172,15 +183,14 @@ def _name_pixtral_processor(directory: Path) -> None:
         "size": {"longest_edge": 56},
     }
     processor = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
+    index = json.loads((directory / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]
     for name, content in (
         ("tokenizer/processor_config.json", {**processor, "image_processor": image_processor}),
         ("tokenizer/preprocessor_config.json", image_processor),
+        ("model_index.json", index),
     ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    index = directory / "model_index.json"
-    parts = json.loads(index.read_text())
-    parts["tokenizer"] = ["transformers", "PixtralProcessor"]
-    index.write_text(json.dumps(parts, indent=2) + "\n")
 
 
 def _language_config(layers: int) -> dict[str, Any]:
@@ -237,51 +247,21 @@ def _byte_level_bpe(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def main() -> None:
-    """Entry point of `flux2-ds tiny`."""
-    parser = argparse.ArgumentParser(prog="flux2-ds tiny", description="Make a tiny FLUX.2 model.")
-    parser.add_argument("--variant", choices=["klein", "dev"], default="klein")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the transformer")
-    parser.add_argument("--out", type=Path, required=True, help="new directory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--photos", type=Path, help="folder of pictures to fit the VAE to")
-    options = parser.parse_args()
-    try:
-        make_tiny(options.out, options.variant, options.seed, options.photos, options.size)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
-    print(f"tiny FLUX.2-{options.variant}: {options.out}, {size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()
-
-
-POSTERIOR_STD = 0.05
-"""Of the VAE's latents, whatever the picture."""
-
-
 def fit_vae(vae: AutoencoderKLFlux2, photos: list[torch.Tensor], steps: int = 200) -> None:
     """Fit a small VAE to photographs ([3, H, W] in [-1, 1]) and measure its latent statistics.
 
     Plain reconstruction of random 64 px crops, with a little noise on the latents so that their scale
     matters.
     """
-    _start_as_average_colours(vae)
-    adam = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        pictures = _crops(photos, 2, 64)
-        mean = vae.encode(pictures).latent_dist.mode()
-        decoded = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample
-        loss = (decoded - pictures).abs().mean() + (decoded - pictures).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        adam.step()
-        schedule.step()
+    _start_as_average_colors(vae)
+
+    def loss() -> torch.Tensor:
+        crops = _crops(photos, 2, 64)
+        mean = vae.encode(crops).latent_dist.mode()
+        error = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample - crops
+        return error.abs().mean() + error.square().mean()
+
+    _fit(vae, loss, steps, 1e-3, (0.9, 0.95))
     patches = Flux2Pipeline._patchify_latents(_encode(vae, _crops(photos, 32, 128)))
     vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
     vae.bn.running_var.copy_(patches.var((0, 2, 3)))
@@ -294,22 +274,20 @@ def fit_transformer(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Teach a small transformer to denoise the photographs in black and white, without any text; on a GPU
-    if there is one.
+    """Teach a small transformer to denoise the photographs in black and white, without any text; on a
+    GPU if there is one.
 
-    An adapter needs a base that denoises, and something to add to it: here, colour.
+    An adapter needs a base that denoises, and something to add to it: here, color.
     """
     device, batch = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 8
     transformer.to(device)
-    grey = [photo.mean(0, keepdim=True).expand(3, -1, -1) for photo in photos]
-    encoded = torch.cat([_encode(vae, _crops(grey, 16, 128)) for _ in range(16)])
+    gray = [photo.mean(0, keepdim=True).expand(3, -1, -1) for photo in photos]
+    encoded = torch.cat([_encode(vae, _crops(gray, 16, 128)) for _ in range(16)])
     tokens = latents.to_tokens(encoded, *latents.statistics(vae)).to(device)
     text = torch.zeros(batch, 4, transformer.config.joint_attention_dim, device=device)
-    adam = torch.optim.AdamW(transformer.parameters(), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        adam, learning_rate, total_steps=steps, pct_start=0.1
-    )
-    for _ in range(steps):
+    guided = transformer.config.guidance_embeds
+
+    def loss() -> torch.Tensor:
         x0 = tokens[torch.randint(len(tokens), (batch,))]
         noise, t = torch.randn_like(x0), torch.rand(batch, device=device)
         prediction = transformer(
@@ -318,28 +296,43 @@ def fit_transformer(
             timestep=t,
             img_ids=latents.image_ids(128, 128, device),
             txt_ids=latents.text_ids(text.shape[1], device),
-            guidance=torch.ones(batch, device=device)
-            if transformer.config.guidance_embeds
-            else None,
+            guidance=torch.ones(batch, device=device) if guided else None,
         ).sample
-        loss = flow.flow_loss(prediction, flow.velocity(x0, noise))
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        adam.step()
-        schedule.step()
+        return flow.flow_loss(prediction, flow.velocity(x0, noise))
+
+    _fit(transformer, loss, steps, learning_rate, (0.9, 0.999))
     transformer.to("cpu")
 
 
-@torch.no_grad()
-def _encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
-    return vae.encode(pictures).latent_dist.mode()
+def _fit(
+    model: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+) -> None:
+    adam = torch.optim.AdamW(model.parameters(), learning_rate, betas, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        adam, learning_rate, total_steps=steps, pct_start=0.1
+    )
+    for _ in range(steps):
+        value = loss()
+        adam.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        schedule.step()
 
 
 @torch.no_grad()
-def _start_as_average_colours(vae: AutoencoderKLFlux2) -> None:
-    """Let the fit begin as a codec of average colours: 22.1 dB on its photographs after 200
-    steps, where the usual random start gives some grey 18 dB after 300.
+def _encode(vae: AutoencoderKLFlux2, images: torch.Tensor) -> torch.Tensor:
+    return vae.encode(images).latent_dist.mode()
+
+
+@torch.no_grad()
+def _start_as_average_colors(vae: AutoencoderKLFlux2) -> None:
+    """Let the fit begin as a codec of average colors: 22.1 dB on its photographs after 200 steps,
+    where the usual random start gives some gray 18 dB after 300.
 
     Residual branches begin at zero and every convolution as the identity, except the encoder's three
     downsampling ones: these average R, G and B and fill the other channels with orthogonal mixtures.
@@ -370,14 +363,17 @@ def load_photos(folder: Path) -> list[torch.Tensor]:
     """Photographs at two sizes, [3, H, W] in [-1, 1]."""
     photos = []
     for path in sorted(folder.glob("*.[jp][pn]g")):
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        try:
+            image = load_upright(str(path))
+        except UnreadableImageError as error:
+            raise UserError(f"--photos: {path} cannot be read ({error}).") from error
         for short in (128, 256):
             scale = short / min(image.size)
             size = (round(image.width * scale), round(image.height * scale))
             pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
             photos.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
     if not photos:
-        raise FileNotFoundError(f"{folder} holds no .jpg or .png pictures")
+        raise UserError(f"--photos {folder} holds no .jpg or .png images. Give another folder.")
     return photos
 
 
@@ -390,3 +386,7 @@ def _crops(photos: list[torch.Tensor], count: int, side: int) -> torch.Tensor:
         left = int(torch.randint(photo.shape[2] - side + 1, ()))
         crops.append(photo[:, top : top + side, left : left + side])
     return torch.stack(crops)
+
+
+if __name__ == "__main__":
+    run_root(main)

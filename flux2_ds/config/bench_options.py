@@ -5,15 +5,27 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from flux2_ds.config.buckets import Bucket, bucket_table, resolutions
 from flux2_ds.config.plan import Plan
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is timed, and what is told of it."""
     add = parser.add_argument
-    add("--width", type=int, default=1024, help="Of the pictures, in px.")
-    add("--height", type=int, default=1024, help="Of the pictures, in px.")
+    add(
+        "--width",
+        type=int,
+        default=None,
+        help="Of the images, in px. Default: the recipe's largest.",
+    )
+    add(
+        "--height",
+        type=int,
+        default=None,
+        help="Of the images, in px. Default: the recipe's largest.",
+    )
     add("--measure", type=int, default=10, help="Steps in a row that are timed, three times.")
     add("--warm-up", type=int, default=3, help="Steps before them.")
     add("--card", type=float, default=None, help="Use no more than so many GiB of each card.")
@@ -31,15 +43,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="Print one JSON object.")
 
 
+def bench_bucket(options: Any, recipe: Recipe) -> Bucket:
+    """The image that is timed: of the recipe's largest buckets the one nearest to a square, in the width
+    and height that the options give."""
+    data = recipe.data
+    table = bucket_table(resolutions(data.resolution)[0], data.bucket_step, data.max_aspect)
+    largest = max(table, key=lambda bucket: (bucket.tokens, -abs(bucket.width - bucket.height)))
+    width = largest.width if options.width is None else options.width
+    return Bucket(largest.height if options.height is None else options.height, width)
+
+
 def check_options(options: Any, plan: Plan) -> None:
     """Refuse options that do not go together, or not with the plan.
 
     Raises:
         UserError: naming the option and what to do.
     """
-    if options.width % 16 or options.height % 16 or min(options.width, options.height) < 16:
+    bucket = bench_bucket(options, plan.recipe)
+    if bucket.width % 16 or bucket.height % 16 or min(bucket.width, bucket.height) < 16:
         raise UserError(
-            f"--width {options.width} and --height {options.height} must be multiples of 16."
+            f"--width {bucket.width} and --height {bucket.height} must be multiples of 16."
         )
     if options.measure < 1 or options.warm_up < 1:
         raise UserError(

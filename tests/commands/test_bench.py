@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_ds.commands import bench
-from flux2_ds.config.bench_options import add_options
+from flux2_ds.config.bench_options import add_options, bench_bucket
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS, TOKEN_CHANNELS, Spec
 from flux2_ds.config.recipe import Data, Launch, Model, Recipe
@@ -44,6 +44,22 @@ def test_useful_products(tiny_spec: Spec, method: str) -> None:
     # Embedders, modulation and output, which are not counted as useful, are 2 % of the tiny model.
     useful = bench.useful_flops(tiny_spec, bucket, method) - 3.5 * attention
     assert useful == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "expected"),
+    [
+        ({}, [], "1024x1024"),
+        ({"resolution": [512, 768], "bucket_step": 96}, [], "768x768"),
+        ({"resolution": 160, "bucket_step": 32}, ["--height", "64"], "160x64"),
+        ({"resolution": 100, "bucket_step": 48}, [], "96x96"),
+    ],
+)
+def test_the_image_is_the_recipes_largest_unless_told_otherwise(data, options, expected) -> None:
+    parser = ArgumentParser()
+    add_options(parser)
+    recipe = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s", **data))
+    assert str(bench_bucket(parser.parse_args(options), recipe)) == expected
 
 
 def test_a_card_that_is_too_small_is_answered_with_settings(
