@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from flux2_ds.config.memory import Memory
+from flux2_ds.config.memory import Memory, out_of_memory
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import captures
 from flux2_ds.config.recipe import Recipe, recipe_values
@@ -55,7 +55,7 @@ from flux2_ds.training.build import (
 from flux2_ds.training.inputs import Inputs, read_inputs, resume, say_plan
 from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.stop import StopRequest
-from flux2_ds.training.warmup import too_small, warm_up
+from flux2_ds.training.warmup import warm_up
 
 log = logging.getLogger("flux2_ds")
 
@@ -192,7 +192,8 @@ def run(
         )
     except torch.OutOfMemoryError as error:
         # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
-        raise OutageError(too_small(recipe, "a step", error, expected.spare)) from error
+        message = out_of_memory(recipe, "step", "a step", error, expected.spare)
+        raise OutageError(message) from error
     if metrics is not None:
         watchdog.heartbeat(0, "closing the metrics")
         metrics.close()

@@ -19,11 +19,10 @@ from flux2_ds.config.model_spec import planned_spec, spec_here
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
-from flux2_ds.data.dataset import build_order, check_prompts, check_shards, read_data
+from flux2_ds.data.dataset import build_order, check_run, read_data
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
-from flux2_ds.run.metrics import check_wandb
-from flux2_ds.run.run_dir import check_run_dir, lock_run_dir
+from flux2_ds.run.run_dir import lock_run_dir
 from launcher.doctor import examine
 from launcher.host_checks import check_zero
 from launcher.hosts import Hosts, check_gpus, check_programs, count_gpus, find_hosts
@@ -310,15 +309,8 @@ def check_inputs(recipe: Recipe, data: tuple[Index, Index] | None) -> None:
 
     A model that is not in a local directory yet is recognised when it has been fetched.
     """
-    check_run_dir(recipe)
-    check_wandb(recipe.log.wandb)
-    for path in recipe.preview.references:  # without `every` they are `sample`'s alone
-        if recipe.preview.every is not None and not Path(path).is_file():
-            raise UserError(f"preview.references: {path} does not exist.")
     spec = spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
-    if data is not None:
-        check_shards(*data, spec, Path(recipe.model.path) if spec else None, recipe)
-        check_prompts(recipe)
+    check_run(recipe, data, spec, Path(recipe.model.path) if spec else None)
     check_zero(recipe)
 
 

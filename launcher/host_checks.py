@@ -31,10 +31,9 @@ from flux2_ds.config.model_spec import RELEASED, Spec, spec_here
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import check_prompts, check_shards, read_data
+from flux2_ds.data.dataset import read_data, run_checks
 from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
 from flux2_ds.run.run_dir import (
-    check_run_dir,
     checkpoint_steps,
     checkpoints_directory,
     existing_parent,
@@ -174,8 +173,6 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     plan = refuses("recipe", lambda: make_plan(recipe, processes))
     if plan is not None:
         findings.ok("recipe", plan.lines()[1].removeprefix("batch").strip())
-    refuses("run_dir", lambda: check_run_dir(recipe))
-
     model, before = Path(recipe.model.path), len(findings.lines)
     spec = refuses(
         "model", lambda: spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
@@ -190,16 +187,12 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
 
     data = refuses("shards", lambda: read_data(recipe))
     if data is not None:
-        index, held_out = data
-        findings.facts["shards"] = index.digest
-
-        def fitting() -> str:
-            check_shards(index, held_out, spec, directory, recipe)
-            return f"{index.samples} samples in {len(index.shards)} shards"
-
-        if text := refuses("shards", fitting):
-            findings.ok("shards", text)
-        refuses("previews", lambda: check_prompts(recipe))
+        findings.facts["shards"] = data[0].digest
+    for name, check in run_checks(recipe, data, spec, directory).items():
+        before = len(findings.lines)
+        refuses(name, check)
+        if name == "shards" and data is not None and len(findings.lines) == before:
+            findings.ok("shards", f"{data[0].samples} samples in {len(data[0].shards)} shards")
 
     if recipe.log.wandb == "online":
         if os.environ.get("WANDB_API_KEY") or has_netrc_key():

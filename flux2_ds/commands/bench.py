@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux2_ds.config.bench_options import add_options, bench_bucket, check_options
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.memory import GIB, Memory
+from flux2_ds.config.memory import GIB, Memory, out_of_memory
 from flux2_ds.config.model_spec import (
     TEXT_TOKENS,
     TOKEN_CHANNELS,
@@ -61,7 +61,7 @@ from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.step import update
-from flux2_ds.training.warmup import synthetic, too_small
+from flux2_ds.training.warmup import synthetic
 
 log = logging.getLogger("flux2_ds")
 
@@ -183,7 +183,10 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         timing = timed("step", built.step)
     except torch.OutOfMemoryError as error:
         spare = built.expected.spare if built else []
-        raise UserError(too_small(recipe, str(bucket), error, spare)) from error
+        message = out_of_memory(recipe, "step", str(bucket), error, spare)
+        raise UserError(message) from error
+    result["cuda_graphs"] = built.expected.records
+    result["cache_transposed_base"] = built.expected.transposes
     samples = recipe.batch.global_size
     work = useful_flops(spec, bucket, recipe.method) * samples / process.world_size
     result |= {

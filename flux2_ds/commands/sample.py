@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import psutil
 import torch
@@ -27,7 +28,15 @@ from diffusers import Flux2Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux2_ds.config.memory import GIB, adapter_parameters, base_bytes, rendering_bytes
+from flux2_ds.config.memory import (
+    GIB,
+    Doing,
+    adapter_parameters,
+    advice,
+    base_bytes,
+    out_of_memory,
+    rendering_bytes,
+)
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
@@ -48,7 +57,9 @@ from flux2_ds.training.previews import Prompt, as_prompt, grid, open_reference, 
 log = logging.getLogger("flux2_ds")
 
 _PARTS = ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
-TEXT, MODEL, PICTURE = "text encoder", "transformer", "picture"
+TEXT: Final = "text encoder"
+MODEL: Final = "transformer"
+PICTURE: Final = "picture"
 """What memory must hold, one after the other; a picture with the transformer."""
 
 
@@ -160,7 +171,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_room(recipe: Recipe, part: str, needed: float, free: float) -> None:
+def check_room(recipe: Recipe, part: Doing, needed: float, free: float) -> None:
     """Refuse what memory cannot hold, before anything is loaded; in bytes.
 
     Raises:
@@ -169,12 +180,12 @@ def check_room(recipe: Recipe, part: str, needed: float, free: float) -> None:
     if needed > free:
         raise UserError(
             f"{described(recipe, part)} takes at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
-            f"are free. {remedies(recipe, part)}"
+            f"are free. {advice(recipe, part)}"
         )
 
 
 @contextmanager
-def enough_memory(recipe: Recipe, part: str) -> Iterator[None]:
+def enough_memory(recipe: Recipe, part: Doing) -> Iterator[None]:
     """What `check_room` counts is the least that is needed; the card may still be too small.
 
     Raises:
@@ -183,10 +194,8 @@ def enough_memory(recipe: Recipe, part: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the card's memory is not enough: {described(recipe, part)} "
-            f"({str(error).splitlines()[0]}). {remedies(recipe, part)}"
-        ) from error
+        message = out_of_memory(recipe, part, described(recipe, part), error)
+        raise UserError(message) from error
 
 
 def described(recipe: Recipe, part: str) -> str:
@@ -200,25 +209,6 @@ def described(recipe: Recipe, part: str) -> str:
         preview = recipe.preview
         return f"a picture of {preview.width}x{preview.height} px over the {MODEL} with {held}"
     return f"the {MODEL} with {held}"
-
-
-def remedies(recipe: Recipe, part: str) -> str:
-    """What to change if memory is not enough for a part."""
-    ways = []
-    if part == TEXT:
-        if recipe.prepare.text_weights != "nf4":
-            ways.append("--prepare.text_weights nf4")
-        if recipe.prepare.text_device != "cpu":
-            ways.append("--prepare.text_device cpu")
-    else:
-        if part == PICTURE:
-            ways.append("smaller --preview.width and --preview.height")
-            if recipe.preview.references:
-                ways.append("fewer --preview.references")
-        if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):
-            ways.append("--base_weights nf4")
-    larger = "un sample on a larger machine with the same run_dir."
-    return f"Set {' or '.join(ways)}, or r{larger}" if ways else f"R{larger}"
 
 
 def choose_export(recipe: Recipe, step: int | None, weights: Weights = "trained") -> Path:

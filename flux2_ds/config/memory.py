@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from flux2_ds.config.model_spec import (
     DOUBLE_LINEARS,
@@ -345,3 +347,56 @@ def expanded_bytes(spec: Spec, base_weights: str | None) -> int:
     """Bytes of the widest weight as the product reads it."""
     product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
     return 9 * spec.width**2 * product.get(base_weights or "", 0)
+
+
+Doing = Literal["step", "text encoder", "transformer", "picture"]
+
+
+def out_of_memory(
+    recipe: Recipe, doing: Doing, what: str, error: Exception, spare: Sequence[str] = ()
+) -> str:
+    """Say that the card's memory was not enough for `what`, and what to change; `error` is torch's."""
+    reason = str(error).splitlines()[0]
+    return f"the card's memory is not enough for {what} ({reason}). {advice(recipe, doing, spare)}"
+
+
+def advice(recipe: Recipe, doing: Doing, spare: Sequence[str] = ()) -> str:
+    """Say what to change if memory is not enough for what is done. `spare`: settings that may become false."""
+    preview, prepare, micro = recipe.preview, recipe.prepare, recipe.batch.micro_size
+    base = recipe.base_weights or recipe.precision
+    smaller_base = recipe.method != "full" and not base.startswith("nf4")
+    checkpointing = recipe.activation_checkpointing
+    all_checkpointed = checkpointing in ("full", 1.0)
+    ways = {
+        "step": [
+            (not all_checkpointed, f"activation_checkpointing: full (it is {checkpointing})"),
+            (all_checkpointed and not recipe.offload_activations, "offload_activations: true"),
+            *((True, f"{setting}: false") for setting in spare),
+            (micro > 1, f"a smaller batch.micro_size (it is {micro})"),
+            (smaller_base, f"base_weights: {'nf4' if base in ('fp8', 'int8') else 'fp8 or nf4'}"),
+            (True, "a smaller data.resolution, prepared anew"),
+        ],
+        "text encoder": [
+            (prepare.text_weights != "nf4", "prepare.text_weights: nf4"),
+            (prepare.text_device != "cpu", "prepare.text_device: cpu"),
+        ],
+        "transformer": [(smaller_base, "base_weights: nf4")],
+        "picture": [
+            (True, "smaller preview.width and preview.height"),
+            (bool(preview.references), "fewer preview.references"),
+            (smaller_base, "base_weights: nf4"),
+        ],
+    }[doing]
+    chosen = [text for holds, text in ways if holds]
+    change = f"Set {', or '.join(chosen)}" if chosen else ""
+    if doing == "step":
+        return f"{change}. `flux2-ds plan` lists what fits."
+    larger = "un sample on a larger machine with the same run_dir."
+    return f"{change}, or r{larger}" if change else f"R{larger}"
+
+
+PREVIEW_ADVICE = (
+    "Set smaller preview.width and preview.height, or cuda_graphs: false, or cache_transposed_base: false, "
+    "or remove preview.every."
+)
+"""What to change if memory is not enough for the previews of a training."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flux2_ds.config.model_spec import Spec
@@ -13,6 +15,8 @@ from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
+from flux2_ds.run.metrics import check_wandb
+from flux2_ds.run.run_dir import check_run_dir
 
 
 def recordable(plan: Plan, index: Index) -> Plan:
@@ -83,6 +87,38 @@ def build_order(recipe: Recipe, index: Index) -> Order:
     return Order(index, recipe.batch.global_size, recipe.seed, data.shuffle_window, data.weights)
 
 
+def check_run(
+    recipe: Recipe,
+    data: tuple[Index, Index] | None,
+    spec: Spec | None,
+    directory: Path | None,
+) -> None:
+    """Refuse what a training cannot start with. All that start one ask this, before processes start or in each.
+
+    `data`, `spec` and `directory`, the model's, are None while they are not known: nothing is prepared, or the
+    model is yet to be fetched.
+    """
+    for check in run_checks(recipe, data, spec, directory).values():
+        check()
+
+
+def run_checks(
+    recipe: Recipe,
+    data: tuple[Index, Index] | None,
+    spec: Spec | None,
+    directory: Path | None,
+) -> dict[str, Callable[[], None]]:
+    """The checks of `check_run` by what they look at, for those that report each."""
+    checks: dict[str, Callable[[], None]] = {
+        "run_dir": partial(check_run_dir, recipe),
+        "wandb": partial(check_wandb, recipe.log.wandb),
+        "previews": partial(check_previews, recipe, directory, prepared=data is not None),
+    }
+    if data is not None:
+        checks["shards"] = partial(check_shards, *data, spec, directory, recipe)
+    return checks
+
+
 def check_shards(
     index: Index, held_out: Index, spec: Spec | None, directory: Path | None, recipe: Recipe
 ) -> None:
@@ -108,20 +144,25 @@ def check_shards(
         log.info("not on this machine, so not compared with the shards: %s", ", ".join(unchecked))
 
 
-def check_prompts(recipe: Recipe) -> None:
-    """Refuse previews of a prompt that has not been encoded.
-
-    Raises:
-        UserError: naming the first such prompt.
-    """
+def check_previews(recipe: Recipe, directory: Path | None, *, prepared: bool) -> None:
+    """Refuse previews while training of what is not there: references, the model's parts, encoded prompts."""
     if recipe.preview.every is None:
         return
-    known = encoded_prompts(recipe.data.shards)
+    for path in recipe.preview.references:
+        if not Path(path).is_file():
+            raise UserError(f"preview.references: {path} does not exist.")
+    known = encoded_prompts(recipe.data.shards) if prepared else recipe.preview.prompts
     for prompt in recipe.preview.prompts:
         if prompt not in known:
             raise UserError(
                 f"preview.every is set, and {join(recipe.data.shards, PROMPTS_NAME)} has no prompt "
                 f"{prompt!r}. Run `flux2-ds prepare` with this recipe, which adds it, or remove "
+                "preview.every."
+            )
+    for part in ("vae", "scheduler"):
+        if directory is not None and not (directory / part).is_dir():
+            raise UserError(
+                f"preview.every is set, and model.path {directory} has no {part}. Add it, or remove "
                 "preview.every."
             )
 

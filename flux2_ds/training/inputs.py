@@ -14,7 +14,7 @@ from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import build_order, check_shards, mask_and_reference_lines, read_data
+from flux2_ds.data.dataset import build_order, check_run, mask_and_reference_lines, read_data
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning
@@ -25,11 +25,10 @@ from flux2_ds.distributed import (
 from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.optimizers import compatible
 from flux2_ds.errors import UserError
-from flux2_ds.run.metrics import check_wandb
 from flux2_ds.run.run_dir import (
     checkpoints_directory,
 )
-from flux2_ds.training.previews import check_previews
+from flux2_ds.training.previews import open_reference
 
 log = logging.getLogger("flux2_ds")
 
@@ -66,10 +65,10 @@ def read_inputs(recipe: Recipe, process: Process) -> Inputs:
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     index, held_out = read_data(recipe)
     check_same(index, recipe, process)
-    check_shards(index, held_out, spec, directory, recipe)
+    check_run(recipe, (index, held_out), spec, directory)
     if recipe.preview.every is not None:
-        check_previews(recipe, directory)
-    check_wandb(recipe.log.wandb)
+        for path in recipe.preview.references:
+            open_reference(path)
     conditioning = read_conditioning(recipe.data.shards, index)
     order = build_order(recipe, index)
     return Inputs(plan, process, directory, spec, index, held_out, order, conditioning)

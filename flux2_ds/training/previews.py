@@ -13,9 +13,9 @@ import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
 
+from flux2_ds.config.memory import PREVIEW_ADVICE
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import Preview, Recipe
-from flux2_ds.data.dataset import check_prompts
+from flux2_ds.config.recipe import Preview
 from flux2_ds.data.images import UnreadableImageError, caption_font, load_upright
 from flux2_ds.distributed import Process, barrier
 from flux2_ds.engine.engine import Engine
@@ -28,23 +28,6 @@ _COLUMNS, _THUMBNAIL = 8, 256
 
 Rendered = list[tuple[str, Path]]
 """Prompts and their pictures."""
-
-
-def check_previews(recipe: Recipe, directory: Path) -> None:
-    """Refuse, before the model is loaded, what no preview can be made of.
-
-    Raises:
-        UserError: a prompt that has not been encoded, a reference image, or a model without VAE.
-    """
-    check_prompts(recipe)
-    for path in recipe.preview.references:
-        open_reference(path)
-    for part in ("vae", "scheduler"):
-        if not (directory / part).is_dir():
-            raise UserError(
-                f"preview.every is set, and model.path {directory} has no {part}. Add it, or remove "
-                "preview.every."
-            )
 
 
 class Previews:
@@ -95,10 +78,9 @@ class Previews:
             size = f"{self._settings.width}x{self._settings.height}"
             reason = f"previews of {size} cannot be made ({str(error).splitlines()[0]})"
             if step == 0:
-                raise UserError(
-                    f"{reason}. If memory is short, lower preview.width and preview.height or set cuda_graphs: "
-                    "false, cache_transposed_base: false; or remove preview.every."
-                ) from error
+                full = isinstance(error, torch.OutOfMemoryError)
+                remedy = PREVIEW_ADVICE if full else "Free some space, or remove preview.every."
+                raise UserError(f"{reason}. {remedy}") from error
             log.warning("step %d: %s; training goes on", step, reason)
 
     @torch.no_grad()

@@ -18,10 +18,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.memory import GIB, Memory, not_yet_allocated
+from flux2_ds.config.memory import GIB, Memory, not_yet_allocated, out_of_memory
 from flux2_ds.config.model_spec import TEXT_TOKENS, TOKEN_CHANNELS
 from flux2_ds.config.plan import Plan, compiles
-from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
@@ -95,7 +94,9 @@ def warm_up(
                 torch.cuda.synchronize(device)
             del reserved
         except torch.OutOfMemoryError as error:
-            raise UserError(too_small(recipe, names, error, expected.spare)) from error
+            what = f"{names} in micro-batches of {recipe.batch.micro_size}"
+            message = out_of_memory(recipe, "step", what, error, expected.spare)
+            raise UserError(message) from error
         log.info(
             "warm-up %d of %d: %s%s, %.0f s",
             number,
@@ -127,26 +128,6 @@ def describe(shard: Shard) -> str:
     several = shard.references == "several"
     references = "references of several sizes" if several else f"references {shard.references}"
     return f"{shard.bucket} with {references}" if shard.references else str(shard.bucket)
-
-
-def too_small(recipe: Recipe, names: str, error: Exception, spare: Sequence[str]) -> str:
-    """What to change if the card's memory is not enough. `spare`: settings that may become false."""
-    ways = []
-    if recipe.activation_checkpointing not in ("full", 1.0):
-        ways.append(f"activation_checkpointing: full (it is {recipe.activation_checkpointing})")
-    elif not recipe.offload_activations:
-        ways.append("offload_activations: true")
-    ways += [f"{setting}: false" for setting in spare]
-    if recipe.batch.micro_size > 1:
-        ways.append(f"a smaller batch.micro_size (it is {recipe.batch.micro_size})")
-    if recipe.method != "full" and not (recipe.base_weights or "").startswith("nf4"):
-        base = recipe.base_weights or recipe.precision
-        ways.append(f"base_weights: {'nf4' if base in ('fp8', 'int8') else 'fp8 or nf4'}")
-    ways.append("a smaller data.resolution, prepared anew")
-    return (
-        f"the card's memory is not enough for {names} in micro-batches of {recipe.batch.micro_size} "
-        f"({str(error).splitlines()[0]}). Set {', or '.join(ways)}. `flux2-ds plan` lists what fits."
-    )
 
 
 def compiled_graphs() -> int:

@@ -245,16 +245,16 @@ def test_what_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
     sample.check_room(recipe, "transformer", 60 << 30, 60 << 30)
     text = {"prepare": Prepare(text_weights="nf4")}
     for changes, part, told in (
-        ({"base_weights": "fp8"}, "transformer", r"base_weights fp8 .*Set --base_weights nf4, or"),
+        ({"base_weights": "fp8"}, "transformer", r"base_weights fp8 .*Set base_weights: nf4, or"),
         (
             {"base_weights": "nf4"},
             "transformer",
             r"base_weights nf4 .* free\. Run sample on a larger",
         ),
         ({"method": "full"}, "transformer", r"precision fp32 .* free\. Run sample on a larger"),
-        ({"prepare": Prepare(text_weights="int8")}, "text encoder", "int8 .*text_weights nf4 or"),
-        (text, "text encoder", r"Set --prepare\.text_device cpu, or run"),
-        ({}, "picture", r"96x64 px .*Set smaller --preview\.width .* or --base_weights nf4, or"),
+        ({"prepare": Prepare(text_weights="int8")}, "text encoder", "int8 .*text_weights: nf4, or"),
+        (text, "text encoder", r"Set prepare\.text_device: cpu, or run"),
+        ({}, "picture", r"96x64 px .*Set smaller preview\.width .* or base_weights: nf4, or"),
     ):
         changed = dataclasses.replace(recipe, **changes)
         size = r"takes at least 32\.0 GiB, and 23\.5 GiB are free"
@@ -267,9 +267,9 @@ def test_what_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("encode_prompts", r"the text encoder .* 9 GiB\)\. Set --prepare\.text_weights nf4"),
-        ("load_transformer", r"the transformer with .* 9 GiB\)\. Set --base_weights nf4"),
-        ("render", r"a picture of 96x64 px over .* 9 GiB\)\. Set smaller --preview\.width"),
+        ("encode_prompts", r"the text encoder .* 9 GiB\)\. Set prepare\.text_weights: nf4"),
+        ("load_transformer", r"the transformer with .* 9 GiB\)\. Set base_weights: nf4"),
+        ("render", r"a picture of 96x64 px over .* 9 GiB\)\. Set smaller preview\.width"),
     ],
 )
 def test_a_card_that_is_too_small_after_all(
@@ -291,7 +291,7 @@ def test_a_card_that_is_too_small_after_all(
 
     monkeypatch.setattr(sample, where, full)
     monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(UserError, match=f"the card's memory is not enough: {message}"):
+    with pytest.raises(UserError, match=f"the card's memory is not enough for {message}"):
         sample.main()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", [*command, "--launch.accelerator", "cuda"])

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Data, Model, Preview, Recipe
+from flux2_ds.data.dataset import check_previews
 from flux2_ds.data.index import PROMPTS_NAME
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
@@ -25,7 +26,7 @@ from flux2_ds.model.activation_checkpointing import arrange_blocks
 from flux2_ds.model.load import read_weights
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.training import previews as preview
-from flux2_ds.training.previews import Previews, as_prompt, check_previews
+from flux2_ds.training.previews import Previews, as_prompt
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "a dog", "a red house"]
@@ -144,16 +145,16 @@ def test_what_cannot_be_previewed_is_refused_before_the_model_is_loaded(tmp_path
         preview=Preview(every=5, prompts=["a cat", "a dog"]),
     )
     with pytest.raises(UserError, match=r"no prompt 'a cat'\. Run `flux2-ds prepare`"):
-        check_previews(recipe, tmp_path)
+        check_previews(recipe, tmp_path, prepared=True)
     save_file({"a cat": torch.zeros(2)}, tmp_path / PROMPTS_NAME)
     with pytest.raises(UserError, match=r"no prompt 'a dog'"):
-        check_previews(recipe, tmp_path)
+        check_previews(recipe, tmp_path, prepared=True)
     save_file({"a cat": torch.zeros(2), "a dog": torch.zeros(2)}, tmp_path / PROMPTS_NAME)
     with pytest.raises(UserError, match=r"model\.path .* has no vae"):
-        check_previews(recipe, tmp_path)
+        check_previews(recipe, tmp_path, prepared=True)
     (tmp_path / "vae").mkdir()
     (tmp_path / "scheduler").mkdir()
-    check_previews(recipe, tmp_path)
+    check_previews(recipe, tmp_path, prepared=True)
 
 
 def test_pictures_of_an_earlier_start_are_not_in_the_overview(previews, tmp_path):

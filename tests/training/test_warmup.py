@@ -15,7 +15,7 @@ import torch
 from test_blocks import BOTH_KINDS, build
 
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.memory import Memory
+from flux2_ds.config.memory import Memory, out_of_memory
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
 from flux2_ds.data.index import Index, Shard
@@ -208,5 +208,5 @@ def test_what_is_recorded_is_what_the_training_passes(dtype):
 def test_the_advice_names_what_is_at_work():
     error = torch.OutOfMemoryError("no")
     for spare in ("cuda_graphs", "cache_transposed_base"):
-        advice = warmup.too_small(RECIPE, "64x64", error, [spare])
+        advice = out_of_memory(RECIPE, "step", "64x64", error, [spare])
         assert f"{spare}: false" in advice and advice.count("false") == 1
