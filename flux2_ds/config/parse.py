@@ -38,6 +38,11 @@ RENAMED = {
     "data.held_out": "data.validation_fraction",
     "data.readers": "data.num_workers",
     "evaluation": "validation",
+    "objective.timesteps": "objective.timestep_sampling",
+    "objective.mean": "objective.logit_mean",
+    "objective.std": "objective.logit_std",
+    "prepare.text_batch": "prepare.text_batch_size",
+    "prepare.image_batch": "prepare.image_batch_size",
     "launch.hang_after": "launch.hang_timeout_s",
 }
 """Settings that had another name once."""

@@ -107,7 +107,7 @@ class Prepare:
     text_weights: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
     """Weights of the text encoder. int8 and nf4 are bitsandbytes'. `auto`: bf16, in which it was
     trained, unless `precision` is fp32."""
-    text_batch: Annotated[int, at_least(1)] = 8
+    text_batch_size: Annotated[int, at_least(1)] = 8
     """Captions encoded at once."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the VAE. fp32 is what the latents deserve; bf16 is faster."""
@@ -115,7 +115,7 @@ class Prepare:
     """Encode the pictures of a batch one after the other: less memory."""
     vae_tiling: bool = False
     """Encode large pictures in overlapping tiles: less memory, slightly other latents."""
-    image_batch: Annotated[int, at_least(1)] = 4
+    image_batch_size: Annotated[int, at_least(1)] = 4
     """Pictures encoded at once."""
     reference_resolution: Annotated[int, between(PIXELS_PER_TOKEN, 16384)] = 1024
     """Reference images of more than this many px squared are made smaller; in px. Inference uses
@@ -156,21 +156,21 @@ class Batch:
 class Objective:
     """Flow matching."""
 
-    timesteps: Literal["flux", "uniform", "logit_normal", "shift", "mode"] = "flux"
+    timestep_sampling: Literal["flux", "uniform", "logit_normal", "shift", "mode"] = "flux"
     """Distribution of t. `flux`: logit-normal, shifted by the number of image tokens. `shift`: the
-    same with the fixed `shift`. `logit_normal`: sigmoid(N(mean, std²)). `uniform`: U(0, 1). `mode`: more of
-    the middle by `mode_scale`."""
+    same with the fixed `shift`. `logit_normal`: sigmoid(N(logit_mean, logit_std²)). `uniform`: U(0, 1).
+    `mode`: more of the middle by `mode_scale`."""
     stratified: bool = False
     """Share the distribution out among the samples of a global batch instead of drawing each t
     independently: a less noisy loss."""
-    mean: float = 0.0
+    logit_mean: float = 0.0
     """Mean of the normal under the sigmoid."""
-    std: Annotated[float, POSITIVE] = 1.0
+    logit_std: Annotated[float, POSITIVE] = 1.0
     """Standard deviation of the normal under the sigmoid."""
     shift: Annotated[float, POSITIVE] = 3.0
-    """s in t' = s·t / (1 + (s-1)·t), with `timesteps: shift`."""
+    """s in t' = s·t / (1 + (s-1)·t), with `timestep_sampling: shift`."""
     mode_scale: Annotated[float, between(-1, 1.75)] = 1.29
-    """With `timesteps: mode`, between -1 (more of the ends) and 1.75 (more of the middle)."""
+    """With `timestep_sampling: mode`, between -1 (more of the ends) and 1.75 (more of the middle)."""
     max_shift_tokens: Annotated[int, at_least(1)] = 4096
     """Number of image tokens at which the `flux` shift stops growing."""
     guidance: Annotated[float, NOT_NEGATIVE] = 1.0

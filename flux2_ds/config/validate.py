@@ -219,11 +219,11 @@ def why_not_transposed(recipe: Recipe, stage: int) -> str | None:
 _TIMESTEPS = {
     "shift": ("shift",),
     "max_shift_tokens": ("flux",),
-    "mean": ("flux", "shift", "logit_normal"),
-    "std": ("flux", "shift", "logit_normal"),
+    "logit_mean": ("flux", "shift", "logit_normal"),
+    "logit_std": ("flux", "shift", "logit_normal"),
     "mode_scale": ("mode",),
 }
-"""Setting of `objective` -> the `objective.timesteps` that use it."""
+"""Setting of `objective` -> the `objective.timestep_sampling` that use it."""
 
 
 def ignored_settings(recipe: Recipe, spec: Spec | None = None) -> list[str]:
@@ -236,8 +236,8 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
     if recipe.method == "full" and recipe.lora != Lora():
         yield "lora", "method is full"
     for name, used_by in _TIMESTEPS.items():
-        if _given(objective, name) and objective.timesteps not in used_by:
-            yield f"objective.{name}", f"timesteps is {objective.timesteps}"
+        if _given(objective, name) and objective.timestep_sampling not in used_by:
+            yield f"objective.{name}", f"timestep_sampling is {objective.timestep_sampling}"
     if _given(objective, "guidance") and spec is not None and not spec.guidance:
         yield "objective.guidance", f"{spec.variant} has no guidance input"
     for name in ("betas", "eps"):

@@ -80,18 +80,18 @@ def stratified(z: torch.Tensor, places: Sequence[int], of: int) -> torch.Tensor:
 
 def timesteps(z: torch.Tensor, settings: Objective, image_tokens: int) -> torch.Tensor:
     """t by the recipe's `objective` for pictures of `image_tokens` tokens."""
-    match settings.timesteps:
+    match settings.timestep_sampling:
         case "uniform":
             return uniform(z)
         case "mode":
             return mode(z, settings.mode_scale)
-    t = logit_normal(z, settings.mean, settings.std)
+    t = logit_normal(z, settings.logit_mean, settings.logit_std)
     return shifted(t, shift_of(settings, image_tokens))
 
 
 def shift_of(settings: Objective, image_tokens: int) -> float:
     """s of the distribution at this number of tokens; 1 where it has none."""
-    match settings.timesteps:
+    match settings.timestep_sampling:
         case "flux":
             return flux_shift(image_tokens, settings.max_shift_tokens)
         case "shift":

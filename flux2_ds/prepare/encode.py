@@ -119,7 +119,7 @@ def encode_texts(encoding: Encoding, team: Team, captions: set[str], report: Rep
     if not missing:
         return
     make, devices = encoding.worker(CAPTIONS), encoding.devices(CAPTIONS)
-    batches = list(in_chunks(missing, encoding.recipe.prepare.text_batch))
+    batches = list(in_chunks(missing, encoding.recipe.prepare.text_batch_size))
     with tqdm(desc="captions", total=len(missing), unit="txt") as progress:
         for long in team.run(CAPTIONS, make, devices, batches, progress):
             report.long_captions |= long

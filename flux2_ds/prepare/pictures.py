@@ -113,9 +113,9 @@ class PictureWorker:
 
     def _batches(self, pictures: list[Picture]) -> Iterator[list[Decoded]]:
         """Decoded batches in order; threads decode the next while one is encoded."""
-        batches = list(in_chunks(pictures, self._settings.image_batch))
+        batches = list(in_chunks(pictures, self._settings.image_batch_size))
         resolution = self._settings.reference_resolution
-        ahead = 1 + -(-self._settings.decode_threads // self._settings.image_batch)
+        ahead = 1 + -(-self._settings.decode_threads // self._settings.image_batch_size)
         with ThreadPoolExecutor(self._settings.decode_threads) as threads:
             waiting = [
                 [threads.submit(decode, p, resolution) for p in batch] for batch in batches[:ahead]

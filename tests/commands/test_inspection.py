@@ -103,7 +103,7 @@ def test_shards_of_another_recipe_are_refused(prepared, monkeypatch, capsys) -> 
 
 @pytest.mark.parametrize("kind", ["flux", "uniform"])
 def test_the_histogram_is_that_of_the_distribution(kind: str) -> None:
-    settings = Objective(timesteps=kind)  # type: ignore[arg-type]
+    settings = Objective(timestep_sampling=kind)  # type: ignore[arg-type]
     line = inspection.timestep_line(settings, Bucket(1024, 1024), 3)
     bars = line.split(": 0 ")[1].split(" 1")[0]
     assert len(bars) == 20

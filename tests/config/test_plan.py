@@ -78,7 +78,7 @@ def test_no_processes_are_refused(processes):
 
 AT_LEAST_ONE = (
     "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard "
-    "prepare.processes prepare.text_batch prepare.image_batch prepare.decode_threads "
+    "prepare.processes prepare.text_batch_size prepare.image_batch_size prepare.decode_threads "
     "data.shuffle_window data.num_workers validation.every validation.samples "
     "checkpoint.every checkpoint.keep_last "
     "checkpoint.keep_every log.every launch.processes preview.steps preview.every "
@@ -96,7 +96,7 @@ OUT_OF_RANGE = [
     *(("data.validation_fraction", value) for value in (-0.1, 0.6)),
     *(("data.resolution", value) for value in (48, 0, -1024, [1024, 48])),
     *(("objective.caption_dropout", value) for value in (-0.1, 1.1)),
-    *((name, 0.0) for name in ("objective.shift", "objective.std", "lora.alpha")),
+    *((name, 0.0) for name in ("objective.shift", "objective.logit_std", "lora.alpha")),
     *(("lora.dropout", value) for value in (-0.1, 1.0)),
     *(("optimizer.learning_rate", value) for value in (0.0, float("nan"))),
     *((f"optimizer.{name}", -1) for name in ("warmup_steps", "max_grad_norm")),
@@ -329,7 +329,7 @@ def test_plan_says_the_arithmetic():
     ("changes", "ignored"),
     [
         ({}, []),
-        ({"lora.rank": 4, "objective.mean": 0.5, "objective.max_shift_tokens": 64}, []),
+        ({"lora.rank": 4, "objective.logit_mean": 0.5, "objective.max_shift_tokens": 64}, []),
         ({"lora.rank": 4, "method": "full"}, ["lora (method is full)"]),
         ({"method": "full"}, []),
         ({"offload_activations": True}, []),
@@ -337,15 +337,22 @@ def test_plan_says_the_arithmetic():
             {"offload_activations": True, "activation_checkpointing": "none"},
             ["offload_activations (activation_checkpointing is none)"],
         ),
-        ({"objective.shift": 2.0}, ["objective.shift (timesteps is flux)"]),
-        ({"objective.shift": 2.0, "objective.timesteps": "shift"}, []),
+        ({"objective.shift": 2.0}, ["objective.shift (timestep_sampling is flux)"]),
+        ({"objective.shift": 2.0, "objective.timestep_sampling": "shift"}, []),
         (
-            {"objective.std": 2.0, "objective.mean": 1.0, "objective.timesteps": "uniform"},
-            [f"objective.{name} (timesteps is uniform)" for name in ("mean", "std")],
+            {
+                "objective.logit_std": 2.0,
+                "objective.logit_mean": 1.0,
+                "objective.timestep_sampling": "uniform",
+            },
+            [
+                f"objective.{name} (timestep_sampling is uniform)"
+                for name in ("logit_mean", "logit_std")
+            ],
         ),
         (
-            {"objective.max_shift_tokens": 64, "objective.timesteps": "logit_normal"},
-            ["objective.max_shift_tokens (timesteps is logit_normal)"],
+            {"objective.max_shift_tokens": 64, "objective.timestep_sampling": "logit_normal"},
+            ["objective.max_shift_tokens (timestep_sampling is logit_normal)"],
         ),
         ({"data.fixed_caption": "a"}, ["data.fixed_caption (missing_caption is error)"]),
         ({"data.fixed_caption": "a", "data.missing_caption": "fixed"}, []),

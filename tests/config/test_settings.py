@@ -66,6 +66,10 @@ def test_a_setting_that_a_stored_recipe_does_not_have_is_a_change():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_every_number_is_finite(value):
-    recipe = replace(RECIPE, objective=replace(RECIPE.objective, mean=value))  # which has no range
-    with pytest.raises(UserError, match=r"objective.mean is (nan|inf); it must be a finite number"):
+    recipe = replace(
+        RECIPE, objective=replace(RECIPE.objective, logit_mean=value)
+    )  # which has no range
+    with pytest.raises(
+        UserError, match=r"objective.logit_mean is (nan|inf); it must be a finite number"
+    ):
         check_ranges(Recipe, recipe)

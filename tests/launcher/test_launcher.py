@@ -74,7 +74,7 @@ def test_dry_run_prints_the_command_that_would_run(recipe):
     """As installed, in a process of its own."""
     program = Path(sys.executable).with_name("flux2-ds")
     arguments = [
-        *["--config", recipe, "--objective.mean", "-1"],
+        *["--config", recipe, "--objective.logit_mean", "-1"],
         *["--preview.prompts", '["a cat", "b"]', "--steps=9"],
     ]
     argv = [program, "train", "--dry-run", *arguments[:2], "--gpus", "1", *arguments[2:]]
@@ -89,7 +89,11 @@ def test_dry_run_prints_the_command_that_would_run(recipe):
     # The recipe's arguments, in order, without the launcher's own.
     assert deepspeed[deepspeed.index("flux2_ds.train") + 1 :] == arguments
     parsed, _ = parse_recipe(recipe_parser("train", ""), arguments)
-    assert (parsed.steps, parsed.objective.mean, parsed.preview.prompts) == (9, -1, ["a cat", "b"])
+    assert (parsed.steps, parsed.objective.logit_mean, parsed.preview.prompts) == (
+        9,
+        -1,
+        ["a cat", "b"],
+    )
 
 
 def test_gpus_may_be_written_with_an_equals_sign(recipe, monkeypatch, capsys):

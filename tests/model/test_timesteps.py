@@ -29,28 +29,30 @@ def mode_density(t: np.ndarray, scale: float) -> np.ndarray:
 
 
 def density(settings: Objective, tokens: int, t: np.ndarray) -> np.ndarray:
-    if settings.timesteps == "uniform":
+    if settings.timestep_sampling == "uniform":
         return np.ones_like(t)
-    if settings.timesteps == "mode":
+    if settings.timestep_sampling == "mode":
         return mode_density(t, settings.mode_scale)
     flux = 0.5 + 0.65 * (min(tokens, 4096) - 256) / 3840
     # s·t / (1 + (s - 1)·t) adds log s to the logit.
     moved = {"logit_normal": 0.0, "shift": math.log(settings.shift), "flux": flux}
-    return logistic_normal_density(t, settings.mean + moved[settings.timesteps], settings.std)
+    return logistic_normal_density(
+        t, settings.logit_mean + moved[settings.timestep_sampling], settings.logit_std
+    )
 
 
 CASES: list[tuple[dict[str, Any], int]] = [
-    ({"timesteps": "flux"}, 256),
-    ({"timesteps": "flux"}, 4096),
-    ({"timesteps": "flux"}, 9216),
-    ({"timesteps": "flux", "mean": 0.5, "std": 0.7}, 2304),
-    ({"timesteps": "uniform"}, 256),
-    ({"timesteps": "logit_normal"}, 256),
-    ({"timesteps": "logit_normal", "mean": -0.5, "std": 1.4}, 256),
-    ({"timesteps": "shift", "shift": 2.5}, 256),
-    ({"timesteps": "shift", "shift": 0.4, "mean": 0.5}, 256),
-    ({"timesteps": "mode"}, 256),
-    ({"timesteps": "mode", "mode_scale": -0.8}, 256),
+    ({"timestep_sampling": "flux"}, 256),
+    ({"timestep_sampling": "flux"}, 4096),
+    ({"timestep_sampling": "flux"}, 9216),
+    ({"timestep_sampling": "flux", "logit_mean": 0.5, "logit_std": 0.7}, 2304),
+    ({"timestep_sampling": "uniform"}, 256),
+    ({"timestep_sampling": "logit_normal"}, 256),
+    ({"timestep_sampling": "logit_normal", "logit_mean": -0.5, "logit_std": 1.4}, 256),
+    ({"timestep_sampling": "shift", "shift": 2.5}, 256),
+    ({"timestep_sampling": "shift", "shift": 0.4, "logit_mean": 0.5}, 256),
+    ({"timestep_sampling": "mode"}, 256),
+    ({"timestep_sampling": "mode", "mode_scale": -0.8}, 256),
 ]
 
 
@@ -81,16 +83,15 @@ def test_t_rises_with_its_deviate(changes: dict[str, Any], tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "changes"), [
-    ("logit_normal", {"mean": 0.3, "std": 0.8}), ("mode", {"mode_scale": 1.29}), ("none", {}),
+    ("logit_normal", {"logit_mean": 0.3, "logit_std": 0.8}), ("mode", {"mode_scale": 1.29}), ("none", {}),
 ])  # fmt: skip
 def test_diffusers_draws_the_same_from_the_same_numbers(
     scheme: str, changes: dict[str, float]
 ) -> None:
-    named = {"mean": "logit_mean", "std": "logit_std"}
     theirs = compute_density_for_timestep_sampling(
         scheme,
         64,
-        **{named.get(name, name): value for name, value in changes.items()},
+        **changes,
         generator=torch.Generator().manual_seed(2),
     )
     generator = torch.Generator().manual_seed(2)
@@ -101,7 +102,7 @@ def test_diffusers_draws_the_same_from_the_same_numbers(
     if scheme == "mode":
         z = -z  # theirs falls with its random number
     name = "uniform" if scheme == "none" else scheme
-    settings = Objective(timesteps=name, **changes)  # type: ignore[arg-type]
+    settings = Objective(timestep_sampling=name, **changes)  # type: ignore[arg-type]
     torch.testing.assert_close(timesteps.timesteps(z, settings, 256), theirs, rtol=0, atol=1e-6)
 
 

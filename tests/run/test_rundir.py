@@ -144,7 +144,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(started):
             launch=dataclasses.replace(before.launch, processes=4),
             batch=dataclasses.replace(before.batch, micro_size=4),
             data=dataclasses.replace(before.data, images="elsewhere"),
-            prepare=dataclasses.replace(before.prepare, text_batch=1),
+            prepare=dataclasses.replace(before.prepare, text_batch_size=1),
         )
     )
 
