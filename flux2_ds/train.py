@@ -1,4 +1,4 @@
-"""Train: read the recipe, build the parts in order, run the loop.
+"""Train: build the parts, then run the loop.
 
     deepspeed --num_gpus 8 --module flux2_ds.train --config recipes/h100x8.yaml
 
@@ -11,49 +11,36 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from flux2_ds.config.memory import Memory, out_of_memory
+from flux2_ds.config.memory import out_of_memory
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.plan import captures
-from flux2_ds.config.recipe import Recipe, recipe_values
+from flux2_ds.config.plan import captures, learning_rate
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import recordable
-from flux2_ds.distributed import (
-    any_rank,
-    barrier,
-    destroy_process_group,
-    init_process_group,
-)
-from flux2_ds.engine.engine import Engine
+from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
 from flux2_ds.errors import EXIT_STOPPED, OutageError, run_root
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
-from flux2_ds.run.metrics import Metrics
+from flux2_ds.run.metrics import draw_loss_if_missing
 from flux2_ds.run.run_dir import (
     changed_settings,
     check_run_dir,
     lock_run_dir,
     logs_directory,
     stop_file,
-    versions,
     write_run_dir,
 )
 from flux2_ds.run.watchdog import Watchdog
-from flux2_ds.training import loop
-from flux2_ds.training.build import (
-    build_engine,
-    build_loader,
-    build_model,
-    build_objective,
-    build_previews,
-    build_validation,
-    say_memory,
-)
-from flux2_ds.training.inputs import Inputs, read_inputs, resume, say_plan
-from flux2_ds.training.nonfinite import NonFinite
+from flux2_ds.training.build import Run, build_engine, build_model, build_run, log_memory
+from flux2_ds.training.checkpoints import resume
+from flux2_ds.training.inputs import log_plan, read_inputs
+from flux2_ds.training.step import seed_dropout, train_step
 from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.warmup import warm_up
 
@@ -67,11 +54,11 @@ def main() -> None:
     stop = StopRequest(stop_file(recipe))
     stop.listen()
     rank, world_size = rank_and_world_size(os.environ)
-    logs = logs_directory(recipe)
+    logs, timeout = logs_directory(recipe), recipe.launch.hang_timeout_s
     with (
         # Before this start writes to the logs, which the processes of a running one look into.
         lock_run_dir(recipe) if rank == 0 else nullcontext(),
-        Watchdog(logs, rank, world_size, hang_timeout_s=recipe.launch.hang_timeout_s) as watchdog,
+        Watchdog(logs, rank, world_size, hang_timeout_s=timeout) as watchdog,
     ):
         set_up_log(logs, rank)
         finished = train(recipe, stop, watchdog)
@@ -80,124 +67,108 @@ def main() -> None:
 
 
 def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
-    """Train as this process's part of the run; False if it was asked to stop."""
+    """Build the parts of the run in order, then train; False if it was asked to stop."""
+    started = time.perf_counter()
     watchdog.heartbeat(0, "meeting the other processes")
     process = init_process_group(recipe.launch.accelerator)
     inputs = read_inputs(recipe, process)
-    plan, index = inputs.plan, inputs.index
-
-    barrier()  # every process has passed the checks
+    barrier()  # every rank has passed the checks
     if process.is_rank0:
-        say_plan(inputs)
+        log_plan(inputs)
 
     watchdog.heartbeat(0, "loading the model")
-    arranged = recordable(plan, index)
-    if captures(plan) and not captures(arranged):
+    plan = recordable(inputs.plan, inputs.index)
+    if captures(inputs.plan) and not captures(plan):
         log.info("no CUDA graphs: the samples' reference images have several sizes")
-    model, expected = build_model(
-        inputs.directory, inputs.spec, arranged, process, index.largest_tokens
+    model, memory = build_model(
+        inputs.directory, inputs.spec, plan, process, inputs.index.largest_tokens
     )
     engine = build_engine(model, plan)
+
     watchdog.heartbeat(0, "reading the checkpoint")
-    first_step = resume(engine, recipe, index, process)
-    finished = True
-    if first_step < recipe.steps:
-        barrier()  # nothing refuses any more: the run directory may say what it holds now
+    first_step = resume(engine, recipe, inputs.index, process)
+    barrier()  # nothing refuses any more: the run directory may say what it holds now
+    if first_step >= recipe.steps:
+        log_nothing_to_do(recipe, first_step)
         if process.is_rank0:
-            for change in changed_settings(recipe):
-                log.warning("accepted: %s", change)
-            write_run_dir(plan)
-        finished = run(inputs, engine, expected, stop, watchdog, first_step)
-    else:
-        log.info(
-            "nothing to do: the newest checkpoint is of step %d, and steps is %d. To go on, raise steps%s",
-            first_step,
-            recipe.steps,
-            " and set accept_changes: true, because the schedule depends on it"
-            if recipe.optimizer.schedule != "constant"
-            else "",
-        )
-    watchdog.heartbeat(0, "ending")
-    say_memory(expected, process.device)
-    destroy_process_group()  # together: the launcher ends the others as soon as one exits with EXIT_STOPPED
-    return finished
+            draw_loss_if_missing(Path(recipe.run_dir))
+    elif process.is_rank0:
+        for change in changed_settings(recipe):
+            log.warning("accepted: %s", change)
+        write_run_dir(inputs.plan)
 
-
-def run(
-    inputs: Inputs,
-    engine: Engine,
-    expected: Memory,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    first_step: int,
-) -> bool:
-    """Run the loop with its data, objective and metrics; False if a signal ended it.
-
-    Raises:
-        OutageError: the card's memory was not enough for a step.
-    """
-    recipe, process, index = inputs.recipe, inputs.process, inputs.index
-    run_dir, conditioning = Path(recipe.run_dir), inputs.conditioning
-    loader = build_loader(recipe, index, inputs.order, process, conditioning)
-    objective = build_objective(recipe, inputs.spec, conditioning, process.device)
-    warm_up(
-        engine,
-        objective,
-        index,
-        inputs.held_out,
-        inputs.plan,
-        expected=expected,
-        text_dtype=conditioning["empty_text"].dtype,
-        first_step=first_step,
-        watchdog=watchdog,
-        stopping=lambda: any_rank(lambda: stop.seen(process), process.device)(),
-    )
-    metrics = None
-    if process.is_rank0:
-        metrics = Metrics(
-            run_dir,
-            mode=recipe.log.wandb,
-            project=recipe.log.project,
-            config=recipe_values(recipe),
-            resumed_at=first_step,
-        )
+    run = build_run(inputs, engine, first_step, stop, watchdog)
     try:
-        finished = loop.train(
-            engine,
-            loader,
-            objective,
-            metrics,
-            process,
-            recipe,
-            stop,
-            watchdog,
-            NonFinite(
-                run_dir / "nonfinite",
-                recipe.optimizer.nonfinite,
-                engine.skips_overflows,
-                loader.describe,
-                process.rank,
-                skipped=first_step - engine.state.updates(),
-            ),
-            first_step=first_step,
-            steps_per_epoch=inputs.order.steps_per_epoch,
-            run_state={
-                "recipe": recipe_values(recipe),
-                "versions": versions(),
-                "index": index.digest,
-                "processes": process.world_size,
-            },
-            validation=build_validation(inputs, engine, objective),
-            previews=build_previews(inputs, engine),
-        )
+        if first_step < recipe.steps:
+            warm_up(run, inputs, memory)
+        finished = run_steps(run)
     except torch.OutOfMemoryError as error:
         # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
-        message = out_of_memory(recipe, "step", "a step", error, expected.spare)
+        message = out_of_memory(recipe, "step", "a step", error, memory.spare)
         raise OutageError(message) from error
-    if metrics is not None:
-        watchdog.heartbeat(0, "closing the metrics")
-        metrics.close()
+
+    watchdog.heartbeat(0, "ending")
+    if run.metrics is not None:
+        run.metrics.close()
+        seconds = timedelta(seconds=round(time.perf_counter() - started))
+        log.info("%s in %s", "done" if finished else "stopped", seconds)
+        if finished:
+            log.info("next       flux2-ds export --config %s", Path(recipe.run_dir, "recipe.yaml"))
+    log_memory(memory, process.device)
+    # Together: the launcher ends the others as soon as one exits with EXIT_STOPPED.
+    destroy_process_group()
     return finished
+
+
+def run_steps(run: Run) -> bool:
+    """Train from `run.first_step` to the last step; False if the run was asked to stop before it."""
+    recipe, first = run.recipe, run.first_step
+    if first < recipe.steps and run.stop.any_rank(run.process)():
+        log.info("stopped by %s before step %d", run.stop.reason or "another process", first + 1)
+        return False
+    # A start that was killed after a checkpoint may have left its previews unmade.
+    if run.previews and run.cadence.due(first).preview and not run.previews.made(first):
+        run.previews.render(first)
+
+    run.progress.start()
+    for step, micro_batches in run.steps():
+        run.watchdog.heartbeat(step + 1, "computing")
+        stop_requested = run.stop.any_rank(run.process)  # asks now; the answer is read below
+        seed_dropout(recipe.seed, step, run.process.rank)
+        rate = learning_rate(recipe, step)
+        losses = train_step(run.engine, run.objective, micro_batches, rate)
+
+        done = step + 1
+        run.progress.push(done, micro_batches, losses)  # checks the step before
+        run.watchdog.heartbeat(done, "agreeing")
+        stopping = stop_requested()
+        due = run.cadence.due(done, stopping)
+        if due.log or due.checkpoint:
+            values = run.progress.summary(rate)  # raises on a loss that is not finite
+        if due.validation and run.validation:
+            values["validation_loss"] = run.validation.loss(done)
+        if due.log:
+            run.progress.log(done, values)
+        if due.checkpoint:
+            run.checkpoints.save(done, last=due.last)
+        if due.preview and run.previews:
+            run.previews.render(done)
+        if stopping and done < recipe.steps:
+            log.info("stopped by %s after step %d", run.stop.reason or "another process", done)
+            return False
+    return True
+
+
+def log_nothing_to_do(recipe: Recipe, first_step: int) -> None:
+    """Say that the newest checkpoint is past the last step, and what would go on from it."""
+    changed = recipe.optimizer.schedule != "constant"
+    also = " and set accept_changes: true, because the schedule depends on it" if changed else ""
+    log.info(
+        "nothing to do: the newest checkpoint is of step %d, and steps is %d. To go on, raise steps%s",
+        first_step,
+        recipe.steps,
+        also,
+    )
 
 
 if __name__ == "__main__":

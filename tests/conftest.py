@@ -35,15 +35,23 @@ def tiny_spec(tiny_model: Path) -> Spec:
 
 
 @pytest.fixture
-def write_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Saves (kind, name, tensor) triples or `TensorShard`s as one process, without a process group."""
+def process_group() -> Iterator[None]:
+    """This process alone, as a real group over gloo."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def write_checkpoint(process_group: None) -> Callable[..., Path]:
+    """Saves (kind, name, tensor) triples or `TensorShard`s as one process."""
     import torch
 
     from flux2_ds.checkpoint import manager as saving
     from flux2_ds.checkpoint.tensor_store import TensorShard
     from flux2_ds.distributed import Process
-
-    monkeypatch.setattr(saving, "all_gather_object", lambda value: [value])
 
     def write(
         root: Path, step: int, tensor_shards: Iterable[Any], state: dict[str, Any] | None = None

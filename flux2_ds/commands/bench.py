@@ -60,7 +60,7 @@ from flux2_ds.run.logging import set_up_console, set_up_log
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.training.loss import FlowObjective
-from flux2_ds.training.step import update
+from flux2_ds.training.step import train_step
 from flux2_ds.training.warmup import synthetic
 
 log = logging.getLogger("flux2_ds")
@@ -243,7 +243,7 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     ]
 
     def step() -> torch.Tensor:
-        return update(engine, objective, batches, recipe.optimizer.learning_rate)[-1]
+        return train_step(engine, objective, batches, recipe.optimizer.learning_rate)[-1]
 
     return Built(model, objective, batches, expected, step)
 

@@ -38,8 +38,7 @@ from flux2_ds.model import transformer
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.training.build import build_engine, build_loader, build_model, build_objective
-from flux2_ds.training.loop import seed_dropout
-from flux2_ds.training.step import update
+from flux2_ds.training.step import seed_dropout, train_step
 
 log = logging.getLogger("flux2_ds")
 
@@ -116,7 +115,7 @@ class Experiment:
         mode, losses = recipe.base_weights or recipe.precision, []
         for step, micro_batches in enumerate(tqdm(steps, mode, recipe.steps, unit="step")):
             seed_dropout(recipe.seed, step, 0)
-            losses += update(engine, self.objective, micro_batches, learning_rate(recipe, step))
+            losses += train_step(engine, self.objective, micro_batches, learning_rate(recipe, step))
         return torch.stack(losses).view(recipe.steps, -1).mean(1).tolist()
 
     def gradients(self, model: torch.nn.Module) -> Iterator[Tensors]:

@@ -129,6 +129,12 @@ def draw_loss(run_dir: Path) -> Path:
     return path
 
 
+def draw_loss_if_missing(run_dir: Path) -> None:
+    """Make up for a start that was killed between its last step and its end."""
+    if (run_dir / METRICS_NAME).is_file() and not (run_dir / "loss.png").is_file():
+        draw_loss(run_dir)
+
+
 def _start_wandb(run_dir: Path, mode: Mode, project: str, config: dict[str, Any]) -> Any:
     """The W&B run, offline where it cannot be online."""
     import wandb

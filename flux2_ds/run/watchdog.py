@@ -40,7 +40,7 @@ _SILENT = (
     6 * _BEAT
 )  # a process whose thread has not written for so long is frozen, or its host is gone
 _GRACE = 3.0  # s that a process gets to fail by itself after another one's failure
-_PHASES = ("waiting for data", "computing", "agreeing", "evaluating", "rendering", "saving")
+_PHASES = ("waiting for data", "computing", "agreeing", "validating", "rendering", "saving")
 """What a process does within a step, in this order."""
 _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|Socket Timeout", re.I)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from diffusers import Flux2Transformer2DModel
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles
-from flux2_ds.config.recipe import Recipe
+from flux2_ds.config.recipe import Recipe, recipe_values
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, Share
+from flux2_ds.data.loader import Loader, MicroBatch, Share
 from flux2_ds.data.order import Order, ValidationOrder
 from flux2_ds.data.shards import read_prompts
 from flux2_ds.data.storage import Blob
@@ -34,9 +35,17 @@ from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.cuda_graphs import replay_passes
 from flux2_ds.model.load import check_card, read_partitioned, read_weights
 from flux2_ds.ops.quantized_linear import QuantizedLinear
+from flux2_ds.run.metrics import Metrics
+from flux2_ds.run.run_dir import versions
+from flux2_ds.run.watchdog import Watchdog
+from flux2_ds.training.cadence import Cadence
+from flux2_ds.training.checkpoints import Checkpoints
 from flux2_ds.training.inputs import Inputs
 from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.previews import Previews, as_prompt
+from flux2_ds.training.progress import Progress
+from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.validation import ValidationLoss
 
 log = logging.getLogger("flux2_ds")
@@ -208,7 +217,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
     check_card(recipe.base_weights, device)
 
 
-def say_memory(expected: Memory, device: torch.device) -> None:
+def log_memory(expected: Memory, device: torch.device) -> None:
     """Log the predicted peak against the measured one, at the end of a run on a card."""
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)
@@ -221,24 +230,29 @@ def say_memory(expected: Memory, device: torch.device) -> None:
 
 
 def build_validation(
-    inputs: Inputs, engine: Engine, objective: FlowObjective
+    inputs: Inputs, engine: Engine, objective: FlowObjective, heartbeat: Callable[[int, str], None]
 ) -> ValidationLoss | None:
     """The loss on what is held out, with every caption; None if nothing is."""
     recipe, held_out, process = inputs.recipe, inputs.held_out, inputs.process
     if not held_out.samples:
         return None
     wide = replace(recipe.batch, global_size=process.world_size * recipe.batch.micro_size)
-    validation_order = ValidationOrder(held_out, recipe.validation.samples, wide.global_size)
+    order = ValidationOrder(held_out, recipe.validation.samples, wide.global_size)
     captioned = replace(recipe.objective, caption_dropout=0.0)
     recipe = replace(recipe, batch=wide, objective=captioned)
-    loader = build_loader(recipe, held_out, validation_order, process, inputs.conditioning)
+    loader = build_loader(recipe, held_out, order, process, inputs.conditioning)
     # Strata are those of a whole global batch, which the held-out samples are not.
     objective = replace(objective, settings=replace(objective.settings, stratified=False))
-    return ValidationLoss(engine, loader, objective, validation_order, recipe.validation.every)
+    return ValidationLoss(engine, loader, objective, order, heartbeat)
 
 
-def build_previews(inputs: Inputs, engine: Engine) -> Previews | None:
-    """Pictures of the preview prompts; None if none are wanted."""
+def build_previews(
+    inputs: Inputs,
+    engine: Engine,
+    metrics: Metrics | None,
+    heartbeat: Callable[[int, str], None],
+) -> Previews | None:
+    """Images of the preview prompts; None if none are wanted."""
     recipe, spec, preview = inputs.recipe, inputs.spec, inputs.recipe.preview
     if preview.every is None:
         return None
@@ -247,5 +261,97 @@ def build_previews(inputs: Inputs, engine: Engine) -> Previews | None:
     prompts = [as_prompt(spec, text[None], empty) for text in texts]
     folder = Path(recipe.run_dir) / "previews"
     return Previews(
-        engine, preview, spec, inputs.directory, folder, inputs.process, prompts, preview.every
+        engine, preview, spec, inputs.directory, folder, inputs.process, prompts, metrics, heartbeat
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a training run. `metrics` is None in all ranks but 0, and where no step is left."""
+
+    recipe: Recipe
+    process: Process
+    engine: Engine
+    objective: FlowObjective
+    loader: Loader
+    first_step: int
+    cadence: Cadence
+    progress: Progress
+    checkpoints: Checkpoints
+    validation: ValidationLoss | None
+    previews: Previews | None
+    metrics: Metrics | None
+    stop: StopRequest
+    watchdog: Watchdog
+
+    def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """Each step's number, from 0, and this rank's micro-batches, which are read ahead."""
+        first, last = self.first_step, self.recipe.steps
+        self.watchdog.heartbeat(first + 1, "waiting for data")
+        for step, micro_batches in enumerate(self.loader.steps(first, last), start=first):
+            yield step, micro_batches
+            self.watchdog.heartbeat(step + 2, "waiting for data")
+
+
+def build_run(
+    inputs: Inputs, engine: Engine, first_step: int, stop: StopRequest, watchdog: Watchdog
+) -> Run:
+    """Everything that the loop needs, for the steps from `first_step` on."""
+    recipe, process, conditioning = inputs.recipe, inputs.process, inputs.conditioning
+    run_dir = Path(recipe.run_dir)
+    loader = build_loader(recipe, inputs.index, inputs.order, process, conditioning)
+    objective = build_objective(recipe, inputs.spec, conditioning, process.device)
+    metrics = None
+    if process.is_rank0 and first_step < recipe.steps:
+        metrics = Metrics(
+            run_dir,
+            mode=recipe.log.wandb,
+            project=recipe.log.project,
+            config=recipe_values(recipe),
+            resumed_at=first_step,
+        )
+    nonfinite = NonFinite(
+        run_dir / "nonfinite",
+        recipe.optimizer.nonfinite,
+        engine.skips_overflows,
+        loader.describe,
+        process.rank,
+        skipped=first_step - engine.state.updates(),
+    )
+    run_state = {
+        "recipe": recipe_values(recipe),
+        "versions": versions(),
+        "index": inputs.index.digest,
+        "processes": process.world_size,
+    }
+    validation = build_validation(inputs, engine, objective, watchdog.heartbeat)
+    return Run(
+        recipe=recipe,
+        process=process,
+        engine=engine,
+        objective=objective,
+        loader=loader,
+        first_step=first_step,
+        cadence=Cadence(
+            steps=recipe.steps,
+            log=recipe.log.every,
+            checkpoint=recipe.checkpoint.every,
+            validation=recipe.validation.every if validation else None,
+            preview=recipe.preview.every,
+        ),
+        progress=Progress(
+            engine,
+            recipe,
+            process,
+            metrics,
+            nonfinite,
+            first_step=first_step,
+            steps_per_epoch=inputs.order.steps_per_epoch,
+        ),
+        checkpoints=Checkpoints(engine, recipe, process, run_state, watchdog.heartbeat),
+        validation=validation,
+        previews=build_previews(inputs, engine, metrics, watchdog.heartbeat),
+        metrics=metrics,
+        stop=stop,
+        watchdog=watchdog,
     )

@@ -17,21 +17,23 @@ from flux2_ds.config.memory import PREVIEW_ADVICE
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Preview
 from flux2_ds.data.images import UnreadableImageError, caption_font, load_upright
-from flux2_ds.distributed import Process, barrier
+from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.model.pipeline import load_image_pipeline
+from flux2_ds.run.atomic import atomic_path
+from flux2_ds.run.metrics import Metrics
 
 log = logging.getLogger("flux2_ds")
 
 _COLUMNS, _THUMBNAIL = 8, 256
 
-Rendered = list[tuple[str, Path]]
-"""Prompts and their pictures."""
-
 
 class Previews:
-    """Renders the prompts every `every` steps into `folder`/step_N, and an overview beside the folder."""
+    """Renders the prompts into `folder`/step_N, and an overview beside the folder.
+
+    `heartbeat` is called with (step, phase) at each denoising step. `metrics` is None in all ranks but 0.
+    """
 
     def __init__(
         self,
@@ -42,33 +44,45 @@ class Previews:
         folder: Path,
         process: Process,
         prompts: Sequence[Prompt],
-        every: int,
+        metrics: Metrics | None,
+        heartbeat: Callable[[int, str], None],
     ) -> None:
         self._engine, self._settings, self._spec = engine, settings, spec
         self._directory, self._folder, self._process = directory, folder, process
-        self._prompts = prompts
+        self._prompts, self._metrics, self._heartbeat = prompts, metrics, heartbeat
         self._references = [open_reference(path) for path in settings.references]
-        self.every = every
 
-    def render(self, step: int, heartbeat: Callable[[], None] = lambda: None) -> Rendered:
-        """Render all prompts with the weights after `step`; `heartbeat` is called at each denoising step.
-        Collective.
+    def _paths(self, step: int) -> list[Path]:
+        folder = self._folder / f"step_{step:08d}"
+        return [folder / f"{number}.png" for number in range(len(self._prompts))]
+
+    def made(self, step: int) -> bool:
+        """Whether rank 0 finds all images of `step`, none of them cut short. Collective."""
+        found = all(map(_is_readable, self._paths(step)))
+        return bool(broadcast_from_rank0(int(found), self._process.device))
+
+    def render(self, step: int) -> None:
+        """Render all prompts with the weights after `step`. Collective.
 
         Raises:
             UserError: before step 1, memory is short or the disk full. Later there is a warning instead.
         """
-        target = self._folder / f"step_{step:08d}"
-        target.mkdir(parents=True, exist_ok=True)
-        heartbeat()
+        paths = self._paths(step)
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._heartbeat(step, "rendering")
         with self._surviving(step):
-            self._render(target, heartbeat)
+            self._render(step, paths)
         barrier()
-        if self._process.is_rank0:
-            with self._surviving(step):
-                self._overview(target.name).save(self._folder.with_suffix(".png"))
-        paths = [target / f"{number}.png" for number in range(len(self._prompts))]
-        made = zip(self._settings.prompts, paths, strict=True)
-        return [(prompt, path) for prompt, path in made if path.is_file()]
+        if not self._process.is_rank0:
+            return
+        with self._surviving(step), atomic_path(self._folder.with_suffix(".png")) as partial:
+            self._overview(paths[0].parent.name).save(partial, "PNG")
+        prompts = zip(self._settings.prompts, paths, strict=True)
+        made = [(prompt, path) for prompt, path in prompts if path.is_file()]
+        if made:
+            if self._metrics is not None:
+                self._metrics.show(step, made)
+            log.info("step %d: previews in %s", step, paths[0].parent)
 
     @contextmanager
     def _surviving(self, step: int) -> Iterator[None]:
@@ -84,7 +98,7 @@ class Previews:
             log.warning("step %d: %s; training goes on", step, reason)
 
     @torch.no_grad()
-    def _render(self, target: Path, heartbeat: Callable[[], None]) -> None:
+    def _render(self, step: int, paths: list[Path]) -> None:
         # Compiled blocks would compile once more for these shapes.
         with self._engine.evaluating(), torch.compiler.set_stance("force_eager"):
             pipeline = load_image_pipeline(
@@ -92,13 +106,21 @@ class Previews:
             )
             pipeline.set_progress_bar_config(disable=True)
             last = len(self._prompts) - 1
-            # As many in every process, because at stage 3 all of them take part in each forward pass.
-            for turn in range(math.ceil(len(self._prompts) / self._process.world_size)):
-                number = turn * self._process.world_size + self._process.rank
+            world_size = self._process.world_size
+            # As many in every rank, because at stage 3 all of them take part in each forward pass.
+            for turn in range(math.ceil(len(self._prompts) / world_size)):
+                number = turn * world_size + self._process.rank
                 prompt = self._prompts[min(number, last)]
-                picture = render(pipeline, self._settings, prompt, self._references, heartbeat)
+                image = render(
+                    pipeline,
+                    self._settings,
+                    prompt,
+                    self._references,
+                    lambda: self._heartbeat(step, "rendering"),
+                )
                 if number <= last:
-                    picture.save(target / f"{number}.png")
+                    with atomic_path(paths[number]) as partial:
+                        image.save(partial, "PNG")
 
     def _overview(self, newest: str) -> Image.Image:
         """A row a prompt, a column for each of some steps, the first and the `newest` among them."""
@@ -117,12 +139,22 @@ class Previews:
         return grid(self._settings.prompts, titles, columns)
 
 
+def _is_readable(path: Path) -> bool:
+    """Whether there is an image, and all of it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError):  # Pillow's word for a broken PNG chunk
+        return False
+    return True
+
+
 def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
-    """White where there is no picture."""
-    if not path.is_file():
+    """White where there is no image."""
+    if not _is_readable(path):
         return Image.new("RGB", size, "white")
-    with Image.open(path) as picture:
-        return ImageOps.pad(picture.convert("RGB"), size, color="white")
+    with Image.open(path) as image:
+        return ImageOps.pad(image.convert("RGB"), size, color="white")
 
 
 Prompt = dict[str, torch.Tensor]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from flux2_ds.distributed import Process
+from flux2_ds.distributed import Process, any_rank
 
 
 @dataclass
@@ -18,7 +19,7 @@ class StopRequest:
     """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of a step, with several processes
     of one that begins after it.
 
-    The file is how `flux2-ds train` reaches the processes on every host; the first process looks for it.
+    The file is how `flux2-ds train` reaches the processes on every host; rank 0 looks for it.
     """
 
     file: Path
@@ -39,6 +40,10 @@ class StopRequest:
             self.reason = self.file.read_text().strip() or self.file.name
             self.file.unlink(missing_ok=True)
         return self.reason is not None
+
+    def any_rank(self, process: Process) -> Callable[[], bool]:
+        """Start asking all ranks; the function that is returned waits for the answer. Collective."""
+        return any_rank(lambda: self.seen(process), process.device)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Evaluation: the loss on held-out samples, always the same ones with the same noise and timesteps.
+"""Validation: the loss on held-out samples, always the same ones with the same noise and timesteps.
 
 Nothing of it reaches the training: no gradient, no dropout, no random number.
 """
@@ -17,33 +17,35 @@ from flux2_ds.training.loss import FlowObjective
 
 
 class ValidationLoss:
-    """The mean loss over the samples of `validation_order`, which `loader` reads, wanted every `every` steps."""
+    """The mean loss over the samples of `order`, which `loader` reads.
+
+    `heartbeat` is called with (step, phase) at each forward pass.
+    """
 
     def __init__(
         self,
         engine: Engine,
         loader: Loader,
         objective: FlowObjective,
-        validation_order: ValidationOrder,
-        every: int,
+        order: ValidationOrder,
+        heartbeat: Callable[[int, str], None],
     ) -> None:
         self._engine, self._loader, self._objective = engine, loader, objective
-        self._sweep = validation_order
-        self.every = every
+        self._order, self._heartbeat = order, heartbeat
 
     @torch.no_grad()
-    def loss(self, heartbeat: Callable[[], None] = lambda: None) -> float:
-        """The loss now, each sample counted once; `heartbeat` is called at each pass. Collective."""
-        heartbeat()
-        # In fp64 the sum does not depend on which process has which samples.
+    def loss(self, step: int) -> float:
+        """The loss after `step` steps, each sample counted once. Collective."""
+        self._heartbeat(step, "validating")
+        # In fp64 the sum does not depend on which rank has which samples.
         summed = torch.zeros((), dtype=torch.float64, device=self._objective.device)
         with self._engine.evaluating():
-            for micro_batches in self._loader.steps(0, len(self._sweep)):
-                heartbeat()
+            for micro_batches in self._loader.steps(0, len(self._order)):
+                self._heartbeat(step, "validating")
                 for batch in micro_batches:
-                    counted = sum(s.position < self._sweep.count for s in batch.samples)
-                    # Also with none that counts: at ZeRO-3 all processes make the same passes.
+                    counted = sum(s.position < self._order.count for s in batch.samples)
+                    # Also with none that counts: at ZeRO-3 all ranks make the same passes.
                     loss = self._objective.loss(self._engine.forward, batch, counted)
                     if counted:
                         summed += counted * loss.double()
-        return float(all_reduce_sum(summed)) / self._sweep.count
+        return float(all_reduce_sum(summed)) / self._order.count

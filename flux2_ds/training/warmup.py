@@ -11,56 +11,42 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch._dynamo.utils import counters
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import GIB, Memory, not_yet_allocated, out_of_memory
 from flux2_ds.config.model_spec import TEXT_TOKENS, TOKEN_CHANNELS
-from flux2_ds.config.plan import Plan, compiles
+from flux2_ds.config.plan import compiles
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
-from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
-from flux2_ds.run.watchdog import Watchdog
-from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.build import Run
+from flux2_ds.training.inputs import Inputs
+from flux2_ds.training.progress import compiled_graphs
 
 log = logging.getLogger("flux2_ds")
 
 _VALIDATION = " for evaluation"
 
 
-def warm_up(
-    engine: Engine,
-    objective: FlowObjective,
-    index: Index,
-    held_out: Index,
-    plan: Plan,
-    *,
-    expected: Memory,
-    text_dtype: torch.dtype,
-    first_step: int,
-    watchdog: Watchdog,
-    stopping: Callable[[], bool],
-) -> None:
-    """Pass forward and backward once for each length in `index`, and forward for those in `held_out`; where
-    nothing is compiled, the longest alone.
+def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
+    """Pass forward and backward once for each length of the data, and forward for those of what is held out;
+    where nothing is compiled, the longest alone. Ends early if the run is asked to stop. Collective.
 
     `expected`: what the run takes; if it counts CUDA graphs, passes that come for the second time are
-    recorded. What the first step will allocate is left free. `text_dtype`: of the shards' captions.
-    `stopping`: whether to end early, collective.
+    recorded. What the first step will allocate is left free.
 
     Raises:
         UserError: the card's memory is not enough.
     """
-    recipe = plan.recipe
+    recipe, engine, objective = run.recipe, run.engine, run.objective
     every_length = compiles(recipe)
-    room = not_yet_allocated(plan, expected, resumed=first_step > 0)
-    trained, evaluated = lengths(index), lengths(held_out)
+    room = not_yet_allocated(inputs.plan, expected, resumed=run.first_step > 0)
+    trained, evaluated = lengths(inputs.index), lengths(inputs.held_out)
     passes = [(shards, "") for shards in trained]
     passes += [(shards, _VALIDATION) for shards in evaluated]
     if not every_length:
@@ -71,17 +57,17 @@ def warm_up(
     device, on_card = objective.device, objective.device.type == "cuda"
     start, known = time.perf_counter(), compiled_graphs()
     for number, (shards, purpose) in enumerate(passes, start=1):
-        if stopping():
+        if run.stop.any_rank(run.process)():
             return
         names = ", ".join(dict.fromkeys(describe(shard) for shard in shards))
-        watchdog.heartbeat(first_step + 1, f"warming up for {names}")
+        run.watchdog.heartbeat(run.first_step + 1, f"warming up for {names}")
         before = time.perf_counter()
         batch = synthetic(
             recipe.batch.micro_size,
-            index.text_width,
+            inputs.index.text_width,
             shards[0].bucket,
             references=shards[0].reference_sizes,
-            text_dtype=text_dtype,
+            text_dtype=inputs.conditioning["empty_text"].dtype,
         )
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
@@ -128,31 +114,6 @@ def describe(shard: Shard) -> str:
     several = shard.references == "several"
     references = "references of several sizes" if several else f"references {shard.references}"
     return f"{shard.bucket} with {references}" if shard.references else str(shard.bucket)
-
-
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process."""
-    return int(counters["stats"]["unique_graphs"])
-
-
-class Recompilations:
-    """Says so when a step compiles what the warm-up has not."""
-
-    def __init__(self) -> None:
-        self._known = compiled_graphs()
-
-    def check(self, step: int, bucket: Bucket) -> None:
-        """Called after each step."""
-        found = compiled_graphs()
-        if found > self._known:
-            log.warning(
-                "step %d (%s) compiled %d graphs that the warm-up had not, %d in all",
-                step,
-                bucket,
-                found - self._known,
-                found,
-            )
-        self._known = found
 
 
 def synthetic(

@@ -15,7 +15,7 @@ from flux2_ds.model import activation_checkpointing as blocks
 from flux2_ds.model.activation_checkpointing import arrange_blocks
 from flux2_ds.model.cuda_graphs import replay_passes
 from flux2_ds.model.transformer import trainable
-from flux2_ds.training.warmup import compiled_graphs
+from flux2_ds.training.progress import compiled_graphs
 
 
 class Squares(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,12 +20,13 @@ from flux2_ds.config.memory import Memory, out_of_memory
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
 from flux2_ds.data.index import Index, Shard
+from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import activation_checkpointing as blocks
 from flux2_ds.model.activation_checkpointing import arrange_blocks
-from flux2_ds.training import warmup
 from flux2_ds.training.loss import FlowObjective
-from flux2_ds.training.warmup import Recompilations, synthetic, warm_up
+from flux2_ds.training.progress import Recompilations, compiled_graphs
+from flux2_ds.training.warmup import synthetic, warm_up
 
 
 def shard(width: int, height: int, references: str = "") -> Shard:
@@ -38,6 +40,7 @@ TRAINED = Index(
     {},
     [shard(64, 32), shard(32, 64), shard(64, 48, "32x16,16x16"), shard(32, 32, "several")],
 )
+NOTHING_EXPECTED = Memory({}, {})
 HELD_OUT = replace(TRAINED, shards=[shard(64, 32)])
 RECIPE = Recipe(
     run_dir="run",
@@ -67,23 +70,37 @@ class Stand:
         self.model.train()
 
 
-def run(engine: Any, loss: Any = None, recipe: Recipe = RECIPE, **changes: Any) -> Mock:
-    """Warm up; returns the lookout."""
+def run(
+    engine: Any,
+    loss: Any = None,
+    recipe: Recipe = RECIPE,
+    expected: Memory = NOTHING_EXPECTED,
+    text_dtype: torch.dtype = torch.bfloat16,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Mock:
+    """Warm up; returns the watchdog."""
     objective = FlowObjective(
         Objective(), torch.zeros(128), torch.ones(128), False, 2, torch.device("cpu")
     )
     if loss is not None:
         objective = Mock(loss=loss, device=objective.device)
-    given = {
-        "expected": Memory({}, {}),
-        "text_dtype": torch.bfloat16,
-        "first_step": 4,
-        "stopping": lambda: False,
-        **changes,
-    }
-    watchdog = Mock()
-    warm_up(engine, objective, TRAINED, HELD_OUT, make_plan(recipe, 1), watchdog=watchdog, **given)
-    return watchdog
+    run = SimpleNamespace(
+        recipe=recipe,
+        engine=engine,
+        objective=objective,
+        first_step=4,
+        process=Process(0, 1, objective.device),
+        stop=Mock(any_rank=lambda process: stopping),
+        watchdog=Mock(),
+    )
+    inputs = SimpleNamespace(
+        plan=make_plan(recipe, 1),
+        index=TRAINED,
+        held_out=HELD_OUT,
+        conditioning={"empty_text": torch.zeros(1, dtype=text_dtype)},
+    )
+    warm_up(run, inputs, expected)  # type: ignore[arg-type]
+    return run.watchdog
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -94,7 +111,7 @@ def test_the_training_compiles_nothing_that_the_warm_up_has(caplog, monkeypatch)
     """Both kinds of blocks, references, evaluation; each length of samples is a graph for each kind."""
     monkeypatch.setattr(blocks.torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    before = warmup.compiled_graphs()
+    before = compiled_graphs()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         model = build(BOTH_KINDS)
         arrange_blocks(model, kept=1, compiled=True, attention=None)
@@ -102,7 +119,7 @@ def test_the_training_compiles_nothing_that_the_warm_up_has(caplog, monkeypatch)
         with caplog.at_level(logging.INFO, logger="flux2_ds"):
             run(engine)
         # Three lengths with both kinds of block, one of them again without gradients.
-        assert warmup.compiled_graphs() - before == 4 * 2
+        assert compiled_graphs() - before == 4 * 2
         assert said(caplog)[-1].endswith(" s, 8 graphs compiled")
         caplog.clear()
         recompilations = Recompilations()

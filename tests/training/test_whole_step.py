@@ -14,7 +14,6 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer
 
-from flux2_ds import train
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan
 from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Objective, Recipe
@@ -25,7 +24,7 @@ from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.distributed import Process
 from flux2_ds.model import transformer
 from flux2_ds.prepare import __main__ as prepare
-from flux2_ds.training.build import build_model
+from flux2_ds.training.build import build_loader, build_model, build_objective
 
 HEIGHT, WIDTH = 48, 80
 REFERENCES = [(64, 64), (64, 96)]
@@ -95,8 +94,8 @@ def ours(recipe: Recipe, spec: Spec) -> tuple[Any, torch.Tensor, list[tuple[str,
     process = Process(0, 1, torch.device("cpu"))
     conditioning = read_conditioning(recipe.data.shards, index)
     order = Order(index, recipe.batch.global_size, recipe.seed, recipe.data.shuffle_window)
-    loader = train.build_loader(recipe, index, order, process, conditioning)
-    objective = train.build_objective(recipe, spec, conditioning, process.device)
+    loader = build_loader(recipe, index, order, process, conditioning)
+    objective = build_objective(recipe, spec, conditioning, process.device)
     # Not `make_plan`, which refuses fp16 on the CPU because of DeepSpeed; there is no engine here.
     plan = Plan(recipe, 1, 1, {})
     model, _ = build_model(Path(recipe.model.path), spec, plan, process, index.largest_tokens)

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_ds import train
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe, Validation
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.order import ValidationOrder
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.distributed import Process
+from flux2_ds.training.build import build_validation
 from flux2_ds.training.loss import FlowObjective
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("process_group")
 CONDITIONING = {"empty_text": torch.zeros(6, 2)}
 WIDE, SQUARE = Bucket(32, 48), Bucket(32, 32)
 
@@ -64,14 +65,12 @@ class Stand:
 
 def evaluate(
     held_out: tuple[Path, Index],
-    monkeypatch: pytest.MonkeyPatch,
     world_size: int = 1,
     micro: int = 1,
     samples: int = 64,
     stratified: bool = False,
 ) -> tuple[float, list[list[torch.Size]]]:
     """The loss that `world_size` processes agree on, and the shapes of each one's forward passes."""
-    monkeypatch.setattr("flux2_ds.training.validation.total", lambda value: value)
     folder, index = held_out
     recipe = Recipe(
         run_dir="unused",
@@ -98,12 +97,12 @@ def evaluate(
             held_out=index,
             conditioning=CONDITIONING,
         )
-        validation = train.build_validation(inputs, model, objective)
+        validation = build_validation(inputs, model, objective, lambda step, phase: None)
         assert validation is not None
         before = torch.get_rng_state()
-        part = validation.loss()
+        part = validation.loss(0)
         shapes.append(list(model.shapes))
-        assert validation.loss() == part  # nothing is random, and nothing is left behind
+        assert validation.loss(0) == part  # nothing is random, and nothing is left behind
         assert torch.equal(torch.get_rng_state(), before)
         assert model.dropout.training and model.linear.weight.grad is None
         loss += part
@@ -112,7 +111,7 @@ def evaluate(
 
 def test_every_held_out_sample_counts_once(held_out, monkeypatch):
     """Against the losses of the samples one by one, whose latents are their numbers."""
-    _, (shapes,) = evaluate(held_out, monkeypatch)
+    _, (shapes,) = evaluate(held_out)
     assert Counter(shape[1] for shape in shapes) == {SQUARE.tokens: 3, WIDE.tokens: 4}
     seen = []
 
@@ -121,24 +120,22 @@ def test_every_held_out_sample_counts_once(held_out, monkeypatch):
         return torch.tensor(seen[-1])
 
     monkeypatch.setattr(FlowObjective, "loss", recorded)
-    mean, _ = evaluate(held_out, monkeypatch)
+    mean, _ = evaluate(held_out)
     assert sorted(seen) == sorted([1.0, 2, 3, 4, 5, 6, 7] * 2)
     assert mean == 4
 
 
-def test_timesteps_of_few_samples_are_of_the_whole_distribution(held_out, monkeypatch):
+def test_timesteps_of_few_samples_are_of_the_whole_distribution(held_out):
     """Strata are shares of a global batch, of which the held-out samples may be a small part."""
-    plain, _ = evaluate(held_out, monkeypatch)
-    stratified, _ = evaluate(held_out, monkeypatch, stratified=True)
+    plain, _ = evaluate(held_out)
+    stratified, _ = evaluate(held_out, stratified=True)
     assert stratified == plain
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(2, 1), (1, 2), (2, 2), (4, 4)])
-def test_processes_and_micro_batches_do_not_change_the_loss(
-    held_out, monkeypatch, world_size, micro
-):
-    alone, _ = evaluate(held_out, monkeypatch)
-    loss, shapes = evaluate(held_out, monkeypatch, world_size, micro)
+def test_processes_and_micro_batches_do_not_change_the_loss(held_out, world_size, micro):
+    alone, _ = evaluate(held_out)
+    loss, shapes = evaluate(held_out, world_size, micro)
     assert loss == pytest.approx(alone, rel=1e-6)
     assert all(each == shapes[0] for each in shapes)  # or ZeRO-3 would wait for ever
     assert {shape[0] for shape in shapes[0]} == {micro}

@@ -29,16 +29,11 @@ from flux2_ds.training import previews as preview
 from flux2_ds.training.previews import Previews, as_prompt
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("process_group")
 PROMPTS = ["a cat", "a dog", "a red house"]
 SETTINGS = Preview(every=2, prompts=PROMPTS, height=64, width=96, steps=2)
 
 Make = Callable[..., Previews]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process group."""
-    monkeypatch.setattr(preview, "barrier", lambda: None)
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def previews(tiny_model: Path, tiny_spec: Spec, tmp_path: Path) -> Make:
         engine: Any = SimpleNamespace(model=model.train(), evaluating=evaluating)
         return Previews(
             engine, SETTINGS, tiny_spec, tiny_model, tmp_path / folder / "previews",
-            Process(rank, world_size, CPU), prompts, every=2,
+            Process(rank, world_size, CPU), prompts, metrics=None, heartbeat=lambda step, phase: None,
         )  # fmt: skip
 
     return make
@@ -72,26 +67,30 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
+def images(run_dir: Path, step: int = 4) -> list[Path]:
+    return sorted((run_dir / "previews" / f"step_{step:08d}").iterdir())
+
+
 def test_they_are_diffusers_own_and_compile_nothing(previews, tiny_model, tiny_spec, tmp_path):
     torch._dynamo.utils.counters.clear()
-    made = previews().render(4)
+    previews().render(4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-    assert [prompt for prompt, _ in made] == PROMPTS
+    paths = images(tmp_path / "run")
     reference = load_pipeline(tiny_model, tiny_spec, torch.float32)
     reference.set_progress_bar_config(disable=True)
-    for prompt, path in made:
-        assert path.parent == tmp_path / "run" / "previews" / "step_00000004"
+    for prompt, path in zip(PROMPTS, paths, strict=True):
         expected = reference(
             prompt=prompt, height=64, width=96, num_inference_steps=2, guidance_scale=4.0,
             generator=torch.Generator().manual_seed(0),
         ).images[0]  # fmt: skip
         assert np.abs(pixels(path) - np.asarray(expected).astype(int)).max() <= 1
-    first, *others = [pixels(path) for _, path in made]
+    first, *others = map(pixels, paths)
     assert all((first != other).any() for other in others)
 
 
 def test_processes_divide_the_prompts_and_make_as_many_passes(previews, tmp_path, monkeypatch):
-    whole = {path.name: pixels(path) for _, path in previews().render(4)}
+    previews().render(4)
+    full = {path.name: pixels(path) for path in images(tmp_path / "run")}
     calls = {0: 0, 1: 0}
     render = preview.render
     for rank in (1, 0):
@@ -101,17 +100,18 @@ def test_processes_divide_the_prompts_and_make_as_many_passes(previews, tmp_path
             return render(*arguments)
 
         monkeypatch.setattr(preview, "render", counted)
-        found = previews(rank, 2, "two").render(4)
+        previews(rank, 2, "two").render(4)
+        found = images(tmp_path / "two")
         if rank == 1:
-            assert [path.name for _, path in found] == ["1.png"]
+            assert [path.name for path in found] == ["1.png"]
     assert calls == {0: 2, 1: 2}
-    assert {path.name for _, path in found} == whole.keys()
-    for _, path in found:
-        assert (pixels(path) == whole[path.name]).all()
+    assert {path.name for path in found} == full.keys()
+    for path in found:
+        assert (pixels(path) == full[path.name]).all()
 
 
 def test_the_overview_has_the_first_and_the_last_step(previews, tmp_path, monkeypatch):
-    monkeypatch.setattr(Previews, "_render", lambda self, target, heartbeat: None)
+    monkeypatch.setattr(Previews, "_render", lambda self, step, paths: None)
     columns = Mock(return_value=Image.new("RGB", (8, 8)))
     monkeypatch.setattr(preview, "grid", columns)
     made = previews()
@@ -132,7 +132,7 @@ def test_what_goes_wrong_ends_a_run_only_before_its_first_step(
     with pytest.raises(UserError, match=r"previews of 96x64 cannot be made \(.*preview\.every"):
         previews().render(0)
     with caplog.at_level(logging.WARNING):
-        assert previews().render(4) == []
+        previews().render(4)
     assert "step 4: previews of 96x64 cannot be made" in caplog.text
     assert previews()._engine.model.training
 
@@ -165,3 +165,13 @@ def test_pictures_of_an_earlier_start_are_not_in_the_overview(previews, tmp_path
     assert pixels(overview).shape[1] > alone.shape[1]
     previews().render(2)  # that start left no checkpoint
     assert (pixels(overview) == alone).all()
+
+
+def test_a_preview_that_was_cut_short_is_not_made(previews, tmp_path):
+    made = previews()
+    assert not made.made(4)
+    made.render(4)
+    assert made.made(4) and not made.made(2)
+    last = images(tmp_path / "run")[-1]
+    last.write_bytes(last.read_bytes()[:-40])
+    assert not made.made(4)

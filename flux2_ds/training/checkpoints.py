@@ -1,0 +1,121 @@
+"""Saving while training, and going on from what was saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from flux2_ds.checkpoint import manager
+from flux2_ds.checkpoint.manager import SaveError
+from flux2_ds.checkpoint.tensor_store import TensorShard
+from flux2_ds.config.recipe import Recipe
+from flux2_ds.data.index import Index
+from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
+from flux2_ds.engine.engine import Engine
+from flux2_ds.engine.optimizers import compatible
+from flux2_ds.errors import UserError
+from flux2_ds.run.run_dir import checkpoints_directory
+
+log = logging.getLogger("flux2_ds")
+
+
+class Checkpoints:
+    """Saves what `engine` has trained, with `run_state`, and removes old checkpoints.
+
+    `heartbeat` is called with (step, phase) at each tensor.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        recipe: Recipe,
+        process: Process,
+        run_state: dict[str, Any],
+        heartbeat: Callable[[int, str], None],
+    ) -> None:
+        self._engine, self._settings, self._process = engine, recipe.checkpoint, process
+        self._root, self._run_state = checkpoints_directory(recipe), run_state
+        self._heartbeat = heartbeat
+
+    def save(self, step: int, *, last: bool) -> None:
+        """Write a checkpoint; all ranks go on together once it is complete. Collective.
+
+        A run that goes on survives one that cannot be written: stopping would lose what it has trained.
+
+        Raises:
+            SaveError: it was the last chance.
+        """
+
+        def followed(shard: TensorShard) -> TensorShard:
+            self._heartbeat(step, "saving")
+            return shard
+
+        self._heartbeat(step, "saving")
+        state = self._engine.state
+        try:
+            path = manager.save(
+                self._root,
+                step,
+                lambda: map(followed, state.tensor_shards()),
+                {**self._run_state, **state.counters()},
+                self._process,
+                sharded=state.sharded,
+            )
+        except SaveError as error:
+            if last:
+                raise
+            log.error("%s Training goes on, with the next attempt at the next checkpoint.", error)
+            return
+        if self._process.is_rank0:
+            log.info("saved %s", path)
+            try:
+                manager.remove_old(self._root, self._settings.keep_last, self._settings.keep_every)
+            except OSError as error:
+                log.warning("old checkpoints cannot be removed (%s); training goes on", error)
+        barrier()
+
+
+def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> int:
+    """Load the newest intact checkpoint, if there is one; returns the step to start from. Collective.
+
+    Rank 0 chooses, so that all ranks load the same one.
+
+    Raises:
+        UserError: it does not fit the recipe or the shards, or this process cannot see it.
+    """
+    root = checkpoints_directory(recipe)
+    step = 0
+    if process.is_rank0:
+        found, damaged = manager.newest(root)
+        for path, damage in damaged.items():
+            log.warning("%s is damaged: %s", path, damage)
+            log.warning("going on from the one before; moved it to %s", manager.set_aside(path))
+        step = found.step if found else 0
+    step = broadcast_from_rank0(step, process.device)
+    if step == 0:
+        return 0
+    chosen = manager.Checkpoint(manager.checkpoint_path(root, step), step)
+    if not chosen.path.is_dir():
+        raise UserError(
+            f"rank {process.rank} does not see {chosen.path}, which rank 0 does. run_dir must be on a "
+            "file system that all hosts share."
+        )
+    state = chosen.state()
+    before = state["recipe"]["optimizer"]["name"]
+    if not compatible(before, recipe.optimizer.name):
+        raise UserError(
+            f"{chosen.path} was written with other optimizer settings: optimizer.name was {before}, is "
+            f"{recipe.optimizer.name}, which cannot use its state. Go on with {before}, or give a new run_dir."
+        )
+    if state["index"] != index.digest:
+        what = f"(index {index.digest}, was {state['index']})"
+        if not recipe.accept_changes:
+            raise UserError(
+                f"data.shards {recipe.data.shards} are not the shards that {chosen.path} was trained on "
+                f"{what}. Restore them, give a new run_dir, or set accept_changes: true."
+            )
+        log.warning("accepted: other shards in data.shards %s %s", recipe.data.shards, what)
+    engine.state.load(chosen)
+    log.info("continuing after step %d from %s", step, chosen.path)
+    return step

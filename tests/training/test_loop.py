@@ -1,0 +1,295 @@
+"""The loop: cadence, checks one step behind, what is logged, saved and stopped at."""
+
+import errno
+import itertools
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from flux2_ds.checkpoint import manager
+from flux2_ds.checkpoint.tensor_store import TensorShard
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.recipe import Checkpoint, Data, Model, Recipe
+from flux2_ds.data.loader import MicroBatch
+from flux2_ds.data.order import Sample
+from flux2_ds.distributed import Process
+from flux2_ds.errors import UserError
+from flux2_ds.train import run_steps
+from flux2_ds.training.build import Run
+from flux2_ds.training.cadence import Cadence
+from flux2_ds.training.checkpoints import Checkpoints
+from flux2_ds.training.nonfinite import NonFinite
+from flux2_ds.training.progress import Progress
+from flux2_ds.training.step import seed_dropout
+from flux2_ds.training.stop import StopRequest
+
+ALONE = Process(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+class StandIn:
+    """An engine whose loss and gradient norm are given for each step."""
+
+    skips_overflows = False
+
+    def __init__(self, losses: list[float], norms: list[float] | None = None) -> None:
+        self.losses, self.norms = iter(losses), iter(norms or [1.0] * len(losses))
+        self.norm = math.nan
+        self.state = SimpleNamespace(
+            sharded=False,
+            tensor_shards=lambda: [TensorShard("weights", "a", torch.zeros(1))],
+            counters=lambda: {"updates": 0},
+        )
+
+    def forward(self) -> torch.Tensor:
+        return torch.tensor(next(self.losses))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self, learning_rate: float) -> None:
+        self.norm = next(self.norms)
+
+    def gradient_norm(self) -> float:
+        return self.norm
+
+
+BATCH = MicroBatch(
+    Bucket(32, 32),
+    [Sample(0, 1, 7)],
+    latents=torch.tensor([[0.0, 2.0, math.nan]]),
+    text=torch.ones(1, 2),
+    noise=torch.full((1, 2), math.inf),
+    deviates=torch.tensor([0.5]),
+)
+
+
+def run_loop(
+    folder: Path,
+    engine: StandIn,
+    steps: int,
+    metrics: Any = None,
+    policy: Any = "stop",
+    validation: Any = None,
+    previews: Any = None,
+    watchdog: Any = None,
+    log_every: int = 1,
+    save_every: int = 100,
+    first_step: int = 0,
+) -> bool:
+    recipe = Recipe(
+        run_dir=str(folder),
+        model=Model(path="model"),
+        data=Data(images="photos", shards="shards"),
+        steps=steps,
+        checkpoint=Checkpoint(keep_last=9),
+    )
+    stand_in: Any = engine
+    nonfinite = NonFinite(
+        folder / "nonfinite", policy, engine.skips_overflows, lambda s: {"row": s.row}, rank=1
+    )
+    watchdog = watchdog or Mock()
+    run = Run(
+        recipe=recipe,
+        process=ALONE,
+        engine=stand_in,
+        objective=SimpleNamespace(loss=lambda forward, batch: forward()),  # type: ignore[arg-type]
+        loader=SimpleNamespace(steps=lambda first, last: itertools.repeat([BATCH], last - first)),  # type: ignore[arg-type]
+        first_step=first_step,
+        cadence=Cadence(
+            steps, log_every, save_every, 2 if validation else None, 2 if previews else None
+        ),
+        progress=Progress(
+            stand_in, recipe, ALONE, metrics, nonfinite, first_step=first_step, steps_per_epoch=3
+        ),
+        checkpoints=Checkpoints(stand_in, recipe, ALONE, {}, watchdog.heartbeat),
+        validation=validation,
+        previews=previews,
+        metrics=metrics,
+        stop=StopRequest(folder / "stop"),
+        watchdog=watchdog,
+    )
+    return run_steps(run)
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in folder.glob("checkpoints/step_*"))
+
+
+def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
+    metrics = Mock()
+    losses = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert run_loop(tmp_path, StandIn(losses), 7, metrics, log_every=3, save_every=2)
+    assert saved(tmp_path) == [2, 4, 6, 7]
+    written = [call.args for call in metrics.write.call_args_list]
+    # Means since the line before; a checkpoint in between does not shorten them.
+    assert [(step, values["loss"]) for step, values in written] == [(3, 2.0), (6, 5.0), (7, 7.0)]
+
+
+def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
+    metrics, validation = Mock(), SimpleNamespace(loss=Mock(side_effect=[0.5, 0.4, 0.3]))
+    assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation, log_every=3)
+    written = {call.args[0]: call.args[1] for call in metrics.write.call_args_list}
+    found = {step: values.get("validation_loss") for step, values in written.items()}
+    assert found == {2: 0.5, 3: None, 4: 0.4, 5: 0.3}
+    validation.loss = Mock(side_effect=AssertionError)
+    metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGTERM")
+    assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation)
+
+
+def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
+    previews, metrics = Mock(), Mock()
+    previews.made.return_value = False
+    assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, previews=previews, log_every=3)
+    assert [call.args[0] for call in previews.render.call_args_list] == [0, 2, 4, 5]
+    # A line is written before each, so that no step's time has a preview in it.
+    assert [call.args[0] for call in metrics.write.call_args_list] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("first_step", "made", "rendered"),
+    [(0, True, [5]), (3, False, [5]), (4, True, [5]), (4, False, [4, 5]), (5, False, [5]), (5, True, [])],
+)  # fmt: skip
+def test_previews_that_a_killed_start_owes_are_made_up_for(tmp_path, first_step, made, rendered):
+    previews = Mock()
+    previews.made.return_value = made
+    engine = StandIn([1.0] * (5 - first_step))
+    assert run_loop(tmp_path, engine, 5, previews=previews, first_step=first_step)
+    found = [call.args[0] for call in previews.render.call_args_list]
+    assert [step for step in found if step in (first_step, 5)] == rendered
+
+
+def test_a_stop_that_was_asked_for_while_loading_is_taken_before_the_first_step(tmp_path, caplog):
+    (tmp_path / "stop").write_text("SIGTERM")
+    previews = Mock()
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        assert not run_loop(tmp_path, StandIn([]), 5, previews=previews)
+    assert "stopped by SIGTERM before step 1" in caplog.text
+    previews.render.assert_not_called()
+    assert saved(tmp_path) == []
+
+
+def test_a_stop_file_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, caplog):
+    metrics = Mock()
+    metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGHUP")
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        assert not run_loop(tmp_path, StandIn([1.0] * 9), 9, metrics)
+    assert saved(tmp_path) == [2]  # asked for during the first step's log line
+    assert "stopped by SIGHUP after step 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "message"),
+    [
+        ([1.0, 1.0, math.nan], None, "the loss is nan at step 4"),
+        ([1.0, 1.0, 1.0, math.inf], None, "the loss is inf at step 4"),
+        ([1.0] * 4, [1.0, 1.0, 1.0, math.inf], "the gradient norm is inf at step 4"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(tmp_path, losses, norms, message):
+    engine = StandIn([*losses, 1.0, 1.0], norms)
+    with pytest.raises(UserError, match=message):
+        run_loop(tmp_path, engine, 6, log_every=100, save_every=2)
+    assert saved(tmp_path) == [2]
+
+
+def test_what_is_not_finite_is_written_down(tmp_path):
+    with pytest.raises(UserError, match=r"step_00000003-process_1.json has this process's samples"):
+        run_loop(tmp_path, StandIn([1.0] * 9, [1.0, 1.0, math.nan]), 9)
+    (path,) = tmp_path.glob("nonfinite/*")
+    facts = json.loads(path.read_text())
+    assert (facts["step"], facts["gradient_norm"]) == (3, "nan")
+    (batch,) = facts["micro_batches"]
+    assert (batch["samples"], batch["deviates"], batch["loss"]) == ([{"row": 1}], [0.5], "1.0")
+    assert batch["latents"] == [{"not_finite": 1, "mean": 1, "std": 1, "min": 0, "max": 2}]
+    assert batch["noise"] == [{"not_finite": 2}]
+
+
+def test_skipped_steps_are_counted_and_their_losses_are_not(tmp_path, caplog):
+    metrics = Mock()
+    norms = [1.0, math.inf, 2.0, math.nan, math.nan, 1.0]
+    engine = StandIn([1.0, math.nan, 3.0, 9.0, math.nan, 5.0], norms)
+    assert run_loop(tmp_path, engine, 6, metrics, policy="skip", log_every=3)
+    values = [call.args[1] for call in metrics.write.call_args_list]
+    assert [(v["loss"], v["skipped_steps"]) for v in values] == [(2.0, 1), (5.0, 3)]
+    assert caplog.text.count("Skipped; ") == 3
+    assert len(list(tmp_path.glob("nonfinite/*"))) == 3
+
+
+def test_what_cannot_be_written_down_does_not_end_a_run_that_skips(tmp_path, caplog):
+    (tmp_path / "nonfinite").touch()  # no folder can be made
+    assert run_loop(tmp_path, StandIn([1.0] * 3, [1.0, math.nan, 1.0]), 3, policy="skip")
+    assert "What was in it could not be written: [Errno 17]" in caplog.text
+
+
+def test_old_checkpoints_that_stay_do_not_end_a_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(manager, "remove_old", Mock(side_effect=OSError(39, "not empty")))
+    assert run_loop(tmp_path, StandIn([1.0] * 4), 4, save_every=2)
+    assert saved(tmp_path) == [2, 4]
+    assert caplog.text.count("old checkpoints cannot be removed") == 2
+
+
+def test_the_watchdog_hears_of_every_phase(tmp_path):
+    watchdog = Mock()
+    validation = SimpleNamespace(loss=lambda step: 0.5)
+    assert run_loop(tmp_path, StandIn([1.0] * 2), 2, validation=validation, watchdog=watchdog)
+    places = [call.args for call in watchdog.heartbeat.call_args_list]
+    assert places == [
+        *((1, "waiting for data"), (1, "computing"), (1, "agreeing")),
+        *((2, "waiting for data"), (2, "computing"), (2, "agreeing")),
+        *((2, "saving"), (2, "saving"), (3, "waiting for data")),
+    ]
+
+
+def test_a_run_that_only_skips_stops(tmp_path):
+    norms = [1.0] + 9 * [math.nan] + [1.0] + 10 * [math.nan]
+    with pytest.raises(UserError, match=r"norm is nan at step 21; .* the 10th such step in a row"):
+        run_loop(tmp_path, StandIn([1.0] * 30, norms), 30, policy="skip")
+
+
+def test_steps_that_the_loss_scaler_skips_are_no_failure(tmp_path):
+    engine, metrics = StandIn([4.0, 2.0, math.nan], [math.inf, 1.0, math.inf]), Mock()
+    engine.skips_overflows = True
+    with pytest.raises(UserError, match="norm is inf at step 3"):  # but a loss that is NaN is
+        run_loop(tmp_path, engine, 4, metrics)
+    values = [call.args[1] for call in metrics.write.call_args_list]
+    assert [(v["loss"], v["skipped_steps"]) for v in values] == [(None, 1), (2.0, 1)]
+
+
+def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog):
+    write = manager.write_files
+
+    def full(partial: Path, tensor_shards: Any, part: int | None) -> Any:
+        if "04" in partial.name or "09" in partial.name:
+            (partial / "weights.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(partial, tensor_shards, part)
+
+    monkeypatch.setattr(manager, "write_files", full)
+    assert run_loop(tmp_path, StandIn([1.0] * 6), 6, save_every=2)
+    assert "step 4 cannot be written" in caplog.text
+    assert "No space left on device (process 0)" in caplog.text
+    assert saved(tmp_path) == [2, 6]
+    with pytest.raises(UserError, match="the checkpoint of step 9 cannot be written"):
+        run_loop(tmp_path, StandIn([1.0] * 9), 9)
+    assert saved(tmp_path) == [2, 6]
+    assert not list(tmp_path.glob("checkpoints/.*"))  # the half is removed
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank():
+    def dropped(*place: int) -> list[float]:
+        seed_dropout(*place)
+        return torch.rand(4).tolist()
+
+    with torch.random.fork_rng(devices=[]):
+        first = dropped(3, 7, 1)
+        others = [dropped(*place) for place in ((4, 7, 1), (3, 8, 1), (3, 7, 0), (7, 3, 1))]
+        assert dropped(3, 7, 1) == first
+    assert first not in others

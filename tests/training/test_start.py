@@ -1,0 +1,245 @@
+"""What a start of the trainer refuses, and what it goes on from."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from flux2_ds import train
+from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.memory import Memory
+from flux2_ds.config.model_files import fingerprint
+from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.parse import load_recipe
+from flux2_ds.config.plan import make_plan
+from flux2_ds.config.recipe import Data, Lora, Model, Optimizer, Recipe, recipe_values
+from flux2_ds.data.dataset import check_shards
+from flux2_ds.data.index import Index, Shard
+from flux2_ds.distributed import Process
+from flux2_ds.errors import OutageError, UserError
+from flux2_ds.run.run_dir import lock_run_dir
+from flux2_ds.training import checkpoints, inputs
+from flux2_ds.training.checkpoints import resume
+from flux2_ds.training.stop import StopRequest
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+ALONE, RANK1 = Process(0, 1, torch.device("cpu")), Process(1, 2, torch.device("cpu"))
+INDEX = Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 3, 5, "ab")])
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def test_a_second_start_touches_nothing_of_a_running_one(tmp_path, monkeypatch):
+    """Its refusal must not look like a failure of the processes that train."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {path: m}\ndata: {images: i, shards: s}\n")
+    monkeypatch.setattr(
+        "sys.argv", ["train", "--config", str(recipe), "--run_dir", str(tmp_path / "r")]
+    )
+    monkeypatch.setattr(StopRequest, "listen", lambda self: None)
+    with (
+        lock_run_dir(load_recipe(recipe, [f"--run_dir={tmp_path / 'r'}"])),
+        pytest.raises(UserError, match="another process is training"),
+    ):
+        train.main()
+    assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
+
+
+def test_processes_that_read_different_indexes_are_refused(monkeypatch):
+    recipe = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
+    inputs.check_same(INDEX, recipe, ALONE)
+    monkeypatch.setattr(inputs, "broadcast_from_rank0", lambda value, device: value + 1)
+    with pytest.raises(UserError, match=r"index of data.shards s on .* is not rank 0's"):
+        inputs.check_same(INDEX, recipe, ALONE)
+
+
+def recipe_for(folder: Path, **changes: Any) -> Recipe:
+    recipe = Recipe(
+        run_dir=str(folder / "run"),
+        model=Model(path=str(folder / "model")),
+        data=Data(images="photos", shards="shards"),
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        (
+            {"settings": {"resolution": 512}},
+            "data.resolution is 1024, but data.shards shards .* 512",
+        ),
+        ({"settings": {"max_upscale": 1.5}}, r"data.max_upscale is 1.0, .* prepared with 1\.5"),
+        ({"text_width": 48}, "text width 48"),
+        ({"fingerprint": {"vae": "0"}}, "made by another model"),
+        ({"fingerprint": {"padding": "none"}}, "their padding is none"),
+    ],
+)
+def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_model, change, message):
+    spec, recipe = read_spec(tiny_model), recipe_for(tmp_path)
+    data = recipe.data
+    settings = {"resolution": data.resolution, "max_upscale": data.max_upscale}
+    index = Index(spec.variant, spec.text_width, fingerprint(tiny_model), settings)
+    index = dataclasses.replace(index, **change)
+    if message is None:
+        check_shards(index, index, spec, tiny_model, recipe)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_shards(index, index, spec, tiny_model, recipe)
+
+
+def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
+    tensor_shards = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
+    state = {"updates": step - 1, "index": index.digest, "recipe": recipe_values(recipe)}
+    return write(Path(recipe.run_dir) / "checkpoints", step, tensor_shards, state)
+
+
+def test_a_new_run_starts_at_the_beginning(tmp_path):
+    assert resume(Mock(), recipe_for(tmp_path), INDEX, ALONE) == 0
+
+
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog, write_checkpoint):
+    recipe, engine = recipe_for(tmp_path), Mock()
+    for step in (10, 20, 30):
+        last = save(write_checkpoint, recipe, step)
+    (last / "exp_avg.safetensors").unlink()
+    assert resume(engine, recipe, INDEX, ALONE) == 20
+    assert "exp_avg.safetensors is missing" in caplog.text
+    (loaded,) = engine.state.load.call_args.args
+    assert loaded.tensors("weights")["a"].tolist() == [20, 20]
+    assert (loaded.kinds(), loaded.state()["updates"]) == (sorted(KINDS), 19)
+    assert not last.exists()
+    assert last.with_name(f"{last.name}.damaged").is_dir()
+
+
+def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_checkpoint, caplog):
+    save(write_checkpoint, recipe_for(tmp_path), 10)
+    other = dataclasses.replace(INDEX, shards=[*INDEX.shards, *INDEX.shards])
+    engine = Mock()
+    with pytest.raises(UserError, match=f"index {other.digest}, was {INDEX.digest}"):
+        resume(engine, recipe_for(tmp_path), other, ALONE)
+    engine.state.load.assert_not_called()
+    assert resume(engine, recipe_for(tmp_path, accept_changes=True), other, ALONE) == 10
+    assert f"accepted: other shards in data.shards shards (index {other.digest}, was" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("adamw", "adafactor"), ("adamw", "muon"), ("prodigy", "adamw"), ("adamw8bit", "adamw")],
+)
+def test_another_optimizer_is_refused_before_anything_changes(
+    tmp_path, write_checkpoint, before, now
+):
+    save(write_checkpoint, recipe_for(tmp_path, optimizer=Optimizer(name=before)), 10)
+    other = recipe_for(tmp_path, optimizer=Optimizer(name=now), accept_changes=True)
+    engine = Mock()
+    with pytest.raises(UserError, match=f"optimizer.name was {before}, is {now}"):
+        resume(engine, other, INDEX, ALONE)
+    engine.state.load.assert_not_called()
+
+
+def test_eight_bit_adamw_may_be_paged_from_a_checkpoint_on(tmp_path, write_checkpoint):
+    save(write_checkpoint, recipe_for(tmp_path, optimizer=Optimizer(name="adamw8bit")), 10)
+    paged = recipe_for(tmp_path, optimizer=Optimizer(name="adamw8bit_paged"), accept_changes=True)
+    assert resume(Mock(), paged, INDEX, ALONE) == 10
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
+    """`train.train` with stand-ins for the data, the model and the loop; returns run_steps()'s."""
+    index = Mock(digest=INDEX.digest, largest_tokens=1)
+
+    def read(recipe: Recipe, process: Process) -> Any:
+        return SimpleNamespace(
+            plan=make_plan(recipe, 1),
+            index=index,
+            directory=Path("m"),
+            spec=Mock(),
+            process=process,
+        )
+
+    stand_ins = {
+        "init_process_group": lambda accelerator: ALONE,
+        "read_inputs": read,
+        "build_model": lambda *_: (Mock(), Memory({}, {})),
+        "recordable": lambda plan, index: plan,
+        "build_run": lambda *_: SimpleNamespace(metrics=None),
+    }
+    for name in (
+        "log_plan",
+        "log_memory",
+        "destroy_process_group",
+        "build_engine",
+        "warm_up",
+        "run_steps",
+    ):
+        monkeypatch.setattr(train, name, Mock())
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(train, name, stand_in)
+
+    def starts(recipe: Recipe) -> Any:
+        train.train(recipe, Mock(), Mock())
+        return train
+
+    return starts
+
+
+def test_a_card_that_is_too_small_for_a_step_is_answered_with_settings(
+    tmp_path, start, monkeypatch
+):
+    """With another exit code than a recipe that is wrong, for a restart may find more memory."""
+    expected = Memory({"CUDA graphs": 1}, {})
+    monkeypatch.setattr(train, "build_model", lambda *_: (Mock(), expected))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nstack")
+    monkeypatch.setattr(train, "run_steps", Mock(side_effect=error))
+    with pytest.raises(
+        OutageError, match=r"not enough for a step .*Tried 9 GiB.\). Set .*cuda_graphs: false"
+    ) as raised:
+        start(recipe_for(tmp_path))
+    assert raised.value.code == 1 and "stack" not in str(raised.value)
+
+
+def test_a_refused_start_leaves_the_run_directory_as_it_was(
+    tmp_path, start, write_checkpoint, caplog
+):
+    recipe = recipe_for(tmp_path)
+    start(recipe)
+    save(write_checkpoint, recipe, 10)
+    written = {path: path.read_text() for path in (tmp_path / "run").glob("*.*")}
+    assert {path.name for path in written} == {"recipe.yaml", "deepspeed.json", "versions.json"}
+    changed = recipe_for(tmp_path, lora=Lora(rank=8), accept_changes=True)
+    train.build_engine().state.load.side_effect = UserError("does not fit")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="does not fit"):
+        start(changed)
+    assert {path: path.read_text() for path in (tmp_path / "run").glob("*.*")} == written
+    assert "accepted" not in caplog.text
+
+    train.build_engine().state.load.side_effect = None  # type: ignore[attr-defined]
+    start(changed)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").lora.rank == 8
+    assert "accepted: lora.rank was 32, is 8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "remedy"), [("constant", "raise steps"), ("cosine", "raise steps and set accept_")]
+)
+def test_a_run_that_is_past_its_steps_says_where_it_is(
+    tmp_path, start, write_checkpoint, caplog, schedule, remedy
+):
+    recipe = recipe_for(tmp_path, steps=7, optimizer=Optimizer(schedule=schedule))
+    save(write_checkpoint, recipe, 10)
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        start(recipe).warm_up.assert_not_called()
+    assert f"newest checkpoint is of step 10, and steps is 7. To go on, {remedy}" in caplog.text
+
+
+def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "broadcast_from_rank0", lambda value, device: 10)
+    with pytest.raises(UserError, match=r"rank 1 does not see .*step_00000010"):
+        resume(Mock(), recipe_for(tmp_path), INDEX, RANK1)
