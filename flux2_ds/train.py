@@ -124,7 +124,7 @@ def run_steps(run: Run) -> bool:
     """Train from `run.first_step` to the last step; False if the run was asked to stop before it."""
     recipe, first = run.recipe, run.first_step
     if first < recipe.steps and run.stop.any_rank(run.process)():
-        log.info("stopped by %s before step %d", run.stop.reason or "another process", first + 1)
+        log.info("stopped by %s before step %d", run.stop.reason or "another rank", first + 1)
         return False
     # A start that was killed after a checkpoint may have left its previews unmade.
     if run.previews and run.cadence.due(first).preview and not run.previews.made(first):
@@ -154,7 +154,7 @@ def run_steps(run: Run) -> bool:
         if due.preview and run.previews:
             run.previews.render(done)
         if stopping and done < recipe.steps:
-            log.info("stopped by %s after step %d", run.stop.reason or "another process", done)
+            log.info("stopped by %s after step %d", run.stop.reason or "another rank", done)
             return False
     return True
 

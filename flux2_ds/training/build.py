@@ -63,7 +63,7 @@ def build_model(
 
 
 def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transformer2DModel:
-    """The transformer in `directory` as the plan wants its weights: divided, quantised or plain."""
+    """The transformer in `directory` as the plan wants its weights: partitioned, quantised or plain."""
     recipe = plan.recipe
     check_machine(plan, process.device)
     dtype = transformer.compute_dtype(recipe.precision)
@@ -77,7 +77,7 @@ def load_as(
     base_weights: str | None,
     process: Process,
 ) -> Flux2Transformer2DModel:
-    """The transformer in `directory`, divided if that DeepSpeed config divides it."""
+    """The transformer in `directory`, partitioned where `config` has ZeRO-3."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     files, device = directory / "transformer", process.device
@@ -104,7 +104,7 @@ def finish_model(
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
     trained = sum(sizes[name] for name in transformer.trainable(model))
     log.info("parameters %s trained", f"{trained:,}")
-    # The same number in all processes: at stage 3 a block that recomputes has collectives of its own.
+    # The same number in all ranks: at stage 3 a block that recomputes has collectives of its own.
     free = free_memory(process.device)
     if process.world_size > 1:
         free = min(all_gather_object(free))
@@ -164,7 +164,7 @@ def build_loader(
     process: Process,
     conditioning: dict[str, torch.Tensor],
 ) -> Loader:
-    """This process's part of the data."""
+    """This rank's share of the data."""
     data = recipe.data
     return Loader(
         data.shards,
@@ -241,7 +241,7 @@ def build_validation(
     captioned = replace(recipe.objective, caption_dropout=0.0)
     recipe = replace(recipe, batch=wide, objective=captioned)
     loader = build_loader(recipe, held_out, order, process, inputs.conditioning)
-    # Strata are those of a whole global batch, which the held-out samples are not.
+    # Strata are those of a full global batch, which the held-out samples are not.
     objective = replace(objective, settings=replace(objective.settings, stratified=False))
     return ValidationLoss(engine, loader, objective, order, heartbeat)
 

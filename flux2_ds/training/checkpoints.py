@@ -82,7 +82,7 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     Rank 0 chooses, so that all ranks load the same one.
 
     Raises:
-        UserError: it does not fit the recipe or the shards, or this process cannot see it.
+        UserError: it does not fit the recipe or the shards, or this rank cannot see it.
     """
     root = checkpoints_directory(recipe)
     step = 0

@@ -29,7 +29,7 @@ log = logging.getLogger("flux2_ds")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a process of a run has read and checked before it loads the model."""
+    """What a rank has read and checked before it loads the model."""
 
     plan: Plan
     process: Process

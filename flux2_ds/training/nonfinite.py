@@ -41,7 +41,7 @@ class NonFinite:
     def check(
         self, norm: float, step: int, batches: list[MicroBatch], losses: list[torch.Tensor]
     ) -> bool:
-        """Whether the step made its update; `norm` is global, so all processes agree.
+        """Whether the step made its update; `norm` is global, so all ranks agree.
 
         Raises:
             UserError: it did not, and the run is to stop.
@@ -55,7 +55,7 @@ class NonFinite:
         self.in_a_row += 1
         try:
             path = self.write(norm, step, batches, losses)
-            where = f"{path} has this process's samples and their statistics."
+            where = f"{path} has this rank's samples and their statistics."
         except OSError as error:
             where = f"What was in it could not be written: {error}."
         what = f"the gradient norm is {norm} at step {step}; no update was made and no checkpoint written. {where} "
@@ -75,9 +75,9 @@ class NonFinite:
     def write(
         self, norm: float, step: int, batches: list[MicroBatch], losses: list[torch.Tensor]
     ) -> Path:
-        """Write down what this process had in the step."""
+        """Write down what this rank had in the step."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{step:08d}-process_{self.rank}.json"
+        path = self.folder / f"step_{step:08d}-rank_{self.rank}.json"
         batch_facts = [
             {
                 "loss": str(float(loss)),

@@ -177,14 +177,14 @@ def render(
     references: list[Image.Image],
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Image.Image:
-    """One picture; the same prompt starts from the same noise every time. `heartbeat` is called at each step."""
+    """One image; the same prompt starts from the same noise every time. `heartbeat` is called at each step."""
 
     def moved(pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         heartbeat()
         return kept
 
     weights = pipeline.vae
-    picture: Image.Image = pipeline(
+    image: Image.Image = pipeline(
         **{name: text.to(weights.device, weights.dtype) for name, text in prompt.items()},
         image=references or None,
         height=preview.height,
@@ -194,7 +194,7 @@ def render(
         generator=torch.Generator().manual_seed(preview.seed),
         callback_on_step_end=moved,
     ).images[0]
-    return picture
+    return image
 
 
 def open_reference(path: str) -> Image.Image:
@@ -225,12 +225,12 @@ def grid(
         "white",
     )
     draw = ImageDraw.Draw(sheet)
-    for column, (title, pictures) in enumerate(zip(titles, columns, strict=True)):
+    for column, (title, images) in enumerate(zip(titles, columns, strict=True)):
         left = gap + column * (cell + gap)
         draw.text((left, 5), title, fill="black", font=font)
-        for row, picture in enumerate(pictures):
+        for row, image in enumerate(images):
             top = head + row * (height + head + gap)
             if column == 0:
                 draw.text((left, top + 3), prompts[row], fill="dimgray", font=font)
-            sheet.paste(picture, (left, top + head))
+            sheet.paste(image, (left, top + head))
     return sheet

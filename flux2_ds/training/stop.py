@@ -16,7 +16,7 @@ from flux2_ds.distributed import Process, any_rank
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of a step, with several processes
+    """Set by SIGTERM, SIGINT or SIGUSR1, or by a file; acted on at the end of a step, with several ranks
     of one that begins after it.
 
     The file is how `flux2-ds train` reaches the processes on every host; rank 0 looks for it.

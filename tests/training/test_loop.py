@@ -201,7 +201,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, losses, norms, message):
 
 
 def test_what_is_not_finite_is_written_down(tmp_path):
-    with pytest.raises(UserError, match=r"step_00000003-process_1.json has this process's samples"):
+    with pytest.raises(UserError, match=r"step_00000003-rank_1.json has this rank's samples"):
         run_loop(tmp_path, StandIn([1.0] * 9, [1.0, 1.0, math.nan]), 9)
     (path,) = tmp_path.glob("nonfinite/*")
     facts = json.loads(path.read_text())
