@@ -1,10 +1,10 @@
-"""Measure the loader: against the raw read of the same bytes and a plain WebDataset pipeline.
+"""Measure the loader against the raw read of the same bytes and a plain WebDataset pipeline.
 
-    flux2-ds bench-data [--json] [--gb 1] [--rounds 3] [--model dev klein-4b] [--from disk http s3] [--work DIR]
+    flux2-ds bench-data [--json] [--gb 1] [--rounds 3] [--model dev klein-4b] [--from disk http s3]
 
 Writes shards of random samples of true sizes at 1024², reads them from the disk (dropped from the page
-cache before each reading) and from servers on loopback, and simulates an index of 10^8 samples. Nothing
-here needs a GPU. S3 needs moto, of the `dev` extra.
+cache before each reading) and from servers on loopback, and simulates an index of 10^8 samples. Needs
+no GPU; S3 needs moto, of the `dev` extra.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from flux2_ds.errors import run_root
 
 BUCKET = Bucket(1024, 1024)
 MODELS = {"dev": (15360, 0.80), "klein-9b": (12288, 0.24), "klein-4b": (7680, 0.13)}
-"""Text width, and the seconds that a GPU is meant to take for a sample."""
+"""Text width, and the seconds that a GPU takes for a sample."""
 _SAMPLES_PER_SHARD, _WAITED_STEPS, _SHARD_OF_INDEX = 16, 24, 256
 Values = dict[str, object]
 
@@ -54,35 +54,31 @@ def main() -> None:
     add("--gb", type=float, default=1.0, help="size of the shards of each model, in GB")
     add("--model", nargs="+", choices=MODELS, default=["dev", "klein-4b"])
     add("--from", nargs="+", choices=["disk", "http", "s3"], default=["disk", "http"], dest="kinds")
-    add("--readers", type=int, default=4, help="data.num_workers of the loader")
+    add("--num-workers", type=int, default=4, help="data.num_workers of the loader")
     add("--rounds", type=int, default=3, help="readings of each, in turns; the best counts")
     add("--work", type=Path, help="folder on the disk to measure; default: the temporary one")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: shards and server go with it
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     results: Values = {"machine": {"cpus": os.cpu_count(), "torch": torch.__version__}}
+
+    def report(title: str, values: Values) -> None:
+        results[title] = values
+        if not options.json:
+            print("\n".join([title, *(f"  {k:<34} {v}" for k, v in values.items())]), flush=True)
+
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         for model in options.model:
-            folder = Path(work) / model
-            index = make_shards(folder, MODELS[model][0], int(options.gb * 1e9))
+            text_width, pace = MODELS[model]
+            index = make_shards(Path(work) / model, text_width, int(options.gb * 1e9))
             for kind in options.kinds:
-                found = measure(kind, folder, index, options, MODELS[model][1])
-                results[f"{model} from {kind}"] = found
-                say(options.json, f"{model} from {kind}", found)
+                report(
+                    f"{model} from {kind}", measure(kind, Path(work) / model, index, options, pace)
+                )
     for samples in (10**6, 10**8):
-        found = measure_index(samples)
-        results[f"index of {samples:,} samples"] = found
-        say(options.json, f"index of {samples:,} samples", found)
+        report(f"index of {samples:,} samples", measure_index(samples))
     if options.json:
         print(json.dumps(results, indent=1))
-
-
-def say(quiet: bool, title: str, found: Values) -> None:
-    """Print one block for people."""
-    if not quiet:
-        print(title)
-        for name, value in found.items():
-            print(f"  {name:<34} {value}", flush=True)
 
 
 def make_shards(folder: Path, text_width: int, size: int) -> Index:
@@ -102,10 +98,10 @@ def make_shards(folder: Path, text_width: int, size: int) -> Index:
 
 
 def measure(
-    kind: str, folder: Path, index: Index, options: argparse.Namespace, seconds: float
+    kind: str, folder: Path, index: Index, options: argparse.Namespace, pace: float
 ) -> Values:
-    """The three readings and the wait at a GPU's pace."""
-    size = sum(shard.size for shard in index.shards)
+    """Time the readings, and the wait for batches where a step takes `pace` seconds."""
+    size, samples = sum(shard.size for shard in index.shards), index.samples
     with nullcontext() if kind == "disk" else served(kind, folder) as server:
         location = str(folder) if server is None else server.url
 
@@ -113,52 +109,46 @@ def measure(
             order = Order(index, 1, seed=0, window=2)
             empty = torch.zeros(0)
             return Loader(location, index, order, Share(0, 1, 1, 1), seed=0, caption_dropout=0.0,
-                          empty_text=empty, num_workers=options.readers)  # fmt: skip
-
-        def timed(read: Callable[[], int]) -> tuple[float, float, float]:
-            """Seconds by the clock, of processors here, and of processors in the server."""
-            drop_from_page_cache(folder)
-            started, used, served = time.perf_counter(), time.process_time(), busy(server)
-            count = read()
-            if count != index.samples:
-                raise RuntimeError(f"{count} samples read of {index.samples}")
-            return (
-                time.perf_counter() - started,
-                time.process_time() - used,
-                busy(server) - served,
-            )
+                          empty_text=empty, num_workers=options.num_workers)  # fmt: skip
 
         readings: dict[str, Callable[[], int]] = {
             "raw read": lambda: read_raw(server, folder, index),
-            "loader": lambda: sum(1 for _ in loader().steps(0, index.samples)),
+            "loader": lambda: sum(1 for _ in loader().steps(0, samples)),
         }
         if kind != "s3":  # WebDataset reads S3 through the AWS command line, which is not at hand
             readings["plain WebDataset"] = lambda: sum(1 for _ in plain_pipeline(location, index))
+
+        def clocks() -> tuple[float, float, float]:
+            """Seconds by the clock, of CPUs in this process, and of CPUs in the server."""
+            cpu = psutil.Process(server.process.pid).cpu_times()[:2] if server else ()
+            return time.perf_counter(), time.process_time(), sum(cpu)
+
+        def timed(read: Callable[[], int]) -> list[float]:
+            drop_from_page_cache(folder)
+            before = clocks()
+            count = read()
+            if count != samples:
+                raise RuntimeError(f"{count} samples read of {samples}")
+            return [after - start for after, start in zip(clocks(), before, strict=True)]
+
         # In turns, the best of each: a machine is never quiet all the time.
-        times = [
-            {name: timed(read) for name, read in readings.items()} for _ in range(options.rounds)
-        ]
-        best = {name: min(each[name][0] for each in times) for name in readings}
-        cost = {name: min(each[name][1:] for each in times) for name in readings}
-        found: Values = {"MB a sample": round(size / index.samples / 1e6, 1)}
+        rounds = [{name: timed(readings[name]) for name in readings} for _ in range(options.rounds)]
+        best = {name: min(each[name][0] for each in rounds) for name in readings}
+        found: Values = {"MB a sample": round(size / samples / 1e6, 1)}
         found |= {f"{name}, MB/s": round(size / best[name] / 1e6) for name in readings}
-        found["loader, samples/s"] = round(index.samples / best["loader"], 1)
+        found["loader, samples/s"] = round(samples / best["loader"], 1)
         for name in sorted(readings.keys() - {"loader"}):
             found[f"loader / {name}"] = round(best[name] / best["loader"], 2)
-        for name, (here, there) in cost.items():
-            found[f"{name}, CPU ms a sample"] = round(1e3 * here / index.samples, 1)
+        for name in readings:
+            here, there = min(each[name][1:] for each in rounds)
+            found[f"{name}, CPU ms a sample"] = round(1e3 * here / samples, 1)
             if server is not None:
-                found[f"{name}, server's CPU ms"] = round(1e3 * there / index.samples, 1)
+                found[f"{name}, server's CPU ms"] = round(1e3 * there / samples, 1)
         drop_from_page_cache(folder)
-        first, wait = waits(loader(), seconds)
+        first, wait = waits(loader(), pace)
         found["time to first batch, s"] = round(first, 3)
-        found[f"wait at {seconds} s a step"] = f"{100 * wait / seconds:.2f} %"
+        found[f"wait at {pace} s a step"] = f"{100 * wait / pace:.2f} %"
     return found
-
-
-def busy(server: Server | None) -> float:
-    """Seconds of processors that the server has used so far."""
-    return 0.0 if server is None else sum(psutil.Process(server.pid).cpu_times()[:2])
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -196,18 +186,17 @@ def plain_pipeline(location: str, index: Index) -> Iterator[tuple[torch.Tensor, 
         yield load(sample[LATENT])["latent"], load(sample[TEXT])["text"]
 
 
-def waits(loader: Loader, seconds: float) -> tuple[float, float]:
-    """Time to the first batch, and the mean wait of later steps that take `seconds` each."""
+def waits(loader: Loader, pace: float) -> tuple[float, float]:
+    """Time to the first batch, and the mean wait of later steps that take `pace` seconds each."""
     started = time.perf_counter()
     steps = loader.steps(0, 1 + _WAITED_STEPS)
     next(steps)
     first, waited = time.perf_counter() - started, 0.0
-    time.sleep(seconds)
     for _ in range(_WAITED_STEPS):
+        time.sleep(pace)
         asked = time.perf_counter()
         next(steps)
         waited += time.perf_counter() - asked
-        time.sleep(seconds)
     return first, waited / _WAITED_STEPS
 
 
@@ -222,27 +211,24 @@ def measure_index(samples: int) -> Values:
     ]  # fmt: skip
     content = json.dumps({"format": 2, **asdict(Index("dev", 15360, {}, {}, shards))}).encode()
     del shards
-    process = psutil.Process()
-    before = process.memory_info().rss
-    started = time.perf_counter()
+    process, clock = psutil.Process(), time.perf_counter
+    before, started = process.memory_info().rss, clock()
     index = parse_index(content, "index.json")
-    parsed = time.perf_counter()
+    parsed = clock()
     order = Order(index, 64, seed=0, window=8)
     order.batch(0)
-    first = time.perf_counter()
-    later = islice(range(order.steps_per_epoch // 2, 10**12, 977), 100)
-    for step in later:
+    first = clock()
+    for step in islice(range(order.steps_per_epoch // 2, 10**12, 977), 100):
         order.batch(step)
-    hundred = time.perf_counter() - first
-    again = time.perf_counter()
+    hundred = clock()
     Order(index, 64, seed=0, window=8).batch(7 * order.steps_per_epoch // 2)
     return {
         "shards": count,
         "index.json, MB": round(len(content) / 1e6),
         "load, s": round(parsed - started, 2),
         "order and first batch, s": round(first - parsed, 3),
-        "resume at epoch 3.5, s": round(time.perf_counter() - again, 3),
-        "batch of 64 at any step, ms": round(10 * hundred, 1),
+        "resume at epoch 3.5, s": round(clock() - hundred, 3),
+        "batch of 64 at any step, ms": round(10 * (hundred - first), 1),
         "memory, MB": round((process.memory_info().rss - before) / 1e6),
     }
 

@@ -1,15 +1,14 @@
-"""Inspect: what a recipe will train on, and on what, for a person to look at.
+"""Show what a recipe will train on, and what of the model.
 
-    flux2-ds inspect --config RECIPE [--picture FILE] [--samples 9]
+    flux2-ds inspect --config RECIPE [--image FILE] [--samples 9]
 
-Variant, text template, adapted linears, latent statistics, the first sample as the model gets it and the
-timesteps at each resolution. Reads configs, the tokenizer and the shards; weights of the VAE only for
-the picture, which shows samples decoded from their latents.
+Variant, text template, adapted linears, latent statistics, the first sample as the model gets it, and the
+timesteps at each resolution. Reads configs, the tokenizer and the shards; the VAE's weights only for
+`--image`, which shows samples decoded from their latents.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -29,7 +28,7 @@ from flux2_ds.data.images import check_format, contact_sheet
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join
-from flux2_ds.errors import run_root
+from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.flow import shift_of, timesteps
 from flux2_ds.model.text_encoder import read_prompt
@@ -44,48 +43,48 @@ def main() -> None:
     """Entry point of `flux2-ds inspect`."""
     set_up_console()
     parser = recipe_parser("flux2-ds inspect", "Show what a recipe will train on.")
-    parser.add_argument("--picture", type=str | None, default=None,
-                        help="File to write the samples to, decoded from their latents.")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=9,
-                        help="Samples in the picture and in the measured statistics.")  # fmt: skip
+    add = parser.add_argument
+    add("--image", type=str | None, default=None,
+        help="File to write samples to, decoded from their latents.")  # fmt: skip
+    add("--samples", type=int, default=9, help="Samples in --image and in the statistics.")
     recipe, options = parse_recipe(parser)
     check_recipe(recipe)
     if options.samples < 1:
-        parser.error(f"--samples is {options.samples}; it must be at least 1.")
-    if options.picture:
-        check_format("--picture", Path(options.picture))
-    parts = ["vae"] if options.picture else []
+        raise UserError(f"--samples is {options.samples}; it must be at least 1.")
+    if options.image:
+        check_format("--image", Path(options.image))
+    parts = ["vae"] if options.image else []
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    say("variant", [str(spec)])
-    say("trained", target_lines(directory, spec, recipe))
+    print_part("variant", [str(spec)])
+    print_part("trained", target_lines(directory, spec, recipe))
     shards = recipe.data.shards
     if not is_prepared(shards):
-        say("data", [f"{shards} is not prepared yet"])
+        print_part("data", [f"{shards} is not prepared yet"])
         return
     index, held_out = read_data(recipe)
     check_shards(index, held_out, spec, directory, recipe)
-    say("latents", latent_lines(shards, index, options.samples))
-    say("sample", sample_lines(directory, spec, shards, index))
-    say("companions", mask_and_reference_lines(recipe, index))
+    print_part("latents", latent_lines(shards, index, options.samples))
+    print_part("sample", sample_lines(directory, spec, shards, index))
+    print_part("masks, refs", mask_and_reference_lines(recipe, index))
     counts = index.bucket_counts()
-    say("timesteps", [timestep_line(recipe.objective, *each) for each in counts.items()])
-    if options.picture:
+    print_part("timesteps", [timestep_line(recipe.objective, *each) for each in counts.items()])
+    if options.image:
         vae = AutoencoderKLFlux2.from_pretrained(
             directory, subfolder="vae", dtype=torch.float32, use_safetensors=True
         ).to(recipe.launch.accelerator)
-        write_picture(Path(options.picture), vae, shards, index, options.samples)
-        say("picture", [options.picture])
+        write_image(Path(options.image), vae, shards, index, options.samples)
+        print_part("image", [options.image])
 
 
-def say(what: str, lines: list[str]) -> None:
-    """A part of the report, its name before the first line."""
-    names = [what] + [""] * len(lines)
-    sys.stdout.writelines(f"{name:<10} {line}\n" for name, line in zip(names, lines, strict=False))
+def print_part(name: str, lines: list[str]) -> None:
+    """Print a part of the report, its name before the first line."""
+    for number, line in enumerate(lines):
+        print(f"{'' if number else name:<11} {line}")
 
 
 def target_lines(directory: Path, spec: Spec, recipe: Recipe) -> list[str]:
-    """What is trained, counted on the model without its weights."""
+    """What is trained, counted on a model without weights."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
         transformer.make_trainable(model, spec, recipe)
@@ -128,8 +127,8 @@ def latent_lines(shards: str, index: Index, count: int) -> list[str]:
     return [
         f"of the VAE, 128 channels: mean {mean.min():.3f} to {mean.max():.3f}, standard deviation "
         f"{std.min():.3f} to {std.max():.3f}",
-        f"of the first {min(count, index.samples)} samples, normalised: mean {tokens.mean():.3f}, "
-        f"standard deviation {tokens.std():.3f} (about 0 and 1 for ordinary pictures)",
+        f"of the first {min(count, index.samples)} samples, normalized: mean {tokens.mean():.3f}, "
+        f"standard deviation {tokens.std():.3f} (about 0 and 1 for ordinary images)",
     ]
 
 
@@ -159,24 +158,22 @@ def timestep_line(settings: Objective, bucket: Bucket, count: int) -> str:
     )
 
 
-def write_picture(
-    path: Path, vae: AutoencoderKLFlux2, shards: str, index: Index, count: int
-) -> None:
-    """The first samples as the VAE decodes them, with their captions; dark where masked out, and
+def write_image(path: Path, vae: AutoencoderKLFlux2, shards: str, index: Index, count: int) -> None:
+    """Write the first samples as the VAE decodes them, with captions: darker where masked out, and
     followed by their reference images."""
-    pictures, captions = [], []
+    images, captions = [], []
     for reader, row in first_samples(shards, index, count):
         meta, mask = reader.meta(row), reader.mask(row)
-        pictures.append(latents.decode(vae, reader.latent(row)[None])[0].numpy())
+        images.append(latents.decode(vae, reader.latent(row)[None])[0].numpy())
         captions.append(meta["caption"])
         if mask is not None:
             weight = np.kron(mask.numpy(), np.ones((PIXELS_PER_TOKEN, PIXELS_PER_TOKEN)))
-            pictures[-1] = (pictures[-1] * (0.2 + 0.8 * weight)[..., None]).astype(np.uint8)
+            images[-1] = (images[-1] * (0.2 + 0.8 * weight)[..., None]).astype(np.uint8)
         for number, reference in enumerate(reader.references(row), start=1):
-            pictures.append(latents.decode(vae, reference[None])[0].numpy())
+            images.append(latents.decode(vae, reference[None])[0].numpy())
             captions.append(f"reference {number} of {meta['source']}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures, captions).save(path)
+    contact_sheet(images, captions).save(path)
 
 
 if __name__ == "__main__":

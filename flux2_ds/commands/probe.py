@@ -1,7 +1,10 @@
-"""What the launcher cannot ask without torch: `python -m flux2_ds.probe --accelerator cuda`.
+"""Answer what `flux2-ds doctor` cannot ask without torch.
 
-Prints JSON: lines (status, name, text, remedy) and facts that should be the same on all hosts. With
-`--bandwidth`, started like a training, it measures all-reduce and the links from the first host.
+    python -m flux2_ds.commands.probe --accelerator cuda [--cpu-adam | --bandwidth | --zero CONFIG]
+
+Prints JSON: findings (status, name, text, remedy) and facts that should be the same on all hosts. With
+`--bandwidth`, started like a training, it prints a finding a line: all-reduce, and the links from the
+first host.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import json
 import logging
 import os
 import socket
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +29,11 @@ from flux2_ds.engine.zero3 import check_zero
 from flux2_ds.errors import run_root
 
 _MIB = 1 << 20
+Finding = dict[str, str]
 
 
 def main() -> None:
-    """One or the other; see the module's docstring."""
+    """Entry point of `flux2_ds.commands.probe`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--accelerator", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--cpu-adam", action="store_true")
@@ -37,67 +43,69 @@ def main() -> None:
     logging.disable(logging.WARNING)
     if options.zero is not None:
         check_zero(options.zero)
-        return
-    if options.bandwidth:
-        bandwidth(options.accelerator)
-        return
-    lines: list[dict[str, str]] = []
-    facts: dict[str, str] = {}
-
-    def line(status: str, name: str, text: str, remedy: str = "") -> None:
-        lines.append({"status": status, "name": name, "text": text, "remedy": remedy})
-
-    if options.accelerator == "cuda":
-        facts["CUDA of torch"] = str(torch.version.cuda)
-        if not torch.cuda.is_available():
-            line(
-                "failure",
-                "torch",
-                f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use a GPU",
-                "a newer driver, or a torch for this driver's CUDA",
-            )
-        else:
-            nccl = ".".join(map(str, torch.cuda.nccl.version()))
-            facts["NCCL"] = nccl
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            line("ok", "torch", f"CUDA {torch.version.cuda}, NCCL {nccl}")
-            if not bf16:
-                line("warning", "bf16", "these GPUs have no bf16", "precision: fp16 or fp32")
+    elif options.bandwidth:
+        measure_bandwidth(options.accelerator)
     else:
-        line("ok", "torch", f"{torch.__version__} on the CPU, gloo")
-    if options.cpu_adam:
-        started = time.perf_counter()
-        try:
-            build_cpu_adam()
-        except Exception as error:  # whatever compiler and linker do wrong
-            reason = str(error).strip().splitlines()[0]
-            line("failure", "cpu adam", f"does not build: {reason}", "a C++ compiler and ninja")
-        else:
-            line("ok", "cpu adam", f"built and loaded in {time.perf_counter() - started:.0f} s")
-    print(json.dumps({"lines": lines, "facts": facts}))
+        lines, facts = examine_torch(options.accelerator)
+        lines += [examine_cpu_adam()] * options.cpu_adam
+        print(json.dumps({"lines": lines, "facts": facts}))
 
 
-def bandwidth(accelerator: Any) -> None:
-    """Print what the first process measures, as JSON lines (name, text)."""
+def finding(status: str, name: str, text: str, remedy: str = "") -> Finding:
+    """What was looked at, how it is, and what to do about it."""
+    return {"status": status, "name": name, "text": text, "remedy": remedy}
+
+
+def examine_torch(accelerator: str) -> tuple[list[Finding], dict[str, str]]:
+    """Whether torch can use the accelerator, and with what."""
+    if accelerator == "cpu":
+        return [finding("ok", "torch", f"{torch.__version__} on the CPU, gloo")], {}
+    cuda = str(torch.version.cuda)
+    if not torch.cuda.is_available():
+        text = f"torch {torch.__version__} (CUDA {cuda}) cannot use a GPU"
+        remedy = "a newer driver, or a torch for this driver's CUDA"
+        return [finding("failure", "torch", text, remedy)], {"CUDA of torch": cuda}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    lines = [finding("ok", "torch", f"CUDA {cuda}, NCCL {nccl}")]
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        lines += [finding("warning", "bf16", "these GPUs have no bf16", "precision: fp16 or fp32")]
+    return lines, {"CUDA of torch": cuda, "NCCL": nccl}
+
+
+def examine_cpu_adam() -> Finding:
+    """Whether DeepSpeed's CPU Adam builds here."""
+    started = time.perf_counter()
+    try:
+        build_cpu_adam()
+    except Exception as error:  # whatever compiler and linker do wrong
+        reason = str(error).strip().splitlines()[0]
+        text = f"does not build: {reason}"
+        return finding("failure", "cpu adam", text, "a C++ compiler and ninja")
+    seconds = time.perf_counter() - started
+    return finding("ok", "cpu adam", f"built and loaded in {seconds:.0f} s")
+
+
+def measure_bandwidth(accelerator: Any) -> None:
+    """Print rank 0's findings. Collective."""
     process = init_process_group(accelerator)
     size = 256 * _MIB if accelerator == "cuda" else 16 * _MIB
     data = torch.ones(size // 4, device=process.device)
     hosts = all_gather_object(socket.gethostname())
+
+    def report(name: str, text: str, status: str = "ok") -> None:
+        if process.is_rank0:  # one write, so that other ranks' output does not run into the line
+            line = json.dumps(finding(status, name, text))
+            os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
     if process.world_size > 1:
         seconds = timed(lambda: distributed.all_reduce(data), process.device)
         # What a ring moves over each link: the usual figure to compare with the hardware's.
         rate = 2 * (process.world_size - 1) / process.world_size * size / seconds
-        say(
-            process.is_rank0,
-            "bandwidth",
-            f"all-reduce of {size // _MIB} MiB: {gbytes(rate)} bus bandwidth",
-        )
-    # The first process of every other host, one at a time.
-    firsts = {host: hosts.index(host) for host in hosts}
+        text = f"all-reduce of {size // _MIB} MiB: {rate / 1e9:.2f} GB/s bus bandwidth"
+        report("bandwidth", text)
     rates = {}
-    for host, rank in firsts.items():
-        if rank == 0:
-            continue
+    # The first rank of every other host, one at a time.
+    for host, rank in {host: hosts.index(host) for host in hosts if host != hosts[0]}.items():
 
         def across(rank: int = rank) -> None:
             if process.rank == 0:
@@ -105,19 +113,17 @@ def bandwidth(accelerator: Any) -> None:
             elif process.rank == rank:
                 distributed.recv(data, 0)
 
-        seconds = timed(across, process.device)
-        rates[host] = size / seconds
-        say(process.is_rank0, "link", f"{hosts[0]} to {host}: {gbytes(rates[host])}")
+        rates[host] = size / timed(across, process.device)
+        report("link", f"{hosts[0]} to {host}: {rates[host] / 1e9:.2f} GB/s")
     if len(rates) > 1:
         slowest = min(rates, key=lambda host: rates[host])
-        typical = sorted(rates.values())[len(rates) // 2]
-        if rates[slowest] < 0.6 * typical:
-            text = f"{slowest} is at {rates[slowest] / typical:.0%} of the typical host"
-            say(process.is_rank0, "odd link", text, "warning")
+        share = rates[slowest] / statistics.median_high(rates.values())
+        if share < 0.6:
+            report("odd link", f"{slowest} is at {share:.0%} of the typical host", "warning")
     destroy_process_group()
 
 
-def timed(work: Any, device: torch.device, repeats: int = 5) -> float:
+def timed(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Seconds of one `work`, after a warm-up. Collective."""
     for count in (1, repeats):
         distributed.barrier()
@@ -127,18 +133,6 @@ def timed(work: Any, device: torch.device, repeats: int = 5) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return (time.perf_counter() - started) / repeats
-
-
-def gbytes(rate: float) -> str:
-    """Bytes a second, for people."""
-    return f"{rate / 1e9:.2f} GB/s"
-
-
-def say(first: bool, name: str, text: str, status: str = "ok") -> None:
-    """A line of the first process."""
-    if first:
-        values = {"status": status, "name": name, "text": text, "remedy": ""}
-        os.write(sys.stdout.fileno(), f"{json.dumps(values)}\n".encode())
 
 
 if __name__ == "__main__":

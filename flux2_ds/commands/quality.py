@@ -1,10 +1,10 @@
-"""Quality: how near a quantised base stays to the plain one, on the recipe's own model and shards.
+"""Measure how near a quantized base stays to the plain one, on the recipe's own model and shards.
 
     flux2-ds quality --config RECIPE [--steps 300] [--modes '[fp8, nf4]'] [--json]
 
-An adapter is trained over the plain base. With that adapter, gradients of the same global batches are taken
-over the plain base and over each quantised one, and compared block by block. Then an adapter is
-trained over each, from the same start with the same samples, noise and timesteps. One process.
+An adapter is trained over the plain base. With it, gradients of the same global batches are taken over
+the plain base and over each quantized one, and compared block by block. Then an adapter is trained over
+each, from the same start with the same samples, noise and timesteps. One process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from flux2_ds.data.dataset import build_order, check_shards, read_data
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
 from flux2_ds.distributed import Process, destroy_process_group, init_process_group
-from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
@@ -43,7 +42,7 @@ from flux2_ds.training.step import seed_dropout, train_step
 log = logging.getLogger("flux2_ds")
 
 DRIFT = 0.01
-"""A mode whose loss, over the last quarter of the steps, is higher by more than this share is labelled."""
+"""A mode whose loss, over the last quarter of the steps, is higher by more than this share is labeled."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -64,7 +63,7 @@ class Nearness:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of training over one base; `losses`: of each step."""
+    """The result of training over one base; `losses`: of each step."""
 
     mode: str
     losses: list[float]
@@ -96,21 +95,18 @@ class Experiment:
         """A model with its base in `mode` and a new adapter, and the recipe that it follows."""
         # Nothing is warmed up here, so shapes come in any order.
         recipe = replace(
-            self.recipe, base_weights=None, cuda_graphs=False, cache_transposed_base=False
+            self.recipe,
+            base_weights=cast(Any, mode) if mode in BASE_WEIGHTS else None,
+            precision="fp32" if mode == "fp32" else self.recipe.precision,
+            cuda_graphs=False,
+            cache_transposed_base=False,
         )
-        if mode == "fp32":
-            recipe = replace(recipe, precision="fp32")
-        elif mode in BASE_WEIGHTS:
-            recipe = replace(recipe, base_weights=cast(Any, mode))
-        plan = make_plan(recipe, 1)
-        model, _ = build_model(
-            self.directory, self.spec, plan, self.process, self.index.largest_tokens
-        )
-        return model, recipe
+        plan, tokens = make_plan(recipe, 1), self.index.largest_tokens
+        return build_model(self.directory, self.spec, plan, self.process, tokens)[0], recipe
 
     def train(self, model: torch.nn.Module, recipe: Recipe) -> list[float]:
-        """Train as the recipe says; the loss of each step."""
-        engine: Engine = build_engine(model, make_plan(recipe, 1))
+        """Train as the recipe says; returns the loss of each step."""
+        engine = build_engine(model, make_plan(recipe, 1))
         steps = self.loader.steps(0, recipe.steps)
         mode, losses = recipe.base_weights or recipe.precision, []
         for step, micro_batches in enumerate(tqdm(steps, mode, recipe.steps, unit="step")):
@@ -140,31 +136,27 @@ class Experiment:
 
 def main() -> None:
     """Entry point of `flux2-ds quality`."""
-    parser = recipe_parser("flux2-ds quality", "Compare quantised bases with the plain one.")
+    parser = recipe_parser("flux2-ds quality", "Compare quantized bases with the plain one.")
     add = parser.add_argument
     add("--modes", type=list[str], default=list(BASE_WEIGHTS), help="Of base_weights; or fp32.")
-    add("--picture", type=str, default=None, help="Draw the losses' distance from the plain one.")
+    add("--image", type=str, default=None, help="Draw the losses' distance from the plain one.")
     add("--batches", type=int, default=4, help="Global batches whose gradients are compared.")
-    add(
-        "--json", action="store_true", help="Print one JSON object, the loss of each step included."
-    )
+    add("--json", action="store_true", help="Print one JSON object, with the loss of each step.")
     recipe, options = parse_recipe(parser)
     set_up_console()
-    unknown = set(options.modes) - {*BASE_WEIGHTS, "fp32"}
-    if unknown or not options.modes:
-        raise UserError(
-            f"--modes is {options.modes}; it must name some of {', '.join(BASE_WEIGHTS)} and fp32."
-        )
-    known = Figure().canvas.get_supported_filetypes()
-    if options.picture is not None and Path(options.picture).suffix[1:].lower() not in known:
-        raise UserError(f"--picture is {options.picture}; its suffix must be .{', .'.join(known)}.")
+    modes = [*BASE_WEIGHTS, "fp32"]
+    if not options.modes or not {*options.modes} <= {*modes}:
+        raise UserError(f"--modes is {options.modes}; it must name some of {', '.join(modes)}.")
+    suffixes = Figure().canvas.get_supported_filetypes()
+    if options.image is not None and Path(options.image).suffix[1:].lower() not in suffixes:
+        raise UserError(f"--image is {options.image}; its suffix must be .{', .'.join(suffixes)}.")
     if options.batches < 1:
         raise UserError(f"--batches is {options.batches}; it must be at least 1.")
     if recipe.method == "full":
         raise UserError("method is full, which trains the base itself. Set method: lora.")
     results = compare(recipe, options.modes, options.batches)
-    if options.picture is not None:
-        draw(results, Path(options.picture))
+    if options.image is not None:
+        draw(results, Path(options.image))
     if options.json:
         print(json.dumps([asdict(each) for each in results], indent=2))
     else:
@@ -180,23 +172,26 @@ def compare(recipe: Recipe, modes: list[str], batches: int) -> list[Trained]:
             "deepspeed: zero2 or zero0."
         )
     experiment = Experiment(recipe, process, batches)
-    plain = recipe.precision
-    model, changed = experiment.build(plain)
-    start = copied(model)
-    results = [Trained(plain, experiment.train(model, changed), None)]
-    say(results[0])
-    adapter, expected = copied(model), list(experiment.gradients(model))
+    results: list[Trained] = []
+
+    def train(model: torch.nn.Module, changed: Recipe, mode: str, near: Nearness | None) -> None:
+        results.append(Trained(mode, experiment.train(model, changed), near))
+        log.info("%s: loss %.4f at the end", mode, results[-1].loss)
+
+    model, changed = experiment.build(recipe.precision)
+    start = copied_adapter(model)
+    train(model, changed, recipe.precision, None)
+    adapter, expected = copied_adapter(model), list(experiment.gradients(model))
     for mode in modes:
         del model
-        forget()
+        free_memory()
         model, changed = experiment.build(mode)
-        put(model, adapter)
-        nearness = compared(list(experiment.gradients(model)), expected)
-        log.info("%s: gradients' cosine %.4f, error %.3f (medians)", mode, nearness.cosine_median,
-                 nearness.error_median)  # fmt: skip
-        put(model, start)
-        results.append(Trained(mode, experiment.train(model, changed), nearness))
-        say(results[-1])
+        set_adapter(model, adapter)
+        near = compared(list(experiment.gradients(model)), expected)
+        log.info("%s: gradients' cosine %.4f, error %.3f (medians)", mode, near.cosine_median,
+                 near.error_median)  # fmt: skip
+        set_adapter(model, start)
+        train(model, changed, mode, near)
     destroy_process_group()
     return results
 
@@ -210,38 +205,28 @@ def compared(found: list[Tensors], expected: list[Tensors]) -> Nearness:
             cosines.append((float(cosine), block))
             errors.append(float((ours[block] - gradient).norm() / gradient.norm()))
     worst, block = min(cosines)
-    return Nearness(
-        statistics.median(cosine for cosine, _ in cosines),
-        worst,
-        statistics.median(errors),
-        max(errors),
-        block,
-    )
+    median = statistics.median
+    return Nearness(median(c for c, _ in cosines), worst, median(errors), max(errors), block)
 
 
-def copied(model: torch.nn.Module) -> Tensors:
+def copied_adapter(model: torch.nn.Module) -> Tensors:
     """The adapter's weights, on the host."""
     return {name: p.detach().cpu().clone() for name, p in transformer.trainable(model).items()}
 
 
 @torch.no_grad()
-def put(model: torch.nn.Module, adapter: Tensors) -> None:
+def set_adapter(model: torch.nn.Module, adapter: Tensors) -> None:
     """Set the adapter's weights."""
     for name, parameter in transformer.trainable(model).items():
         parameter.copy_(adapter[name])
 
 
-def forget() -> None:
+def free_memory() -> None:
     """Give back what a model before this one held."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def say(trained: Trained) -> None:
-    """Progress."""
-    log.info("%s: loss %.4f at the end", trained.mode, trained.loss)
 
 
 def table(results: list[Trained]) -> list[str]:

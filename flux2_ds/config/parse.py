@@ -44,6 +44,7 @@ RENAMED = {
     "prepare.text_batch": "prepare.text_batch_size",
     "prepare.image_batch": "prepare.image_batch_size",
     "launch.hang_after": "launch.hang_timeout_s",
+    "picture": "image",
 }
 """Settings that had another name once."""
 

@@ -59,13 +59,13 @@ def test_the_report_before_prepare(settings, monkeypatch, capsys) -> None:
 
 
 def test_a_picture_in_no_format_is_refused(settings, monkeypatch, capsys) -> None:
-    with pytest.raises(UserError, match=r"--picture look\.xyz: no picture format"):
-        inspect(monkeypatch, capsys, str(settings), "--picture", "look.xyz")
+    with pytest.raises(UserError, match=r"--image look\.xyz: no picture format"):
+        inspect(monkeypatch, capsys, str(settings), "--image", "look.xyz")
 
 
 def test_the_report(prepared, tiny_spec, monkeypatch, capsys) -> None:
     picture = prepared.parent / "look.png"
-    out = inspect(monkeypatch, capsys, str(prepared), "--picture", str(picture))
+    out = inspect(monkeypatch, capsys, str(prepared), "--image", str(picture))
 
     assert str(tiny_spec) in out
     width = 128  # of the tiny transformer; 3 is its feed-forward ratio, doubled for the gate

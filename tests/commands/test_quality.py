@@ -58,8 +58,8 @@ def test_the_table_labels_what_drifts():
         (["--modes", "[fp8, fp4]"], "--modes is .*'fp4'.* must name some of fp8, int8, nf4"),
         (["--batches", "0"], "--batches is 0"),
         (["--method", "full"], "method is full"),
-        (["--picture", "loss.xyz"], "--picture is loss.xyz; its suffix must be .*.png"),
-        (["--picture", "loss"], "--picture is loss; its suffix must be"),
+        (["--image", "loss.xyz"], "--image is loss.xyz; its suffix must be .*.png"),
+        (["--image", "loss"], "--image is loss; its suffix must be"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(monkeypatch, given, message):
@@ -90,7 +90,7 @@ def test_only_the_base_makes_a_difference(tiny_model, photos, tmp_path):  # noqa
         "--batches",
         "2",
         "--json",
-        "--picture",
+        "--image",
         str(tmp_path / "p.png"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
