@@ -1,4 +1,4 @@
-"""Bytes of a training step, by part, from dimensions alone."""
+"""Bytes of a training step, by part, from dimensions alone; and what to change if they are not there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flux2_ds.config.recipe import Recipe
 
 GIB = 2**30
 _CUDA_GRAPHS, TRANSPOSED = "CUDA graphs", "transposed base"
-_SPARE = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "cache_transposed_base"}
+_OPTIONAL = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "cache_transposed_base"}
 """What is made only where memory is left for it -> its setting."""
 
 _KEPT = {
@@ -36,14 +36,15 @@ _KEPT = {
     (False, "dora", True): (47, 34),
     (False, "full", False): (32, 21),
 }
-"""Whether compiled, method, whether with dropout -> streams that a double and a single block keep; adapters on
-all linears."""
-_WORKING = 34
-_DECODER_CHANNELS = 128  # of the released VAE, at a picture's full size
+"""(compiled, method, with dropout) -> residual streams that a double and a single block keep for the backward
+pass without checkpointing; adapters on all linears."""
+_WORKING = 34  # streams of the block that runs
+_RENDERING = 21  # the same without a backward pass
+_DECODER_CHANNELS = 128  # of the released VAE, at the image's full size
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
 
-_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters
-_SMALL = 1e5  # and of stage3_param_persistence_threshold
+_LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters and of sub_group_size
+_PERSISTENT = 1e5  # and of stage3_param_persistence_threshold
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Memory:
 
     card: dict[str, float]
     host: dict[str, float]
+
+    def __or__(self, other: Memory) -> Memory:
+        return Memory(self.card | other.card, self.host | other.host)
 
     @property
     def on_card(self) -> float:
@@ -69,160 +73,201 @@ class Memory:
         return _CUDA_GRAPHS in self.card
 
     @property
-    def spare(self) -> list[str]:
-        """The settings that would free memory if they were false."""
-        return [setting for part, setting in _SPARE.items() if part in self.card]
-
-    @property
     def transposes(self) -> bool:
         """Whether the base is held a second time, transposed."""
         return TRANSPOSED in self.card
 
+    @property
+    def spare(self) -> list[str]:
+        """The settings that would free memory if they were false."""
+        return [setting for part, setting in _OPTIONAL.items() if part in self.card]
+
     def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
-        """Whether a card with so many free bytes is enough, with the CUDA context and 2 % of slack, and
-        such a part of the host's memory."""
+        """Whether so many free bytes are enough, with the CUDA context and 2 % of slack on the card."""
         return self.on_card * 1.02 + _CONTEXT <= card_bytes and self.on_host <= host_bytes
-
-
-def _preview_bytes(spec: Spec, recipe: Recipe, element: int) -> float:
-    pixels = recipe.preview.height * recipe.preview.width
-    tokens = pixels // PIXELS_PER_TOKEN**2
-    return rendering_bytes(spec, recipe.base_weights, element, tokens, pixels, _DECODER_CHANNELS)
-
-
-def _offloaded(plan: Plan, share: float, element: int) -> dict[str, float]:
-    """Host memory that DeepSpeed 0.19.8 gives its CPU Adam for `share` elements, beside the moments.
-
-    Page-locked, where the config says so, are at stage 3 the sums of gradients in one piece and a copy of
-    them in groups, below it masters, gradients and the updated weights on their way back to the card.
-    """
-    zero = plan.zero
-    locked = _pinned_bytes if zero["offload_optimizer"].get("pin_memory", True) else float
-    if plan.zero_stage < 3:
-        gradients = locked(4 * share) + locked(element * share)
-        return {"fp32 masters": locked(4 * share), "gradients": gradients}
-    group = min(share, zero.get("sub_group_size", _LIVE))
-    whole, rest = divmod(share, group)
-    copies = whole * locked(4 * group) + (locked(4 * rest) if rest else 0)
-    return {"fp32 masters": 4 * share, "gradients": locked(4 * share) + copies}
-
-
-def _kept_whole(spec: Spec, recipe: Recipe, threshold: float) -> float:
-    """Bytes of small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
-    tensors: list[tuple[float, int]] = []  # elements, and bytes of each
-    if recipe.method != "full":
-        tensors += [(elements, 4) for elements in adapter_tensors(spec, recipe)]
-    if (recipe.base_weights or "").startswith("nf4"):
-        tensors += [(elements * NF4_SCALES, 1) for elements in block_matrices(spec)]
-    return sum(elements * each for elements, each in tensors if elements <= threshold)
-
-
-def _pinned_bytes(size: float) -> float:
-    return 2.0 ** math.ceil(math.log2(size))
-
-
-def kept_streams(recipe: Recipe) -> tuple[float, float]:
-    """What a double and a single block keep for the backward pass if they recompute nothing costly, in streams."""
-    drops = recipe.method != "full" and recipe.lora.dropout > 0
-    return _KEPT[compiles(recipe), recipe.method, drops]
 
 
 def estimate(
     spec: Spec, plan: Plan, image_tokens: int, kept: int, card_bytes: float = math.inf
 ) -> Memory:
-    """Memory of one process of a run.
+    """Estimate the memory of one process of a run.
 
-    `image_tokens`: of the largest bucket, references included. `kept`: number of blocks that keep
-    their activations. `card_bytes`: free on the card; CUDA graphs and a transposed base that would not fit are
-    not counted, nor made unless the recipe asks for them.
+    `image_tokens`: of the largest bucket, references included. `kept`: number of blocks that keep their
+    activations. `card_bytes`: free on the card; CUDA graphs and a transposed base that would not fit are not
+    counted, nor made unless the recipe asks for them.
     """
-    recipe, zero, stage = plan.recipe, plan.zero, plan.zero_stage
-    element = 4 if recipe.precision == "fp32" else 2
-    full = recipe.method == "full"
-    trained = trained_parameters(spec, recipe)
-    share = trained / plan.processes if stage else trained
-    card: dict[str, float] = {}
-    host: dict[str, float] = {}
-    parts = plan.processes if stage == 3 else 1
-    at = host if plan.offloads("offload_param") else card
-    at["base weights"] = base_bytes(spec, recipe.base_weights, element) / parts
-    if at is host:
-        # What is trained DeepSpeed moves into one page-locked piece.
-        host["base weights" if full else "adapter"] = _pinned_bytes(
-            (element if full else 4) * share
-        )
-    if stage == 3:
-        # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
-        stored = element if recipe.base_weights in (None, "bf16") else 1
-        whole = base_bytes(spec, recipe.base_weights, element)
-        live = zero.get("stage3_max_live_parameters", _LIVE)
-        if plan.processes > 1 or at is host:  # else they are whole where they lie
-            card["gathered weights"] = min(whole, live * stored)
-        if plan.processes > 1:
-            threshold = zero.get("stage3_param_persistence_threshold", _SMALL)
-            card["kept whole"] = _kept_whole(spec, recipe, threshold)
-    if not full:
-        card["adapter"] = 4 * (share if stage == 3 else trained)
-    optimizer_at = host if plan.offloads("offload_optimizer") else card
-    bf16_masters = full and recipe.precision == "bf16"
-    if optimizer_at is host:
-        host |= _offloaded(plan, share, element if full else 4)
-        if bf16_masters and stage < 3:
-            # Gradients are summed here first, at stage 1 those of all parameters besides.
-            card["gradients"] = 4 * share + (4 * trained if stage == 1 else 0)
-    else:
-        if stage and (full or stage < 3):
-            card["fp32 masters"] = 4 * share
-        # At stage 1 a full fine-tune in bf16 has its gradients in both dtypes.
-        gradient = 6 if bf16_masters and stage == 1 else 4
-        card["gradients"] = gradient * (share if stage >= 2 else trained)
-    optimizer_at["optimizer"] = optimizer_bytes(recipe.optimizer.name) * share
-    # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
-    bufferless = bf16_masters and stage == 1 and optimizer_at is card
-    if stage and zero.get("contiguous_gradients", True) and not bufferless:
-        # Stage 3 orders a bucket by process in a copy. An adapter fills its bucket once most activations are gone.
-        buffers = 2 if (full if stage == 3 else zero.get("overlap_comm")) else 1
-        halved = recipe.precision == "fp16" or (bf16_masters and stage > 1)
-        bucket = min(zero.get("reduce_bucket_size", 5e8), trained)  # engine.py sees to it
-        card["reduction buffers"] = (2 if halved else 4) * buffers * bucket
-    if recipe.optimizer.ema_decay is not None:
-        optimizer_at["EMA"] = 4 * share
-
-    tokens = (image_tokens + TEXT_TOKENS) * recipe.batch.micro_size
-    stream = tokens * spec.width * element
-    kept_double = max(0, kept - spec.single_blocks)
-    kept_single = kept - kept_double
-    in_double, in_single = kept_streams(recipe)
-    card["activations"] = stream * (in_double * kept_double + in_single * kept_single)
-    if recipe.offload_activations:
-        text = _pinned_bytes(stream * TEXT_TOKENS / (image_tokens + TEXT_TOKENS))
-        image = _pinned_bytes(stream * image_tokens / (image_tokens + TEXT_TOKENS))
-        double = spec.double_blocks - kept_double
-        single = spec.single_blocks - kept_single
-        host["activations"] = double * (text + image) + single * _pinned_bytes(stream)
-    else:
-        card["activations"] += stream * (spec.blocks - kept)
-    # While one block runs: its intermediates, and its widest weight as the product reads it.
-    card["working"] = _WORKING * stream + expanded_bytes(spec, recipe.base_weights)
-    card["batch"] = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
-    memory = Memory(card, host)
-    spare: dict[str, float] = {}
+    run = _Run(spec, plan)
+    memory = _weights(run) | _training_state(run) | _activations(run, image_tokens, kept)
+    optional = {}
     if captures(plan):
-        # Gradients are copied out of the recorded passes, whose memory nothing else may use, and once more if
-        # they are then added to others or divided among processes.
-        graphs = 4 * trained * (1 + (plan.accumulation > 1 or stage == 2)) + card["batch"]
-        graphs += max(
-            card["working"] if recipe.data.validation_fraction else 0,
-            _preview_bytes(spec, recipe, element) if recipe.preview.every else 0,
-        )
-        spare[_CUDA_GRAPHS] = graphs
+        optional[_CUDA_GRAPHS] = _cuda_graphs(run, memory)
     if transposable(plan):
-        spare[TRANSPOSED] = float(sum(block_matrices(spec)))
-    for part, size in spare.items():
-        more = Memory(memory.card | {part: size}, host)
-        if getattr(recipe, _SPARE[part]) or more.fits(card_bytes):
+        optional[TRANSPOSED] = float(sum(block_matrices(spec)))
+    for part, size in optional.items():
+        more = memory | Memory({part: size}, {})
+        if getattr(plan.recipe, _OPTIONAL[part]) or more.fits(card_bytes):
             memory = more
     return memory
+
+
+class _Run:
+    """What several parts ask of a run; sizes are numbers of elements."""
+
+    def __init__(self, spec: Spec, plan: Plan) -> None:
+        self.spec, self.plan, self.recipe = spec, plan, plan.recipe
+        self.stage, self.zero = plan.zero_stage, plan.zero
+        self.full = plan.recipe.method == "full"
+        self.element = 4 if plan.recipe.precision == "fp32" else 2
+        """Bytes of a weight or activation in the compute precision."""
+        self.trained = trained_parameters(spec, plan.recipe)
+        self.share = self.trained / plan.processes if self.stage else self.trained
+        """Of what is trained, the part whose optimizer state this process has."""
+        self.bf16_masters = self.full and plan.recipe.precision == "bf16"
+
+
+def _weights(run: _Run) -> Memory:
+    """The base, what ZeRO-3 gathers of it and leaves whole, and the adapter."""
+    recipe, processes = run.recipe, run.plan.processes
+    card: dict[str, float] = {}
+    host: dict[str, float] = {}
+    whole = base_bytes(run.spec, recipe.base_weights, run.element)
+    on_host = run.plan.offloads("offload_param")
+    (host if on_host else card)["base weights"] = whole / (processes if run.stage == 3 else 1)
+    if on_host:
+        # DeepSpeed moves what is trained into one pinned piece.
+        part, element = ("base weights", run.element) if run.full else ("adapter", 4)
+        host[part] = _pinned_bytes(element * run.share)
+    if run.stage == 3:
+        # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
+        stored = run.element if recipe.base_weights in (None, "bf16") else 1
+        if processes > 1 or on_host:  # else they are whole where they lie
+            live = run.zero.get("stage3_max_live_parameters", _LIVE)
+            card["gathered weights"] = min(whole, live * stored)
+        if processes > 1:
+            card["kept whole"] = _kept_whole(run)
+    if not run.full:
+        card["adapter"] = 4 * (run.share if run.stage == 3 else run.trained)
+    return Memory(card, host)
+
+
+def _kept_whole(run: _Run) -> float:
+    """Small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
+    tensors: list[tuple[float, int]] = []  # elements, and bytes of each
+    if not run.full:
+        tensors += [(elements, 4) for elements in adapter_tensors(run.spec, run.recipe)]
+    if (run.recipe.base_weights or "").startswith("nf4"):
+        tensors += [(elements * NF4_SCALES, 1) for elements in block_matrices(run.spec)]
+    threshold = run.zero.get("stage3_param_persistence_threshold", _PERSISTENT)
+    return sum(elements * each for elements, each in tensors if elements <= threshold)
+
+
+def _training_state(run: _Run) -> Memory:
+    """Masters, gradients, the optimizer's state, ZeRO's buffers and the average."""
+    memory = Memory({}, {})
+    offloaded = run.plan.offloads("offload_optimizer")
+    at = memory.host if offloaded else memory.card
+    if offloaded:
+        memory.host.update(_cpu_adam(run))
+        if run.bf16_masters and run.stage < 3:
+            # Gradients are summed here first, at stage 1 those of all parameters besides.
+            memory.card["gradients"] = 4 * run.share + (4 * run.trained if run.stage == 1 else 0)
+    else:
+        if run.stage and (run.full or run.stage < 3):
+            memory.card["fp32 masters"] = 4 * run.share
+        # At stage 1 a full fine-tune in bf16 has its gradients in both dtypes.
+        element = 6 if run.bf16_masters and run.stage == 1 else 4
+        memory.card["gradients"] = element * (run.share if run.stage >= 2 else run.trained)
+    at["optimizer"] = optimizer_bytes(run.recipe.optimizer.name) * run.share
+    # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
+    bufferless = run.bf16_masters and run.stage == 1 and not offloaded
+    if run.stage and run.zero.get("contiguous_gradients", True) and not bufferless:
+        memory.card["reduction buffers"] = _reduction_buffers(run)
+    if run.recipe.optimizer.ema_decay is not None:
+        at["EMA"] = 4 * run.share
+    return memory
+
+
+def _cpu_adam(run: _Run) -> dict[str, float]:
+    """Host memory that DeepSpeed 0.19.8 gives its CPU Adam beside the moments.
+
+    Pinned, where the config says so, are at stage 3 the sums of gradients in one piece and a copy of them in
+    groups, below it masters, gradients and the updated weights on their way back to the card.
+    """
+    share, element = run.share, run.element if run.full else 4
+    pin = _pinned_bytes if run.zero["offload_optimizer"].get("pin_memory", True) else float
+    if run.stage < 3:
+        return {
+            "fp32 masters": pin(4 * share),
+            "gradients": pin(4 * share) + pin(element * share),
+        }
+    group = min(share, run.zero.get("sub_group_size", _LIVE))
+    groups, rest = divmod(share, group)
+    copies = groups * pin(4 * group) + (pin(4 * rest) if rest else 0)
+    return {"fp32 masters": 4 * share, "gradients": pin(4 * share) + copies}
+
+
+def _reduction_buffers(run: _Run) -> float:
+    """Buckets of gradients on their way between the processes.
+
+    Stage 3 orders a bucket by process in a copy. An adapter fills its bucket once most activations are gone.
+    """
+    buffers = 2 if (run.full if run.stage == 3 else run.zero.get("overlap_comm")) else 1
+    halved = run.recipe.precision == "fp16" or (run.bf16_masters and run.stage > 1)
+    bucket: float = min(
+        run.zero.get("reduce_bucket_size", 5e8), run.trained
+    )  # engine.py sees to it
+    return (2 if halved else 4) * buffers * bucket
+
+
+def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
+    """What blocks keep for the backward pass, what one needs while it runs, and the batch."""
+    spec, recipe = run.spec, run.recipe
+    tokens = image_tokens + TEXT_TOKENS
+    stream = tokens * recipe.batch.micro_size * spec.width * run.element
+    double = max(0, kept - spec.single_blocks)
+    single = kept - double
+    in_double, in_single = kept_streams(recipe)
+    card, host = stream * (in_double * double + in_single * single), {}
+    if recipe.offload_activations:
+        text = _pinned_bytes(stream * TEXT_TOKENS / tokens)
+        image = _pinned_bytes(stream * image_tokens / tokens)
+        inputs = (spec.double_blocks - double) * (text + image)
+        inputs += (spec.single_blocks - single) * _pinned_bytes(stream)
+        host = {"activations": inputs}
+    else:
+        card += stream * (spec.blocks - kept)
+    # The block that runs: its intermediates, and its widest weight as the product reads it.
+    working = _WORKING * stream + expanded_bytes(spec, recipe.base_weights)
+    batch = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
+    return Memory({"activations": card, "working": working, "batch": batch}, host)
+
+
+def _cuda_graphs(run: _Run, memory: Memory) -> float:
+    """Gradients are copied out of the recorded passes, whose memory nothing else may use, and once more if they
+    are then added to others or sharded."""
+    recipe = run.recipe
+    copies = 1 + (run.plan.accumulation > 1 or run.stage == 2)
+    others: list[float] = [0]
+    if recipe.data.validation_fraction:
+        others.append(memory.card["working"])
+    if recipe.preview.every:
+        pixels = recipe.preview.height * recipe.preview.width
+        tokens, base = pixels // PIXELS_PER_TOKEN**2, recipe.base_weights
+        others.append(
+            rendering_bytes(run.spec, base, run.element, tokens, pixels, _DECODER_CHANNELS)
+        )
+    return 4 * run.trained * copies + memory.card["batch"] + max(others)
+
+
+def kept_streams(recipe: Recipe) -> tuple[float, float]:
+    """What a double and a single block keep for the backward pass without checkpointing, in streams."""
+    drops = recipe.method != "full" and recipe.lora.dropout > 0
+    return _KEPT[compiles(recipe), recipe.method, drops]
+
+
+def _pinned_bytes(size: float) -> float:
+    """What torch allocates: powers of two."""
+    return 2.0 ** math.ceil(math.log2(size))
 
 
 def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
@@ -230,15 +275,14 @@ def not_yet_allocated(plan: Plan, memory: Memory, *, resumed: bool) -> float:
     stage 3 ZeRO's buffers and gradients, at stages 0 and 1 those that wait for the next micro-batch's."""
     parts = ["optimizer"] * (not resumed)
     parts += ["reduction buffers"] * (plan.zero_stage < 3)
-    parts += ["gradients"] * (
-        plan.zero_stage == 2 or (plan.zero_stage < 2 and plan.accumulation > 1)
-    )
+    waiting = plan.zero_stage < 2 and plan.accumulation > 1
+    parts += ["gradients"] * (plan.zero_stage == 2 or waiting)
     return sum(memory.card.get(part, 0.0) for part in parts)
 
 
 def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) -> int:
-    """How many blocks keep their activations: those that the recipe's `activation_checkpointing` leaves;
-    with `auto` as many as fit into `card_bytes`."""
+    """How many blocks keep their activations: those that `activation_checkpointing` leaves; with `auto` as many
+    as fit into `card_bytes`."""
     setting = plan.recipe.activation_checkpointing
     if setting != "auto":
         share = {"none": 0.0, "full": 1.0}[setting] if isinstance(setting, str) else setting
@@ -250,10 +294,11 @@ def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) ->
     return 0
 
 
+# Sizes of models and adapters
+
 NF4_SCALES, _ROW_SCALE = 1 / 64, 4  # bytes a weight, and a row
 _NF4_BITS = 0.5 + NF4_SCALES
 _TIMESTEP_FREQUENCIES = 256
-_RENDERING = 21  # without a backward pass
 _STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
 _MOMENTS = 8  # two in fp32
 
@@ -348,6 +393,8 @@ def expanded_bytes(spec: Spec, base_weights: str | None) -> int:
     product = {"fp8": 2, "int8": 2, "nf4": 2, "nf4_fp8": 1, "nf4_int8": 1}
     return 9 * spec.width**2 * product.get(base_weights or "", 0)
 
+
+# What to change if memory is not enough
 
 Doing = Literal["step", "text encoder", "transformer", "picture"]
 

@@ -1,5 +1,6 @@
 """The memory plan against real parameter counts, quantised weights and measured peaks."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from flux2_ds.config.memory import (
     other_matrices,
 )
 from flux2_ds.config.model_spec import RELEASED, Spec
+from flux2_ds.config.parse import load_recipe, shipped_directory
 from flux2_ds.config.plan import captures, make_plan, read_deepspeed
 from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.data.dataset import recordable
@@ -36,6 +38,7 @@ DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-
 KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
 ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
 ZERO3 = {**ZERO2, "stage": 3}
+RECIPES = sorted(shipped_directory("recipes").glob("*.yaml"))
 ALL_LINEARS = Lora(rank=32, targets="all")
 
 
@@ -59,6 +62,23 @@ def estimate_for(model: str, kept: int, processes: int = 1, zero=None, **setting
         model, deepspeed={"zero_optimization": zero or {}}, processes=processes, **settings
     )
     return estimate(RELEASED[model], make_plan(recipe, processes), 4096, kept)
+
+
+GOLDEN = json.loads(Path(__file__).with_name("memory_golden.json").read_text())
+"""recipe -> GiB of the card -> bytes by part, on the card and on the host, at 4096 image tokens on 4 processes."""
+
+
+def recipe_memory(path: Path, card: int) -> list[dict[str, float]]:
+    recipe = load_recipe(path, ["--batch.global_size=8"])
+    spec, plan = RELEASED.get(recipe.model.path, RELEASED[KLEIN_4B]), make_plan(recipe, 4)
+    kept = kept_blocks(spec, plan, 4096, card * GIB)
+    found = estimate(spec, plan, 4096, kept, card * GIB)
+    return [found.card, found.host]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_memory_of_shipped_recipes_is_what_it_was(path):
+    assert {card: recipe_memory(path, int(card)) for card in ("24", "80")} == GOLDEN[path.stem]
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED))
