@@ -36,31 +36,37 @@ def tiny_spec(tiny_model: Path) -> Spec:
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """This process alone, as a real group over gloo."""
+    """A process group of this process alone."""
     from torch import distributed
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     yield
     distributed.destroy_process_group()
 
 
 @pytest.fixture
 def write_checkpoint(process_group: None) -> Callable[..., Path]:
-    """Saves (kind, name, tensor) triples or `TensorShard`s as one process."""
+    return save_alone
+
+
+@pytest.fixture(name="save_alone")
+def _save_alone() -> Callable[..., Path]:
+    return save_alone
+
+
+def save_alone(
+    root: Path, step: int, tensor_shards: Iterable[Any], state: dict[str, Any] | None = None
+) -> Path:
+    """Save (kind, name, tensor) triples or `TensorShard`s as the only rank of its process group."""
     import torch
 
-    from flux2_ds.checkpoint import manager as saving
+    from flux2_ds.checkpoint import manager
     from flux2_ds.checkpoint.tensor_store import TensorShard
     from flux2_ds.distributed import Process
 
-    def write(
-        root: Path, step: int, tensor_shards: Iterable[Any], state: dict[str, Any] | None = None
-    ) -> Path:
-        def given() -> Iterator[TensorShard]:
-            for piece in tensor_shards:
-                yield piece if isinstance(piece, TensorShard) else TensorShard(*piece)
+    def given() -> Iterator[TensorShard]:
+        for shard in tensor_shards:
+            yield shard if isinstance(shard, TensorShard) else TensorShard(*shard)
 
-        alone = Process(0, 1, torch.device("cpu"))
-        return saving.save(root, step, given, state or {}, alone, sharded=False)
-
-    return write
+    alone = Process(0, 1, torch.device("cpu"))
+    return manager.save(root, step, given, state or {}, alone, sharded=False)

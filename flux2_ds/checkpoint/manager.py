@@ -1,4 +1,9 @@
-"""Checkpoints: named tensors in safetensors, position in JSON, all of it or none."""
+"""A run's checkpoints: named tensors in safetensors, state in JSON, complete or not there at all.
+
+step_00000040/               state.json, weights.safetensors, exp_avg.safetensors, ...
+.step_00000050.partial/      being written; .removed while it is being removed
+step_00000030.damaged/       set aside at a resume
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,10 @@ STATE_NAME = "state.json"
 _READERS = 8
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written by one of the ranks. Earlier ones are untouched."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk."""
@@ -37,15 +46,11 @@ class Checkpoint:
         return value
 
     def kinds(self) -> list[str]:
-        """What is stored: weights, and the states of the optimizer that trained them."""
+        """What is stored: weights, EMA, and the states of the optimizer that trained them."""
         return sorted({_kind(name) for name in self.state()["files"]})
 
-    def stored(self, kind: str) -> TensorStore:
-        """The tensors of one kind, to be read one by one or in parts.
-
-        Raises:
-            UserError: the checkpoint has none of it.
-        """
+    def store(self, kind: str) -> TensorStore:
+        """The tensors of one kind, to be read one by one or in shards. Refuses a kind that is absent."""
         files = [self.path / name for name in self.state()["files"] if _kind(name) == kind]
         if not files:
             raise UserError(
@@ -55,9 +60,9 @@ class Checkpoint:
         return TensorStore(files)
 
     def tensors(self, kind: str) -> dict[str, torch.Tensor]:
-        """Whole tensors by parameter name, all at once."""
-        stored = self.stored(kind)
-        return {name: stored.whole(name) for name in stored.shapes}
+        """Full tensors by parameter name, all at once."""
+        store = self.store(kind)
+        return {name: store.tensor(name) for name in store.shapes}
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -65,50 +70,15 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def begin(root: Path, step: int) -> Path:
-    """The hidden directory into which the checkpoint of `step` is written; leftovers are removed."""
-    for leftover in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
-        shutil.rmtree(leftover)
-    partial = partial_path(root, step)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def partial_path(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is while it is written."""
-    return root / f".{checkpoint_path(root, step).name}.partial"
-
-
-def write_files(
-    partial: Path, tensor_shards: Iterable[TensorShard], part: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Write tensors into a begun checkpoint, synced; returns size and sha256 of each file."""
-    partial.mkdir(parents=True, exist_ok=True)  # another host may not see it yet
-    files = {}
-    for file in write(partial, tensor_shards, part):
-        _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    return files
-
-
-def finish(root: Path, step: int, files: dict[str, Any], state: dict[str, Any]) -> Path:
-    """Make a begun checkpoint visible, with everything that `files` names in it."""
-    partial, path = partial_path(root, step), checkpoint_path(root, step)
-    (partial / STATE_NAME).write_text(json.dumps({**state, "step": step, "files": files}, indent=1))
-    _sync(partial / STATE_NAME)
-    _sync(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    _sync(root)
-    return path
+def find(root: Path) -> list[Checkpoint]:
+    """Checkpoints by ascending step."""
+    return [Checkpoint(path, step) for step, path in checkpoint_steps(root).items()]
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest intact checkpoint, and what is wrong with each newer one that was passed over.
 
-    Raises:
-        UserError: there are checkpoints, but none is intact.
+    Refuses if there are checkpoints but none is intact.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(find(root)):
@@ -123,18 +93,6 @@ def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
             "directories to start from the beginning."
         )
     return None, {}
-
-
-def find(root: Path) -> list[Checkpoint]:
-    """Checkpoints by ascending step."""
-    return [Checkpoint(path, step) for step, path in checkpoint_steps(root).items()]
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is not counted among those that are kept."""
-    aside = path.with_name(f"{path.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
 
 
 def verify(checkpoint: Checkpoint) -> str | None:
@@ -157,8 +115,91 @@ def verify(checkpoint: Checkpoint) -> str | None:
             return f"{name} does not have its sha256"
         return None
 
-    with ThreadPoolExecutor(_READERS) as readers:  # the other processes wait
+    with ThreadPoolExecutor(_READERS) as readers:  # the other ranks wait
         return next(filter(None, readers.map(damage, files)), None)
+
+
+def save(
+    root: Path,
+    step: int,
+    tensor_shards: Callable[[], Iterable[TensorShard]],
+    state: dict[str, Any],
+    process: Process,
+    *,
+    sharded: bool,
+) -> Path:
+    """Write the checkpoint of `step`. Collective.
+
+    `tensor_shards` is collective, too: called in every rank, it gives what that one writes. `sharded`:
+    several ranks write. If one cannot, all raise a `SaveError`.
+    """
+    path = checkpoint_path(root, step)
+    partial = root / f".{path.name}.partial"
+
+    def all_ranks(action: Callable[[], Any]) -> list[Any]:
+        """The results of all ranks, by rank, once all have come this far."""
+        result, failure = None, None
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
+        outcomes = all_gather_object((result, failure))
+        for rank, (_, why) in enumerate(outcomes):
+            if why is not None:
+                if process.is_rank0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise SaveError(
+                    f"the checkpoint of step {step} cannot be written to {root}: {why} (rank {rank}). "
+                    "Make room there, or correct its permissions. Earlier checkpoints are untouched."
+                )
+        return [result for result, _ in outcomes]
+
+    def rank0(action: Callable[[], None]) -> None:
+        all_ranks(action if process.is_rank0 else lambda: None)
+
+    rank0(lambda: begin(root, partial))
+    rank = process.rank if sharded else None
+    written = all_ranks(lambda: write_files(partial, tensor_shards(), rank))
+    files = {name: facts for one in written for name, facts in one.items()}
+    rank0(lambda: finish(partial, path, {**state, "step": step, "files": files}))
+    return path
+
+
+def begin(root: Path, partial: Path) -> None:
+    """Make the hidden directory in which a checkpoint is written; remove what a kill left."""
+    for leftover in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def write_files(
+    partial: Path, tensor_shards: Iterable[TensorShard], rank: int | None
+) -> dict[str, dict[str, Any]]:
+    """Write tensors into a begun checkpoint, synced; returns size and sha256 of each file."""
+    partial.mkdir(parents=True, exist_ok=True)  # another host may not see it yet
+    files = {}
+    for file in write(partial, tensor_shards, rank):
+        _sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return files
+
+
+def finish(partial: Path, path: Path, state: dict[str, Any]) -> None:
+    """Make a begun checkpoint visible as `path`."""
+    (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
+    _sync(partial / STATE_NAME)
+    _sync(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it does not count as one of those that are kept."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:
@@ -187,56 +228,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class SaveError(UserError):
-    """A checkpoint could not be written, in any of the processes. Those before it are untouched."""
-
-
-def save(
-    root: Path,
-    step: int,
-    tensor_shards: Callable[[], Iterable[TensorShard]],
-    state: dict[str, Any],
-    process: Process,
-    *,
-    sharded: bool,
-) -> Path:
-    """Write the checkpoint of `step`; collective.
-
-    `tensor_shards` is collective, too: called in every process, it gives what that one writes. `sharded`:
-    several do.
-
-    Raises:
-        SaveError: in all processes, when one of them cannot write.
-    """
-
-    def clear() -> None:
-        if process.is_rank0:
-            shutil.rmtree(partial_path(root, step), ignore_errors=True)
-
-    def together(action: Callable[[], Any]) -> list[Any]:
-        """The results of all processes, once all of them have come this far."""
-        result, failure = None, None
-        try:
-            result = action()
-        except (OSError, SafetensorError) as error:
-            failure = f"{error}"
-        outcomes = all_gather_object((result, failure))
-        failures = {rank: why for rank, (_, why) in enumerate(outcomes) if why is not None}
-        if failures:
-            clear()
-            rank, why = next(iter(failures.items()))
-            raise SaveError(
-                f"the checkpoint of step {step} cannot be written to {root}: {why} (process {rank}). "
-                "Make room there, or correct its permissions. Earlier checkpoints are untouched."
-            )
-        return [result for result, _ in outcomes]
-
-    part = process.rank if sharded else None
-    together(lambda: begin(root, step) if process.is_rank0 else None)
-    partial = partial_path(root, step)
-    written = together(lambda: write_files(partial, tensor_shards(), part))
-    files = {name: facts for one in written for name, facts in one.items()}
-    together(lambda: finish(root, step, files, state) if process.is_rank0 else None)
-    return checkpoint_path(root, step)

@@ -1,30 +1,31 @@
-"""Named tensors in safetensors files, each whole in one file or in parts over several.
+"""Named tensors in safetensors files: each in full in one file, or sharded over several.
 
-A part is a flat run of a tensor's elements; the file's metadata has each part's first element and the
-whole tensor's shape. Whole tensors have neither: their files are what anyone would write.
+A shard is a flat run of a tensor's elements. Its file's metadata has each shard's first element and
+the full tensor's shape. Files of full tensors have neither: they are what anyone would write.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-
-from flux2_ds.run.tensor_files import write_tensors
+from safetensors.torch import save_file
 
 FILE_BYTES = 2 << 30
-"""A process's part goes to disk in files of about this size, and holds one of them in host memory."""
+"""Shards go to disk in files of about this size, one of which is in host memory at a time."""
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A tensor to store: whole, or elements from `start` on of one of `shape`."""
+    """A tensor to store: in full, or elements from `start` on of one of `shape`."""
 
     kind: str
     name: str
@@ -34,53 +35,70 @@ class TensorShard:
 
 
 def write(
-    folder: Path, tensor_shards: Iterable[TensorShard], part: int | None = None
+    folder: Path, tensor_shards: Iterable[TensorShard], rank: int | None = None
 ) -> Iterator[Path]:
-    """Write pieces, ordered by kind, into KIND.safetensors or KIND-PART-NUMBER.safetensors; gives each
-    file when it is written.
+    """Write shards, ordered by kind, into KIND.safetensors or KIND-RANK-NUMBER.safetensors; yields
+    each file when it is written.
 
-    Floats are stored in fp32. `part`: the number of the process that writes, if several do.
+    Floats are stored in fp32. `rank`: of this process, if several write.
     """
     numbers: Counter[str] = Counter()
-    for kind, group in _groups(tensor_shards, FILE_BYTES if part is not None else None):
-        name = kind if part is None else f"{kind}-{part:04d}-{numbers[kind]:04d}"
+    for kind, group in _groups(tensor_shards, math.inf if rank is None else FILE_BYTES):
+        name = kind if rank is None else f"{kind}-{rank:04d}-{numbers[kind]:04d}"
         numbers[kind] += 1
-        partitioned = [piece for piece in group if piece.shape is not None]
+        parts = [shard for shard in group if shard.shape is not None]
         metadata = {
-            "starts": json.dumps({piece.name: piece.start for piece in partitioned}),
-            "shapes": json.dumps({piece.name: piece.shape for piece in partitioned}),
+            "starts": json.dumps({shard.name: shard.start for shard in parts}),
+            "shapes": json.dumps({shard.name: shard.shape for shard in parts}),
         }
         file = folder / f"{name}.safetensors"
-        write_tensors(file, {p.name: p.tensor for p in group}, metadata if partitioned else None)
+        write_tensors(file, {s.name: s.tensor for s in group}, metadata if parts else None)
         yield file
 
 
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write `tensors` to `path`, contiguous, with the permissions that a new file gets here."""
+    with default_permissions(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+@contextmanager
+def default_permissions(path: Path) -> Iterator[None]:
+    """Give `path`, written inside, the permissions of a new file; safetensors writes 0600."""
+    path.touch()  # os.umask would set the mask for other threads, too
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
 def _groups(
-    tensor_shards: Iterable[TensorShard], at_most: int | None
+    tensor_shards: Iterable[TensorShard], at_most: float
 ) -> Iterator[tuple[str, list[TensorShard]]]:
-    """Pieces in host memory that go into one file: of one kind, about `at_most` bytes."""
+    """Shards in host memory that go into one file: of one kind, about `at_most` bytes."""
     kind, size = "", 0
     group: list[TensorShard] = []
-    for piece in tensor_shards:
-        full = at_most is not None and size >= at_most
-        if group and (piece.kind != kind or full):
+    for shard in tensor_shards:
+        if group and (shard.kind != kind or size >= at_most):
             yield kind, group
             group, size = [], 0
-        dtype = torch.float32 if piece.tensor.is_floating_point() else piece.tensor.dtype
-        here = piece.tensor.detach().to("cpu", dtype, copy=True)
-        kind, size = piece.kind, size + here.nbytes
-        group.append(TensorShard(piece.kind, piece.name, here, piece.start, piece.shape))
+        dtype = torch.float32 if shard.tensor.is_floating_point() else shard.tensor.dtype
+        # A copy: the next shard may come in the same buffer.
+        tensor = shard.tensor.detach().to("cpu", dtype, copy=True)
+        kind, size = shard.kind, size + tensor.nbytes
+        group.append(replace(shard, tensor=tensor))
     if group:
         yield kind, group
 
 
 class TensorStore:
-    """The tensors of one kind in the files that hold it."""
+    """The tensors of one kind in the files that hold them."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of whole tensors, by name."""
-        self._parts: dict[str, list[tuple[int, int, Path]]] = {}
+        """Of full tensors, by name."""
+        self._shards: dict[str, list[tuple[int, int, Path]]] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -91,12 +109,12 @@ class TensorStore:
                     start = starts.get(name, 0)
                     self.shapes[name] = tuple(shapes.get(name, stored))
                     stop = start + math.prod(stored)
-                    self._parts.setdefault(name, []).append((start, stop, path))
+                    self._shards.setdefault(name, []).append((start, stop, path))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, whoever wrote them."""
+        """Elements [start, stop) of the flattened tensor, whichever ranks wrote them."""
         found = []
-        for first, last, path in sorted(self._parts[name]):
+        for first, last, path in sorted(self._shards[name]):
             low, high = max(start, first), min(stop, last)
             if low < high:
                 with safe_open(path, framework="pt") as file:
@@ -106,7 +124,7 @@ class TensorStore:
             raise ValueError(f"{name}: elements {start} to {stop} are not all stored")
         return joined
 
-    def whole(self, name: str) -> torch.Tensor:
-        """The tensor in its shape."""
+    def tensor(self, name: str) -> torch.Tensor:
+        """The full tensor in its shape."""
         shape = self.shapes[name]
         return self.read(name, 0, math.prod(shape)).view(shape)

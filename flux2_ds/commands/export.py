@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds.checkpoint import manager as checkpoint
-from flux2_ds.checkpoint.tensor_store import TensorStore
+from flux2_ds.checkpoint.tensor_store import TensorStore, default_permissions, write_tensors
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
@@ -29,7 +29,6 @@ from flux2_ds.errors import UserError, run_root
 from flux2_ds.model.transformer import compute_dtype, exported_name, exported_settings, lora_config
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, export_path
-from flux2_ds.run.tensor_files import use_default_permissions, write_tensors
 
 log = logging.getLogger("flux2_ds")
 
@@ -103,41 +102,42 @@ def export(
         )
     directory = model_directory(recipe.model.path, recipe.model.revision, [])
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    stored = chosen.stored("weights" if weights == "trained" else "ema")
+    store = chosen.store("weights" if weights == "trained" else "ema")
     path = export_path(recipe, chosen.step, weights)
     if recipe.method == "full":
         path.mkdir(parents=True, exist_ok=True)
-        export_transformer(stored, path, dtype)
+        export_transformer(store, path, dtype)
         shutil.copy(directory / "transformer" / "config.json", path)
         return path
     scale = 1.0 if recipe.lora.alpha is None else recipe.lora.alpha / recipe.lora.rank
     adapter = {
-        exported_name(name): (stored.whole(name) * (scale if ".lora_A." in name else 1)).to(dtype)
-        for name in stored.shapes
+        exported_name(name): (store.tensor(name) * (scale if ".lora_A." in name else 1)).to(dtype)
+        for name in store.shapes
     }
     config = lora_config(spec, exported_settings(recipe.lora), dora=recipe.method == "dora")
     pipeline = getattr(diffusers, spec.pipeline)
-    pipeline.save_lora_weights(
-        path.parent,
-        transformer_lora_layers=adapter,
-        weight_name=path.name,
-        transformer_lora_adapter_metadata=config.to_dict(),
-    )
-    use_default_permissions(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with default_permissions(path):
+        pipeline.save_lora_weights(
+            path.parent,
+            transformer_lora_layers=adapter,
+            weight_name=path.name,
+            transformer_lora_adapter_metadata=config.to_dict(),
+        )
     return path
 
 
-def export_transformer(stored: TensorStore, path: Path, dtype: torch.dtype) -> None:
+def export_transformer(store: TensorStore, path: Path, dtype: torch.dtype) -> None:
     """Write all weights in diffusers' layout."""
     for old in path.glob("diffusion_pytorch_model*.safetensors*"):
         old.unlink()
     split = split_torch_state_dict_into_shards(
-        {n: torch.empty(s, dtype=dtype, device="meta") for n, s in stored.shapes.items()},
+        {n: torch.empty(s, dtype=dtype, device="meta") for n, s in store.shapes.items()},
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
         max_shard_size=FILE_SIZE,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: stored.whole(name).to(dtype) for name in names}
+        tensors = {name: store.tensor(name).to(dtype) for name in names}
         write_tensors(path / file, tensors, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -1,7 +1,7 @@
 """A model under DeepSpeed.
 
-Gives the loop a forward, a backward and a step, and gives checkpoints *named tensors*: weights and
-optimizer state by parameter name, whatever the ZeRO stage and the number of processes.
+Gives the loop a forward, a backward and a step, and checkpoints *named tensors*: weights and optimizer
+state by parameter name, whatever the ZeRO stage and the world size.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def build_cpu_adam() -> None:
 class Engine:
     """A model under DeepSpeed with an optimizer over its trainable parameters.
 
-    `sharded`: checkpoints hold each process's part (for a full fine-tune) instead of whole tensors.
-    `compiled`: modules that are one graph each, whose parameters ZeRO-3 must gather all together.
+    `sharded`: checkpoints hold each rank's partitions (for a full fine-tune) instead of full tensors.
+    `compiled`: modules that are one graph each, whose parameters ZeRO-3 must gather together.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class Engine:
             bucket = min(get_zero_config(config).reduce_bucket_size, trained)
             zero = config["zero_optimization"] | {"reduce_bucket_size": bucket}
             config = config | {"zero_optimization": zero}
-        self._gathers_whole_modules = self._stage == 3 and bool(compiled)
-        if self._gathers_whole_modules:
+        self._gathers_modules = self._stage == 3 and bool(compiled)
+        if self._gathers_modules:
             for module in compiled:
                 set_z3_leaf_module(module, True)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=config
         )
         if pins_parameters(config):
-            partitioned: list[Any] = list(model.parameters())
-            for part in (parameter.ds_tensor for parameter in partitioned):
-                if part.is_cpu:  # DeepSpeed keeps small ones on the card
-                    pin_in_place(part)
+            weights: list[Any] = list(model.parameters())
+            for partition in (weight.ds_tensor for weight in weights):
+                if partition.is_cpu:  # DeepSpeed keeps small ones on the card
+                    pin_in_place(partition)
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, sharded
@@ -97,8 +97,8 @@ class Engine:
         return self._predict(self._engine, inputs)
 
     def _predict(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        if self._gathers_whole_modules:
-            # DeepSpeed counts a module's gradients by its inputs, so the first one needs such an input.
+        if self._gathers_modules:
+            # DeepSpeed counts a module's gradients by its inputs, so the first needs such an input.
             inputs["hidden_states"] = inputs["hidden_states"].detach().requires_grad_()
         prediction: torch.Tensor = module(**inputs, return_dict=False)[0]
         return prediction
@@ -106,8 +106,8 @@ class Engine:
     def rehearse(self, loss: Callable[[Callable[..., torch.Tensor]], torch.Tensor]) -> None:
         """One forward and backward pass that leaves no trace; `loss` is given the model's forward.
 
-        Only the gradient of the first trained parameter is asked for. It takes the backward pass through
-        all blocks, while no parameter's gradient is accumulated, which is when DeepSpeed would count it.
+        Only the gradient of the first trained parameter is asked for. That takes the backward pass
+        through all blocks, and accumulates no gradient, which DeepSpeed would count.
         """
 
         def forward(**inputs: Any) -> torch.Tensor:
@@ -116,9 +116,9 @@ class Engine:
         devices = [self._engine.device] if self._engine.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             value = loss(forward)
-            # DeepSpeed would count the gradients of modules that it gathers whole. Their graphs are
-            # compiled for both directions now, so forward is enough for them.
-            if not self._gathers_whole_modules:
+            # DeepSpeed would count the gradients of modules that it gathers at once. Their graphs
+            # are compiled for both directions now, so forward is enough for them.
+            if not self._gathers_modules:
                 torch.autograd.grad(value, [next(iter(self._named.values()))])
 
     @contextmanager
@@ -144,24 +144,24 @@ class Engine:
         last = self._engine.is_gradient_accumulation_boundary()
         if last and self._stage == 0:
             self._norm = self._clip()
-        advance = self._step_divided if last and self._stage == 3 else self._engine.step
+        advance = self._step_partitioned if last and self._stage == 3 else self._engine.step
         advance()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
             if self._stage < 3 and not math.isfinite(self._norm):
-                # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a step that it
-                # has not made in its buffers, and would add those of the next steps to them.
+                # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a skipped step
+                # in its buffers, and would add those of the next steps to them.
                 buffers = getattr(self._engine.optimizer, "averaged_gradients", {})
                 buffers.update(dict.fromkeys(buffers))
-        if last and self.state.averages:
+        if last and self.state.has_ema:
             norm = self._norm
             finite = norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm)
-            self.state.average(finite)
+            self.state.update_ema(finite)
 
-    def _step_divided(self) -> None:
-        """A step at stage 3, in which DeepSpeed releases the small parameters that it keeps whole.
+    def _step_partitioned(self) -> None:
+        """A step at stage 3, in which DeepSpeed releases the small parameters that stay gathered.
 
-        Left to it, each would then be gathered in a collective of its own, some hundred for an adapter.
+        DeepSpeed would gather each in a collective of its own, some hundred for an adapter.
         """
         zero = self._engine.optimizer
         small, zero.persistent_parameters = zero.persistent_parameters, []
@@ -175,8 +175,8 @@ class Engine:
     def _clip(self) -> torch.Tensor:
         """Clip at stage 0 and return the norm before it; withhold an update that is not finite.
 
-        DeepSpeed would make that update, and its clipping takes two kernels a tensor and waits for
-        the device.
+        DeepSpeed would make that update, and its clipping takes two kernels a tensor and waits for the
+        device.
         """
         trained = [p for p in self._named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])

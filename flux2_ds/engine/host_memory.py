@@ -1,4 +1,4 @@
-"""How large tensors lie in host memory: on pages of their own, and page-locked without growing."""
+"""Large tensors in host memory: on pages of their own, and pinned without growing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LARGE = 4 << 20
 
 
 def mmap_large_allocations() -> None:
-    """From now on each large tensor has pages of its own, which go back to the system with it.
+    """Give each large tensor pages of its own from now on, which go back to the system with it.
 
-    On its own glibc would soon keep freed tensors in its heap, where they leave holes as large as a model.
+    By itself glibc soon keeps freed tensors in its heap, where they leave holes as large as a model.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -22,13 +22,11 @@ def mmap_large_allocations() -> None:
 
 
 def pin_in_place(tensor: torch.Tensor) -> None:
-    """Let copies between `tensor`, contiguous in host memory, and a card run beside other work.
+    """Pin `tensor`, contiguous in host memory, until its memory is freed.
 
-    torch's own way takes a power of two of bytes, 94 GiB for the 60 GiB of FLUX.2-dev in bf16. Here a large
-    tensor, placed apart, is locked where it is, until its memory is freed; small ones move.
-
-    Raises:
-        RuntimeError: CUDA cannot lock so much.
+    torch's own pinning takes a power of two of bytes, 94 GiB for the 60 GiB of FLUX.2-dev in bf16. A
+    large tensor on pages of its own is pinned where it is; small ones move. A RuntimeError says
+    that CUDA cannot pin so much.
     """
     if tensor.is_pinned():
         return
@@ -37,7 +35,7 @@ def pin_in_place(tensor: torch.Tensor) -> None:
         return
     address = tensor.data_ptr()
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
-    unlock = weakref.finalize(
+    unpin = weakref.finalize(
         tensor.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, address
     )
-    unlock.atexit = False  # the process takes its memory along
+    unpin.atexit = False  # the process takes its memory along

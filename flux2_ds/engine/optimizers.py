@@ -1,7 +1,7 @@
 """Optimizers by name, and their state by parameter name.
 
-AdamW and its 8-bit forms keep one value an element, so their state divides like the weights. Adafactor,
-Prodigy and Muon look at whole parameters, or at all of them at once, and run without ZeRO only.
+AdamW and its 8-bit forms keep one value an element, so their state is partitioned like the weights.
+Adafactor, Prodigy and Muon look at full matrices, or at all parameters at once, and run without ZeRO.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from flux2_ds.engine.zero_partitions import ZeroPartition
 _ADAM = ("exp_avg", "exp_avg_sq")
 _EIGHT_BIT = ("state1", "absmax1", "state2", "absmax2")
 ELEMENTWISE = {"adamw": _ADAM, "adamw8bit": _EIGHT_BIT, "adamw8bit_paged": _EIGHT_BIT}
-"""Optimizer -> its states of one value an element. `absmax` is stored for each element here, which
-does not depend on how ZeRO cuts the blocks."""
+"""Optimizer -> its kinds of state with one value an element. Checkpoints hold `absmax` for each element,
+which does not depend on where ZeRO puts the blocks' boundaries."""
 _GROUP_STATE = {"prodigy": ("d", "d_max", "d_numerator", "k")}
 _BLOCK = 256
 """Elements that share a scale in bitsandbytes' 8-bit optimizers."""
@@ -70,20 +70,20 @@ class Muon(torch.optim.Muon):
         return loss
 
 
-def elements(state: dict[str, Any], kind: str, partition_: ZeroPartition) -> torch.Tensor:
-    """A fragment's values [count] of one kind of elementwise state."""
+def elements(state: dict[str, Any], kind: str, partition: ZeroPartition) -> torch.Tensor:
+    """A partition's values [count] of one kind of elementwise state."""
     if kind.startswith("absmax"):
-        places = torch.arange(partition_.offset, partition_.offset + partition_.count)
+        places = torch.arange(partition.offset, partition.offset + partition.count)
         value: torch.Tensor = state[kind][(places // _BLOCK).to(state[kind].device)]
         return value
-    return partition_.of(state[kind])
+    return partition.of(state[kind])
 
 
 def load_elements(optimizer: Any, name: str, partitions: list[ZeroPartition], read: Read) -> None:
-    """Set the elementwise state of the flat tensors that `partitions` are parts of."""
+    """Set the elementwise state of the flat tensors that `partitions` lie in."""
     by_flat: dict[int, list[ZeroPartition]] = {}
-    for partition_ in partitions:
-        by_flat.setdefault(id(partition_.flat), []).append(partition_)
+    for partition in partitions:
+        by_flat.setdefault(id(partition.flat), []).append(partition)
     for own in by_flat.values():
         flat = own[0].flat
         state = optimizer.state[flat]
@@ -105,11 +105,11 @@ def load_elements(optimizer: Any, name: str, partitions: list[ZeroPartition], re
 def join_blocks(
     codes: torch.Tensor, scales: torch.Tensor, qmap: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit state of one flat tensor from values that may have been cut into other blocks.
+    """8-bit state of one flat tensor from values that may have been quantized in other blocks.
 
     `codes` [n] uint8 and `scales` [n] fp32: element i is qmap[codes[i]] · scales[i]. Returns codes [n]
-    and one scale for each block of 256. A block whose elements share a scale is taken over as it is, so
-    that nothing changes on the same cut; the others are quantised anew.
+    and one scale for each block of 256. A block whose elements share a scale keeps its codes, so that
+    nothing changes where the blocks are the same; the others are quantized anew.
     """
     from bitsandbytes.functional import quantize_blockwise
 
@@ -117,13 +117,13 @@ def join_blocks(
     padded = functional.pad(scales, (0, -codes.numel() % _BLOCK)).view(-1, _BLOCK)
     highest = padded.amax(1)
     lowest = padded.masked_fill(padded == 0, torch.inf).amin(1)
-    anew, quantised = quantize_blockwise(qmap[codes.int()] * scales, qmap, blocksize=_BLOCK)
+    anew, state = quantize_blockwise(qmap[codes.int()] * scales, qmap, blocksize=_BLOCK)
     shared = lowest >= highest  # elements of scale 0 are 0 under any scale
     kept = shared.repeat_interleave(_BLOCK)[: codes.numel()]
-    return torch.where(kept, codes, anew), torch.where(shared, highest, quantised.absmax)
+    return torch.where(kept, codes, anew), torch.where(shared, highest, state.absmax)
 
 
-def whole_state(
+def full_state(
     optimizer: Any, named: dict[str, nn.Parameter]
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(kind, parameter name, tensor) of an optimizer that runs without ZeRO."""
@@ -133,7 +133,7 @@ def whole_state(
                 yield kind, name, value
 
 
-def load_whole_state(
+def load_full_state(
     optimizer: Any,
     named: dict[str, nn.Parameter],
     saved: dict[str, dict[str, torch.Tensor]],
@@ -150,6 +150,6 @@ def load_whole_state(
 
 
 def group_state(optimizer: Any, name: str) -> dict[str, float]:
-    """What an optimizer keeps for all parameters together, such as Prodigy's step size."""
+    """What an optimizer keeps for all parameters at once, such as Prodigy's step size."""
     (group,) = optimizer.param_groups
     return {key: float(group[key]) for key in _GROUP_STATE.get(name, ())}

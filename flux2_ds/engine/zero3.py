@@ -1,8 +1,7 @@
-"""How DeepSpeed's ZeRO-3 divides a model's parameters among the processes, and where it keeps the parts."""
+"""How DeepSpeed's ZeRO-3 partitions a model's parameters, and where the partitions wait."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,17 +16,14 @@ from transformers.integrations import HfDeepSpeedConfig
 from flux2_ds.engine.host_memory import mmap_large_allocations
 from flux2_ds.errors import UserError
 
-log = logging.getLogger("flux2_ds")
-
 
 def make_partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
-    """Return a function that ZeRO-3-partitions a module's parameters in place, keeping their dtypes.
-
-    Collective: each process keeps its part of each parameter.
-    """
+    """Return a function that ZeRO-3-partitions a module in place, keeping its dtypes. Collective."""
     mmap_large_allocations()
-    if pins_parameters(config):
-        config = _with_offload(config, pin_memory=False)  # `Engine` pins them
+    if pins_parameters(config):  # `Engine` pins them, without growing them
+        zero = config["zero_optimization"]
+        offload = zero["offload_param"] | {"pin_memory": False}
+        config = config | {"zero_optimization": zero | {"offload_param": offload}}
 
     def partition(module: nn.Module) -> None:
         deepspeed.zero.Init(module=module, config_dict_or_path=config)
@@ -35,24 +31,15 @@ def make_partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
     return partition
 
 
-def _with_offload(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    zero = config["zero_optimization"]
-    return config | {"zero_optimization": zero | {"offload_param": zero["offload_param"] | changes}}
-
-
 def pins_parameters(config: dict[str, Any]) -> bool:
-    """Whether parameters wait in page-locked host memory."""
+    """Whether parameters wait in pinned host memory."""
     offload = config.get("zero_optimization", {}).get("offload_param") or {}
     on_cuda = get_accelerator().device_name() == "cuda"
     return on_cuda and offload.get("device") == "cpu" and bool(offload.get("pin_memory", True))
 
 
 def check_zero(config: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed does not know.
-
-    Raises:
-        UserError: naming the keys of zero_optimization.
-    """
+    """Refuse what DeepSpeed does not know, naming the keys of zero_optimization."""
     try:
         get_zero_config(config)
     except ValidationError as error:
@@ -62,7 +49,7 @@ def check_zero(config: dict[str, Any]) -> None:
 
 @contextmanager
 def gathering(config: dict[str, Any]) -> Iterator[None]:
-    """PEFT gathers a divided weight wherever it reads one inside, as DoRA does for its norms."""
+    """Let PEFT gather a partitioned weight wherever it reads one, as DoRA does for its norms."""
     known_to_transformers = HfDeepSpeedConfig(config)  # which keeps a weak reference to it
     try:
         yield

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME
@@ -25,7 +26,6 @@ from flux2_ds.prepare.report import Report
 from flux2_ds.prepare.team import CAPTIONS, PICTURES, Kind, Make, Team
 from flux2_ds.prepare.texts import TEXTS, TextFiles, TextWorker, copy_known
 from flux2_ds.run.atomic import atomic_path
-from flux2_ds.run.tensor_files import write_tensors
 
 
 @dataclass(frozen=True)

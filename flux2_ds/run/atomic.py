@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all. Pure, no torch."""
+"""Files that appear complete or not at all, and no symbolic link followed. No torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, writer: int | None = None) -> Iterator[Path]:
     """Where to write: it becomes `path` at the block's end, or is removed if the block raises.
 
-    One writer at a time.
+    One writer at a time; several have a number each.
     """
-    partial = path.with_name(f"{path.name}{PARTIAL}")
+    partial = path.with_name(f"{path.name}{'' if writer is None else f'.{writer}'}{PARTIAL}")
+    partial.unlink(missing_ok=True)  # it may be a link to somewhere else
     try:
         yield partial
         partial.replace(path)
@@ -25,6 +27,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 that appears whole or not at all."""
+    """Write a text file in UTF-8 that appears complete or not at all."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def no_follow(path: str, flags: int) -> int:
+    """An opener for `open()` that refuses a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -1,4 +1,4 @@
-"""A process's place among all of a run, as whatever started it says in environment variables. Pure."""
+"""This process's rank, as whatever started it says in environment variables. No torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from flux2_ds.errors import UserError
 
 _TOGETHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REMEDY = (
-    f"{', '.join(_TOGETHER)} go together, as deepspeed, torchrun and Slurm's script set them. Correct them, "
-    "or unset RANK and WORLD_SIZE for one process alone."
+    f"{', '.join(_TOGETHER)} go together, as deepspeed, torchrun and Slurm's script set them. Correct "
+    "them, or unset RANK and WORLD_SIZE for one process alone."
 )
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among all, and on this machine; how many there are."""
+    """This process's rank in the run and on its host, and the world size."""
 
     rank: int
     local_rank: int
@@ -24,11 +24,7 @@ class Ranks:
 
 
 def given_ranks(environment: Mapping[str, str]) -> Ranks | None:
-    """What the variables say, or None for a process that is alone.
-
-    Raises:
-        UserError: one is missing or is no such number.
-    """
+    """What the variables say, or None for a process that is alone. Refuses what cannot be."""
     if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
         return None
     for name in _TOGETHER:
@@ -42,34 +38,26 @@ def given_ranks(environment: Mapping[str, str]) -> Ranks | None:
 
 
 def rank_and_world_size(environment: Mapping[str, str]) -> tuple[int, int]:
-    """This process's number among all, and how many there are; one that is alone is the first of one.
-
-    Raises:
-        UserError: as `given_ranks`.
-    """
+    """Rank and world size; (0, 1) for a process that is alone."""
     ranks = given_ranks(environment)
     return (ranks.rank, ranks.world_size) if ranks else (0, 1)
 
 
 def checked_port(given: str) -> int:
-    """MASTER_PORT, at which the processes meet.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not (given.isdecimal() and 0 < int(given) < 1 << 16):
+    """MASTER_PORT, at which the ranks meet."""
+    if not (given.isdecimal() and len(given) < 6 and 0 < int(given) < 1 << 16):
         raise UserError(
-            f"the environment variable MASTER_PORT is {given!r}; it must be a port, 1 to 65535, the same "
-            "on all hosts."
+            f"the environment variable MASTER_PORT is {given!r}; it must be a port, 1 to 65535, the "
+            "same on all hosts."
         )
     return int(given)
 
 
-def _number(environment: Mapping[str, str], name: str, least: int, below: int | None = None) -> int:
+def _number(environment: Mapping[str, str], name: str, least: int, below: int = 1 << 31) -> int:
     given = environment[name]
-    if given.isdecimal() and int(given) >= least and (below is None or int(given) < below):
+    if given.isdecimal() and len(given) < 11 and least <= int(given) < below:
         return int(given)
-    bounds = f"at least {least}" if below is None else f"{least} to {below - 1}, by WORLD_SIZE"
+    bounds = f"at least {least}" if least else f"0 to {below - 1}, by WORLD_SIZE"
     raise UserError(
         f"the environment variable {name} is {given!r}; it must be a number, {bounds}. {_REMEDY}"
     )

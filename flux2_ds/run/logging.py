@@ -1,4 +1,4 @@
-"""Log lines: of the first process on the console and in its log, of the others in theirs."""
+"""Log lines: rank 0's on the console and in its log, the others' in theirs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
+
+from flux2_ds.run.atomic import no_follow
+
+
+def open_log(path: Path) -> TextIO:
+    """Open a log to append to it."""
+    return open(path, "a", encoding="utf-8", opener=no_follow)
 
 
 class LogFile(logging.FileHandler):
     """A log that loses lines when its disk is full, and says so once."""
 
     _lost = False
+
+    def _open(self) -> TextIO:  # type: ignore[override]
+        return open_log(Path(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Called where a line cannot be written."""
@@ -22,13 +33,13 @@ class LogFile(logging.FileHandler):
             sys.stderr.write(f"lines are missing in {self.baseFilename} from here on: {error}\n")
 
 
-def once(said: str) -> Callable[[logging.LogRecord], bool]:
-    """A filter that lets messages with these words pass once."""
+def once(text: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter that lets messages with this text pass once."""
     passed = False
 
     def new(record: logging.LogRecord) -> bool:
         nonlocal passed
-        repeats = said in record.getMessage()
+        repeats = text in record.getMessage()
         passes = not (repeats and passed)
         passed = passed or repeats
         return passes
@@ -37,14 +48,14 @@ def once(said: str) -> Callable[[logging.LogRecord], bool]:
 
 
 def set_up_console() -> None:
-    """Log lines as they are, of a command that is one process."""
+    """Log lines as they are, for a command that is one process."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("flux2_ds").setLevel(logging.INFO)
 
 
 def set_up_log(logs: Path, rank: int) -> None:
-    """Log lines and Python's warnings of the first process, on the console and in its log; of the
-    others the warnings, in theirs (lookout.py has sent their output there)."""
+    """Rank 0's log lines and Python's warnings, on the console and in its log; of the others the
+    warnings, in their logs (the watchdog has sent their output there)."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if rank == 0:
         handlers.append(LogFile(logs / "rank_0.log"))

@@ -1,13 +1,13 @@
-"""Each process says where it is and looks out for the others, so that a failure has a name.
+"""Each rank says where it is and watches the others, so that a failure has a name.
 
-    run_dir/logs/rank_3.log        what process 3 printed
-    run_dir/logs/rank_3.json       where it is: host, pid, step, what it does
-    run_dir/logs/failure.json      the first process that failed, and why
+    run_dir/logs/rank_3.log        what rank 3 printed
+    run_dir/logs/rank_3.json       its heartbeat: host, pid, step, phase
+    run_dir/logs/failure.json      the first rank that failed, and why
 
-A process that waits in a collective cannot be told that another one is gone, so a thread in each
-reads these files: when one fails, is killed or stands still, all end within seconds. Whoever finds
-the first cause writes it down and prints it; the errors that follow from it stay in the logs. No
-torch.
+A rank that waits in a collective cannot be told that another one is gone. So a thread in each reads
+these files: when a rank fails, is killed or stands still, all end within seconds. Whichever finds the
+first cause records and prints it; the errors that follow from it stay in the logs. Durations are each
+process's own, by its monotonic clock: no host's time of day takes part in them. No torch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-
-import psutil
+from typing import NoReturn
 
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
+from flux2_ds.run.atomic import PARTIAL, atomic_path
+from flux2_ds.run.logging import open_log
 
 log = logging.getLogger("flux2_ds")
 
 FAILURE_NAME = "failure.json"
 _POLL = 1.0  # s between looks at the others
-_BEAT = 5.0  # s between writes of one's own place, sooner when the step has changed
-_SILENT = (
-    6 * _BEAT
-)  # a process whose thread has not written for so long is frozen, or its host is gone
+_BEAT = 5.0  # s between writes of the own heartbeat, sooner when the step has changed
+_SILENT = 6 * _BEAT  # s without a write: a process is frozen, or its host is gone
 _GRACE = 3.0  # s that a process gets to fail by itself after another one's failure
 _PHASES = ("waiting for data", "computing", "agreeing", "validating", "rendering", "saving")
 """What a process does within a step, in this order."""
@@ -47,26 +46,32 @@ _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|Soc
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a process is. Times in seconds since the epoch."""
+    """Where a rank is, as it last wrote it."""
 
     rank: int
     host: str
     pid: int
-    created: float
+    started: int
+    """Clock ticks from the host's start to the process's."""
     step: int = 0
     phase: str = "starting"
-    since: float = 0.0
-    beat: float = 0.0
+    stalled: float = 0.0
+    """s without progress when it was written, by the rank's own clock."""
+    beats: int = 0
+    """How often it has been written."""
     ended: bool = False
 
     def order(self) -> tuple[int, int]:
-        """Ascending in the order in which a process passes its places."""
+        """Ascending in the order in which a rank passes steps and phases."""
         return self.step, _PHASES.index(self.phase) if self.phase in _PHASES else -1
 
     def __str__(self) -> str:
         at = f" in step {self.step}" if self.step else ""
-        seen = "last seen " if time.time() - self.beat > _POLL else ""
-        return f"rank {self.rank} on {self.host}, {seen}{self.phase}{at}"
+        return f"rank {self.rank} on {self.host}, {self.phase}{at}"
+
+    def last_seen(self) -> str:
+        """`str()` of a rank that may have moved on since."""
+        return str(self).replace(", ", ", last seen ", 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
 
 
 def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> None:
-    """Remove an earlier start's failure, recorded before `before`, and the places of `first_rank`
+    """Remove an earlier start's failure, recorded before `before`, and the heartbeats of `first_rank`
     and all above it."""
     failure = first_failure(logs)
     if failure is None or failure.time < before:
@@ -104,8 +109,8 @@ def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> Non
 
 
 def this_start() -> str:
-    """Names this start of the run: the same in all its processes and, as far as they can tell, in no
-    other, such as one in the same run_dir that is refused while its other processes still wait for it."""
+    """Name this start of the run: the same in all its ranks and, as far as they can tell, in no other,
+    such as one in the same run_dir that is refused while its other ranks still wait for it."""
     environment = os.environ
     here = environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE"))
     if "SLURM_JOB_ID" not in environment and here == environment.get("WORLD_SIZE"):
@@ -115,32 +120,37 @@ def this_start() -> str:
 
 
 class Watchdog:
-    """This process's place, and its eye on the others; a context around all that may fail.
+    """This rank's heartbeat, and its eye on the others; a context around all that may fail.
 
     An exception ends the process inside the context: with a `UserError`'s code, else 1.
     """
 
     def __init__(self, logs: Path, rank: int, world_size: int, *, hang_timeout_s: float) -> None:
-        self._logs, self._world, self._hang_after = logs, world_size, hang_timeout_s
-        # Records of an earlier start are older than this by what it takes to import torch.
-        self._started = time.time() - 2
+        self._logs, self._world, self._hang_timeout = logs, world_size, hang_timeout_s
         self._start = this_start()
-        me = psutil.Process()
-        self._place = Heartbeat(
-            rank, socket.gethostname(), me.pid, me.create_time(), since=time.time()
-        )
-        self._written = 0  # the step in the file
-        self._peers: dict[int, psutil.Process | None] = {rank: None}
-        self._leaving = threading.Lock()
+        pid = os.getpid()
+        self._own = Heartbeat(rank, socket.gethostname(), pid, start_ticks(pid) or 0)
+        self._clock = 0.0  # s that this process has run, as its thread counts them
+        self._moved = 0.0  # the clock at the last progress
+        self._beats, self._written, self._written_at = 0, 0, 0.0
+        self._peers: dict[int, Heartbeat | None] = {rank: None}
+        # While this rank stalls: the heartbeats of all, and the clock when each was first seen.
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}
+        self._looked_at = 0.0
+        self._writing, self._leaving = threading.Lock(), threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)
+        # Records of an earlier start are older than this by what it takes to import torch.
+        started = time.time() - 2
+        earlier = first_failure(logs)
+        self._earlier = earlier if earlier and earlier.time < started else None
         if rank == 0:
             # The others may have started earlier: what is theirs, and recent, stays.
-            forget(logs, world_size, before=self._started)
+            forget(logs, world_size, before=started)
         self._console = keep_output(self._log(rank), rank)
 
     def __enter__(self) -> Watchdog:
         self._write()
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(
@@ -156,113 +166,123 @@ class Watchdog:
     def heartbeat(self, step: int, phase: str) -> None:
         """Say where this process is. Costs nothing; the thread writes it down.
 
-        Said again at the same place it means that something moves there. What belongs to no step
-        (0) may take as long as it likes.
+        The same place again means that something moves there. What belongs to no step (0) may take as
+        long as it likes.
         """
-        self._place = replace(self._place, step=step, phase=phase, since=time.time())
+        self._own = replace(self._own, step=step, phase=phase)
+        self._moved = self._clock
+
+    def failure(self) -> Failure | None:
+        """The first cause, if this start of the run has failed."""
+        failure = first_failure(self._logs)
+        ours = failure is not None and failure.start == self._start and failure != self._earlier
+        return failure if ours else None
 
     def _fail(self, error: BaseException) -> None:
         """End with this error, or with the one that it follows from."""
         text = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # a full disk must not hide why
             self._end()
-            with self._log(self._place.rank).open("a") as file:
+            with open_log(self._log(self._own.rank)) as file:
                 file.write(text)
-        place = self._place
         if isinstance(error, UserError):
-            self._claim(place, str(error), error.code)
+            self._claim(str(self._own), self._own.rank, str(error), error.code)
             self._leave(error.code)
-        else:
-            deadline = time.time() + 2 * _GRACE
-            reason = text.strip().splitlines()[-1]
-            while _follows(error) and self.failure() is None and time.time() < deadline:
-                time.sleep(0.1)  # for someone to find the process that this one has lost
-            if _follows(error):
-                text, reason = "", f"it lost another process, which left no error: {reason}"
-            self._claim(place, reason, EXIT_FAILURE, text)
-            self._leave()
+        deadline = time.monotonic() + 2 * _GRACE
+        reason = text.strip().splitlines()[-1]
+        while _follows(error) and self.failure() is None and time.monotonic() < deadline:
+            time.sleep(0.1)  # for someone to find the rank that this one has lost
+        if _follows(error):
+            text, reason = "", f"it lost another process, which left no error: {reason}"
+        self._claim(str(self._own), self._own.rank, reason, EXIT_FAILURE, text)
+        self._leave()
 
-    def failure(self) -> Failure | None:
-        """The first cause, if this start of the run has failed."""
-        failure = first_failure(self._logs, self._started)
-        return failure if failure and failure.start == self._start else None
-
-    def _look(self) -> None:
-        complained = ""
-        while not self._place.ended:
+    def _watch(self) -> None:
+        complained, last = "", time.monotonic()
+        while not self._own.ended:
             time.sleep(_POLL)
+            now = time.monotonic()
+            # While the machine was suspended, or this process stopped, nothing has hung.
+            self._clock += min(now - last, 10 * _POLL)
+            last = now
             try:
-                quiet = time.time() - self._place.beat
-                if quiet >= _BEAT or (self._place.step != self._written and quiet >= 2 * _POLL):
+                quiet = self._clock - self._written_at
+                if quiet >= _BEAT or (self._own.step != self._written and quiet >= 2 * _POLL):
                     self._write()
-                self._look_for_the_vanished()
-                self._look_for_a_hang()
+                self._find_killed()
+                self._find_hang()
             except OSError as error:  # a full or stalled disk; look again, and say it once
                 if str(error) != complained:
                     complained = str(error)
-                    log.warning("cannot look out for the other processes: %s", error)
+                    log.warning("cannot watch the other processes: %s", error)
             if self.failure() is not None:
                 time.sleep(_GRACE)  # for the main thread to log its own error
-                if not self._place.ended:
+                if not self._own.ended:
                     self._leave()
 
-    def _look_for_the_vanished(self) -> None:
+    def _find_killed(self) -> None:
         """Name a process of this host that is gone without having said why."""
         for rank in range(self._world):
             if rank not in self._peers:
                 self._meet(rank)
-            process = self._peers.get(rank)
-            if process is None or _runs(process):
+            peer = self._peers.get(rank)
+            if peer is None or start_ticks(peer.pid) == peer.started:
                 continue
             self._peers[rank] = None
-            place = self._read(rank)
-            if place is not None and not place.ended:
+            last = self._read(rank)
+            if last is not None and not last.ended:
                 why = "it was killed, with no error of its own (out of memory? see dmesg)"
-                self._claim(place, why, EXIT_FAILURE)
+                self._claim(last.last_seen(), rank, why, EXIT_FAILURE)
 
     def _meet(self, rank: int) -> None:
-        """Remember a process if it runs on this host; places of an earlier start are passed over."""
-        place = self._read(rank)
-        if place is None:
+        """Remember a rank if it runs on this host; heartbeats of an earlier start are passed over."""
+        peer = self._read(rank)
+        if peer is None:
             return
-        if place.host != self._place.host:
+        if peer.host != self._own.host:
             self._peers[rank] = None
-            return
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(place.pid)
-            if abs(process.create_time() - place.created) < 1:
-                self._peers[rank] = process
+        elif start_ticks(peer.pid) == peer.started:
+            self._peers[rank] = peer
 
-    def _look_for_a_hang(self) -> None:
-        """Name the process that the others wait for, if none has moved for too long."""
-        # The first process speaks first; the others only if it does not.
-        patience = self._hang_after + (3 * _BEAT if self._place.rank else 0)
-        stood = time.time() - self._place.since
-        if not self._hang_after or not self._place.step or stood < patience:
+    def _find_hang(self) -> None:
+        """Name the rank that the others wait for, if none has moved for too long."""
+        # Rank 0 speaks first; the others only if it does not.
+        patience = self._hang_timeout + (3 * _BEAT if self._own.rank else 0)
+        stalled = self._clock - self._moved
+        if not self._hang_timeout or not self._own.step or stalled < patience / 10:
+            self._seen.clear()
             return
-        self._write()
-        places = [place for rank in range(self._world) if (place := self._read(rank))]
-        moved = max((place.since for place in places if not place.ended), default=time.time())
-        if time.time() - moved < patience:
+        if self._seen and self._clock - self._looked_at < _BEAT:
+            return
+        self._looked_at = self._clock
+        for rank in range(self._world):
+            beat, seen = self._read(rank), self._seen.get(rank)
+            if beat is not None and (seen is None or seen[0] != beat):
+                self._seen[rank] = beat, self._clock
+        ages = {beat.rank: self._clock - at for beat, at in self._seen.values()}
+        beats = [beat for beat, _ in self._seen.values()]
+        running = [beat for beat in beats if not beat.ended]
+        if stalled < patience or any(beat.stalled + ages[beat.rank] < patience for beat in running):
             return  # one of them moves, such as the one that writes for all
-        behind, why = diagnose(places, time.time())
-        why = (
-            f"no progress for {stood:.0f} s (launch.hang_timeout_s is {self._hang_after:g}): {why}"
-        )
-        self._claim(behind, why, EXIT_FAILURE)
+        behind, why = diagnose(beats, {rank for rank, age in ages.items() if age > _SILENT})
+        why = f"no progress for {stalled:.0f} s (launch.hang_timeout_s is {self._hang_timeout:g}): {why}"
+        self._claim(behind.last_seen(), behind.rank, why, EXIT_FAILURE)
 
-    def _claim(self, place: Heartbeat, reason: str, code: int, text: str = "") -> None:
+    def _claim(self, where: str, rank: int, reason: str, code: int, text: str = "") -> None:
         """Record and print the first cause, unless another process has."""
         if self.failure() is not None:
             return
-        failure = Failure(str(place), reason, code, time.time(), self._start)
-        own, unrecorded = self._partial(FAILURE_NAME), ""
+        failure, unrecorded = Failure(where, reason, code, time.time(), self._start), ""
+        record = self._logs / FAILURE_NAME
+        # Two threads of many processes may come here at a time.
+        own = self._logs / f".{FAILURE_NAME}.{self._own.rank}.{threading.get_ident()}{PARTIAL}"
         try:
+            own.unlink(missing_ok=True)
             own.write_text(json.dumps(asdict(failure)))
             earlier = first_failure(self._logs)
-            if earlier and (earlier.time < self._started or earlier.start != self._start):
-                (self._logs / FAILURE_NAME).unlink(missing_ok=True)
-            (self._logs / FAILURE_NAME).hardlink_to(own)  # fails if another one was quicker
+            if earlier and (earlier == self._earlier or earlier.start != self._start):
+                record.unlink(missing_ok=True)
+            record.hardlink_to(own)  # fails if another one was quicker
         except FileExistsError:
             return
         except OSError as error:
@@ -271,17 +291,17 @@ class Watchdog:
             own.unlink(missing_ok=True)
         message = f"{text}error: {failure}\n"
         if code != EXIT_USER_ERROR:
-            message += f"its log: {self._log(place.rank)}\n"
+            message += f"its log: {self._log(rank)}\n"
         os.write(self._console, f"{message}{unrecorded}".encode())
 
-    def _leave(self, code: int = EXIT_FAILURE) -> None:
+    def _leave(self, code: int = EXIT_FAILURE) -> NoReturn:
         """End this process, from whichever thread comes first; with `code` if no failure is on
         record."""
         self._leaving.acquire()  # never released
         cause = self.failure()
         try:
             self._end()
-            with self._log(self._place.rank).open("a") as file:
+            with open_log(self._log(self._own.rank)) as file:
                 file.write(f"error: {cause}\n")
                 if threading.current_thread() is not threading.main_thread():
                     faulthandler.dump_traceback(file=file)  # where the main thread waits
@@ -290,15 +310,18 @@ class Watchdog:
             os._exit(code if cause is None else cause.code)
 
     def _end(self) -> None:
-        self._place = replace(self._place, ended=True)
+        self._own = replace(self._own, ended=True)
         self._write()
 
     def _write(self) -> None:
-        self._place = replace(self._place, beat=time.time())
-        self._written = self._place.step
-        partial = self._partial(f"rank_{self._place.rank}.json")
-        partial.write_text(json.dumps(asdict(self._place)))
-        partial.replace(self._logs / f"rank_{self._place.rank}.json")
+        with self._writing:  # or the watching thread would overwrite that this process has ended
+            self._beats += 1
+            stalled = self._clock - self._moved
+            beat = replace(self._own, beats=self._beats, stalled=stalled)
+            self._written, self._written_at = beat.step, self._clock
+            path = self._logs / f"rank_{beat.rank}.json"
+            with atomic_path(path, writer=beat.pid) as partial:
+                partial.write_text(json.dumps(asdict(beat)))
 
     def _read(self, rank: int) -> Heartbeat | None:
         try:
@@ -309,32 +332,28 @@ class Watchdog:
     def _log(self, rank: int) -> Path:
         return self._logs / f"rank_{rank}.log"
 
-    def _partial(self, name: str) -> Path:
-        # Two threads of many processes may write it at a time.
-        return self._logs / f".{name}.{self._place.rank}.{threading.get_ident()}"
 
-
-def diagnose(places: list[Heartbeat], now: float) -> tuple[Heartbeat, str]:
-    """The process that the others wait for, and how one can tell."""
-    running = [place for place in places if not place.ended] or places
+def diagnose(beats: list[Heartbeat], silent: set[int]) -> tuple[Heartbeat, str]:
+    """The rank that the others wait for, and how one can tell; `silent` ones write no heartbeat."""
+    running = [beat for beat in beats if not beat.ended] or beats
     last, first = max(running, key=Heartbeat.order), min(running, key=Heartbeat.order)
-    silent = [place for place in running if now - place.beat > _SILENT]
-    if silent:
-        return silent[0], f"it is frozen, or its host is lost (the furthest is {last})"
+    for beat in running:
+        if beat.rank in silent:
+            return beat, f"it is frozen, or its host is lost (the furthest is {last})"
     if first.order() < last.order():
         return first, f"it is stuck there and the others wait for it (the furthest is {last})"
-    hosts = ", ".join(sorted({place.host for place in running}))
-    return first, f"all {len(running)} processes wait there; is the network of {hosts} down?"
+    hosts = ", ".join(sorted({beat.host for beat in running}))
+    return first, f"all {len(running)} ranks wait there; is the network of {hosts} down?"
 
 
 def keep_output(path: Path, rank: int) -> int:
-    """Send what this process prints to its log; the first process's stays on the console.
+    """Send what this process prints to its log; rank 0's stays on the console.
 
     Returns a descriptor of the console.
     """
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     console = os.dup(2)
-    with path.open("a") as file:
+    with open_log(path) as file:
         file.write(f"== {now} process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         if rank:
@@ -345,14 +364,17 @@ def keep_output(path: Path, rank: int) -> int:
     return console
 
 
+def start_ticks(pid: int) -> int | None:
+    """Clock ticks from the host's start to that of a running process, which no change of the time of
+    day moves. With the pid they name the process; None: it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
 def _follows(error: BaseException) -> bool:
     """Whether this is what a process says that lost another one."""
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     return of_torch or _LOST.search(str(error)) is not None
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

@@ -24,6 +24,7 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
 
+from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.commands.loopback import CREDENTIALS, served
 from flux2_ds.config.recipe import is_url
 from flux2_ds.data import storage
@@ -33,7 +34,6 @@ from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import EXIT_USER_ERROR, OutageError, UserError
 from flux2_ds.prepare.sources import find_entries
-from flux2_ds.run.tensor_files import write_tensors
 
 __all__ = ["prepared"]  # the fixture
 STORES = ["http", "s3"]

@@ -346,6 +346,54 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(
                 assert value.isfinite().all(), f"{case['save']}: {kind} of {name}"
 
 
+def test_a_checkpoint_before_the_first_update_continues(tmp_path: Path) -> None:
+    """The first step is skipped and saved; the optimizer has no state yet."""
+    kinds: list[Any] = [("lora", name, {}, "adamw") for name in ("zero0", "zero2", "zero3")]
+    kinds += [("full", name, BF16, "adamw") for name in ("zero1", "zero3")]
+    kinds += [("lora", "zero0", {}, name) for name in ("muon", "prodigy")]
+    kinds += [("lora", "zero3", {}, "adamw8bit")]
+    if shutil.which("c++") is not None:
+        kinds += [("full", "zero2_offload", BF16, "adamw")]
+    common = {"micro": 2, "poison": 0}
+    cases: list[dict[str, Any]] = []
+    for number, (method, name, extra, optimizer) in enumerate(kinds):
+        root = str(tmp_path / str(number))
+        case = {**common, "method": method, "deepspeed": configs()[name] | extra,
+                "optimizer": {"name": optimizer}, "name": name}  # fmt: skip
+        cases += [case | {"steps": 3}, case | {"steps": 1, "save": root}]
+        cases.append(case | {"steps": 3, "load": root})
+    results = launch(2, cases, tmp_path)
+    for number, kind in enumerate(kinds):
+        uninterrupted, _, resumed = results[3 * number : 3 * number + 3]
+        assert resumed == uninterrupted[1:], kind
+        found, _ = checkpoint.newest(tmp_path / str(number))
+        assert found is not None
+        assert (found.state()["updates"], found.kinds()) == (0, ["weights"]), kind
+
+
+def test_an_ema_that_is_switched_on_late_starts_from_the_weights(tmp_path: Path) -> None:
+    cases = []
+    for name in ("zero0", "zero2", "zero3"):
+        roots = [str(tmp_path / f"{name}-{steps}") for steps in (2, 3, 4)]
+        common = {"method": "lora", "deepspeed": configs()[name], "micro": 2}
+        late = common | {"optimizer": {"ema_decay": 0.15}}
+        cases += [
+            common | {"steps": 2, "save": roots[0]},
+            late | {"steps": 3, "load": roots[0], "save": roots[1]},
+            late | {"steps": 4, "load": roots[1], "save": roots[2]},
+        ]
+    launch(2, cases, tmp_path)
+    for name in ("zero0", "zero2", "zero3"):
+        found = [checkpoint.newest(tmp_path / f"{name}-{steps}")[0] for steps in (2, 3, 4)]
+        start, *weights = [one.tensors("weights") for one in found if one is not None]
+        averages = [one.tensors("ema") for one in found[1:] if one is not None]
+        for parameter, value in start.items():
+            ema = value
+            for n, (now, average) in enumerate(zip(weights, averages, strict=True), start=1):
+                ema = ema.lerp(now[parameter], 1 - min(0.15, (1 + n) / (10 + n)))
+                torch.testing.assert_close(average[parameter], ema)
+
+
 @pytest.mark.parametrize(
     "kill",
     [

@@ -243,7 +243,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 assert not last or all(p.ds_status.name == "AVAILABLE" for p in small)
                 assert gathers.call_count <= len({p.dtype for p in model.parameters()})
             total += loss.detach() * micro / own
-        losses.append(float(agreement.average(total)))
+        losses.append(float(agreement.all_reduce_mean(total)))
         if case.get("previewed"):
             look(engine)
         if "save" in case and step + 1 in (case["steps"], case.get("save_at")):

@@ -62,7 +62,7 @@ def test_checkpoints_take_what_is_planned(name):
         kinds = optimizers.ELEMENTWISE[name]
         stored = [optimizers.elements(state, kind, whole) for kind in kinds]
     else:
-        stored = [value for _, _, value in optimizers.whole_state(optimizer, {"w": weight})]
+        stored = [value for _, _, value in optimizers.full_state(optimizer, {"w": weight})]
     taken = sum(tensor.nbytes for tensor in [weight, *stored]) / weight.numel()
     recipe = Recipe(
         run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"), optimizer=settings

@@ -89,8 +89,8 @@ def train(
 WORKER = """
 import json, sys, torch, trajectory
 from pathlib import Path
-from flux2_ds.distributed import start_process, stop_process
-process, folder = start_process("cuda"), Path(sys.argv[1])
+from flux2_ds.distributed import destroy_process_group, init_process_group
+process, folder = init_process_group("cuda"), Path(sys.argv[1])
 kinds, steps, cases = json.loads((folder / "cases.json").read_text())
 references = [
     trajectory.reference(method, steps, device="cuda", dtype=getattr(torch, dtype))[0]
@@ -99,5 +99,5 @@ references = [
 found = [trajectory.run_case(case, process) for case in cases]
 if process.is_rank0:
     (folder / "losses.json").write_text(json.dumps([references, found]))
-stop_process()
+destroy_process_group()
 """

@@ -1,4 +1,4 @@
-"""The lookout: what a failing, killed or stuck process leaves for the others."""
+"""What a failing, killed or stuck process leaves for the others."""
 
 import json
 import os
@@ -178,18 +178,57 @@ def test_a_frozen_process_is_named(tmp_path):
     processes[1].communicate()
 
 
+def test_a_suspended_machine_is_no_hang(tmp_path):
+    """All its processes stand still for longer than the hang timeout, and then go on."""
+    works = """
+for _ in range(6):
+    for _ in range(10):
+        time.sleep(0.05)
+    me.heartbeat(8, 'computing')
+"""
+    processes = pair(tmp_path, works, works, hang_timeout_s=1.5)
+    while "computing" not in state_of(tmp_path, 1):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            os.kill(process.pid, number)
+        time.sleep(3 if number == signal.SIGSTOP else 0)
+    assert ended(processes) == ([0, 0], ["", ""])
+
+
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_a_clock_that_is_set_is_no_hang_and_hides_no_failure(tmp_path, seconds):
+    is_set = f"""
+real = time.time
+time.time = lambda: real() + {seconds}
+time.sleep(0.5)
+for _ in range(20):
+    me.heartbeat(8, 'computing')
+    time.sleep(0.1)
+"""
+    codes, outputs = ended(pair(tmp_path, is_set, is_set, hang_timeout_s=1))
+    assert (codes, outputs) == ([0, 0], ["", ""])
+    fails = is_set + "raise ValueError('a bad shard')"
+    codes, (_, second) = ended(pair(tmp_path, WAITS, fails))
+    assert codes == [1, 1]
+    assert "a bad shard" in second
+
+
+def state_of(logs: Path, rank: int) -> str:
+    path = logs / f"rank_{rank}.json"
+    return path.read_text() if path.exists() else ""
+
+
 def test_diagnosis():
-    now = time.time()
-    places = [
-        Heartbeat(rank, f"node{rank // 2}", 1, 0, 12, "computing", now, now) for rank in range(4)
-    ]
-    behind, why = diagnose(places, now)
-    assert "all 4 processes wait there; is the network of node0, node1 down?" in why
-    behind, why = diagnose([*places[:3], replace(places[3], step=11, phase="saving")], now)
+    beats = [Heartbeat(rank, f"node{rank // 2}", 1, 0, 12, "computing") for rank in range(4)]
+    behind, why = diagnose(beats, set())
+    assert "all 4 ranks wait there; is the network of node0, node1 down?" in why
+    behind, why = diagnose([*beats[:3], replace(beats[3], step=11, phase="saving")], set())
     assert behind.rank == 3 and "stuck" in why
-    behind, why = diagnose([replace(places[0], ended=True, step=1), *places[1:]], now)
-    assert "all 3 processes" in why
-    behind, why = diagnose([places[0], replace(places[1], beat=now - 100), *places[2:]], now)
+    behind, why = diagnose([replace(beats[0], ended=True, step=1), *beats[1:]], set())
+    assert "all 3 ranks" in why
+    behind, why = diagnose(beats, {1})
     assert behind.rank == 1 and "frozen" in why
 
 
