@@ -275,7 +275,7 @@ def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch
     monkeypatch.setattr(manager, "write_files", full)
     assert run_loop(tmp_path, StandIn([1.0] * 6), 6, save_every=2)
     assert "step 4 cannot be written" in caplog.text
-    assert "No space left on device (process 0)" in caplog.text
+    assert "No space left on device (rank 0)" in caplog.text
     assert saved(tmp_path) == [2, 6]
     with pytest.raises(UserError, match="the checkpoint of step 9 cannot be written"):
         run_loop(tmp_path, StandIn([1.0] * 9), 9)
