@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -36,9 +39,27 @@ def without_queries(text: str) -> str:
 def run_root(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one clear message and its exit code."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         # One write, so that the lines of several processes do not run into each other.
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         sys.exit(error.code)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output has gone, as in `... | head`; then later output goes nowhere."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    gone = [descriptor for descriptor, _ in poll.poll(0)]
+    for descriptor in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(gone)

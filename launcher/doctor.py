@@ -9,16 +9,18 @@ import sys
 import tempfile
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flux2_ds.config.deepspeed_config import read_deepspeed, shipped_configs
 from flux2_ds.config.recipe import Launch, Recipe
+from flux2_ds.errors import EXIT_USER_ERROR, UserError
 from flux2_ds.run.run_dir import DOCTOR_TOKEN, existing_parent
-from launcher.commands import forwarded, ssh
+from launcher.commands import PROBE, forwarded, ssh, start_commands
 from launcher.hosts import Hosts
-from launcher.supervise import Stopper, commands_here, run
+from launcher.supervise import Stopper, run, what_ended
 
 _LIMIT = 300.0  # s for one host's checks, the CPU Adam build included
 _SKEW = 2.0  # s by which clocks may differ
@@ -26,139 +28,11 @@ _WITHOUT = ["--run_dir=.", "--model.path=.", "--data.images=.", "--data.shards=.
 """For a look at the machine alone; no check reads them."""
 
 
-def examine(recipe: Recipe | None, launch: Launch, hosts: Hosts, arguments: list[str]) -> bool:
-    """Print every finding; whether there is no failure among them."""
-    slots = hosts.slots or {"": hosts.processes}
-    token = place_token(recipe)
-    common = [*arguments, "--all-processes", str(hosts.processes)]
-    if recipe is None:
-        common += [*_WITHOUT, "--without-recipe", f"--launch.accelerator={launch.accelerator}"]
-    if token is not None:
-        common += ["--token", str(token)]
-    try:
-        with ThreadPoolExecutor(32) as pool:
-            found = dict(
-                zip(
-                    slots,
-                    pool.map(lambda host: ask(host, slots[host], common), slots),
-                    strict=True,
-                )
-            )
-    finally:
-        if token is not None:
-            token.unlink()
-    lines = grouped({host: findings.lines for host, findings in found.items()})
-    answered = {host: findings.facts for host, findings in found.items() if findings.facts}
-    if len(slots) > 1:
-        odd = odd_ones_out(answered)
-        lines += odd or [
-            Finding("ok", "hosts", f"{len(answered)} hosts have the same of everything")
-        ]
-    show(lines)
-    if all(line.status != "failure" for line in lines):
-        measured = measure(launch, hosts)
-        show(measured)
-        lines += measured
-    counts = {
-        status: sum(line.status == status for line in lines) for status in ("failure", "warning")
-    }
-    print(f"{counts['failure']} failures, {counts['warning']} warnings")
-    return not counts["failure"]
-
-
-def ask(host: str, processes: int, common: list[str]) -> Findings:
-    """One host's findings; `host` is empty for this one."""
-    argv = [sys.executable, "-m", "launcher.host_checks", *common, "--processes", str(processes)]
-    if host:
-        variables = [f"{name}={value}" for name, value in forwarded(dict(os.environ)).items()]
-        argv = ssh(host, ["env", *variables, *argv])
-    started = time.time()
-    findings = Findings()
-    try:
-        asked = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_LIMIT)
-    except subprocess.TimeoutExpired:
-        findings.fail("host", f"{host or 'this host'} did not answer in {_LIMIT:.0f} s")
-        return findings
-    values, reason = answer(asked)
-    if asked.returncode == 255 and host:
-        findings.fail(
-            "ssh", f"{reason} ({host})", f"`ssh {host} true` must work without a password"
-        )
-    elif values is None:
-        findings.fail("host", reason, "the same directory and Python must be on every host")
-    else:
-        findings = Findings.of(values)
-        # The host looked at its clock at some time between start and now.
-        now = values["clock"]
-        skew = max(started - now, now - time.time(), 0.0)
-        if skew > _SKEW:
-            findings.warn("clock", f"{skew:.0f} s off from this host's", "run an NTP client")
-    return findings
-
-
-def place_token(recipe: Recipe | None) -> Path | None:
-    """A file where run_dir will be, for other hosts to see."""
-    if recipe is None:
-        return None
-    place = existing_parent(recipe)
-    if not os.access(place, os.W_OK):
-        return None  # the checks say so
-    token = place / f"{DOCTOR_TOKEN}{uuid.uuid4().hex[:8]}"
-    token.touch()
-    return token
-
-
-def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
-    """The bandwidth between the processes, from a start like a training's."""
-    if hosts.processes == 1:
-        return []
-    arguments = ["--accelerator", launch.accelerator, "--bandwidth"]
-    commands = commands_here(launch, hosts, arguments, module="flux2_ds.commands.probe")
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "out").open("w+") as out:
-        with Stopper(None) as stopper:  # the probe has nothing to save
-            code = run(commands, stopper, output=out.fileno())
-        if stopper.reason is not None:
-            sys.exit(code)
-        out.seek(0)
-        said = out.read().strip().splitlines()
-    found = [Finding(**json.loads(line)) for line in said if line.startswith('{"status"')]
-    if code != 0:
-        rest = [line for line in said if not line.startswith('{"status"')]
-        reason = (rest or [f"it ended with code {code}"])[-1]
-        remedy = "NCCL_DEBUG=INFO or docs/launcher.md; the command: " + str(commands[0])
-        found.append(Finding("failure", "start", f"the processes do not meet: {reason}", remedy))
-    return found
-
-
-def grouped(lines: dict[str, list[Finding]]) -> list[Finding]:
-    """One line for what all hosts say alike; a host's name before what only some say."""
-    if len(lines) == 1:
-        return next(iter(lines.values()))
-    hosts_of: dict[Finding, list[str]] = {}
-    for host, found in lines.items():
-        for line in found:
-            hosts_of.setdefault(line, []).append(host)
-    merged = []
-    for line, hosts in hosts_of.items():
-        where = f"all {len(hosts)} hosts" if len(hosts) == len(lines) else ", ".join(hosts)
-        merged.append(Finding(line.status, line.name, f"{where}: {line.text}", line.remedy))
-    return merged
-
-
-def show(lines: list[Finding]) -> None:
-    """Print, at once."""
-    for line in lines:
-        print(line, flush=True)
-
-
-Status = Literal["ok", "warning", "failure"]
-
-
 @dataclass(frozen=True)
 class Finding:
     """One line: what was looked at, how it is, and what to do about it."""
 
-    status: Status
+    status: Literal["ok", "warning", "failure"]
     name: str
     text: str
     remedy: str = ""
@@ -187,36 +61,168 @@ class Findings:
         """The run would not start."""
         self.lines.append(Finding("failure", name, text, remedy))
 
-    def values(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> Findings:
-        """What `values` gave."""
-        return Findings([Finding(**line) for line in values["lines"]], values["facts"])
+    def add(self, values: dict[str, Any]) -> None:
+        """Add another program's, as JSON values."""
+        self.lines += [Finding(**line) for line in values["lines"]]
+        self.facts |= values["facts"]
 
 
-def answer(asked: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any] | None, str]:
-    """The JSON values in a program's last line; or None, and the last that it said of an error."""
-    lines = asked.stdout.strip().splitlines()
-    if asked.returncode != 0 or not lines:
-        return None, (asked.stderr.strip().splitlines() or ["it ended in silence"])[-1]
-    values: dict[str, Any] = json.loads(lines[-1])
+def examine(recipe: Recipe | None, launch: Launch, hosts: Hosts, arguments: list[str]) -> bool:
+    """Print every finding; return whether there is no failure among them."""
+    token = place_token(recipe)
+    common = [*arguments, "--all-processes", str(hosts.processes)]
+    if recipe is None:
+        common += [*_WITHOUT, "--without-recipe", f"--launch.accelerator={launch.accelerator}"]
+    if token is not None:
+        common += ["--token", str(token)]
+    try:
+        found = ask_hosts(hosts.slots or {"": hosts.processes}, common)
+    finally:
+        if token is not None:
+            token.unlink()
+    lines = grouped({host: findings.lines for host, findings in found.items()})
+    if len(found) > 1:
+        answered = {host: findings.facts for host, findings in found.items() if findings.facts}
+        same = Finding("ok", "hosts", f"{len(answered)} hosts have the same of everything")
+        lines += odd_ones_out(answered) or [same]
+    print(*lines, sep="\n", flush=True)
+    if all(line.status != "failure" for line in lines) and hosts.processes > 1:
+        measured = measure(launch, hosts)
+        print(*measured, sep="\n")
+        lines += measured
+    counts = Counter(line.status for line in lines)
+    print(f"{counts['failure']} failures, {counts['warning']} warnings")
+    return not counts["failure"]
+
+
+def place_token(recipe: Recipe | None) -> Path | None:
+    """Make a file where run_dir will be, for other hosts to see."""
+    place = existing_parent(recipe) if recipe else None
+    if place is None or not os.access(place, os.W_OK):
+        return None  # the checks say so
+    token = place / f"{DOCTOR_TOKEN}{uuid.uuid4().hex[:8]}"
+    token.touch()
+    return token
+
+
+def ask_hosts(slots: dict[str, int], common: list[str]) -> dict[str, Findings]:
+    """Return what every host finds; this one's name is empty."""
+    started, children = time.time(), {}
+    try:
+        for host, processes in slots.items():
+            checks = [sys.executable, "-m", "launcher.host_checks"]
+            argv = [*checks, *common, "--processes", str(processes)]
+            if host:
+                argv = ssh(host, argv, forwarded(os.environ))
+            children[host] = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        return {host: answer_of(host, child, started) for host, child in children.items()}
+    finally:
+        for child in children.values():
+            child.kill()
+
+
+def answer_of(host: str, child: subprocess.Popen[str], started: float) -> Findings:
+    """Return a host's findings, or the one why it has none."""
+    findings = Findings()
+    try:
+        out, error = child.communicate(timeout=max(0.0, started + _LIMIT - time.time()))
+    except subprocess.TimeoutExpired:
+        findings.fail("host", f"{host or 'this host'} did not answer in {_LIMIT:.0f} s")
+        return findings
+    values, reason = last_line(child.returncode, out, error)
+    if child.returncode == 255 and host:
+        remedy = f"`ssh {host} true` must work without a password"
+        findings.fail("ssh", f"{reason} ({host})", remedy)
+    elif values is None:
+        findings.fail("host", reason, "the same directory and Python must be on every host")
+    else:
+        findings.add(values)
+        # The host looked at its clock at some time between start and now.
+        skew = max(started - values["clock"], values["clock"] - time.time())
+        if skew > _SKEW:
+            findings.warn("clock", f"{skew:.0f} s off from this host's", "run an NTP client")
+    return findings
+
+
+def last_line(code: int, out: str, error: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the JSON values of a program's last line; or None, and the last it said of an error."""
+    if code != 0 or not out.strip():
+        return None, (error.strip().splitlines() or ["it ended in silence"])[-1]
+    values: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return values, ""
 
 
+def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
+    """Return the bandwidth between the processes, from a start like a training's."""
+    arguments = ["--accelerator", launch.accelerator, "--bandwidth"]
+    commands = start_commands(PROBE, launch, hosts, arguments)
+    with tempfile.TemporaryFile("w+") as out:
+        with Stopper() as stopper:  # the probe has nothing to save
+            code = run(commands, stopper, output=out.fileno())
+        if stopper.code:
+            sys.exit(stopper.code)
+        out.seek(0)
+        lines = out.read().strip().splitlines()
+    found = [Finding(**json.loads(line)) for line in lines if line.startswith('{"status"')]
+    if code != 0 or not found:
+        rest = [line for line in lines if not line.startswith('{"status"')]
+        reason = (rest or [what_ended(code)])[-1]
+        remedy = f"NCCL_DEBUG=INFO or docs/launcher.md; the command: {commands[0]}"
+        found.append(Finding("failure", "start", f"the processes do not meet: {reason}", remedy))
+    return found
+
+
+def grouped(lines: dict[str, list[Finding]]) -> list[Finding]:
+    """Return one line for what all hosts say alike, and a host's name before what only some say."""
+    if len(lines) == 1:
+        return next(iter(lines.values()))
+    hosts_of: dict[Finding, list[str]] = {}
+    for host, found in lines.items():
+        for line in found:
+            hosts_of.setdefault(line, []).append(host)
+    merged = []
+    for line, hosts in hosts_of.items():
+        where = f"all {len(hosts)} hosts" if len(hosts) == len(lines) else ", ".join(hosts)
+        merged.append(Finding(line.status, line.name, f"{where}: {line.text}", line.remedy))
+    return merged
+
+
 def odd_ones_out(facts: dict[str, dict[str, str]]) -> list[Finding]:
-    """The hosts whose facts differ from those of most hosts; `facts[host][name]`."""
+    """Return the hosts whose facts differ from those of most hosts; `facts[host][name]`."""
     found = []
     for name in sorted({name for of_host in facts.values() for name in of_host}):
         values = {host: of_host.get(name, "nothing") for host, of_host in facts.items()}
-        counts = list(values.values())
-        # Of as many of the one as of the other, the first host's is taken for the usual one.
-        usual = max(counts, key=lambda value: (counts.count(value), -counts.index(value)))
-        for host, value in values.items():
-            if value != usual:
-                remedy = "make them the same" if name != "cores" else ""
-                text = f"{host} has {name} {value}, the others {usual}"
-                found.append(Finding("warning", "odd host", text, remedy))
+        usual = Counter(values.values()).most_common(1)[0][0]  # of equally many the first host's
+        found += [
+            Finding(
+                "warning",
+                "odd host",
+                f"{host} has {name} {value}, the others {usual}",
+                "make them the same",
+            )
+            for host, value in values.items()
+            if value != usual
+        ]
     return found
+
+
+def run_probe(accelerator: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Ask what needs torch, in a process of its own: CUDA, NCCL, the CPU Adam build."""
+    return subprocess.run(
+        [sys.executable, "-m", PROBE, "--accelerator", accelerator, *arguments],
+        env={**os.environ, "DS_ACCELERATOR": accelerator},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def check_zero(recipe: Recipe) -> None:
+    """Refuse keys and values of the user's own config that DeepSpeed does not know: some seconds."""
+    if isinstance(recipe.deepspeed, str) and recipe.deepspeed in shipped_configs():
+        return
+    asked = run_probe("cpu", "--zero", json.dumps(read_deepspeed(recipe.deepspeed)))
+    if asked.returncode == EXIT_USER_ERROR:
+        raise UserError(asked.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -1,6 +1,6 @@
 """`python -m launcher.host_checks --config R`: what `doctor` asks of the host that this runs on.
 
-Prints its findings as JSON. Imports no torch; what needs it is asked of flux2_ds.probe.
+Prints its findings as JSON. Imports no torch; what needs it is asked of flux2_ds.commands.probe.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,19 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 
-from flux2_ds.config.deepspeed_config import read_deepspeed, shipped_configs
 from flux2_ds.config.memory import GIB, checkpoint_bytes
 from flux2_ds.config.model_spec import RELEASED, Spec, spec_here
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import read_data, run_checks
-from flux2_ds.errors import EXIT_USER_ERROR, UserError, run_root
+from flux2_ds.errors import UserError, run_root
 from flux2_ds.run.run_dir import (
     checkpoint_steps,
     checkpoints_directory,
     existing_parent,
 )
-from launcher.doctor import Findings, answer
+from launcher.doctor import Findings, last_line, run_probe
 
 
 def main() -> None:
@@ -53,19 +51,27 @@ def main() -> None:
     parser.add_argument("--token", type=str, default=None)
     parser.add_argument("--without-recipe", action="store_true")
     recipe, options = parse_recipe(parser)
-    findings = Findings()
+    findings, builds_adam = Findings(), False
     check_packages(findings, without=("wandb",) if recipe.log.wandb == "disabled" else ())
     check_machine(findings)
     if recipe.launch.accelerator == "cuda":
         check_gpus(findings, options.processes)
     if not options.without_recipe:
         check_recipe(findings, recipe, options.all_processes, options.token)
-    probe(findings, recipe, options)
-    print(json.dumps({**findings.values(), "clock": time.time()}))
+        with suppress(UserError):
+            plan = make_plan(recipe, options.all_processes)
+            builds_adam = plan.offloads("offload_optimizer")
+    asked = run_probe(recipe.launch.accelerator, *["--cpu-adam"] * builds_adam)
+    values, reason = last_line(asked.returncode, asked.stdout, asked.stderr)
+    if values is None:
+        findings.fail("torch", reason)
+    else:
+        findings.add(values)
+    print(json.dumps(asdict(findings) | {"clock": time.time()}))
 
 
 def check_packages(findings: Findings, without: tuple[str, ...] = ()) -> None:
-    """Python's and the packages' versions against the ranges that flux2-ds declares; those in
+    """Compare Python's and the packages' versions with the ranges that flux2-ds declares; those in
     `without` may be missing."""
     findings.facts["python"] = platform.python_version()
     wrong = []
@@ -85,50 +91,31 @@ def check_packages(findings: Findings, without: tuple[str, ...] = ()) -> None:
     if wrong:
         findings.fail("packages", "; ".join(wrong), "pip install -c constraints.txt .")
     else:
-        shown = ("torch", "deepspeed", "diffusers", "transformers", "peft")
+        shown = ("python", "torch", "deepspeed", "diffusers", "transformers", "peft")
         versions = ", ".join(f"{name} {findings.facts[name]}" for name in shown)
-        findings.ok("packages", f"Python {platform.python_version()}, {versions}")
+        findings.ok("packages", versions)
 
 
 def check_machine(findings: Findings) -> None:
-    """Memory, shared memory, limits, tools, ports."""
-    findings.facts["cores"] = str(os.cpu_count())
+    """Check shared memory, and lockable memory with InfiniBand."""
     shm = Path("/dev/shm")
-    if shm.is_dir():
-        free = shutil.disk_usage(shm).free / GIB
-        if free < 1:
-            findings.warn(
-                "/dev/shm",
-                f"{free:.1f} GiB free, NCCL and data loading want more",
-                "in a container: --shm-size=16g or --ipc=host",
-            )
-        else:
-            findings.ok("/dev/shm", f"{free:.0f} GiB free")
-    if Path("/dev/infiniband").is_dir():
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        if limit == resource.RLIM_INFINITY:
-            findings.ok("infiniband", "present, memory may be locked without limit")
-        else:
-            findings.warn(
-                "infiniband",
-                f"only {limit >> 10} KiB of memory may be locked; NCCL cannot use it so",
-                "ulimit -l unlimited (for containers --ulimit memlock=-1)",
-            )
-    with socket.socket() as probe_:
-        probe_.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe_.bind(("", 29500))
-            findings.ok("port", "29500 is free")
-        except OSError as error:
-            findings.warn(
-                "port",
-                f"29500: {error.strerror}; `flux2-ds train` takes another one",
-                "for a start by hand: --master_port",
-            )
+    if shm.is_dir() and (free := shutil.disk_usage(shm).free / GIB) < 1:
+        findings.warn(
+            "/dev/shm",
+            f"{free:.1f} GiB free, NCCL and data loading want more",
+            "in a container: --shm-size=16g or --ipc=host",
+        )
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if Path("/dev/infiniband").is_dir() and limit != resource.RLIM_INFINITY:
+        findings.warn(
+            "infiniband",
+            f"only {limit >> 10} KiB of memory may be locked; NCCL cannot use it so",
+            "ulimit -l unlimited (for containers --ulimit memlock=-1)",
+        )
 
 
 def check_gpus(findings: Findings, processes: int) -> None:
-    """What nvidia-smi tells: number, driver, free memory."""
+    """Check number, driver and free memory, as nvidia-smi tells them."""
     if shutil.which("nvidia-smi") is None:
         findings.fail("gpus", "no nvidia-smi", "install the NVIDIA driver, or use accelerator cpu")
         return
@@ -143,9 +130,9 @@ def check_gpus(findings: Findings, processes: int) -> None:
         findings.fail("gpus", (asked.stdout + asked.stderr).strip(), "repair the driver")
         return
     cards = [[word.strip() for word in line.split(",")] for line in asked.stdout.splitlines()]
-    names = sorted({card[0] for card in cards})
-    findings.facts |= {"gpus": f"{len(cards)} × {', '.join(names)}", "driver": cards[0][1]}
-    text = f"{len(cards)} × {', '.join(names)}, driver {cards[0][1]}"
+    kinds = f"{len(cards)} × {', '.join(sorted({card[0] for card in cards}))}"
+    findings.facts |= {"gpus": kinds, "driver": cards[0][1]}
+    text = f"{kinds}, driver {cards[0][1]}"
     if len(cards) < processes:
         findings.fail("gpus", f"{text}; {processes} processes need as many", "ask for fewer")
         return
@@ -161,7 +148,7 @@ def check_gpus(findings: Findings, processes: int) -> None:
 
 
 def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str | None) -> None:
-    """The plan, run directory, shards, model and W&B of the recipe, as seen from here."""
+    """Check the plan, run directory, shards, model and W&B of the recipe, as seen from here."""
 
     def refuses(name: str, check: Any) -> Any:
         try:
@@ -174,9 +161,8 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     if plan is not None:
         findings.ok("recipe", plan.lines()[1].removeprefix("batch").strip())
     model, before = Path(recipe.model.path), len(findings.lines)
-    spec = refuses(
-        "model", lambda: spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
-    )
+    allowed = recipe.model.allow_distilled
+    spec = refuses("model", lambda: spec_here(recipe.model.path, allow_distilled=allowed))
     directory = model if spec else None
     if spec is not None:
         findings.ok("model", f"{spec} in {model}")
@@ -193,18 +179,12 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
         refuses(name, check)
         if name == "shards" and data is not None and len(findings.lines) == before:
             findings.ok("shards", f"{data[0].samples} samples in {len(data[0].shards)} shards")
-
-    if recipe.log.wandb == "online":
-        if os.environ.get("WANDB_API_KEY") or has_netrc_key():
-            findings.ok("wandb", "online, with a key")
-        else:
-            findings.warn("wandb", "online, but no key; it will stay offline", "wandb login")
-    else:
-        findings.ok("wandb", recipe.log.wandb)
+    if recipe.log.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or has_netrc_key()):
+        findings.warn("wandb", "online, but no key; it will stay offline", "wandb login")
 
 
 def check_cache(findings: Findings, recipe: Recipe) -> None:
-    """Whether a hub id's files are on this host already."""
+    """Check whether a hub id's files are on this host already."""
     name = recipe.model.path
     try:
         cached = try_to_load_from_cache(name, "model_index.json", revision=recipe.model.revision)
@@ -222,7 +202,7 @@ def check_cache(findings: Findings, recipe: Recipe) -> None:
 
 
 def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str | None) -> None:
-    """Whether checkpoints fit beside run_dir, and whether it is the launcher's file system."""
+    """Check whether run_dir is the launcher's, can be written, and has room for the checkpoints."""
     place = existing_parent(recipe)
     if token is not None and not Path(token).exists():
         findings.fail(
@@ -230,29 +210,22 @@ def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str
             f"{place} is not the directory that the launcher sees",
             "put run_dir on a file system that all hosts share",
         )
-        return
-    if not os.access(place, os.W_OK):
+    elif not os.access(place, os.W_OK):
         findings.fail("run_dir", f"{place} cannot be written", "correct its owner, or run_dir")
-        return
-    free = shutil.disk_usage(place).free / GIB
-    if spec is None:
-        findings.ok(
-            "disk", f"{free:.0f} GiB free in {place}; the model tells what a checkpoint takes"
-        )
-        return
-    count = checkpoints_to_come(recipe)
-    one = checkpoint_bytes(spec, recipe) / GIB
-    plural = "" if count == 1 else "s"
-    text = f"{free:.0f} GiB free in {place}, for {count} checkpoint{plural} of {one:.2g} GiB"
-    if free < count * one:
-        findings.warn("disk", text, "free some, keep fewer, or move run_dir")
-    else:
-        findings.ok("disk", text)
+    elif spec is not None:
+        free, count = shutil.disk_usage(place).free / GIB, checkpoints_to_come(recipe)
+        one = checkpoint_bytes(spec, recipe) / GIB
+        plural = "" if count == 1 else "s"
+        text = f"{free:.0f} GiB free in {place}, for {count} checkpoint{plural} of {one:.2g} GiB"
+        if free < count * one:
+            findings.warn("disk", text, "free some, keep fewer, or move run_dir")
+        else:
+            findings.ok("disk", text)
 
 
 def checkpoints_to_come(recipe: Recipe) -> int:
-    """The most checkpoints that the run will have at a time, one while it is written included, less
-    those that it has."""
+    """Return the most checkpoints that the run will have at a time, one while it is written included,
+    less those that it has."""
     settings, steps = recipe.checkpoint, recipe.steps
     for_good = steps // settings.keep_every if settings.keep_every else 0
     most = min(math.ceil(steps / settings.every), settings.keep_last + for_good + 1)
@@ -267,48 +240,5 @@ def has_netrc_key() -> bool:
     return False
 
 
-def probe(findings: Findings, recipe: Recipe, options: Any) -> None:
-    """What needs torch, in a process of its own: CUDA, NCCL, the CPU Adam build."""
-    offload = False
-    with suppress(UserError):
-        plan = make_plan(recipe, options.all_processes)
-        offload = plan.offloads("offload_optimizer") and not options.without_recipe
-    if offload and shutil.which("c++") is None:
-        findings.fail("compiler", "optimizer offload needs a C++ compiler", "apt install g++")
-        return
-    asked = run_probe(recipe.launch.accelerator, *(["--cpu-adam"] if offload else []))
-    values, reason = answer(asked)
-    if values is None:
-        findings.fail("torch", reason)
-        return
-    found = Findings.of(values)
-    findings.lines += found.lines
-    findings.facts |= found.facts
-
-
 if __name__ == "__main__":
     run_root(main)
-
-
-def run_probe(accelerator: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run flux2_ds.probe."""
-    return subprocess.run(
-        [sys.executable, "-m", "flux2_ds.commands.probe", "--accelerator", accelerator, *arguments],
-        env={**os.environ, "DS_ACCELERATOR": accelerator},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def check_zero(recipe: Recipe) -> None:
-    """Refuse keys and values that DeepSpeed does not know, in a config of the user's own: some seconds.
-
-    Raises:
-        UserError: naming the keys of zero_optimization.
-    """
-    if isinstance(recipe.deepspeed, str) and recipe.deepspeed in shipped_configs():
-        return
-    asked = run_probe("cpu", "--zero", json.dumps(read_deepspeed(recipe.deepspeed)))
-    if asked.returncode == EXIT_USER_ERROR:
-        raise UserError(asked.stderr.strip().splitlines()[-1].removeprefix("error: "))

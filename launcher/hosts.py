@@ -14,13 +14,14 @@ from pathlib import Path
 from flux2_ds.config.recipe import Launch
 from flux2_ds.errors import UserError
 
-_HOST_LINE = re.compile(r"^(?P<name>\S+)\s+slots=(?P<slots>\d+)$")
+_HOST_LINE = re.compile(r"(?P<name>[\w\[][\w.:@%\[\]-]*)\s+slots=(?P<slots>\d{1,6})", re.ASCII)
+"""A name that ssh takes for an option, or a shell for more than a word, is none."""
 
 
 @dataclass(frozen=True)
 class Hosts:
     """Processes on this machine, on its GPUs `devices` if CUDA_VISIBLE_DEVICES names any; or on the
-    machines of a hostfile, `slots` of them on each; `address` is that of the first."""
+    hosts of a hostfile, `slots` of them on each, which meet at `address`, the first."""
 
     processes: int
     hostfile: Path | None = None
@@ -30,26 +31,20 @@ class Hosts:
 
 
 def find_hosts(launch: Launch) -> Hosts:
-    """How many processes the recipe's `launch` section means on these machines.
-
-    Raises:
-        UserError: no GPU, or a hostfile that is missing or malformed.
-    """
+    """Return where the recipe's `launch` section runs."""
     if launch.hostfile is not None:
         if launch.processes is not None:
             raise UserError(
                 f"launch.processes is {launch.processes}, but launch.hostfile {launch.hostfile} says "
                 "how many processes each host runs. Remove launch.processes (and --gpus)."
             )
-        slots = read_hostfile(Path(launch.hostfile))
-        return on_hosts(Path(launch.hostfile), slots)
+        path = Path(launch.hostfile)
+        return on_hosts(path, read_hostfile(path))
     if launch.accelerator == "cpu":
         return Hosts(1 if launch.processes is None else launch.processes)
     devices = named_devices()
-    processes = launch.processes
-    if processes is None:
-        processes = visible_gpus(devices)
-    if launch.processes is None and processes == 0:
+    processes = visible_gpus(devices) if launch.processes is None else launch.processes
+    if launch.processes is None and not processes:
         raise UserError(
             "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs, "
             "say how many with --gpus N, or set launch.accelerator to cpu."
@@ -60,11 +55,7 @@ def find_hosts(launch: Launch) -> Hosts:
 
 
 def on_hosts(hostfile: Path, slots: dict[str, int]) -> Hosts:
-    """The machines of a hostfile, with the address at which the others reach the first.
-
-    Raises:
-        UserError: the first is a loopback address, at which they would each reach themselves.
-    """
+    """Return the hosts of a hostfile; refuse a first one that the others would look for on themselves."""
     address = ssh_address(next(iter(slots)))
     if len(slots) > 1 and (address == "localhost" or address.startswith("127.")):
         raise UserError(
@@ -75,7 +66,7 @@ def on_hosts(hostfile: Path, slots: dict[str, int]) -> Hosts:
 
 
 def ssh_address(host: str) -> str:
-    """What ssh connects to for `host`, which may be an alias of its configuration."""
+    """Return what ssh connects to for `host`, which may be an alias of its configuration."""
     if shutil.which("ssh") is None:
         return host
     told = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout
@@ -84,11 +75,7 @@ def ssh_address(host: str) -> str:
 
 
 def check_gpus(hosts: Hosts) -> None:
-    """Refuse to start more processes than this machine has visible GPUs.
-
-    Raises:
-        UserError: with both numbers.
-    """
+    """Refuse to start more processes than this machine has visible GPUs."""
     if hosts.hostfile is not None:
         return
     visible = visible_gpus(named_devices())
@@ -99,24 +86,18 @@ def check_gpus(hosts: Hosts) -> None:
         )
 
 
-def check_programs(launch: Launch) -> None:
-    """Refuse a hostfile without the program that reaches its machines.
-
-    Raises:
-        UserError: naming it.
-    """
-    if launch.hostfile is not None and shutil.which(launch.over) is None:
+def check_ssh(hosts: Hosts) -> None:
+    """Refuse a hostfile without the program that reaches its hosts."""
+    if hosts.hostfile is not None and shutil.which("ssh") is None:
         raise UserError(
-            f"launch.over is {launch.over}, which is not on this machine's PATH. Install it, or choose "
-            "the other (ssh, pdsh)."
+            f"launch.hostfile {hosts.hostfile} needs ssh, which is not on this machine's PATH. Install "
+            "it, or start each host's part there with --node-rank."
         )
 
 
 def named_devices() -> tuple[int, ...] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES names; None without the variable.
-
-    DeepSpeed's launcher replaces the variable, so they have to be told to it.
-    """
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, None without it: DeepSpeed's launcher replaces
+    the variable and has to be told."""
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return None
@@ -132,12 +113,12 @@ def named_devices() -> tuple[int, ...] | None:
 
 
 def visible_gpus(named: tuple[int, ...] | None) -> int:
-    """Number of GPUs that a start would see, given those that are named."""
+    """Return how many GPUs a start would see, given those that are named."""
     return count_gpus() if named is None else len(named)
 
 
 def count_gpus() -> int:
-    """GPUs that nvidia-smi lists."""
+    """Return how many GPUs nvidia-smi lists."""
     if shutil.which("nvidia-smi") is None:
         return 0
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -145,19 +126,21 @@ def count_gpus() -> int:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host name -> number of processes, from lines like `node01 slots=8`."""
-    if not path.is_file():
-        raise UserError(f"launch.hostfile {path} does not exist.")
+    """Return the number of processes by host, from lines like `node01 slots=8`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"launch.hostfile {path} cannot be read ({error}).") from error
     slots: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         line = line.split("#", 1)[0].strip()
         if not line:
             continue
-        match = _HOST_LINE.match(line)
+        match = _HOST_LINE.fullmatch(line)
         if match is None or int(match["slots"]) < 1 or match["name"] in slots:
             raise UserError(
-                f"launch.hostfile {path}, line {number}: {line!r}. Each host stands on a line of its "
-                "own, once, as `name slots=8`, without spaces around the =."
+                f"launch.hostfile {path}, line {number}: {line!r}. Each host stands on a line of its own, "
+                "once, as `name slots=8`, without spaces around the =; a name is letters, digits and .:@%_-."
             )
         slots[match["name"]] = int(match["slots"])
     if not slots:
@@ -166,18 +149,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def pick_port(hosts: Hosts) -> int:
-    """A port for the first process, drawn anew for every start: until it listens there, some ten
-    seconds, another run may look for one, too."""
-    while not is_free(port := random.randrange(20000, 30000)) and hosts.hostfile is None:
-        pass
-    return port
-
-
-def is_free(port: int) -> bool:
-    """Whether nothing on this machine listens on it."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+    """Draw a port for rank 0, anew for every start: until it listens there, some ten seconds, another
+    run may look for one, too. Of another machine's ports nobody can tell which are free."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                if hosts.hostfile is None:
+                    continue
+        return port

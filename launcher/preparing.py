@@ -8,9 +8,8 @@ import uuid
 from pathlib import Path
 
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.errors import UserError
 from launcher.commands import Command, forwarded
-from launcher.hosts import check_programs, find_hosts
+from launcher.hosts import check_ssh, find_hosts
 from launcher.supervise import Stopper, run
 
 PREPARE_MODULE = "flux2_ds.prepare"
@@ -28,7 +27,7 @@ def prepare_on_hosts(recipe: Recipe, arguments: list[str]) -> int:
     When one fails the others are ended, and so is all by a signal: the same command goes on.
     """
     commands = prepare_commands(recipe, arguments, dict(os.environ), start=uuid.uuid4().hex[:8])
-    check_programs(recipe.launch)
+    check_ssh(find_hosts(recipe.launch))
     for command in commands:
         print(command, flush=True)
     with Stopper(None) as stopper:
@@ -38,16 +37,7 @@ def prepare_on_hosts(recipe: Recipe, arguments: list[str]) -> int:
 def prepare_commands(
     recipe: Recipe, arguments: list[str], environment: dict[str, str], *, start: str
 ) -> list[Command]:
-    """A command for each host, with as many processes as its slots unless the recipe says how many.
-
-    Raises:
-        UserError: a hostfile that is missing or malformed, or pdsh.
-    """
-    if recipe.launch.over != "ssh":
-        raise UserError(
-            f"launch.over is {recipe.launch.over}; prepare reaches the hosts of launch.hostfile by ssh "
-            "alone. Add --launch.over ssh, or --launch.hostfile null for this machine only."
-        )
+    """A command for each host, with as many processes as its slots unless the recipe says how many."""
     slots = find_hosts(recipe.launch).slots
     return [
         _command(

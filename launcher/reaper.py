@@ -1,8 +1,9 @@
-"""`python -m launcher.reaper SECONDS COMMAND`: runs a command until its launcher is gone.
+"""`python -m launcher.reaper SECONDS COMMAND`: runs a command and leaves nothing of it behind.
 
 Its input is the launcher's sign of life, a line every fifth of a second. When the input ends because
 the launcher was killed, or is silent for SECONDS because the link between them is cut, everything that
-the command started is killed, so that no training process is left holding GPUs.
+the command started is killed, so that no training process is left holding GPUs. Two processes watch
+each other, so that it is also killed when one of them is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NoReturn
+
+_POLL = 0.2  # s
 
 
 def main() -> None:
@@ -21,20 +25,37 @@ def main() -> None:
     silence, argv = float(sys.argv[1]), sys.argv[2:]
     slots = os.environ.pop("FLUX2_DS_SLOTS", None)
     if slots is not None:
-        cores = os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(slots))))
-    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
-    heard = time.monotonic()
-    while child.poll() is None:
-        ready, _, _ = select.select([0], [], [], 0.2)
-        if ready:
+        threads = (os.cpu_count() or 1) // int(slots)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    lifeline, held = os.pipe()  # its end tells the child that this process is gone
+    child = os.fork()
+    if child == 0:
+        os.close(held)
+        os.setsid()
+        run(argv, lifeline)
+    code, heard = None, time.monotonic()
+    while code is None and time.monotonic() - heard <= silence:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+        elif select.select([0], [], [], _POLL)[0]:
             heard = time.monotonic()
-        if (ready and not os.read(0, 4096)) or time.monotonic() - heard > silence:
-            break
+            if not os.read(0, 4096):
+                break
     with contextlib.suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(child.pid, signal.SIGKILL)
-    code = child.wait()
+        os.killpg(child, signal.SIGKILL)
+    if code is None:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     sys.exit(code if code >= 0 else 128 - code)
+
+
+def run(argv: list[str], lifeline: int) -> NoReturn:
+    """Run the command in this process's own group; kill the group when the other process is gone."""
+    command = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    while command.poll() is None:
+        if select.select([lifeline], [], [], _POLL)[0]:
+            os.killpg(0, signal.SIGKILL)
+    sys.exit(command.returncode if command.returncode >= 0 else 128 - command.returncode)
 
 
 if __name__ == "__main__":

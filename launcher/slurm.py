@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from typing import Any
 
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from launcher.commands import TRAIN_MODULE, collective_timeout
+from launcher.commands import TRAIN, collective_timeout
 from launcher.preparing import PREPARE_MODULE
+
+_WORD = re.compile(r"[\w.,:%@+-]+", re.ASCII)
+"""What may stand in an #SBATCH line: no space, no new line."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,37 @@ class SlurmJob:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJob:
-    """What a recipe and the options of `flux2-ds slurm` ask Slurm for.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `flux2-ds slurm`."""
+    add = parser.add_argument
+    add("--job", choices=["train", "prepare"], default="train", help="What the script runs.")
+    add("--nodes", type=int, default=1, help="Number of nodes.")
+    add(
+        "--gpus-per-node",
+        type=int,
+        help="GPUs of each node. Default: the processes of a machine that the recipe names, or 8.",
+    )
+    add("--time", type=str, default="24:00:00", help="Time limit.")
+    add("--save-before", type=int, help="Seconds to save before the limit (120).")
+    add("--partition", type=str, help="Slurm partition.")
+    add("--account", type=str, help="Slurm account.")
+    add("--array", type=str, help="Task N: seed N, run directory RUN_DIR-N.")
+    add("--max-restarts", type=int, default=0, help="Requeue so often after a failure.")
+    add("--submit", action="store_true", help="Hand the script to sbatch.")
 
-    Raises:
-        UserError: options that are out of range, or that do not go with the job or the recipe.
-    """
+
+def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJob:
+    """Return what a recipe and the options of `flux2-ds slurm` ask Slurm for."""
     for name in ("nodes", "gpus_per_node", "save_before"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+    for name in ("time", "partition", "account", "array"):
+        value = getattr(options, name)
+        if value is not None and not _WORD.fullmatch(value):
+            raise UserError(
+                f"--{name} is {value!r}; Slurm takes a word of letters, digits and .,:%@+-."
+            )
     launch, prepares = recipe.launch, options.job == "prepare"
     if launch.hostfile is not None:
         raise UserError(
@@ -88,7 +113,7 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
     if job.array is not None:
         place += '-"$SLURM_ARRAY_TASK_ID"'
         own = f' --run_dir {place} --seed "$SLURM_ARRAY_TASK_ID"'
-    train = f'{shlex.join([python, "-m", TRAIN_MODULE, *arguments])}{own} "$@"'
+    train = f'{shlex.join([python, "-m", TRAIN, *arguments])}{own} "$@"'
     # A task that stopped on request leaves the others to save; any other failure ends them all, or
     # they would wait for it in a collective.
     # The shell gets Slurm's signal, too, and has to outlive the trainer's saving.
@@ -119,11 +144,11 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
             f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
             "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
             f"export FLUX2_DS_FAILED={place}/logs/slurm-$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
-            'mkdir -p "${FLUX2_DS_FAILED%/*}"',
+            'mkdir -p -- "${FLUX2_DS_FAILED%/*}"',
             "",
             f'srun --kill-on-bad-exit=0 bash -c {shlex.quote(task)} task "$@"',
             "code=$?",
-            'if [ -s "$FLUX2_DS_FAILED" ]; then code=$(cat "$FLUX2_DS_FAILED"); fi',
+            'if [ -s "$FLUX2_DS_FAILED" ]; then code=$(< "$FLUX2_DS_FAILED"); fi',
             f'if {again}; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$code"',
             "",

@@ -6,55 +6,60 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
-from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from flux2_ds.run.environment import checked_port
+from flux2_ds.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from flux2_ds.run.run_dir import logs_directory, newest_step, stop_file
-from flux2_ds.run.watchdog import first_failure, forget
-from launcher.commands import TRAIN_MODULE, Command, ssh, train_commands
-from launcher.hosts import Hosts, on_hosts, pick_port
+from flux2_ds.run.watchdog import Failure, first_failure, forget, unended
+from launcher.commands import TRAIN, Command, ssh, start_commands
+from launcher.hosts import Hosts, on_hosts
 
+PATIENCE = 15.0  # s that the other hosts get to end by themselves after the first has failed
+_PAUSE = 5.0  # s before a restart, for ports and GPU memory to be free again
 _POLL = 0.2  # s between looks at the commands
-PATIENCE = 15.0  # s that the others get to end by themselves after the first has failed
 _EXIT_SSH = 255
-_FAREWELL = 5.0  # s for a keeper to end its command; over a link that is cut it never hears of it
+_FAREWELL = 5.0  # s for a reaper to end its command; over a link that is cut it never hears of it
 _REPEAT = 1.0  # s after which the request to stop is repeated
+_VISIBLE = 60.0  # s after which a shared file system shows other hosts' files
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopper:
-    """The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks to save and stop, the second ends at once.
+    """A context in which the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks the ranks to save and stop,
+    and the second ends them at once.
 
-    The request is `stop_file`, which the training processes look for at every step, on whatever
-    host they are. It is repeated until they have ended, because a trainer that is just starting
-    removes what it takes for an earlier request. DeepSpeed's own launchers would signal the processes
-    one after the other and kill those still saving after 30 s, so they are left out of this. Without a
-    `stop_file` there is nothing to save, and the first signal ends at once.
+    The request is `stop_file`, for which the ranks look at every step, on whatever host they are. It
+    is repeated until they have ended, because a trainer that is just starting removes what it takes
+    for an earlier request. DeepSpeed's own launchers would signal the processes one after the other
+    and kill those still saving after 30 s, so they are left out of this. Without a `stop_file` there
+    is nothing to save, and the first signal ends at once.
     """
 
-    def __init__(self, stop_file: Path | None) -> None:
+    def __init__(self, stop_file: Path | None = None) -> None:
         self._file = stop_file
         self._repeated = 0.0
         self.reason: str | None = None
-        self.at_once = False
+        self.code: int | None = None
+        """The exit code, once all is to be ended at once."""
 
     def __enter__(self) -> Stopper:
         self._forget()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
+        for number in _SIGNALS:  # the work is done, and the exit code decided
+            signal.signal(number, signal.SIG_IGN)
         self._forget()
 
     def pass_on(self) -> None:
@@ -68,7 +73,7 @@ class Stopper:
             except OSError as error:
                 # A full disk has room for an empty file, which is enough.
                 if not self._file.exists():
-                    say(f"the training cannot be asked to stop: {error} (again: end at once)")
+                    print_line(f"the ranks cannot be asked to stop: {error} (again: end at once)")
 
     def _forget(self) -> None:
         if self._file is not None:
@@ -76,45 +81,15 @@ class Stopper:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._file is None:
-            self.reason, self.at_once = name, True
-            say(f"{name}: ending at once")
-        elif self.reason is None:
-            self.reason = name
-            say(
+        if self._file is not None and self.reason is None:
+            print_line(
                 f"{name}: after this step or the next, save a checkpoint and stop (again: end at once)"
             )
-        elif not self.at_once:
-            self.at_once = True
-            say(f"{name} again: ending at once, without a checkpoint")
-
-
-def commands_here(
-    launch: Launch,
-    hosts: Hosts,
-    arguments: list[str],
-    module: str = TRAIN_MODULE,
-    node: int | None = None,
-) -> list[Command]:
-    """`train_commands` as started from this machine and this environment; `node`: only the part of
-    this host, without ssh, at a port that all hosts know.
-
-    Raises:
-        UserError: MASTER_PORT is none.
-    """
-    port = (
-        pick_port(hosts) if node is None else checked_port(os.environ.get("MASTER_PORT", "29500"))
-    )
-    commands = train_commands(
-        launch,
-        hosts,
-        arguments,
-        cores=os.cpu_count() or 1,
-        port=port,
-        environment=dict(os.environ),
-        module=module,
-    )
-    return commands if node is None else [replace(commands[node], host=None)]
+        elif self.code is None:
+            self.code = 128 + number
+            again = "" if self._file is None else " again, without a checkpoint"
+            print_line(f"{name}{again}: ending at once")
+        self.reason = self.reason or name
 
 
 def run(
@@ -123,9 +98,9 @@ def run(
     failed: Callable[[], object] = lambda: None,
     output: int | None = None,
 ) -> int:
-    """Run `commands` side by side to their end; returns the exit code of the first that failed.
+    """Run `commands` side by side to their end; return the exit code of the first that failed.
 
-    When one has failed, or `failed` gives a failure of the training, the others get some seconds to end by
+    When one has failed, or `failed` returns a failure of a rank, the others get some seconds to end by
     themselves. `output` is a descriptor to print to instead of the console's.
     """
     children: list[subprocess.Popen[bytes]] = []
@@ -133,7 +108,7 @@ def run(
     try:
         for command in commands:
             if stopper.reason is not None:
-                return EXIT_STOPPED
+                return stopper.code or EXIT_STOPPED
             # A session of its own: Ctrl-C on the terminal reaches this process alone.
             children.append(
                 subprocess.Popen(
@@ -151,10 +126,8 @@ def run(
             code = code or next(filter(None, codes), 0)
             if deadline == float("inf") and (code or failed()):
                 deadline = time.monotonic() + PATIENCE
-                _say_who(commands, codes)
-            if None not in codes:
-                break
-            if stopper.at_once or time.monotonic() > deadline:
+                _name_hosts(commands, codes)
+            if None not in codes or stopper.code or time.monotonic() > deadline:
                 break
             stopper.pass_on()
             for child in children:
@@ -163,26 +136,26 @@ def run(
     finally:
         _end(children)
     code = code or next(filter(None, (child.returncode for child in children)), 0)
-    return code if code >= 0 else 128 - code
+    return stopper.code or (code if code >= 0 else 128 - code)
 
 
-def _say_who(commands: list[Command], codes: list[int | None]) -> None:
+def _name_hosts(commands: list[Command], codes: list[int | None]) -> None:
     """Name the hosts whose command has ended first, unless that was on request."""
     for command, code in zip(commands, codes, strict=True):
         if command.host and code and code != EXIT_STOPPED:
             why = "ssh lost it or did not reach it" if code == _EXIT_SSH else f"with code {code}"
-            say(f"{command.host} ended first: {why}")
+            print_line(f"{command.host} ended first: {why}")
 
 
 def _keep_alive(child: subprocess.Popen[bytes]) -> None:
-    """Tell a command's keeper that this launcher is still there; see keeper.py."""
+    """Tell a command's reaper that this launcher is still there."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(b"\n")
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:
-    """Have their keepers kill what is left of the commands and of all that they started."""
+    """Have their reapers kill what is left of the commands and of all that they started."""
     for child in children:
         assert child.stdin is not None
         child.stdin.close()
@@ -195,130 +168,182 @@ def _end(children: list[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Write a line in one call: a signal may come while another one's handler is writing, which a
-    buffered stream does not survive."""
-    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+    buffered stream does not survive. That nobody reads it does not end a run."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, f"{line}\n".encode())
 
 
-_PAUSE = 5.0  # s before a restart, for ports and GPU memory to be free again
+@dataclass(frozen=True)
+class Job:
+    """A module that runs on all ranks, and what its files say of it."""
+
+    module: str
+    logs: Path
+    stop_file: Path | None
+    progress: Callable[[], int]
+    """Grows with what a restart need not do again."""
+    reached: str
+    """Says it in words."""
+    missing: Callable[[], str]
+    """Says why the job is not done; empty if it is."""
+    fits: Callable[[int], object]
+    """Refuses a number of processes that the job cannot have."""
+
+
+def train_job(recipe: Recipe) -> Job:
+    """Return the job that trains."""
+
+    def missing() -> str:
+        newest = newest_step(recipe)
+        if newest >= recipe.steps:
+            return ""
+        return f"the newest checkpoint in {recipe.run_dir} is of step {newest}, steps is {recipe.steps}"
+
+    return Job(
+        TRAIN,
+        logs_directory(recipe),
+        stop_file(recipe),
+        partial(newest_step, recipe),
+        "step {}",
+        missing,
+        partial(make_plan, recipe),
+    )
 
 
 def supervise(
-    recipe: Recipe,
+    job: Job,
+    launch: Launch,
     hosts: Hosts,
     arguments: list[str],
     *,
     max_restarts: int,
     elastic: bool,
-    node: int | None = None,
+    node: int | None,
 ) -> int:
-    """Train, and train again after a failure; returns the last exit code.
+    """Run the job, and run it again after a failure; return the last exit code.
 
-    At most `max_restarts` failures in a row are answered that came before the next checkpoint. With
-    `elastic`, hosts of the hostfile that do not answer are left out of a restart, and back in a later
-    one. `node`: only this host's part, here.
+    At most `max_restarts` failures in a row are answered that came without progress. With `elastic`,
+    hosts of the hostfile that do not answer are left out of a restart, and back in a later one.
+    `node`: only this host's part, here.
     """
-    logs = logs_directory(recipe)
     answered = 0
     now = hosts
-    with Stopper(stop_file(recipe)) as stopper:
+    with Stopper(job.stop_file) as stopper:
         while True:
-            commands = commands_here(recipe.launch, now, arguments, node=node)
+            commands = start_commands(job.module, launch, now, arguments, node=node)
             for command in commands:
-                report(str(command))
+                print_line(str(command))
             if not node:
-                forget(logs)
-            before, started = newest_step(recipe), time.time()
-            # The first host's launcher, which may start later, forgets an earlier start's failure.
-            failed = partial(first_failure, logs, started if node else 0.0)
+                forget(job.logs)
+            before, started = job.progress(), time.time()
+            # Rank 0's launcher, which may start later, forgets an earlier start's failure.
+            failed = partial(first_failure, job.logs, started if node else 0.0)
             code = run(commands, stopper, failed)
-            failure = failed()
-            if failure is not None:
-                code = failure.code
-            elif code not in (0, EXIT_STOPPED, EXIT_USER_ERROR) and not stopper.reason:
-                report(f"the training ended with code {code} and left no error; its logs: {logs}")
+            if stopper.code:
+                return stopper.code
+            code = _judge(job, code, failed(), shared=now.hostfile is not None)
             if code in (0, EXIT_STOPPED, EXIT_USER_ERROR) or stopper.reason is not None:
                 return code
-            step = newest_step(recipe)
+            step = job.progress()
+            at = job.reached.format(step)
             answered = 0 if step > before else answered
             if answered == max_restarts:
                 if max_restarts:
-                    report(f"{max_restarts} restarts came no further than step {step}; giving up")
+                    print_line(f"{max_restarts} restarts came no further than {at}; giving up")
                 return code
             answered += 1
-            report(
+            print_line(
                 f"ended after {time.time() - started:.0f} s; restart {answered} of {max_restarts} in "
-                f"{_PAUSE:.0f} s from step {step}"
+                f"{_PAUSE:.0f} s from {at}"
             )
-            wait(_PAUSE, stopper)
+            _wait(_PAUSE, stopper)
             if elastic:
-                now = remaining(recipe, hosts)
+                now = remaining(job, hosts)
 
 
-def report(line: str) -> None:
-    """A line of the launcher's own."""
-    print(line, flush=True)
+def _judge(job: Job, code: int, failure: Failure | None, *, shared: bool) -> int:
+    """Return the code that the job has earned, and say why if no rank has."""
+    if failure is not None:
+        return failure.code
+    if code in (EXIT_STOPPED, EXIT_USER_ERROR):
+        return code
+    if code == 0:
+        # DeepSpeed's launcher ends with 0 when what started the ranks was killed.
+        deadline = time.monotonic() + (_VISIBLE if shared else 0)
+        while (missing := job.missing()) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        if not missing:
+            return 0
+        print_line(f"error: DeepSpeed's launcher ended too early, perhaps killed: {missing}")
+    else:
+        print_line(f"error: {what_ended(code, job.logs)}")
+    return EXIT_FAILURE
 
 
-def wait(seconds: float, stopper: Stopper) -> None:
+def what_ended(code: int, logs: Path | None = None) -> str:
+    """Say what a command's exit code means of whose failure no rank has left a record."""
+    # 256 - N comes from DeepSpeed's launcher, which saw a rank end by signal N; 128 + N from the reaper.
+    of_rank = code > 192
+    number = 256 - code if of_rank else code - 128
+    if number not in {*signal.Signals}:
+        return f"code {code}, without a record of it" + (f"; the logs: {logs}" if logs else "")
+    ranks = [str(place) for place in unended(logs)] if logs and of_rank else []
+    who = "; ".join(ranks) or ("a rank" if of_rank else "DeepSpeed's launcher")
+    memory = " (out of memory? see dmesg)" if number == signal.SIGKILL else ""
+    return f"{who}: killed by {signal.Signals(number).name}{memory}"
+
+
+def _wait(seconds: float, stopper: Stopper) -> None:
     """Sleep, but not on when asked to stop."""
     end = time.monotonic() + seconds
     while stopper.reason is None and time.monotonic() < end:
         time.sleep(0.1)
 
 
-def remaining(recipe: Recipe, hosts: Hosts) -> Hosts:
-    """The hosts that answer, with as many processes as divide the global batch.
+def remaining(job: Job, hosts: Hosts) -> Hosts:
+    """Return the hosts that answer, with as many processes as the job can have.
 
     The data order does not depend on the number of processes, so the run stays the same.
-
-    Raises:
-        UserError: no host answers.
     """
     if hosts.hostfile is None:
         return hosts
     alive = answering(list(hosts.slots))
     for name in hosts.slots.keys() - alive:
-        report(f"{name} does not answer over ssh; going on without it")
-    slots = {name: count for name, count in hosts.slots.items() if name in alive}
-    fitting = fit(recipe, slots)
-    if not fitting:
+        print_line(f"{name} does not answer over ssh; going on without it")
+    slots = fit(job.fits, {name: n for name, n in hosts.slots.items() if name in alive})
+    if not slots:
         raise UserError(f"no host of {hosts.hostfile} answers over ssh.")
-    if fitting == hosts.slots:
+    if slots == hosts.slots:
         return hosts
-    path = logs_directory(recipe) / "hostfile"
+    path = job.logs / "hostfile"
     path.parent.mkdir(parents=True, exist_ok=True)  # a host may have been down from the start
-    path.write_text("".join(f"{name} slots={count}\n" for name, count in fitting.items()))
-    return on_hosts(path, fitting)
+    path.write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
+    return on_hosts(path, slots)
 
 
 def answering(names: list[str]) -> set[str]:
-    """Those of the hosts on which a command runs over ssh."""
+    """Return those of the hosts on which a command runs over ssh."""
 
     def answers(name: str) -> bool:
-        try:
-            asked = subprocess.run(
-                ssh(name, ["true"]), capture_output=True, check=False, timeout=30
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        return asked.returncode == 0
+        argv = ssh(name, ["true"], {})
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.run(argv, capture_output=True, timeout=30).returncode == 0
+        return False
 
     with ThreadPoolExecutor(32) as pool:
         return {name for name, there in zip(names, pool.map(answers, names), strict=True) if there}
 
 
-def fit(recipe: Recipe, slots: dict[str, int]) -> dict[str, int]:
-    """The largest part of `slots`, in order, whose processes divide the global batch."""
+def fit(fits: Callable[[int], object], slots: dict[str, int]) -> dict[str, int]:
+    """Return the largest part of `slots`, in order, of which `fits` does not refuse the number."""
     for processes in range(sum(slots.values()), 0, -1):
-        try:
-            make_plan(recipe, processes)
-        except UserError:
-            continue
-        chosen, left = {}, processes
-        for name, count in slots.items():
-            chosen[name] = min(count, left)
-            left -= chosen[name]
-        return {name: count for name, count in chosen.items() if count}
+        with contextlib.suppress(UserError):
+            fits(processes)
+            chosen, left = {}, processes
+            for name, count in slots.items():
+                chosen[name] = min(count, left)
+                left -= chosen[name]
+            return {name: count for name, count in chosen.items() if count}
     return {}

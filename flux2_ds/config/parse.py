@@ -47,6 +47,8 @@ RENAMED = {
     "picture": "image",
 }
 """Settings that had another name once."""
+GONE = {"launch.over": "ssh is the one transport"}
+"""Settings that there are no more, and why."""
 
 
 class RecipeParser(ArgumentParser):
@@ -161,6 +163,8 @@ def _refuse_renamed(names: Iterable[str], where: str) -> None:
         for old in (name, str(name).partition(".")[0]):
             if old in RENAMED:
                 raise UserError(f"{old}, in {where}, is called {RENAMED[old]} now. Rename it.")
+            if old in GONE:
+                raise UserError(f"{old}, in {where}, is gone: {GONE[old]}. Leave it out.")
 
 
 def _refuse_empty(settings: Any, kind: type, within: str = "") -> None:

@@ -280,9 +280,6 @@ class Launch:
     """Processes on each machine. Default: one for each visible GPU."""
     hostfile: Annotated[str | None, PATH] = None
     """DeepSpeed hostfile (`host slots=8` a line) to run on several machines over ssh."""
-    over: Literal["ssh", "pdsh"] = "ssh"
-    """How a hostfile's machines are reached: one ssh each, or DeepSpeed's own way with pdsh, which
-    passes no environment on."""
     hang_timeout_s: Annotated[float, between(0, 10**7)] = 600.0
     """Seconds in which no process moves on in a step, an evaluation or a checkpoint, after which the
     run is ended and the process that the others wait for is named; 0 turns it off. It must be longer

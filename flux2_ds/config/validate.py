@@ -262,8 +262,6 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
         yield "model.revision", f"model.path {recipe.model.path} is a directory"
     if _given(recipe.log, "project") and recipe.log.wandb == "disabled":
         yield "log.project", "log.wandb is disabled"
-    if _given(recipe.launch, "over") and not recipe.launch.hostfile:
-        yield "launch.over", "there is no launch.hostfile"
 
 
 def _given(section: Any, name: str) -> bool:

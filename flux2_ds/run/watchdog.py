@@ -97,6 +97,15 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
     return failure if failure.time >= since else None
 
 
+def unended(logs: Path) -> list[Heartbeat]:
+    """Return the last heartbeats of the ranks that did not end by themselves."""
+    found = []
+    for path in sorted(logs.glob("rank_*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # cut off while written
+            found.append(Heartbeat(**json.loads(path.read_text())))
+    return [place for place in found if not place.ended]
+
+
 def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> None:
     """Remove an earlier start's failure, recorded before `before`, and the heartbeats of `first_rank`
     and all above it."""

@@ -361,7 +361,6 @@ def test_plan_says_the_arithmetic():
             ["optimizer.schedule (all 50 steps are warm-up)"],
         ),
         ({"data.cache_gb": 5.0}, ["data.cache_gb (there is no data.cache)"]),
-        ({"launch.over": "pdsh"}, ["launch.over (there is no launch.hostfile)"]),
         ({"log.project": "a", "log.wandb": "disabled"}, ["log.project (log.wandb is disabled)"]),
         (
             {"model.path": "/", "model.revision": "main"},

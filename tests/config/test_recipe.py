@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from flux2_ds.config import recipe as module
-from flux2_ds.config.parse import RENAMED, load_recipe, parse_recipe, recipe_parser
+from flux2_ds.config.parse import GONE, RENAMED, load_recipe, parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe, recipe_values
 from flux2_ds.errors import UserError
 
@@ -228,11 +228,12 @@ def test_help_describes_every_setting(monkeypatch):
         assert re.search(rf"--{re.escape(name)} \S.{{0,100}}? {re.escape(text)}", help_text), name
 
 
-@pytest.mark.parametrize("old", RENAMED)
+@pytest.mark.parametrize("old", [*RENAMED, *GONE])
 @pytest.mark.parametrize("typed", [False, True])
 def test_an_old_name_is_refused_with_the_new_one(tmp_path, old, typed):
     section, _, name = old.partition(".")
     changes = {} if typed else {section: {**MINIMAL.get(section, {}), name: 1} if name else 1}
     path = write_recipe(tmp_path, **changes)
-    with pytest.raises(UserError, match=f"^{old}, in .* is called {re.escape(RENAMED[old])} now"):
+    now = f"called {re.escape(RENAMED[old])} now" if old in RENAMED else f"gone: {GONE[old]}"
+    with pytest.raises(UserError, match=f"^{old}, in .* is {now}"):
         load_recipe(path, [f"--{old}=1"] if typed else [])

@@ -38,6 +38,12 @@ def test_hostfile(tmp_path):
             for line in (
                 *("node02", "node02 slots=many", "node02 slots=0", "node02 slots=-1"),
                 *("node01 slots=8", "node02 slots=8 extra", "slots=8", "node02 slots = 8"),
+                *(
+                    "-oProxyCommand=x slots=8",
+                    "$(x) slots=8",
+                    "a;b slots=8",
+                    "node02 slots=9999999",
+                ),
             )
         ),
         ("node01 slots=8\n\n\nnode02:8", "line 4: "),
@@ -55,7 +61,7 @@ def test_the_example_is_a_hostfile():
 
 
 def test_missing_hostfile_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"launch\.hostfile .*absent does not exist"):
+    with pytest.raises(UserError, match=r"launch\.hostfile .*absent cannot be read"):
         find_hosts(Launch(hostfile=str(tmp_path / "absent")))
 
 

@@ -47,7 +47,7 @@ def test_its_command_starts_the_part_of_its_pod(parts, tmp_path):
     words = shlex.split(command)
     assert "NCCL_SOCKET_IFNAME=eth0" in words
     start = words[words.index("--no_ssh") :]
-    where = ["--node_rank", "1", "--master_addr", "flux2-0.flux2", "--master_port", "29500"]
+    where = ["--master_addr", "flux2-0.flux2", "--node_rank", "1", "--master_port", "29500"]
     assert start[1:7] == where
     assert start[start.index("--module") + 1] == "flux2_ds.train"
     assert "--node-rank" not in words

@@ -1,9 +1,11 @@
 """The command line of the launcher, which answers without torch."""
 
 import dataclasses
+import importlib.metadata
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,9 +67,26 @@ def test_usage_lists_the_commands(monkeypatch, capsys, argv, code):
         assert f"\n  {command} " in captured.out
 
 
-def test_unknown_command_is_named(monkeypatch, capsys):
+def test_unknown_command_is_named_with_what_was_meant(monkeypatch, capsys):
     assert call(monkeypatch, "trian", "--config", "x") == 2
-    assert "no command 'trian'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: there is no command 'trian'. Did you mean train? The commands: "
+    )
+    assert "bench-data, tiny" in error
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"flux2-ds {importlib.metadata.version('flux2-ds')}\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["plan", "--config", "cats.yaml"]])
+def test_output_that_nobody_reads_is_no_defect(recipe, argv):
+    """As in `flux2-ds ... | head`, which ends before it has read."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = Path(sys.executable).with_name("flux2-ds")
+    done = subprocess.run([program, *argv], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_dry_run_prints_the_command_that_would_run(recipe):
@@ -150,7 +169,7 @@ def other_settings(folder: Path) -> None:
     ],
 )
 def test_train_checks_what_it_reads_before_it_starts(
-    recipe, tmp_path, monkeypatch, capsys, spoil, message
+    recipe, tmp_path, monkeypatch, capfd, spoil, message
 ):
     prepare(tmp_path)
     spoil(tmp_path)
@@ -158,7 +177,7 @@ def test_train_checks_what_it_reads_before_it_starts(
     monkeypatch.setattr("launcher.supervise.run", lambda *call: started.append(call) or 75)
     assert call(monkeypatch, "train", "--config", recipe) == (75 if message is None else 2)
     assert len(started) == (message is None)
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     if message is None:
         (command,), *_ = started[0]
         assert captured.out == f"{command}\n"
@@ -169,23 +188,18 @@ def test_train_checks_what_it_reads_before_it_starts(
             list(tmp_path.glob("shards/index.json"))
         )  # or there is nothing to look at yet
         assert call(monkeypatch, "plan", "--config", recipe) == 2 * refused
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         assert (message in captured.err) == refused
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
-def test_keys_that_deepspeed_does_not_know_are_refused(
-    recipe, tmp_path, monkeypatch, capsys, command
-):
+def test_keys_that_deepspeed_does_not_know_are_refused(recipe, tmp_path, monkeypatch, capsys):
     """Of a config of the user's own, which no shipped one is."""
     prepare(tmp_path)
-    monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "typo": 1}}')
-    argv = [command, "--config", recipe, "--deepspeed"]
+    argv = ["plan", "--config", recipe, "--deepspeed"]
     assert call(monkeypatch, *argv, str(tmp_path / "mine.json")) == 2
     assert "typo: Extra inputs are not permitted" in capsys.readouterr().err
-    known = call(monkeypatch, *argv, "{zero_optimization: {stage: 2, overlap_comm: false}}")
-    assert known == (75 if command == "train" else 0)
+    assert call(monkeypatch, *argv, "{zero_optimization: {stage: 2, overlap_comm: false}}") == 0
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
@@ -220,8 +234,7 @@ def test_a_run_directory_in_use_is_refused(recipe, tmp_path, monkeypatch, capsys
     ("options", "message"),
     [
         (["--node-rank", "2"], "--node-rank is 2; launch.hostfile hostfile has the hosts 0 to 1"),
-        (["--node-rank", "0", "--max-restarts", "1"], "nor --max-restarts"),
-        (["--node-rank", "0", "--launch.over", "pdsh"], "neither launch.over: pdsh"),
+        (["--node-rank", "0", "--max-restarts", "1"], "and no --max-restarts"),
     ],
 )
 def test_a_part_that_cannot_be_started_is_refused(recipe, monkeypatch, capsys, options, message):
@@ -245,13 +258,9 @@ def test_each_host_starts_its_own_part(recipe, tmp_path, monkeypatch, capsys):
         argv = ["train", "--config", recipe, *hosts, "--node-rank"]
         assert call(monkeypatch, *argv, "0") == 2
         assert call(monkeypatch, *argv, "1") == 75
-        for wrong in ("none", "0", "70000"):
-            monkeypatch.setenv("MASTER_PORT", wrong)
-            assert call(monkeypatch, *argv, "1") == 2
-            assert f"MASTER_PORT is '{wrong}'; it must be a port" in capsys.readouterr().err
     ((command,),) = started
     assert command.host is None and command.environment["FLUX2_DS_SLOTS"] == "1"
-    where = ["--node_rank", "1", "--master_addr", "node01", "--master_port", "29511"]
+    where = ["--master_addr", "node01", "--node_rank", "1", "--master_port", "29511"]
     assert command.argv[command.argv.index("--no_ssh") + 1 :][:6] == where
 
 
@@ -271,19 +280,14 @@ def test_bench_starts_as_train_does(recipe, tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(cli, "run", lambda commands, stopper: started.append(commands) or 247)
     argv = ["bench", "--config", recipe, "--measure", "5", "--json"]
-    assert call(monkeypatch, *argv, "--gpus", "2") == 247
+    assert call(monkeypatch, *argv, "--gpus", "2") == 1
     ((command,),) = started
     assert command.argv[3:5] == ["--num_gpus", "2"]
     end = ["--no_local_rank", "--module", "flux2_ds.commands.bench", *argv[1:]]
     assert command.argv[-len(end) :] == end
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert str(command) in captured.err and "a process was killed" in captured.err
-    monkeypatch.setattr("os.execve", lambda program, argv, environment: started.append(argv))
-    monkeypatch.setattr(cli, "commands_here", lambda *call, **more: pytest.fail("launched"))
-    with pytest.raises(pytest.fail.Exception):  # one process takes the launcher's place
-        call(monkeypatch, *argv, "--launch.processes", "1")
-    assert started[1][1:3] == ["-m", "flux2_ds.commands.bench"]
+    assert str(command) in captured.err and "a rank: killed by SIGKILL" in captured.err
     write_hostfile(tmp_path, "node01 slots=2\n")
     elsewhere = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
     assert call(monkeypatch, *argv, *elsewhere) == 2
@@ -377,9 +381,7 @@ def test_a_command_takes_the_launchers_place(tmp_path):
         "import os, sys\nprint(os.getpid(), *sys.argv[1:], os.environ['TOLD'], flush=True)\n"
         "sys.exit(3)"
     )
-    call = (
-        "from launcher.cli import run_module; print('first')\nrun_module('told', ['a b'], TOLD='x')"
-    )
+    call = "from launcher import cli; print('first')\ncli.run_module('told', ['a b'], TOLD='x')"
     launched = subprocess.Popen(
         [sys.executable, "-c", call],
         stdout=subprocess.PIPE,

@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from flux2_ds.config.recipe import Data, Launch, Model, Prepare, Recipe
-from flux2_ds.errors import UserError
 from launcher.preparing import prepare_commands
 from launcher.slurm import SlurmJob, prepare_script
 
@@ -40,11 +37,6 @@ def test_every_host_knows_its_place_and_its_processes(tmp_path):
     assert first.program()[0] == "ssh" and sys.executable in first.program()[-1]
     told = prepare_commands(recipe_over(tmp_path, processes=2), [], {}, start="ab")
     assert all("--prepare.processes" not in " ".join(each.argv) for each in told)
-
-
-def test_pdsh_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"launch\.over is pdsh; prepare reaches"):
-        prepare_commands(recipe_over(tmp_path, over="pdsh"), [], {}, start="ab")
 
 
 def test_a_slurm_job_starts_one_task_a_node(tmp_path):
@@ -85,7 +77,7 @@ def test_a_signal_ends_prepare_with_what_it_has_started(tmp_path):
     assert launched.stdout.readline() == "--config a b\n"
     launched.send_signal(signal.SIGTERM)
     out, _ = launched.communicate(timeout=30)  # its output ends when all have ended
-    assert (out, launched.returncode) == ("SIGTERM: ending at once\n", 128 + 9)
+    assert (out, launched.returncode) == ("SIGTERM: ending at once\n", 128 + 15)
 
 
 def test_a_signal_ends_all_hosts_at_once():
@@ -99,4 +91,4 @@ def test_a_signal_ends_all_hosts_at_once():
     assert [launched.stdout.readline() for _ in range(2)] == ["up\n"] * 2
     launched.send_signal(signal.SIGTERM)
     out, _ = launched.communicate(timeout=30)
-    assert (out, launched.returncode) == ("SIGTERM: ending at once\n", 128 + 9)
+    assert (out, launched.returncode) == ("SIGTERM: ending at once\n", 128 + 15)

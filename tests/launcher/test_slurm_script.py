@@ -1,13 +1,15 @@
 """sbatch scripts, run by a shell."""
 
+import argparse
 import dataclasses
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from flux2_ds.errors import EXIT_STOPPED
-from launcher.slurm import SlurmJob, train_script
+from flux2_ds.config.recipe import Data, Model, Recipe
+from flux2_ds.errors import EXIT_STOPPED, UserError
+from launcher.slurm import SlurmJob, add_options, job_of, train_script
 
 
 def test_slurm_is_asked_for_what_the_job_needs():
@@ -31,14 +33,29 @@ def test_job_name_is_one_word(name, expected):
     assert lines[1] == f"#SBATCH --job-name={expected}"
 
 
+@pytest.mark.parametrize("option", ["time", "partition", "account", "array"])
+@pytest.mark.parametrize("value", ["x\n#SBATCH --uid=0", "1 --wrap=x", "$(x)", ""])
+def test_what_would_be_more_than_one_word_for_slurm_is_refused(option, value):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    recipe = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
+    with pytest.raises(UserError, match=f"--{option} is "):
+        job_of(recipe, parser.parse_args([f"--{option}={value}"]), {})
+
+
 JOB = SlurmJob(nodes=1, tasks=2, time_limit="1", name="x")
 
 
 def run_job(
-    folder: Path, arguments: list[str], cpus: int = 8, job: SlurmJob = JOB, **stand_ins: str
+    folder: Path,
+    arguments: list[str],
+    cpus: int = 8,
+    job: SlurmJob = JOB,
+    run_dir: str = "my runs/x",
+    **stand_ins: str,
 ) -> subprocess.CompletedProcess[str]:
     """The script itself, run by bash with stand-ins for Slurm's programs and the trainer."""
-    script = train_script(job, "my runs/x", arguments, python=str(folder / "python"))
+    script = train_script(job, run_dir, arguments, python=str(folder / "python"))
     defaults = {
         "srun": 'shift; exec "$@"',
         "scontrol": '[ "$1" = show ] && echo node01 || echo "scontrol $*"',
@@ -74,6 +91,17 @@ def test_slurm_script_is_bash_and_passes_awkward_arguments_on(tmp_path, cpus, th
         f"1 1 2 {threads} node01 20007",
     ]
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("run_dir", ["$(touch owned)", "it's; touch owned", "-rf", "a\nb", "`x`"])
+def test_a_run_directorys_name_is_no_command(tmp_path, run_dir):
+    job = dataclasses.replace(JOB, array="5")
+    done = run_job(tmp_path, [], job=job, run_dir=run_dir, python='printf "%s\\0" "$@"; exit 1')
+    own = ["--run_dir", f"{run_dir}-5", "--seed", "5"]
+    assert done.stdout.split("\0")[:-1] == ["-m", "flux2_ds.train", *own, "--steps", "a b"]
+    assert done.stderr == ""
+    assert not (tmp_path / "owned").exists()
+    assert (tmp_path / f"{run_dir}-5" / "logs" / "slurm-7.0").read_text() == "1\n"
 
 
 @pytest.mark.parametrize(

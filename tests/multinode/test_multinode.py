@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import program, require
+from conftest import program
 from machines import Cluster, Machine
 
 from flux2_ds.data.index import read_index
@@ -162,20 +162,6 @@ def test_each_machine_starts_its_own_part_and_all_stop_when_one_is_asked_to(
     assert [run.wait(timeout=60) for run in runs] == [75, 75]
     assert [run.wait(timeout=300) for run in parts()] == [0, 0]
     assert losses(work / "parts") == pytest.approx(reference, rel=1e-5)
-
-
-def test_pdsh_starts_and_stops_both_machines(cluster, work, reference, losses):
-    require("pdsh", packages="pdsh")
-    # pdsh passes no variable on.
-    (work / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
-    run = start(cluster, work, "by_pdsh", "--launch.over", "pdsh")
-    wait_for_step(run, work / "by_pdsh", 2)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 75
-    assert start(cluster, work, "by_pdsh", "--launch.over", "pdsh").wait(timeout=300) == 0
-    assert losses(work / "by_pdsh") == pytest.approx(reference, rel=1e-5)
-    second = (work / "by_pdsh" / "logs" / "rank_1.log").read_text()
-    assert f"on {cluster.machines[1].name}" in second
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(cluster, work):
