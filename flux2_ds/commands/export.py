@@ -1,10 +1,11 @@
-"""Export: a checkpoint to files that diffusers loads.
+"""Export: a checkpoint to files that other programs load.
 
-    flux2-ds export --config RECIPE [--step N] [--dtype bf16] [--weights ema]
+    flux2-ds export --config RECIPE [--step N] [--dtype bf16] [--weights ema] [--layout diffusers|bfl|kohya]
 
-An adapter becomes one safetensors file for `load_lora_weights`; a full fine-tune a `transformer`
-directory for `Flux2Transformer2DModel.from_pretrained`. Reads the checkpoint and the model's configs
-only; the base weights are not loaded.
+An adapter becomes one safetensors file for diffusers and one for ComfyUI; docs/adapters.md says which
+other programs read which. A full fine-tune becomes a `transformer` directory for
+`Flux2Transformer2DModel.from_pretrained`. Each file is read back as those programs read it and
+compared with what was trained. The base's weights are read for a DoRA only, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import diffusers
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds.checkpoint import manager as checkpoint
-from flux2_ds.checkpoint.tensor_store import TensorStore, default_permissions, write_tensors
+from flux2_ds.checkpoint.tensor_store import TensorStore, write_tensors
 from flux2_ds.config.model_files import model_directory
-from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.model.transformer import compute_dtype, exported_name, exported_settings, lora_config
+from flux2_ds.model.adapter_layouts import (
+    Adapter,
+    Layout,
+    Update,
+    bfl_tensors,
+    diffusers_tensors,
+    kohya_tensors,
+)
+from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
+from flux2_ds.model.merge import BaseWeights, dora_scale
+from flux2_ds.model.transformer import ADAPTER, compute_dtype, exported_settings, lora_config
+from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, export_path
 
@@ -35,24 +46,33 @@ log = logging.getLogger("flux2_ds")
 Precision = Literal["bf16", "fp16", "fp32"]
 FILE_SIZE = "10GB"
 """Of an exported transformer; one such file is in memory at a time."""
+READERS: dict[Layout, str] = {"diffusers": "diffusers", "bfl": "comfyui", "kohya": "musubi"}
+"""Layout -> the program that its file is named after."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.02}
+"""Largest relative error of an update after a file was read back, by the file's precision."""
 
 
 def main() -> None:
     """Entry point of `flux2-ds export`."""
     set_up_console()
-    parser = recipe_parser("flux2-ds export", "Write a checkpoint in the form diffusers loads.")
+    parser = recipe_parser(
+        "flux2-ds export", "Write a checkpoint in the form that diffusers and ComfyUI load."
+    )
     parser.add_argument("--step", type=int | None, default=None,
                         help="Checkpoint to export. Default: the newest.")  # fmt: skip
     parser.add_argument("--dtype", type=Precision | None, default=None,
                         help="Precision of the file. Default: the recipe's, for a DoRA fp32.")  # fmt: skip
     parser.add_argument("--weights", type=Weights, default="trained",
                         help="The trained weights, or their moving average.")  # fmt: skip
+    parser.add_argument("--layout", type=Layout | None, default=None,
+                        help="Names of an adapter's tensors. Default: a file for diffusers and one (bfl) for ComfyUI; kohya is musubi-tuner's.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     chosen = choose(checkpoints_directory(recipe), options.step)
     # The run's may have changed since.
     recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
-    path = export(recipe, chosen, file_dtype(recipe, options.dtype), options.weights)
-    log.info("exported %s to %s", chosen.path, path)
+    dtype = file_dtype(recipe, options.dtype)
+    for path in export(recipe, chosen, dtype, options.weights, options.layout):
+        log.info("exported %s to %s", chosen.path, path)
 
 
 def file_dtype(recipe: Recipe, asked: Precision | None) -> torch.dtype:
@@ -89,42 +109,115 @@ def export(
     chosen: checkpoint.Checkpoint,
     dtype: torch.dtype,
     weights: Weights = "trained",
-) -> Path:
-    """Write the export of one checkpoint; returns the file (adapter) or directory (full).
+    layout: Layout | None = None,
+) -> list[Path]:
+    """Write the export of one checkpoint; returns the files (adapter) or the directory (full).
 
     Raises:
-        UserError: the checkpoint has no moving average.
+        UserError: the checkpoint has no moving average, or the layout cannot hold what was trained.
     """
     if weights == "ema" and "ema" not in chosen.kinds():
         raise UserError(
             f"{chosen.path} holds no moving average: it was trained without optimizer.ema_decay. Export "
             "--weights trained, or set optimizer.ema_decay and train in a new run_dir."
         )
-    directory = model_directory(recipe.model.path, recipe.model.revision, [])
-    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     store = chosen.store("weights" if weights == "trained" else "ema")
-    path = export_path(recipe, chosen.step, weights)
+    dora = recipe.method == "dora"
+    if recipe.method == "full" and layout not in (None, "diffusers"):
+        raise UserError(f"--layout {layout} is for adapters; method is full. Remove it.")
+    if dora and layout == "kohya":
+        raise UserError(
+            "--layout kohya: the programs that read these names drop the magnitudes of a DoRA, and half "
+            "of the update is wrong without them. Export --layout bfl for ComfyUI, or diffusers."
+        )
+    layouts: tuple[Layout, ...] = ("diffusers", "bfl") if layout is None else (layout,)
+    parts = ["transformer"] if dora and "bfl" in layouts else []
+    directory = model_directory(recipe.model.path, recipe.model.revision, parts)
+    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     if recipe.method == "full":
+        path = export_path(recipe, chosen.step, weights)
         path.mkdir(parents=True, exist_ok=True)
         export_transformer(store, path, dtype)
         shutil.copy(directory / "transformer" / "config.json", path)
-        return path
+        return [path]
+    adapter = stored_adapter(store, recipe)
+    base = BaseWeights(directory / "transformer") if parts else None
+    paths = []
+    for each in layouts:
+        path = export_path(recipe, chosen.step, weights, READERS[each])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        export_adapter(adapter, path, each, dtype, spec, recipe, base)
+        paths.append(path)
+    return paths
+
+
+def stored_adapter(store: TensorStore, recipe: Recipe) -> Adapter:
+    """The trained adapter, alpha / rank multiplied into A."""
     scale = 1.0 if recipe.lora.alpha is None else recipe.lora.alpha / recipe.lora.rank
-    adapter = {
-        exported_name(name): (store.tensor(name) * (scale if ".lora_A." in name else 1)).to(dtype)
-        for name in store.shapes
+    adapter = {}
+    for name in store.shapes:
+        linear, found, _ = name.partition(f".lora_A.{ADAPTER}.weight")
+        if found:
+            magnitude = f"{linear}.lora_magnitude_vector.{ADAPTER}.weight"
+            adapter[linear] = Update(
+                store.tensor(name) * scale,
+                store.tensor(f"{linear}.lora_B.{ADAPTER}.weight"),
+                store.tensor(magnitude) if magnitude in store.shapes else None,
+            )
+    return adapter
+
+
+def export_adapter(
+    adapter: Adapter,
+    path: Path,
+    layout: Layout,
+    dtype: torch.dtype,
+    spec: Spec,
+    recipe: Recipe,
+    base: BaseWeights | None,
+) -> None:
+    """Write one file, and keep it only if the programs that it is for load what was trained.
+
+    `base`: for a DoRA in `bfl`.
+    """
+    metadata = {"format": "pt"}
+    if layout == "diffusers":
+        config = lora_config(spec, exported_settings(recipe.lora), dora=recipe.method == "dora")
+        metadata["lora_adapter_metadata"] = _adapter_metadata(config.to_dict())
+        tensors = diffusers_tensors(adapter)
+    elif layout == "kohya":
+        tensors = kohya_tensors(adapter)
+    elif base is None:
+        tensors = bfl_tensors(adapter)
+    else:
+        scales = {name: dora_scale(base, name, update) for name, update in adapter.items()}
+        tensors = bfl_tensors(adapter, scales)
+    # A rank is not rounded: bf16 has no 261.
+    tensors = {n: t if n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}
+    programs = CHECKED[layout, recipe.method == "dora"]
+    metadata["flux2_ds.checked_for"] = ", ".join(programs)
+    with atomic_path(path) as partial:
+        write_tensors(partial, tensors, metadata)
+        errors = {
+            title: largest_error(read_with(title, partial, spec), adapter, base)
+            for title in programs
+        }
+        for title, error in errors.items():
+            if error > TOLERANCE[dtype]:
+                raise UserError(
+                    f"{path} was not kept: as {title} reads it, an update differs from what was trained by "
+                    f"{error:.1e} of its size. Export --dtype fp32, or report it with the recipe."
+                )
+    log.info("%s is for %s: read back as they do, all %d linears, largest error of an update %.1e",
+             path.name, " and ".join(programs), len(adapter), max(errors.values()))  # fmt: skip
+
+
+def _adapter_metadata(config: dict[str, Any]) -> str:
+    """PEFT's configuration as diffusers keeps it in a file."""
+    values = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
     }
-    config = lora_config(spec, exported_settings(recipe.lora), dora=recipe.method == "dora")
-    pipeline = getattr(diffusers, spec.pipeline)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with default_permissions(path):
-        pipeline.save_lora_weights(
-            path.parent,
-            transformer_lora_layers=adapter,
-            weight_name=path.name,
-            transformer_lora_adapter_metadata=config.to_dict(),
-        )
-    return path
+    return json.dumps({f"transformer.{k}": v for k, v in values.items()}, indent=2, sort_keys=True)
 
 
 def export_transformer(store: TensorStore, path: Path, dtype: torch.dtype) -> None:

@@ -132,8 +132,6 @@ def compute_dtype(precision: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:
 
 def exported_name(name: str) -> str:
     """A parameter's name in an adapter file: PEFT's, without the adapter's own name."""
-    if name.endswith(f".lora_magnitude_vector.{ADAPTER}.weight"):
-        return name.removesuffix(f".{ADAPTER}.weight")
     return name.replace(f".{ADAPTER}.weight", ".weight")
 
 

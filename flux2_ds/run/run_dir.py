@@ -106,13 +106,18 @@ def write_run_dir(plan: Plan) -> None:
         ) from error
 
 
-def export_path(recipe: Recipe, step: int, weights: Weights = "trained") -> Path:
-    """Where the export of a checkpoint is: a file for an adapter, a directory for all weights."""
+def export_path(
+    recipe: Recipe, step: int, weights: Weights = "trained", reader: str = "diffusers"
+) -> Path:
+    """Where the export of a checkpoint is: a file for an adapter, a directory for all weights.
+
+    `reader`: the program that the file is for.
+    """
     run_dir = Path(recipe.run_dir)
     name = f"step_{step:08d}{'-ema' if weights == 'ema' else ''}"
     if recipe.method == "full":
         return run_dir / "export" / name / "transformer"
-    return run_dir / "export" / f"{run_dir.resolve().name}-{name}.safetensors"
+    return run_dir / "export" / f"{run_dir.resolve().name}-{name}-{reader}.safetensors"
 
 
 def stop_file(recipe: Recipe) -> Path:

@@ -1,13 +1,15 @@
-"""An exported checkpoint gives, in diffusers, what the trained model gave."""
+"""An exported checkpoint gives, in every program that it is for, what the trained model gave."""
 
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import adapter_loaders
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from reference import load_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,17 +21,22 @@ from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Data, Lora, Model, Recipe, recipe_values
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
+from flux2_ds.model.adapter_layouts import Layout
+from flux2_ds.model.adapter_programs import CHECKED
 from flux2_ds.run.run_dir import as_trained
 
+Tensors = dict[str, torch.Tensor]
+Write = Callable[..., Path]
 
-def recipe_for(model: Path, run_dir: Path, method: str) -> Recipe:
+
+def recipe_for(model: Path, run_dir: Path, method: str, targets: str = "all") -> Recipe:
     return Recipe(
         run_dir=str(run_dir),
         method=method,  # type: ignore[arg-type]
         precision="fp32",
         model=Model(path=str(model)),
         data=Data(images="", shards=""),
-        lora=Lora(rank=4, alpha=6.0),
+        lora=Lora(rank=4, alpha=6.0, targets=targets),  # type: ignore[arg-type]
     )
 
 
@@ -60,21 +67,36 @@ def predict(model: Flux2Transformer2DModel, spec: Spec) -> torch.Tensor:
         ).sample
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def save(model: Flux2Transformer2DModel, run_dir: Path, write_checkpoint: Write) -> None:
+    weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
+    write_checkpoint(run_dir / "checkpoints", 7, weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        ("lora", "diffusers"),
+        ("lora", "bfl"),
+        ("lora", "kohya"),
+        ("dora", "diffusers"),
+        ("full", None),
+    ],
+)
 def test_diffusers_computes_what_was_trained(
     method: str,
+    layout: Layout | None,
     tiny_model: Path,
     tiny_spec: Spec,
     tmp_path: Path,
-    write_checkpoint: Callable[..., Path],
+    write_checkpoint: Write,
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", method)
     model = trained(recipe, tiny_spec)
     expected = predict(model, tiny_spec)
-    weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    write_checkpoint(tmp_path / "run" / "checkpoints", 7, weights)
+    save(model, tmp_path / "run", write_checkpoint)
 
-    path = export(recipe, choose(tmp_path / "run" / "checkpoints", None), torch.float32)
+    chosen = choose(tmp_path / "run" / "checkpoints", None)
+    (path,) = export(recipe, chosen, torch.float32, layout=layout)
 
     if method == "full":
         loaded = Flux2Transformer2DModel.from_pretrained(path)
@@ -87,50 +109,163 @@ def test_diffusers_computes_what_was_trained(
     torch.testing.assert_close(predict(loaded, tiny_spec), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_program_that_reads_no_metadata_applies_the_trained_strength(
-    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
+def weights_after(model: Flux2Transformer2DModel, spec: Spec) -> Tensors:
+    """Every linear of the blocks with its update, by the formulas of LoRA and DoRA."""
+    named = dict(model.named_parameters())
+    weights = {}
+    for name, weight in named.items():
+        if "transformer_blocks." not in name or weight.ndim != 2 or ".lora_" in name:
+            continue
+        linear = name.removesuffix(".weight").removesuffix(".base_layer")
+        after, down = weight.detach(), named.get(f"{linear}.lora_A.default.weight")
+        if down is not None:
+            after = (
+                after + 6 / 4 * named[f"{linear}.lora_B.default.weight"].detach() @ down.detach()
+            )
+        magnitude = named.get(f"{linear}.lora_magnitude_vector.default.weight")
+        if magnitude is not None:
+            after = magnitude.detach()[:, None] * after / after.norm(dim=1, keepdim=True)
+        weights[linear] = after
+    assert len(weights) == 12 * spec.double_blocks + 2 * spec.single_blocks
+    return weights
+
+
+def in_bfl(weights: Tensors, spec: Spec) -> Tensors:
+    """The same weights in Black Forest Labs' modules."""
+    aliases = adapter_loaders.COMFYUI_ALIASES
+    fused: Tensors = {}
+    for name, weight in weights.items():
+        kind, block, linear = name.split(".", 2)
+        module = aliases[kind][linear][0]
+        key = f"{'double' if kind == 'transformer_blocks' else 'single'}_blocks.{block}.{module}"
+        fused[key] = torch.cat([fused[key], weight]) if key in fused else weight
+    shapes = adapter_loaders.bfl_shapes(spec.double_blocks, spec.single_blocks, spec.width)
+    assert {name: tuple(weight.shape) for name, weight in fused.items()} == shapes
+    named = {f"{name}.weight": weight for name, weight in fused.items()}
+    back = convert_flux2_transformer_checkpoint_to_diffusers(named)
+    assert back.keys() == {f"{name}.weight" for name in weights}
+    assert all(torch.equal(back[f"{name}.weight"], weight) for name, weight in weights.items())
+    return fused
+
+
+LOADERS = {
+    "ComfyUI": adapter_loaders.comfyui,
+    "musubi-tuner": adapter_loaders.musubi_tuner,
+    "ai-toolkit": adapter_loaders.ai_toolkit,
+    "OneTrainer": adapter_loaders.onetrainer,
+}
+
+
+@pytest.mark.parametrize("targets", ["all", "attention", "diffusers"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_programs_that_a_file_is_for_load_what_was_trained(
+    method: str,
+    targets: str,
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Write,
 ) -> None:
-    recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
-    named = transformer.trainable(trained(recipe, tiny_spec))
-    write_checkpoint(
-        tmp_path / "run" / "checkpoints", 1, [("weights", name, p) for name, p in named.items()]
-    )
-    path = export(recipe, choose(tmp_path / "run" / "checkpoints", 1), torch.float32)
-    tensors = load_file(path)
-    for name, down in named.items():
-        if ".lora_A." in name:
-            up = named[name.replace(".lora_A.", ".lora_B.")]
-            key = f"transformer.{transformer.exported_name(name)}"
-            found = tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key]
-            torch.testing.assert_close(found, 6 / 4 * up @ down)
-    with safe_open(path, "pt") as file:
+    """And those that it is not for do not: the table says no less than what is so."""
+    recipe = recipe_for(tiny_model, tmp_path / "run", method, targets)
+    base = Flux2Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    before = weights_after(base, tiny_spec)
+    model = trained(recipe, tiny_spec)
+    after = weights_after(model, tiny_spec)
+    save(model, tmp_path / "run", write_checkpoint)
+    chosen = choose(tmp_path / "run" / "checkpoints", 7)
+    for layout, dora in CHECKED:
+        if dora != (method == "dora"):
+            continue
+        (path,) = export(recipe, chosen, torch.float32, layout=layout)
+        tensors = load_file(path)
+        for program, loader in LOADERS.items():
+            theirs, expected = before, after
+            if program != "OneTrainer":  # it trains diffusers' model
+                theirs, expected = in_bfl(before, tiny_spec), in_bfl(after, tiny_spec)
+            loaded, ignored = loader(theirs, tensors)
+            errors = {
+                name: (loaded[name] - weight).norm() / (weight - theirs[name]).norm()
+                for name, weight in expected.items()
+                if not torch.equal(weight, theirs[name])
+            }
+            right = not ignored and max(errors.values()) < 1e-4
+            assert right == (program in CHECKED[layout, dora]), (layout, program, errors)
+        with safe_open(path, "pt") as file:
+            checked = file.metadata()["flux2_ds.checked_for"]
+        assert checked == ", ".join(CHECKED[layout, dora])
+
+
+def test_an_adapter_is_exported_for_diffusers_and_for_comfyui(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "cats", "lora")
+    save(trained(recipe, tiny_spec), tmp_path / "cats", write_checkpoint)
+    chosen = choose(tmp_path / "cats" / "checkpoints", 7)
+    paths = export(recipe, chosen, torch.bfloat16)
+    assert [path.name for path in paths] == [
+        "cats-step_00000007-diffusers.safetensors",
+        "cats-step_00000007-comfyui.safetensors",
+    ]
+    assert all(path.stat().st_mode & 0o044 for path in paths), "others may read it"
+    with safe_open(paths[0], "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert metadata["transformer.lora_alpha"] == metadata["transformer.r"] == 4
 
 
-def test_the_precision_of_the_file_is_the_one_asked_for(
-    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
+def test_a_file_that_does_not_hold_what_was_trained_is_not_kept(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
     model = trained(recipe, tiny_spec)
-    weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    write_checkpoint(tmp_path / "run" / "checkpoints", 1, weights)
-    chosen = choose(tmp_path / "run" / "checkpoints", 1)
+    for name, parameter in transformer.trainable(model).items():
+        parameter.data *= 1e-7 if "lora_B" in name else 1  # fp16 ends at 6e-8
+    save(model, tmp_path / "run", write_checkpoint)
+    chosen = choose(tmp_path / "run" / "checkpoints", 7)
+    with pytest.raises(UserError, match="--dtype fp32"):
+        export(recipe, chosen, torch.float16)
+    assert not list((tmp_path / "run" / "export").iterdir())
+    assert len(export(recipe, chosen, torch.float32)) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "message"),
+    [("dora", "kohya", "drop the magnitudes"), ("full", "bfl", "--layout bfl is for adapters")],
+)
+def test_layouts_that_cannot_hold_what_was_trained(
+    method: str,
+    layout: Layout,
+    message: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    write_checkpoint: Write,
+) -> None:
+    write_checkpoint(tmp_path / "checkpoints", 7, [("weights", "a", torch.zeros(1))])
+    recipe = recipe_for(tiny_model, tmp_path, method)
+    with pytest.raises(UserError, match=message):
+        export(recipe, choose(tmp_path / "checkpoints", 7), torch.float32, layout=layout)
+
+
+def test_the_precision_of_the_file_is_the_one_asked_for(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
+    save(trained(recipe, tiny_spec), tmp_path / "run", write_checkpoint)
     assert file_dtype(recipe, "bf16") == torch.bfloat16
     assert file_dtype(dataclasses.replace(recipe, method="dora"), None) == torch.float32
-    path = export(recipe, chosen, torch.bfloat16)
+    chosen = choose(tmp_path / "run" / "checkpoints", 7)
+    (path,) = export(recipe, chosen, torch.bfloat16, layout="diffusers")
     tensors = load_file(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     linears = 12 * tiny_spec.double_blocks + 2 * tiny_spec.single_blocks
     assert len(tensors) == 2 * linears
-    assert path.stat().st_mode & 0o044, "others may read it"
 
 
 def test_an_export_in_several_files_and_of_the_average(
     tiny_model: Path,
     tiny_spec: Spec,
     tmp_path: Path,
-    write_checkpoint: Callable[..., Path],
+    write_checkpoint: Write,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", "full")
@@ -143,7 +278,7 @@ def test_an_export_in_several_files_and_of_the_average(
     write_checkpoint(tmp_path / "run" / "checkpoints", 3, tensor_shards)
     chosen = choose(tmp_path / "run" / "checkpoints", 3)
     monkeypatch.setattr(export_module, "FILE_SIZE", "1MB")
-    path = export(recipe, chosen, torch.float32, "ema")
+    (path,) = export(recipe, chosen, torch.float32, "ema")
     assert path.parent.name == "step_00000003-ema"
     assert len(list(path.glob("*.safetensors"))) > 2
     loaded = dict(Flux2Transformer2DModel.from_pretrained(path).named_parameters())
@@ -152,7 +287,7 @@ def test_an_export_in_several_files_and_of_the_average(
 
 
 def test_what_is_not_there_is_named(
-    tiny_model: Path, tmp_path: Path, write_checkpoint: Callable[..., Path]
+    tiny_model: Path, tmp_path: Path, write_checkpoint: Write
 ) -> None:
     root = tmp_path / "run" / "checkpoints"
     for step in (3, 6):
@@ -165,7 +300,7 @@ def test_what_is_not_there_is_named(
 
 
 def test_adapter_settings_are_those_of_the_checkpoint(
-    tiny_model: Path, tmp_path: Path, write_checkpoint: Callable[..., Path]
+    tiny_model: Path, tmp_path: Path, write_checkpoint: Write
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", "dora")
     state = {"recipe": recipe_values(recipe)}

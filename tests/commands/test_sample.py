@@ -47,7 +47,8 @@ def exported(recipe: Recipe, spec: Spec, write_checkpoint: Callable[..., Path]) 
     checkpoints = Path(recipe.run_dir) / "checkpoints"
     tensor_shards = [("weights", name, p) for name, p in transformer.trainable(model).items()]
     write_checkpoint(checkpoints, 7, tensor_shards)
-    return export(recipe, choose(checkpoints, None), torch.float32)
+    file, *_ = export(recipe, choose(checkpoints, None), torch.float32, layout="diffusers")
+    return file
 
 
 def unrounded(pipeline: Any) -> Any:
@@ -124,7 +125,9 @@ def test_an_adapter_of_another_run_is_refused(
     file = exported(recipe, tiny_spec, write_checkpoint)
     other = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, rank=5))
     model = sample.load_transformer(other, tiny_model, CPU)
-    with pytest.raises(UserError, match=r"step_00000007\.safetensors is not an adapter of the run"):
+    with pytest.raises(
+        UserError, match=r"step_00000007-diffusers\.safetensors is not an adapter of the run"
+    ):
         sample.put_adapter(model, other, tiny_spec, file)
 
 

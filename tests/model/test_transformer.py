@@ -179,5 +179,5 @@ def test_exported_names_are_those_of_peft() -> None:
     )
     assert (
         transformer.exported_name("blocks.0.to_q.lora_magnitude_vector.default.weight")
-        == "blocks.0.to_q.lora_magnitude_vector"
+        == "blocks.0.to_q.lora_magnitude_vector.weight"
     )

@@ -184,8 +184,10 @@ def test_damaged_stored_recipe_is_refused(started, content):
 
 def test_exports_are_named_after_the_run(tmp_path):
     recipe = make_recipe(tmp_path / "cats")
-    assert export_path(recipe, 40) == tmp_path / "cats/export/cats-step_00000040.safetensors"
+    assert (
+        export_path(recipe, 40) == tmp_path / "cats/export/cats-step_00000040-diffusers.safetensors"
+    )
     full = dataclasses.replace(recipe, method="full")
-    assert export_path(recipe, 40, "ema").name == "cats-step_00000040-ema.safetensors"
+    assert export_path(recipe, 40, "ema").name == "cats-step_00000040-ema-diffusers.safetensors"
     assert export_path(full, 40, "ema").parent.name == "step_00000040-ema"
     assert export_path(full, 40) == tmp_path / "cats/export/step_00000040/transformer"

@@ -1,0 +1,63 @@
+"""A base's weights with an adapter in them, in fp32 and a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from flux2_ds.errors import UserError
+from flux2_ds.model.adapter_layouts import Update
+from flux2_ds.model.load import open_file, tensor_files
+
+_ELEMENTS = 1 << 25
+"""Of a weight that are in memory at once: 128 MiB in fp32."""
+
+
+class BaseWeights:
+    """A transformer's weights in its files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = tensor_files(directory)
+
+    def rows(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows of the linear `name` [N, K] after the others, in fp32, and which they are."""
+        key = f"{name}.weight"
+        if key not in self._files:
+            raise UserError(
+                f"{self.directory} has no {key}. model.path is not the model of this adapter; correct it."
+            )
+        # Opened anew for each tensor: pages of the file stay resident only while it is open.
+        with open_file(self._files[key]) as file:
+            stored = file.get_slice(key)
+            count, width = stored.get_shape()
+            step = max(1, _ELEMENTS // width)
+            for start in range(0, count, step):
+                yield slice(start, min(start + step, count)), stored[start : start + step].float()
+
+
+def changed_rows(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
+    """Rows of W with the update in them, from these rows of W; fp32."""
+    changed = torch.addmm(weight, update.up[rows].float(), update.down.float())
+    if update.magnitude is None:
+        return changed
+    return changed * _gain(changed, update.magnitude[rows].float())[:, None]
+
+
+def dora_scale(base: BaseWeights, name: str, update: Update) -> torch.Tensor:
+    """m·‖W‖/‖W + ΔW‖ by rows [N, 1], with which ComfyUI makes (W + ΔW)·dora_scale/(‖W‖ + ε)."""
+    scales = []
+    for rows, weight in base.rows(name):
+        assert update.magnitude is not None
+        changed = torch.addmm(weight, update.up[rows].float(), update.down.float())
+        norm = weight.norm(dim=1) + torch.finfo(torch.float32).eps
+        scales.append(_gain(changed, update.magnitude[rows].float()) * norm)
+    return torch.cat(scales)[:, None]
+
+
+def _gain(changed: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """m/‖W + ΔW‖; 1 for a row of zeros."""
+    norm = changed.norm(dim=1)
+    return torch.where(norm > 0, magnitude / norm, 1.0)
