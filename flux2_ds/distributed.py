@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
 
 import deepspeed
 import torch
@@ -13,7 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.run.environment import given_ranks
+from flux2_ds.run.environment import Ranks, given_ranks
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,55 @@ def init_process_group(accelerator: Literal["cuda", "cpu"]) -> Process:
     ranks = given_ranks(os.environ)
     if ranks is None:
         os.environ.update(alone)
-    device = torch.device("cpu")
     # DeepSpeed would compile a shared-memory collective on its first CPU run: minutes, and a failure
     # without a C++ compiler. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if accelerator == "cuda":
-        device = torch.device("cuda", ranks.local_rank if ranks else 0)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"the environment variable LOCAL_RANK is {device.index}; this machine shows "
-                f"{torch.cuda.device_count()} GPUs. Start fewer processes here, or correct "
-                "CUDA_VISIBLE_DEVICES."
-            )
-        torch.cuda.set_device(device)
-    try:
+    device = _own_device(accelerator, ranks)
+    with _address_explained(ranks):
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return Process(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+@contextmanager
+def cpu_process_group(accelerator: Literal["cuda", "cpu"]) -> Iterator[Process]:
+    """Join a gloo group for work that only coordinates; leave it at the end, when all are done.
+
+    Its collectives wait as long as the slowest rank takes: that one hangs is for the watchdog to say.
+    """
+    ranks = given_ranks(os.environ)
+    device = _own_device(accelerator, ranks)
+    if ranks is None:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    else:
+        with _address_explained(ranks):
+            distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield Process(distributed.get_rank(), distributed.get_world_size(), device)
+        barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _own_device(accelerator: Literal["cuda", "cpu"], ranks: Ranks | None) -> torch.device:
+    """This process's device, made the current one."""
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank if ranks else 0)
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"the environment variable LOCAL_RANK is {device.index}; this machine shows "
+            f"{torch.cuda.device_count()} GPUs. Start fewer processes here, or correct "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _address_explained(ranks: Ranks | None) -> Iterator[None]:
+    """Say what is wrong where rank 0 cannot listen at MASTER_ADDR and MASTER_PORT."""
+    try:
+        yield
     except distributed.DistNetworkError as error:
         if ranks is None or ranks.rank:  # that the first one cannot be reached has a cause there
             raise
@@ -77,7 +115,6 @@ def init_process_group(accelerator: Literal["cuda", "cpu"]) -> Process:
             f"and MASTER_PORT ({str(error).splitlines()[0]}). They must name this machine, on which the "
             "first process runs, and a port that nothing else uses."
         ) from error
-    return Process(distributed.get_rank(), distributed.get_world_size(), device)
 
 
 def barrier() -> None:
@@ -126,6 +163,13 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def broadcast_object(value: Value | None) -> Value:
+    """Rank 0's value, which may be of any kind, in all ranks. Collective."""
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return cast(Value, values[0])
 
 
 def broadcast_from_rank0(value: int, device: torch.device) -> int:

@@ -22,6 +22,7 @@ from flux2_ds.config.model_spec import planned_spec, spec_here
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
+from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.dataset import build_order, check_run, read_data
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_root
@@ -30,7 +31,7 @@ from launcher.commands import BENCH, start_commands
 from launcher.doctor import check_zero, examine
 from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
 from launcher.plan_report import plan_memory
-from launcher.preparing import prepare_here, prepare_on_hosts
+from launcher.preparing import prepare_shards
 from launcher.slurm import add_options as add_slurm_options
 from launcher.slurm import job_of, prepare_script, train_script
 from launcher.supervise import Stopper, run, supervise, train_job, what_ended
@@ -73,10 +74,13 @@ def usage() -> str:
 
 def prepare(argv: list[str]) -> None:
     """Prepare on this machine, or on those of the hostfile."""
-    recipe, _, arguments = read(argv, "prepare")
-    if recipe.launch.hostfile is None:
-        sys.exit(prepare_here(arguments))
-    sys.exit(prepare_on_hosts(recipe, arguments))
+    recipe, options, arguments = read(argv, "prepare", add_gpus)
+    check_recipe(recipe)
+    hosts = hosts_of(recipe, options)
+    check_ssh(hosts)
+    if recipe.launch.accelerator == "cuda":
+        check_gpus(hosts)
+    sys.exit(prepare_shards(recipe, hosts, arguments))
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:

@@ -2,58 +2,48 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import uuid
-from pathlib import Path
-
 from flux2_ds.config.recipe import Recipe
-from launcher.commands import Command, forwarded
-from launcher.hosts import check_ssh, find_hosts
-from launcher.supervise import Stopper, run
+from flux2_ds.data.index import INDEX_NAME
+from flux2_ds.prepare.folder import check_folder, lock_folder
+from flux2_ds.prepare.manifest import manifest_paths
+from flux2_ds.run.run_dir import prepare_logs_directory
+from launcher.hosts import Hosts
+from launcher.supervise import Job, supervise
 
-PREPARE_MODULE = "flux2_ds.prepare"
-
-
-def prepare_here(arguments: list[str]) -> int:
-    """Run `prepare` on this machine until it ends, or a signal ends all of it; returns the exit code."""
-    with Stopper(None) as stopper:
-        return run([_command(arguments, {})], stopper)
+PREPARE = "flux2_ds.prepare"
 
 
-def prepare_on_hosts(recipe: Recipe, arguments: list[str]) -> int:
-    """Run `prepare` on every host, the first leading (prepare/team.py); returns the exit code.
-
-    When one fails the others are ended, and so is all by a signal: the same command goes on.
-    """
-    commands = prepare_commands(recipe, arguments, dict(os.environ), start=uuid.uuid4().hex[:8])
-    check_ssh(find_hosts(recipe.launch))
-    for command in commands:
-        print(command, flush=True)
-    with Stopper(None) as stopper:
-        return run(commands, stopper)
-
-
-def prepare_commands(
-    recipe: Recipe, arguments: list[str], environment: dict[str, str], *, start: str
-) -> list[Command]:
-    """A command for each host, with as many processes as its slots unless the recipe says how many."""
-    slots = find_hosts(recipe.launch).slots
-    return [
-        _command(
-            [
-                *arguments,
-                *([] if recipe.prepare.processes else [f"--prepare.processes={processes}"]),
-            ],
-            forwarded(environment)
-            | {"FLUX2_DS_NODE": str(node), "FLUX2_DS_NODES": str(len(slots))}
-            | {"FLUX2_DS_START": start, "FLUX2_DS_SLOTS": str(processes)},
-            host,
+def prepare_shards(recipe: Recipe, hosts: Hosts, arguments: list[str]) -> int:
+    """Run `prepare` to its end, or until a signal ends all of it; return the exit code."""
+    folder = check_folder(recipe.data.shards)
+    with lock_folder(folder, ".launcher.lock"):
+        lock_folder(folder).close()  # a `prepare` that was started by hand
+        return supervise(
+            prepare_job(recipe),
+            recipe.launch,
+            hosts,
+            arguments,
+            max_restarts=0,
+            elastic=False,
+            node=None,
         )
-        for node, (host, processes) in enumerate(slots.items())
-    ]
 
 
-def _command(arguments: list[str], variables: dict[str, str], host: str | None = None) -> Command:
-    argv = [Path(sys.executable).name, "-m", PREPARE_MODULE, *arguments]
-    return Command(argv, variables, host)
+def prepare_job(recipe: Recipe) -> Job:
+    """Return the job that prepares."""
+    folder = check_folder(recipe.data.shards)
+    index = folder / INDEX_NAME
+
+    def written() -> int:
+        return index.stat().st_mtime_ns if index.exists() else 0
+
+    before = written()  # every start that is not refused writes the index anew
+    return Job(
+        PREPARE,
+        prepare_logs_directory(recipe),
+        None,
+        lambda: len(manifest_paths(folder)),
+        "{} shards",
+        lambda: "" if written() != before else f"{index} has not been written",
+        lambda processes: None,
+    )

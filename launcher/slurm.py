@@ -12,7 +12,7 @@ from typing import Any
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from launcher.commands import TRAIN, collective_timeout
-from launcher.preparing import PREPARE_MODULE
+from launcher.preparing import PREPARE
 
 _WORD = re.compile(r"[\w.,:%@+-]+", re.ASCII)
 """What may stand in an #SBATCH line: no space, no new line."""
@@ -84,8 +84,7 @@ def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJo
             f"--gpus-per-node is {options.gpus_per_node}, but launch.accelerator is cpu. Leave it out: "
             "launch.processes says how many processes a node runs."
         )
-    named = (prepares and recipe.prepare.processes) or launch.processes
-    tasks = options.gpus_per_node or named or (8 if launch.accelerator == "cuda" else 1)
+    tasks = options.gpus_per_node or launch.processes or (8 if launch.accelerator == "cuda" else 1)
     return SlurmJob(
         nodes=options.nodes,
         tasks=tasks,
@@ -136,13 +135,7 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
             *header(job, job.name, options, nodes=job.nodes, tasks=job.tasks),
             "#SBATCH --requeue",
             "",
-            *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
-            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "# A port that two jobs on one node are unlikely to share.",
-            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-            f"export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR={job.accelerator}",
-            f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
-            "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
+            *exports(job),
             f"export FLUX2_DS_FAILED={place}/logs/slurm-$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
             'mkdir -p -- "${FLUX2_DS_FAILED%/*}"',
             "",
@@ -157,20 +150,31 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
 
 
 def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
-    """The sbatch script that prepares the recipe's shards: one task a node, which uses all its GPUs."""
-    prepare = shlex.join([python, "-m", PREPARE_MODULE, *arguments])
-    task = f'FLUX2_DS_NODE=$SLURM_NODEID exec {prepare} "$@"'
-    start = "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+    """The sbatch script that prepares the recipe's shards, one task a process."""
+    prepare = shlex.join([python, "-m", PREPARE, *arguments])
+    task = f'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec {prepare} "$@"'
     return "\n".join(
         [
-            *header(job, f"{job.name}-prepare", {}, nodes=job.nodes, tasks=1),
+            *header(job, f"{job.name}-prepare", {}, nodes=job.nodes, tasks=job.tasks),
             "",
-            *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
-            f"export FLUX2_DS_NODES=$SLURM_NNODES FLUX2_DS_START={start}",
+            *exports(job),
             f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(task)} task "$@"',
             "",
         ]
     )
+
+
+def exports(job: SlurmJob) -> list[str]:
+    """The variables by which the processes of a job meet, and their share of the cores."""
+    return [
+        *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
+        'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "# A port that two jobs on one node are unlikely to share.",
+        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        f"export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR={job.accelerator}",
+        f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
+        "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
+    ]
 
 
 def header(job: SlurmJob, name: str, more: dict[str, str], *, nodes: int, tasks: int) -> list[str]:

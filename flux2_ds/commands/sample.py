@@ -49,7 +49,7 @@ from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.text_encoder import TextEncoder
-from flux2_ds.prepare.encode import text_precision
+from flux2_ds.prepare.captions import text_precision
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, export_path, trained_recipe
 from flux2_ds.training.previews import Prompt, as_prompt, grid, open_reference, render

@@ -45,6 +45,7 @@ RENAMED = {
     "prepare.image_batch": "prepare.image_batch_size",
     "launch.hang_after": "launch.hang_timeout_s",
     "picture": "image",
+    "prepare.processes": "launch.processes",
 }
 """Settings that had another name once."""
 GONE = {"launch.over": "ssh is the one transport"}

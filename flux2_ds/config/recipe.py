@@ -99,9 +99,6 @@ class Data:
 class Prepare:
     """How `prepare` encodes."""
 
-    processes: Annotated[int | None, between(1, 4096)] = None
-    """Processes of each machine, one GPU each. Default: one for each visible GPU, or for each slot of
-    `launch.hostfile`; one on the CPU."""
     text_device: Literal["accelerator", "cpu"] = "accelerator"
     """Where the text encoder runs; the VAE is always on the accelerator."""
     text_weights: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
@@ -277,7 +274,7 @@ class Launch:
     accelerator: Literal["cuda", "cpu"] = "cuda"
     """CUDA GPUs with NCCL, or CPU processes with gloo."""
     processes: Annotated[int | None, between(1, 4096)] = None
-    """Processes on each machine. Default: one for each visible GPU."""
+    """Processes on each machine. Default: one for each visible GPU; on the CPU one."""
     hostfile: Annotated[str | None, PATH] = None
     """DeepSpeed hostfile (`host slots=8` a line) to run on several machines over ssh."""
     hang_timeout_s: Annotated[float, between(0, 10**7)] = 600.0

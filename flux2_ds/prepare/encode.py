@@ -1,40 +1,48 @@
-"""Captions and pictures into shards, with all machines and their devices."""
+"""Captions and images into shards, by all ranks together."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from flux2_ds.checkpoint.tensor_store import write_tensors
-from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
+from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME
-from flux2_ds.errors import UserError
+from flux2_ds.distributed import Process, all_gather_object, barrier, broadcast_object
 from flux2_ds.model import latents
-from flux2_ds.prepare.manifest import Job, Note
-from flux2_ds.prepare.pictures import PictureWorker, in_chunks, load_vae
-from flux2_ds.prepare.report import Report
-from flux2_ds.prepare.team import CAPTIONS, PICTURES, Kind, Make, Team
-from flux2_ds.prepare.texts import TEXTS, TextFiles, TextWorker, copy_known
+from flux2_ds.prepare.captions import CaptionEncoder, CaptionFiles
+from flux2_ds.prepare.images import ShardWriter, in_chunks, load_vae
+from flux2_ds.prepare.manifest import Manifest
+from flux2_ds.prepare.plan import ShardJob, text_bytes
 from flux2_ds.run.atomic import atomic_path
+from flux2_ds.run.environment import given_ranks
+
+CAPTIONS = ".texts"
+"""Folder of captions that wait for their shard, in that of the shards."""
+_CAPTIONS_A_RANK = 64  # loading the text encoder once more must pay
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How captions and pictures are encoded: on every machine alike."""
+    """How this rank encodes."""
 
     recipe: Recipe
     directory: Path
+    """Of the model."""
     spec: Spec
+    process: Process
+    heartbeat: Callable[[int, str], None]
 
     @property
     def folder(self) -> Path:
@@ -42,108 +50,43 @@ class Encoding:
         return Path(self.recipe.data.shards)
 
     @property
-    def texts(self) -> TextFiles:
+    def captions(self) -> CaptionFiles:
         """The captions that wait for their shard."""
-        return TextFiles(self.folder / TEXTS)
-
-    def worker(self, kind: Kind) -> Make:
-        """What does tasks of a kind, for a device."""
-        if kind is CAPTIONS:
-            precision = text_precision(self.recipe)
-            return partial(TextWorker, self.directory, self.spec, *precision, self.texts)
-        return partial(PictureWorker, self.directory, self.recipe.prepare, self.texts, self.folder)
-
-    def devices(self, kind: Kind) -> list[str]:
-        """The devices of this machine for tasks of a kind."""
-        if kind is CAPTIONS and self.recipe.prepare.text_device == "cpu":
-            return ["cpu"]
-        return devices_of(self.recipe)
+        return CaptionFiles(self.folder / CAPTIONS)
 
 
 def encode(
-    encoding: Encoding, team: Team, jobs: list[Job], notes: list[Note], report: Report
-) -> list[Note]:
-    """Write the shards, in rounds of as many as their captions fit into the scratch space."""
-    folder, texts, settings = encoding.folder, encoding.texts, encoding.recipe.prepare
-    written: list[Note] = []
-    prompts = new_prompts(encoding.recipe)
-    total = sum(len(job.pictures) for job in jobs)
-    limit = int(settings.scratch_gb * 1e9 / text_bytes(encoding.spec, encoding.recipe))
+    encoding: Encoding, jobs: list[ShardJob], finished: list[Manifest]
+) -> tuple[list[Manifest], dict[str, int]]:
+    """Write the shards, in rounds of as many as their captions fit into the scratch space. Collective.
+
+    Returns their manifests, and the token counts of captions over 512. Rank 0 knows those `finished`.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # fp32 encoding means fp32 on a GPU too
+    written: list[Manifest] = []
+    long_captions: dict[str, int] = {}
+    limit = encoding.recipe.prepare.scratch_gb * 1e9 / text_bytes(encoding.spec, encoding.recipe)
     # With nothing new there may still be prompts to encode, or conditioning to write again.
-    for round_ in [*rounds(jobs, limit)] or [list[Job]()]:
-        captions = {picture.caption for job in round_ for picture in job.pictures}
-        unconditioned = not (folder / CONDITIONING_NAME).is_file()
-        if unconditioned:
-            captions.add("")
-        captions |= prompts
-        copy_known(texts, captions, folder, [*notes, *written])
-        encode_texts(encoding, team, captions, report)
-        if unconditioned:
-            exact = replace(settings, vae_precision="fp32")  # the statistics keep all their bits
-            vae = load_vae(encoding.directory, exact, torch.device("cpu"))
-            write_conditioning(folder, vae, texts)
-        write_prompts(folder, prompts, texts)
-        prompts = set()
-        if round_:
-            with tqdm(desc="pictures", total=total, unit="img") as progress:
-                progress.update(sum(len(note.rows) + len(note.skipped) for note in written))
-                make, devices = encoding.worker(PICTURES), encoding.devices(PICTURES)
-                written += team.run(PICTURES, make, devices, round_, progress)
-        shutil.rmtree(folder / TEXTS, ignore_errors=True)
-    return written
+    for number, round_ in enumerate([*rounds(jobs, int(limit))] or [list[ShardJob]()], start=1):
+        missing = None
+        if encoding.process.is_rank0:
+            missing = missing_captions(encoding, round_, [*finished, *written])
+        long_captions |= encode_captions(encoding, broadcast_object(missing), number)
+        if encoding.process.is_rank0:
+            write_conditioning(encoding)
+            write_prompts(encoding)
+        written += encode_images(encoding, round_, number)
+        if encoding.process.is_rank0:
+            shutil.rmtree(encoding.captions.folder, ignore_errors=True)
+    return written, long_captions
 
 
-def new_prompts(recipe: Recipe) -> set[str]:
-    """The prompts of previews in training that the folder of shards has not yet."""
-    if recipe.preview.every is None:
-        return set()
-    return set(recipe.preview.prompts) - known_prompts(Path(recipe.data.shards)).keys()
-
-
-def known_prompts(folder: Path) -> dict[str, torch.Tensor]:
-    """The encoded prompts in a folder of shards."""
-    path = folder / PROMPTS_NAME
-    return load_file(path) if path.is_file() else {}
-
-
-def write_prompts(folder: Path, prompts: set[str], texts: TextFiles) -> None:
-    """Add encoded prompts to the folder of shards."""
-    if prompts:
-        new = {prompt: texts.read(prompt) for prompt in prompts}
-        atomic_write_tensors(folder / PROMPTS_NAME, known_prompts(folder) | new)
-
-
-def encode_texts(encoding: Encoding, team: Team, captions: set[str], report: Report) -> None:
-    """Encode the captions that have no file yet, then free the encoder."""
-    missing = sorted(caption for caption in captions if not encoding.texts.has(caption))
-    if not missing:
-        return
-    make, devices = encoding.worker(CAPTIONS), encoding.devices(CAPTIONS)
-    batches = list(in_chunks(missing, encoding.recipe.prepare.text_batch_size))
-    with tqdm(desc="captions", total=len(missing), unit="txt") as progress:
-        for long in team.run(CAPTIONS, make, devices, batches, progress):
-            report.long_captions |= long
-
-
-def write_conditioning(folder: Path, vae: AutoencoderKLFlux2, texts: TextFiles) -> None:
-    """Write the latent statistics and the encoded empty caption."""
-    mean, std = latents.statistics(vae)
-    tensors = {"latent_mean": mean, "latent_std": std, "empty_text": texts.read("")}
-    atomic_write_tensors(folder / CONDITIONING_NAME, tensors)
-
-
-def atomic_write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that appears whole or not at all."""
-    with atomic_path(path) as partial:
-        write_tensors(partial, tensors)
-
-
-def rounds(jobs: list[Job], captions: int) -> Iterator[list[Job]]:
+def rounds(jobs: list[ShardJob], captions: int) -> Iterator[list[ShardJob]]:
     """Consecutive shards with at most about `captions` distinct captions, and at least one shard."""
-    round_: list[Job] = []
+    round_: list[ShardJob] = []
     distinct: set[str] = set()
     for job in jobs:
-        own = {picture.caption for picture in job.pictures}
+        own = {planned.caption for planned in job.images}
         if round_ and len(distinct | own) > captions:
             yield round_
             round_, distinct = [], set()
@@ -153,33 +96,139 @@ def rounds(jobs: list[Job], captions: int) -> Iterator[list[Job]]:
         yield round_
 
 
-def devices_of(recipe: Recipe) -> list[str]:
-    """The device of each process.
+def missing_captions(
+    encoding: Encoding, jobs: list[ShardJob], finished: list[Manifest]
+) -> list[str]:
+    """The captions and prompts that have yet to be encoded, after those in finished shards were copied."""
+    captions = {planned.caption for job in jobs for planned in job.images}
+    if not (encoding.folder / CONDITIONING_NAME).is_file():
+        captions.add("")
+    captions |= new_prompts(encoding)
+    encoding.captions.copy_from_shards(captions, encoding.folder, finished)
+    return sorted(caption for caption in captions if not encoding.captions.has(caption))
 
-    Raises:
-        UserError: more processes than GPUs.
+
+def encode_captions(encoding: Encoding, captions: list[str], number: int) -> dict[str, int]:
+    """Encode this rank's share of the captions, then free the encoder. Collective.
+
+    Returns the token counts of all that are over 512.
     """
-    wanted = recipe.prepare.processes
-    if recipe.launch.accelerator == "cpu":
-        return ["cpu"] * (wanted or 1)
-    visible = torch.cuda.device_count()
-    if (wanted or 1) > visible:
-        raise UserError(
-            f"prepare.processes is {wanted or 1}, and {visible} GPUs are visible here. Lower it, or "
-            "set launch.accelerator to cpu."
+    if not captions:
+        return {}
+    on_cpu = encoding.recipe.prepare.text_device == "cpu"
+    ranks = caption_ranks(on_cpu)[: -(-len(captions) // _CAPTIONS_A_RANK)]
+    batches = list(in_chunks(captions, encoding.recipe.prepare.text_batch_size))
+    own = share(batches, ranks, encoding.process.rank)
+    encoder, long_captions = None, dict[str, int]()
+    if own:
+        encoding.heartbeat(0, "loading the text encoder")
+        device = torch.device("cpu") if on_cpu else encoding.process.device
+        encoder = CaptionEncoder(
+            encoding.recipe, encoding.directory, encoding.spec, encoding.captions, device
         )
-    return [f"cuda:{number}" for number in range(wanted or visible)]
+    barrier()  # from here on a rank that stands still hangs
+    with progress_bar(encoding, "captions", "txt", sum(map(len, own))) as progress:
+        for batch in own:
+            assert encoder is not None
+            encoding.heartbeat(number, "encoding captions")
+            long_captions |= encoder.encode(batch)
+            progress.update(len(batch))
+    del encoder
+    empty_cache(encoding)
+    encoding.heartbeat(number, "waiting for captions")
+    return {caption: n for each in all_gather_object(long_captions) for caption, n in each.items()}
 
 
-def text_precision(recipe: Recipe) -> tuple[torch.dtype, Literal["int8", "nf4"] | None]:
-    """The dtype in which captions are encoded, and how the encoder's weights are quantised."""
-    weights = recipe.prepare.text_weights
-    if weights == "int8" or weights == "nf4":
-        return torch.bfloat16, weights
-    fp32 = weights == "fp32" or (weights == "auto" and recipe.precision == "fp32")
-    return (torch.float32 if fp32 else torch.bfloat16), None
+def caption_ranks(on_cpu: bool) -> list[int]:
+    """The ranks that encode captions: one of each machine on the CPU, whose memory they share. Collective."""
+    given = given_ranks(os.environ)
+    local_ranks = all_gather_object(given.local_rank if given else 0)
+    return [rank for rank, local in enumerate(local_ranks) if not (on_cpu and local)]
 
 
-def text_bytes(spec: Spec, recipe: Recipe) -> int:
-    """Size of one encoded caption."""
-    return TEXT_TOKENS * spec.text_width * text_precision(recipe)[0].itemsize
+def encode_images(encoding: Encoding, jobs: list[ShardJob], number: int) -> list[Manifest]:
+    """Write this rank's share of the shards, then free the VAE; returns all manifests. Collective."""
+    if not jobs:
+        return []
+    process, settings = encoding.process, encoding.recipe.prepare
+    own = share(jobs, range(process.world_size), process.rank)
+    vae = None
+    if own:
+        encoding.heartbeat(0, "loading the VAE")
+        vae = load_vae(encoding.directory, settings, process.device)
+    barrier()
+    manifests = []
+    total = sum(len(job.images) for job in own)
+    with progress_bar(encoding, "images", "img", total) as progress:
+
+        def done(count: int) -> None:
+            encoding.heartbeat(number, "encoding images")
+            progress.update(count)
+
+        for job in own:
+            assert vae is not None
+            writer = ShardWriter(vae, settings, encoding.captions, encoding.folder, done)
+            manifests.append(writer.write(job))
+    del vae
+    empty_cache(encoding)
+    encoding.heartbeat(number, "waiting for images")
+    return [manifest for each in all_gather_object(manifests) for manifest in each]
+
+
+def share(items: Sequence[Item], ranks: Sequence[int], rank: int) -> list[Item]:
+    """The items of `rank`, if `ranks` take turns."""
+    return list(items[ranks.index(rank) :: len(ranks)]) if rank in ranks else []
+
+
+def progress_bar(encoding: Encoding, name: str, unit: str, total: int) -> tqdm:
+    """A bar for rank 0's share."""
+    rank, world_size = encoding.process.rank, encoding.process.world_size
+    title = name if world_size == 1 else f"{name} (rank 0 of {world_size})"
+    return tqdm(None, title, total, unit=unit, disable=rank > 0)
+
+
+def empty_cache(encoding: Encoding) -> None:
+    """Return what a freed model held to the GPU, for the next one."""
+    if encoding.process.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def new_prompts(encoding: Encoding) -> set[str]:
+    """The prompts of previews in training that the folder of shards has not yet."""
+    preview = encoding.recipe.preview
+    if preview.every is None:
+        return set()
+    return set(preview.prompts) - encoded_prompts(encoding.folder).keys()
+
+
+def encoded_prompts(folder: Path) -> dict[str, torch.Tensor]:
+    """The encoded prompts in a folder of shards."""
+    path = folder / PROMPTS_NAME
+    return load_file(path) if path.is_file() else {}
+
+
+def write_prompts(encoding: Encoding) -> None:
+    """Add the encoded prompts that are new to the folder of shards."""
+    new = {prompt: encoding.captions.read(prompt) for prompt in new_prompts(encoding)}
+    if new:
+        tensors = encoded_prompts(encoding.folder) | new
+        atomic_write_tensors(encoding.folder / PROMPTS_NAME, tensors)
+
+
+def write_conditioning(encoding: Encoding) -> None:
+    """Write the latent statistics and the encoded empty caption, unless they are there."""
+    path = encoding.folder / CONDITIONING_NAME
+    if path.is_file():
+        return
+    exact = replace(
+        encoding.recipe.prepare, vae_precision="fp32"
+    )  # the statistics keep all their bits
+    mean, std = latents.statistics(load_vae(encoding.directory, exact, torch.device("cpu")))
+    empty_text = encoding.captions.read("")
+    atomic_write_tensors(path, {"latent_mean": mean, "latent_std": std, "empty_text": empty_text})
+
+
+def atomic_write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file, atomically."""
+    with atomic_path(path) as partial:
+        write_tensors(partial, tensors)

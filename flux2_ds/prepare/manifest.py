@@ -1,30 +1,28 @@
-"""What has been prepared: one note for every finished shard, kept beside the shards.
+"""What has been prepared: a manifest for every finished shard, kept beside the shards.
 
-A start compares the pictures with the notes. Shards are never rewritten: what is new or changed goes
-into new shards, and rows whose picture is gone or changed are dropped from the index. Going on after a
-kill is the same as growing: only shards with a note are finished.
+A start compares the images with the manifests. Shards are never rewritten: what is new or changed goes
+into new shards, and rows whose image is gone or changed are dropped from the index. Going on after a
+kill is the same as growing: only shards with a manifest are finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Shard
-from flux2_ds.prepare.source_images import Picture, SourceImage
+from flux2_ds.prepare.source_images import PlannedImage, SourceImage
 from flux2_ds.run.atomic import atomic_write_text
 
-FOLDER = "prepared"
+MANIFESTS = "prepared"
+"""Folder of the manifests, in that of the shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The picture that one sample of a shard was made of. `sha256` is of its bytes."""
+    """The image that one sample of a shard was made of. `sha256` is of its bytes, `caption` a digest."""
 
     key: str
     stamp: str
@@ -33,8 +31,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Note:
-    """A finished shard: a row for each sample, and the pictures that could not be decoded."""
+class Manifest:
+    """A finished shard: a row for each sample, and the images that could not be decoded."""
 
     shard: Shard
     rows: list[Row]
@@ -43,26 +41,15 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A shard to be written."""
-
-    name: str
-    source: str
-    bucket: Bucket
-    pictures: list[Picture]
-    held_out: bool = False
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """What is there already and what is to be done.
+    """The images against the manifests.
 
-    `kept`: entries with the bucket they were encoded in. `fresh`: entries to encode.
-    `dropped`: rows to leave out, by shard name. `skipped`: reasons by picture name.
+    `kept`: with the bucket that they were encoded in. `new`: to be encoded. `dropped`: rows to leave
+    out, by shard name. `skipped`: reasons by image name.
     """
 
-    kept: list[Picture]
-    fresh: list[SourceImage]
+    kept: list[PlannedImage]
+    new: list[SourceImage]
     dropped: dict[str, list[int]]
     skipped: dict[str, str]
 
@@ -72,120 +59,85 @@ def caption_digest(caption: str) -> str:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def note_values(note: Note) -> dict[str, Any]:
-    """A note as JSON values."""
-    rows = [[row.key, row.stamp, row.sha256, row.caption] for row in note.rows]
-    return {"shard": asdict(note.shard), "rows": rows, "skipped": note.skipped}
+def manifest_paths(folder: Path) -> list[Path]:
+    """The files of the manifests of all finished shards."""
+    return sorted((folder / MANIFESTS).glob("*.tar.json"))
 
 
-def note_of(values: dict[str, Any]) -> Note:
-    """The note that `note_values` wrote."""
-    rows = [Row(*row) for row in values["rows"]]
-    skipped = {key: (stamp, reason) for key, (stamp, reason) in values["skipped"].items()}
-    return Note(Shard.of(values["shard"]), rows, skipped)
+def read_manifests(folder: Path) -> list[Manifest]:
+    """The manifests of all finished shards, sorted by name."""
+    manifests = []
+    for path in manifest_paths(folder):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(*row) for row in values["rows"]]
+        skipped = {key: (stamp, reason) for key, (stamp, reason) in values["skipped"].items()}
+        manifests.append(Manifest(Shard.of(values["shard"]), rows, skipped))
+    return manifests
 
 
-def read_notes(folder: Path) -> list[Note]:
-    """All finished shards, sorted by name."""
-    paths = sorted((folder / FOLDER).glob("*.tar.json"))
-    return [note_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Record that a shard is finished."""
+    (folder / MANIFESTS).mkdir(exist_ok=True)
+    rows = [[row.key, row.stamp, row.sha256, row.caption] for row in manifest.rows]
+    values = {"shard": asdict(manifest.shard), "rows": rows, "skipped": manifest.skipped}
+    atomic_write_text(folder / MANIFESTS / f"{manifest.shard.name}.json", json.dumps(values))
 
 
-def write_note(folder: Path, note: Note) -> None:
-    """Remember a finished shard; it is finished when this file is there."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    atomic_write_text(folder / FOLDER / f"{note.shard.name}.json", json.dumps(note_values(note)))
+def compare(images: list[SourceImage], manifests: list[Manifest]) -> Comparison:
+    """Sort the images into those that are encoded, those that are not, and rows without one.
 
-
-def compare(source_images: list[SourceImage], notes: list[Note]) -> Comparison:
-    """Sort the pictures into those that are encoded, those that are not, and rows without one.
-
-    A picture is unchanged if its caption is, and its stamp or, failing that, its bytes.
+    An image is unchanged if its caption is, and its stamp or, failing that, its bytes.
     """
-    wanted = {(entry.source, entry.key): entry for entry in source_images}
-    kept: list[Picture] = []
+    wanted = {(image.source, image.key): image for image in images}
+    kept: list[PlannedImage] = []
     dropped: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
-    for note in notes:
-        source = note.shard.source
-        for number, row in enumerate(note.rows):
-            entry = wanted.get((source, row.key))
-            if entry is not None and _same(entry, row):
+    for manifest in manifests:
+        source, name = manifest.shard.source, manifest.shard.name
+        for number, row in enumerate(manifest.rows):
+            image = wanted.get((source, row.key))
+            if image is not None and _is_unchanged(image, row):
                 del wanted[source, row.key]
-                kept.append(Picture(entry, entry.caption or "", note.shard.bucket))
+                kept.append(PlannedImage(image, image.caption or "", manifest.shard.bucket))
             else:
-                dropped.setdefault(note.shard.name, []).append(number)
-        for key, (stamp, reason) in note.skipped.items():
-            entry = wanted.get((source, key))
-            if entry is not None and entry.stamp == stamp:
+                dropped.setdefault(name, []).append(number)
+        for key, (stamp, reason) in manifest.skipped.items():
+            image = wanted.get((source, key))
+            if image is not None and image.stamp == stamp:
                 del wanted[source, key]
-                skipped[entry.name] = reason
+                skipped[image.name] = reason
     return Comparison(kept, list(wanted.values()), dropped, skipped)
 
 
-def of_others(source_images: list[SourceImage], notes: list[Note]) -> bool:
-    """Whether shards were made, and of none of these pictures, whatever their captions and companions are now."""
-    present = {(entry.source, entry.key): entry for entry in source_images}
-    rows = [(present.get((note.shard.source, row.key)), row) for note in notes for row in note.rows]
-    return bool(rows) and not any(entry and _same_picture(entry, row) for entry, row in rows)
+def made_of_others(images: list[SourceImage], manifests: list[Manifest]) -> bool:
+    """Whether there are shards, and of none of these images, whatever their captions are now."""
+    present = {(image.source, image.key): image for image in images}
+    rows = [(present.get((m.shard.source, row.key)), row) for m in manifests for row in m.rows]
+    return bool(rows) and not any(image and _is_same_image(image, row) for image, row in rows)
 
 
-def _same(entry: SourceImage, row: Row) -> bool:
-    if caption_digest(entry.caption or "") != row.caption:
+def _is_unchanged(image: SourceImage, row: Row) -> bool:
+    if caption_digest(image.caption or "") != row.caption:
         return False
-    if entry.stamp.partition("|")[2] != row.stamp.partition("|")[2]:  # the companions'
+    if image.stamp.partition("|")[2] != row.stamp.partition("|")[2]:  # of mask and references
         return False
-    return _same_picture(entry, row)
+    return _is_same_image(image, row)
 
 
-def _same_picture(entry: SourceImage, row: Row) -> bool:
-    own, own_before = entry.stamp.partition("|")[0], row.stamp.partition("|")[0]
+def _is_same_image(image: SourceImage, row: Row) -> bool:
+    own, own_before = image.stamp.partition("|")[0], row.stamp.partition("|")[0]
     return own == own_before or (
         own.split(":")[0] == own_before.split(":")[0]
-        and hashlib.sha256(entry.blob.read()).hexdigest() == row.sha256
+        and hashlib.sha256(image.blob.read()).hexdigest() == row.sha256
     )
 
 
-def is_held_out(entry: SourceImage, share: float) -> bool:
-    """Whether a picture is for evaluation: a function of its name, whatever else there is."""
-    digest = hashlib.sha256(f"held out|{entry.name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def plan_shards(
-    pictures: list[Picture], notes: list[Note], samples_per_shard: int, held_out: float
-) -> list[Job]:
-    """The shards to write, each of one source and bucket, for training or evaluation, under names not
-    taken yet."""
-    groups: dict[tuple[str, Bucket, bool], list[Picture]] = {}
-    for picture in pictures:
-        kind = (picture.entry.source, picture.bucket, is_held_out(picture.entry, held_out))
-        groups.setdefault(kind, []).append(picture)
-    taken = {note.shard.name for note in notes}
-    jobs = []
-    for (source, bucket, evaluated), members in sorted(groups.items()):
-        names = _free_names(f"{source}-{bucket}" + ("-held_out" if evaluated else ""), taken)
-        for start in range(0, len(members), samples_per_shard):
-            group = members[start : start + samples_per_shard]
-            jobs.append(Job(next(names), source, bucket, group, evaluated))
-    return jobs
-
-
-def _free_names(stem: str, taken: set[str]) -> Iterator[str]:
-    number = 0
-    while True:
-        name = f"{stem}-{number:05d}.tar"
-        if name not in taken:
-            yield name
-        number += 1
-
-
-def shards_of(notes: list[Note], dropped: dict[str, list[int]]) -> list[Shard]:
+def indexed_shards(manifests: list[Manifest], dropped: dict[str, list[int]]) -> list[Shard]:
     """The shards for the index, without the dropped rows; shards without a sample are left out."""
     shards = []
-    for note in notes:
-        gone = dropped.get(note.shard.name, [])
-        shard = replace(note.shard, samples=note.shard.samples - len(gone), dropped=gone)
-        if shard.samples:
-            shards.append(shard)
+    for manifest in sorted(manifests, key=lambda each: each.shard.name):
+        gone = dropped.get(manifest.shard.name, [])
+        samples = manifest.shard.samples - len(gone)
+        if samples:
+            shards.append(replace(manifest.shard, samples=samples, dropped=gone))
     return shards

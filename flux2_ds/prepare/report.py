@@ -1,10 +1,11 @@
-"""What a person wants to see afterwards: report.json, report.txt and contact sheets."""
+"""The end of `prepare`: index.json, and for people report.json, report.txt and contact sheets."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +13,118 @@ import numpy as np
 from PIL import Image
 
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.model_spec import TEXT_TOKENS
+from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.images import contact_sheet
-from flux2_ds.data.index import Index
-from flux2_ds.prepare.choose import bucket_lines
-from flux2_ds.prepare.pictures import decode
-from flux2_ds.prepare.source_images import Picture, Skipped
+from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
+from flux2_ds.data.shards import tensors_in, whole_part
+from flux2_ds.prepare.folder import CONTENTS_NAME
+from flux2_ds.prepare.images import decode
+from flux2_ds.prepare.manifest import Manifest, indexed_shards
+from flux2_ds.prepare.plan import Plan, bucket_lines, nothing_usable
+from flux2_ds.prepare.source_images import PlannedImage
 from flux2_ds.run.atomic import atomic_write_text
 
+log = logging.getLogger("flux2_ds")
+
 REPORT_NAME, SUMMARY_NAME, SHEETS = "report.json", "report.txt", "contact_sheets"
-_SHEET_PICTURES, _SHEET_SIDE = 36, 192
+_SHEET_IMAGES, _SHEET_SIDE = 36, 192
 _EXAMPLES = 5
 _MUCH = 0.3
-"""Pictures that lose so much to the crop are named: their captions may tell of what is cut away."""
+"""Images that lose so much to the crop are named: their captions may tell of what is cut away."""
 
 
-@dataclass
+def finish(
+    recipe: Recipe,
+    spec: Spec,
+    plan: Plan,
+    written: list[Manifest],
+    long_captions: dict[str, int],
+    seconds: float,
+) -> Index:
+    """Write the report and, last, the index."""
+    folder = Path(recipe.data.shards)
+    for manifest in written:
+        for key, (_, reason) in manifest.skipped.items():
+            plan.skipped.add(f"{manifest.shard.source}/{key}", reason)
+    contents = json.loads((folder / CONTENTS_NAME).read_text())
+    conditioning = (folder / CONDITIONING_NAME).read_bytes()
+    index = Index(
+        spec.variant,
+        spec.text_width,
+        contents["model"],
+        contents["settings"],
+        indexed_shards([*plan.manifests, *written], plan.comparison.dropped),
+        whole_part(conditioning),
+        str(tensors_in(memoryview(conditioning))["empty_text"].dtype).removeprefix("torch."),
+    )
+    if not index.samples:
+        raise nothing_usable(recipe)
+    encoded = sum(len(manifest.rows) for manifest in written)
+    images = [*plan.comparison.kept, *plan.images]
+    images = [each for each in images if each.image.name not in plan.skipped.reasons]
+    images.sort(key=lambda each: each.image.name)
+    report = Report(index, plan, images, encoded, long_captions, seconds)
+    summary = report.summary()
+    values = json.dumps(report.values(), indent=1, ensure_ascii=False)
+    atomic_write_text(folder / REPORT_NAME, values + "\n")
+    atomic_write_text(folder / SUMMARY_NAME, summary)
+    write_contact_sheets(folder / SHEETS, images)
+    log.info("%s%s", summary, write_index(folder, index))
+    return index
+
+
+@dataclass(frozen=True)
 class Report:
-    """What happened; filled in as it happens."""
+    """What became of the images; `images` are those that are in the index."""
 
-    skipped: Skipped = field(default_factory=Skipped)
-    long_captions: dict[str, int] = field(default_factory=dict)
-    kept: int = 0
-    dropped: int = 0
-    encoded: int = 0
-    seconds: float = 0.0
+    index: Index
+    plan: Plan
+    images: list[PlannedImage]
+    encoded: int
+    long_captions: dict[str, int]
+    seconds: float
 
-    def values(self, index: Index, pictures: list[Picture]) -> dict[str, Any]:
+    @property
+    def dropped(self) -> int:
+        """Samples of earlier starts that are no longer in the index."""
+        return sum(map(len, self.plan.comparison.dropped.values()))
+
+    def values(self) -> dict[str, Any]:
         """The report as JSON values."""
+        index, images = self.index, self.images
         return {
             "samples": index.samples,
-            "kept": self.kept,
+            "kept": len(self.plan.comparison.kept),
             "encoded": self.encoded,
             "dropped": self.dropped,
-            "images_per_second": round(self.encoded / self.seconds, 3) if self.seconds else None,
+            "images_per_second": round(self.encoded / self.seconds, 3) if self.encoded else None,
             "held_out": index.part(held_out=True).samples,
-            "sources": dict(Counter(picture.entry.source for picture in pictures)),
+            "sources": dict(Counter(each.image.source for each in images)),
             "buckets": {str(bucket): count for bucket, count in index.bucket_counts().items()},
-            "with_mask": sum(picture.entry.mask is not None for picture in pictures),
-            "with_references": sum(bool(picture.entry.references) for picture in pictures),
-            "captions": len({picture.caption for picture in pictures}),
+            "with_mask": sum(each.image.mask is not None for each in images),
+            "with_references": sum(bool(each.image.references) for each in images),
+            "captions": len({each.caption for each in images}),
             "captions_cut": self.long_captions,
-            "cropped_much": cropped_much(pictures),
-            "skipped": self.skipped.reasons,
+            "cropped_much": cropped_much(images),
+            "skipped": self.plan.skipped.reasons,
         }
 
-    def summary(self, index: Index, pictures: list[Picture]) -> str:
+    def summary(self) -> str:
         """The report for people."""
+        index, skipped = self.index, self.plan.skipped.reasons
+        kept = len(self.plan.comparison.kept)
         lines = [
-            f"{index.samples} samples in {len(index.shards)} shards: {self.kept} kept from before, "
-            f"{self.encoded} encoded, {self.dropped} dropped because their picture is gone or changed",
-            f"{index.part(held_out=True).samples} of them held out for evaluation",
+            f"{index.samples} samples in {len(index.shards)} shards: {kept} kept from before, "
+            f"{self.encoded} encoded, {self.dropped} dropped because their image is gone or changed",
+            f"{index.part(held_out=True).samples} of them held out for validation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
         ]
-        if cropped := cropped_much(pictures):
-            some = ", ".join(
-                f"{name} ({lost:.0%})" for name, lost in list(cropped.items())[:_EXAMPLES]
-            )
+        if cropped := cropped_much(self.images):
+            lost = [f"{name} ({lost:.0%})" for name, lost in cropped.items()]
             lines.append(
-                f"{len(cropped)} pictures lose more than {_MUCH:.0%} to the crop; crop them yourself or "
-                f"raise data.max_aspect: {some}"
+                f"{len(cropped)} images lose more than {_MUCH:.0%} to the crop; crop them yourself or "
+                f"raise data.max_aspect: {some(lost)}"
             )
         if self.long_captions:
             lines.append(
@@ -80,57 +133,49 @@ class Report:
             )
             longest = sorted(self.long_captions.items(), key=lambda item: -item[1])
             lines += [f"  {count:5d} tokens: {text[:70]}…" for text, count in longest[:_EXAMPLES]]
-        lines.append(f"{len(self.skipped.reasons)} pictures skipped")
+        lines.append(f"{len(skipped)} images skipped")
         kinds: dict[str, list[str]] = {}
-        for name, reason in self.skipped.reasons.items():
+        for name, reason in skipped.items():
             kinds.setdefault(_kind(reason), []).append(name)
         for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
-            more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
-            lines.append(f"  {len(names):5d} {kind}: {', '.join(names[:_EXAMPLES])}{more}")
+            lines.append(f"  {len(names):5d} {kind}: {some(names)}")
         return "\n".join(lines) + "\n"
 
 
-def cropped_much(pictures: list[Picture]) -> dict[str, float]:
+def some(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+    return f"{', '.join(names[:_EXAMPLES])}{more}"
+
+
+def cropped_much(images: list[PlannedImage]) -> dict[str, float]:
     """The share that the crop cuts away, by name, most first."""
-    much = [picture for picture in pictures if picture.lost > _MUCH]
-    much.sort(key=lambda picture: -picture.lost)
-    return {picture.entry.name: picture.lost for picture in much}
+    much = sorted((each for each in images if each.lost > _MUCH), key=lambda each: -each.lost)
+    return {each.image.name: each.lost for each in much}
 
 
 def _kind(reason: str) -> str:
-    """The reason without what differs from picture to picture."""
+    """The reason without what differs from image to image."""
     if "must be enlarged" in reason:
         return "too small for the smallest bucket (data.max_upscale)"
     return reason.split(": ", 1)[0] if reason.startswith("unreadable") else reason
 
 
-def write_report(folder: Path, report: Report, index: Index, pictures: list[Picture]) -> str:
-    """Write report.json, report.txt and the contact sheets; returns the summary."""
-    values = json.dumps(report.values(index, pictures), indent=1, ensure_ascii=False)
-    summary = report.summary(index, pictures)
-    atomic_write_text(folder / REPORT_NAME, values + "\n")
-    atomic_write_text(folder / SUMMARY_NAME, summary)
-    write_contact_sheets(folder / SHEETS, pictures)
-    return summary
-
-
-def write_contact_sheets(folder: Path, pictures: list[Picture]) -> None:
-    """For each bucket some pictures, evenly chosen, as they are cropped, with their captions."""
+def write_contact_sheets(folder: Path, images: list[PlannedImage]) -> None:
+    """For each bucket some images, evenly chosen, as they are cropped, with their captions."""
     folder.mkdir(exist_ok=True)
-    groups: dict[Bucket, list[Picture]] = {}
-    for picture in pictures:
-        groups.setdefault(picture.bucket, []).append(picture)
+    groups: dict[Bucket, list[PlannedImage]] = {}
+    for planned in images:
+        groups.setdefault(planned.bucket, []).append(planned)
     for bucket, members in groups.items():
-        places = np.linspace(0, len(members) - 1, min(len(members), _SHEET_PICTURES))
-        groups[bucket] = [members[place] for place in places.round().astype(int)]
-    for bucket, members in groups.items():
+        places = np.linspace(0, len(members) - 1, min(len(members), _SHEET_IMAGES))
         shown, captions = [], []
-        for picture in members:
-            decoded = decode(picture)
+        for place in places.round().astype(int):
+            decoded = decode(members[place])
             if decoded.pixels is not None:
                 small = Image.fromarray(decoded.pixels)
                 small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
                 shown.append(np.asarray(small))
-                captions.append(picture.caption)
+                captions.append(members[place].caption)
         if shown:
             contact_sheet(shown, captions).save(folder / f"{bucket}.jpg", quality=88)

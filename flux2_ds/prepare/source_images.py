@@ -1,4 +1,4 @@
-"""One picture as it was found, and its caption; what became of those that were left out."""
+"""An image as it was found, with its caption; the images that are left out, with their reasons."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from flux2_ds.data.storage import Blob
 
 log = logging.getLogger("flux2_ds")
 
-_SAID_BY_NAME = 20
+_LOGGED_BY_NAME = 20
 
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """A picture of a source.
+    """An image of a source.
 
     `key` names it within the source and `stamp` changes when the file does. `problem` is the reason
-    why it cannot be used, `caption` None if it has none. `size` (width, height) is known of pictures
-    in tars, where finding out means reading them. `mask` and `references` belong to the picture.
+    why it cannot be used, `caption` None if it has none. `size` (width, height) is known of images
+    in tars, where finding out means reading them. `mask` and `references` belong to the image.
     """
 
     source: str
@@ -37,29 +37,25 @@ class SourceImage:
 
     @staticmethod
     def of(values: dict[str, Any]) -> SourceImage:
-        """An entry from `asdict`'s values after their way through JSON."""
-        parts = {
-            "blob": Blob(**values["blob"]),
-            "size": values["size"] and tuple(values["size"]),
-            "mask": values["mask"] and Blob(**values["mask"]),
-            "references": tuple(Blob(**each) for each in values["references"]),
-        }
+        """An image that has no mask and references yet, from its JSON values."""
+        size = values["size"] and tuple(values["size"])
+        parts = {"blob": Blob(**values["blob"]), "size": size, "references": ()}
         return SourceImage(**(values | parts))
 
     @property
     def name(self) -> str:
-        """For people: source and key."""
+        """Source and key, for people."""
         return f"{self.source}/{self.key}"
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture to be encoded: where it is, what it is called in training, how it is cropped.
+class PlannedImage:
+    """An image to be encoded: its caption in training, and how it is cropped.
 
     `lost` is the share of it that the crop cuts away; 0 also if it was encoded earlier.
     """
 
-    entry: SourceImage
+    image: SourceImage
     caption: str
     bucket: Bucket
     lost: float = 0.0
@@ -67,21 +63,21 @@ class Picture:
 
 @dataclass
 class Skipped:
-    """Pictures left out, with the reasons; the first are said by name, all are in the report."""
+    """Images left out, with the reasons; the log names the first, the report all."""
 
     reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, reason: str) -> None:
-        """Note that a picture is left out."""
+        """Record that an image is left out."""
         self.reasons[name] = reason
-        if len(self.reasons) <= _SAID_BY_NAME:
+        if len(self.reasons) <= _LOGGED_BY_NAME:
             log.warning("skipped %s: %s", name, reason)
-        elif len(self.reasons) == _SAID_BY_NAME + 1:
+        elif len(self.reasons) == _LOGGED_BY_NAME + 1:
             log.warning("skipped more; report.json names them all")
 
 
 def stem(key: str) -> str:
-    """A key without its suffix, which a picture shares with its caption and companions."""
+    """A key without its suffix, which an image shares with its caption, mask and references."""
     return str(PurePosixPath(key).with_suffix(""))
 
 

@@ -1,8 +1,8 @@
-"""Where pictures and captions come from: folders, with Hugging Face's metadata files, and tars.
+"""Where images and captions come from: folders, with Hugging Face's metadata files, and tars.
 
-    find_entries({"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, "text")
+    find_images({"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, "text")
 
-A caption is, in this order: the row of `metadata.jsonl` or `metadata.csv` that names the picture, the
+A caption is, in this order: the row of `metadata.jsonl` or `metadata.csv` that names the image, the
 `.txt` file of the same name beside it, and in tars the caption of the `.json` member.
 """
 
@@ -39,20 +39,20 @@ DEFAULT_SOURCE = "images"
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def find_entries(
+def find_images(
     images: str | dict[str, str], caption_column: str, scratch: Path, apart: Sequence[Path] = ()
 ) -> list[SourceImage]:
-    """All pictures of all sources, sorted by source and name.
+    """All images of all sources, sorted by source and name.
 
     `scratch` keeps what was found in tars, so that a second start does not read them again. Folders
     in `apart` are not searched where they lie within a source.
 
     Raises:
-        UserError: a source that is missing, unreadable or without pictures, or a bad name.
+        UserError: a source that is missing, unreadable or without images, or a bad name.
     """
     sources = {DEFAULT_SOURCE: images} if isinstance(images, str) else images
     if not sources:
-        raise UserError("data.images is empty. Give the folder of your pictures.")
+        raise UserError("data.images is empty. Give the folder of your images.")
     found = []
     for name, location in sorted(sources.items()):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -63,10 +63,10 @@ def find_entries(
         source_images = list(_source(name, location, caption_column, scratch, apart))
         if not source_images:
             raise UserError(
-                f"data.images {location} holds no pictures ({', '.join(sorted(SUFFIXES))}), neither "
-                "in itself nor below. Give the folder of your pictures."
+                f"data.images {location} holds no images ({', '.join(sorted(SUFFIXES))}), neither "
+                "in itself nor below. Give the folder of your images."
             )
-        source_images.sort(key=lambda entry: entry.key)
+        source_images.sort(key=lambda image: image.key)
         for one, other in pairwise(source_images):
             if one.key == other.key:
                 raise UserError(
@@ -85,13 +85,11 @@ def _source(
         tars = expand(location)
     elif is_url(location):
         raise UserError(
-            f"data.images {location} is a URL but no tar. Folders of pictures are read from disk; "
+            f"data.images {location} is a URL but no tar. Folders of images are read from disk; "
             "name tars in a store one by one or by a pattern such as s3://bucket/{000..099}.tar."
         )
     elif not Path(location).is_dir():
-        raise UserError(
-            f"data.images {location} is not a folder. Give the folder of your pictures."
-        )
+        raise UserError(f"data.images {location} is not a folder. Give the folder of your images.")
     else:
         yield from _folder(name, location, caption_column, apart)
         tars = sorted(str(path) for path in Path(location).glob("*.tar"))
@@ -102,23 +100,23 @@ def _source(
 def _folder(
     source: str, folder: str, caption_column: str, apart: Sequence[Path]
 ) -> Iterator[SourceImage]:
-    """The pictures below a folder on disk."""
+    """The images below a folder on disk."""
     listed: dict[str, str | None] = {}
-    pictures: list[os.DirEntry[str]] = []
+    images: list[os.DirEntry[str]] = []
     texts: dict[str, str] = {}  # by path without its suffix, which may be in capitals
     for file in _walk(folder, apart):
         suffix = Path(file.name).suffix.lower()
         if file.name in _METADATA:
             listed |= _metadata(file.path, caption_column)
         elif is_picture(file.name):
-            pictures.append(file)
+            images.append(file)
         elif suffix == ".txt":
             texts[stem(file.path)] = file.path  # a .txt comes after a .TXT
-    alone = texts.keys() - {stem(file.path) for file in pictures}
+    alone = texts.keys() - {stem(file.path) for file in images}
     if alone:
         first = printable(texts[min(alone)])
-        log.warning("%d .txt files belong to no picture, the first is %s", len(alone), first)
-    for file in pictures:
+        log.warning("%d .txt files belong to no image, the first is %s", len(alone), first)
+    for file in images:
         key = printable(os.path.relpath(file.path, folder))
         try:
             facts = file.stat()
@@ -134,7 +132,7 @@ def _folder(
         problem = why_unread(file.name) or problem
         yield SourceImage(source, key, stamp, caption, Blob(file.path), problem)
     for path in listed:
-        missing = "named in the metadata, but there is no such picture"
+        missing = "named in the metadata, but there is no such image"
         key = printable(os.path.relpath(path, folder))
         yield SourceImage(source, key, "", "", Blob(path), missing)
 
@@ -156,7 +154,7 @@ def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
                 for file in sorted(files, key=lambda file: file.name):
                     if file.is_dir():
                         if any(path.exists() and path.samefile(file.path) for path in apart):
-                            log.info("%s is not searched: its pictures were made here", file.path)
+                            log.info("%s is not searched: its images were made here", file.path)
                         else:
                             left.append(file.path)
                     elif file.is_file() or file.is_symlink():  # a link may be broken
@@ -168,7 +166,7 @@ def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
 
 
 def _text_in(file: str | None) -> tuple[str | None, str | None]:
-    """The caption in the .txt file beside a picture, if there is one, and what is wrong with it."""
+    """The caption in the .txt file beside an image, if there is one, and what is wrong with it."""
     if file is None:
         return None, None
     path = Path(file)
@@ -194,11 +192,11 @@ def _metadata(path: str, caption_column: str) -> dict[str, str | None]:
                 if column not in row:
                     raise UserError(
                         f"{path}: row {number} has no {column!r}, but {', '.join(map(repr, row))}. "
-                        "Name the pictures in file_name, and the captions' column in "
+                        "Name the images in file_name, and the captions' column in "
                         "data.caption_column."
                     )
-            picture = os.path.normpath(folder / str(row["file_name"]))
-            captions[picture] = clean_caption(row[caption_column])
+            image = os.path.normpath(folder / str(row["file_name"]))
+            captions[image] = clean_caption(row[caption_column])
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}. Correct or remove it.") from error
     return captions

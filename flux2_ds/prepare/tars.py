@@ -1,7 +1,7 @@
-"""Existing WebDataset tars of raw pictures, such as img2dataset writes: KEY.jpg, KEY.txt, KEY.json.
+"""Existing WebDataset tars of raw images, such as img2dataset writes: KEY.jpg, KEY.txt, KEY.json.
 
 A tar is read once from front to back, wherever it is, and nothing is unpacked; what was found is
-kept, with the place of every picture, so that encoding reads the pictures alone.
+kept, with the place of every image, so that encoding reads the images alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _listed(name: str) -> list[str]:
 
 
 def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[SourceImage]:
-    """The pictures of one tar with their captions.
+    """The images of one tar with their captions.
 
     Raises:
         UserError: it cannot be read.
@@ -85,14 +85,14 @@ def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> 
 
     source_images = tried_again(location, scan) if is_url(location) else scan()
     scratch.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(note, json.dumps([asdict(entry) for entry in source_images]))
+    atomic_write_text(note, json.dumps([asdict(image) for image in source_images]))
     return source_images
 
 
 def _scan(
     source: str, location: str, stream: IO[bytes], caption_column: str
 ) -> Iterator[SourceImage]:
-    pictures: dict[str, SourceImage] = {}
+    images: dict[str, SourceImage] = {}
     texts: dict[str, tuple[str | None, str | None]] = {}
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
@@ -106,25 +106,25 @@ def _scan(
             elif suffix == ".json":
                 texts.setdefault(stem(name), _from_json(content.read(), name, caption_column))
             elif is_picture(name):
-                entry = SourceImage(
+                image = SourceImage(
                     source,
                     f"{PurePosixPath(location).name}/{name}",
                     f"{member.size}:{member.mtime:.0f}",
                     None,
                     Blob(location, member.offset_data, member.size),
                 )
-                problem = _problem(name, known=name in pictures)
+                problem = _problem(name, known=name in images)
                 if problem:
-                    key = f"{entry.key}@{member.offset_data}"
-                    yield replace(entry, key=key, problem=problem)
+                    key = f"{image.key}@{member.offset_data}"
+                    yield replace(image, key=key, problem=problem)
                 elif problem := why_unread(name):
-                    pictures[name] = replace(entry, problem=problem)
+                    images[name] = replace(image, problem=problem)
                 else:
-                    pictures[name] = _measured(entry, content.read())
+                    images[name] = _measured(image, content.read())
         _check_rest(tar)
-    for name, entry in pictures.items():
+    for name, image in images.items():
         caption, problem = texts.get(stem(name), (None, None))
-        yield replace(entry, caption=caption, problem=entry.problem or problem)
+        yield replace(image, caption=caption, problem=image.problem or problem)
 
 
 _RECORD = 1 << 20
@@ -159,17 +159,17 @@ def _check_rest(tar: tarfile.TarFile) -> None:
         )
 
 
-def _measured(entry: SourceImage, content: bytes) -> SourceImage:
+def _measured(image: SourceImage, content: bytes) -> SourceImage:
     try:
-        return replace(entry, size=image_size(content))
+        return replace(image, size=image_size(content))
     except UnreadableImageError as error:
-        return replace(entry, problem=f"unreadable: {error}")
+        return replace(image, problem=f"unreadable: {error}")
 
 
 def _problem(name: str, known: bool) -> str | None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         return "its name in the tar points outside (absolute or with ..)"
-    return "the tar has another picture of this name" if known else None
+    return "the tar has another image of this name" if known else None
 
 
 def _from_json(content: bytes, name: str, caption_column: str) -> tuple[str | None, str | None]:

@@ -154,6 +154,11 @@ def logs_directory(recipe: Recipe) -> Path:
     return Path(recipe.run_dir) / "logs"
 
 
+def prepare_logs_directory(recipe: Recipe) -> Path:
+    """Where the logs and places of `prepare`'s processes are."""
+    return Path(recipe.data.shards) / "logs"
+
+
 def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
     """Keep other trainings out of the run directory for as long as the returned file is open.
 

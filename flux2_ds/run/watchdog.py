@@ -39,8 +39,11 @@ _POLL = 1.0  # s between looks at the others
 _BEAT = 5.0  # s between writes of the own heartbeat, sooner when the step has changed
 _SILENT = 6 * _BEAT  # s without a write: a process is frozen, or its host is gone
 _GRACE = 3.0  # s that a process gets to fail by itself after another one's failure
-_PHASES = ("waiting for data", "computing", "agreeing", "validating", "rendering", "saving")
-"""What a process does within a step, in this order."""
+_PHASES = (
+    *("waiting for data", "computing", "agreeing", "validating", "rendering", "saving"),
+    *("encoding captions", "waiting for captions", "encoding images", "waiting for images"),
+)
+"""What a process does within a step of `train`, and a round of `prepare`, in this order."""
 _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|Socket Timeout", re.I)
 
 

@@ -78,7 +78,7 @@ def test_no_processes_are_refused(processes):
 
 AT_LEAST_ONE = (
     "steps batch.global_size batch.micro_size lora.rank data.samples_per_shard "
-    "prepare.processes prepare.text_batch_size prepare.image_batch_size prepare.decode_threads "
+    "prepare.text_batch_size prepare.image_batch_size prepare.decode_threads "
     "data.shuffle_window data.num_workers validation.every validation.samples "
     "checkpoint.every checkpoint.keep_last "
     "checkpoint.keep_every log.every launch.processes preview.steps preview.every "

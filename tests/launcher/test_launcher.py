@@ -367,7 +367,6 @@ def test_slurm_prints_a_script_with_the_recipes_arguments(recipe, monkeypatch, c
         (["--gpus-per-node=1"], 1),
         (["--launch.processes=null", "--batch.global_size=16"], 8),
         (["--job=prepare"], 2),
-        (["--job=prepare", "--prepare.processes=4"], 4),
     ],
 )
 def test_gpus_of_a_node_are_those_that_the_recipe_names(recipe, monkeypatch, capsys, options, gpus):

@@ -24,7 +24,7 @@ from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
-from flux2_ds.prepare.sources import find_entries
+from flux2_ds.prepare.sources import find_images
 
 
 def noise(folder: Path, name: str, size: tuple[int, int], mode: str = "RGB") -> Path:
@@ -68,8 +68,8 @@ def test_companions_are_found_beside_their_pictures(
             for path in sorted(photos.iterdir()):
                 tar.add(path, path.name)
     for _ in range(2):  # what was found in tars is remembered
-        found = find_entries(location, "text", tmp_path / "scratch")
-        source_images = {Path(entry.key).stem: entry for entry in found}
+        found = find_images(location, "text", tmp_path / "scratch")
+        source_images = {Path(image.key).stem: image for image in found}
         assert source_images.keys() == {"a", "b", "c", "d", "other.mask"}
         assert [name for name in source_images if source_images[name].mask] == ["a", "c"]
         assert [len(source_images[name].references) for name in "abcd"] == [0, 1, 3, 0]
@@ -82,7 +82,7 @@ def test_companions_are_found_beside_their_pictures(
 
 def test_two_masks_are_one_too_many(photos: Path, tmp_path: Path) -> None:
     Image.new("L", (96, 64), 255).save(photos / "a.mask.jpg")
-    source_images = {e.key: e for e in find_entries(str(photos), "text", tmp_path / "scratch")}
+    source_images = {e.key: e for e in find_images(str(photos), "text", tmp_path / "scratch")}
     assert "two masks or references of one name: a.mask.jpg, a.mask.png" in str(
         source_images["a.png"].problem
     )

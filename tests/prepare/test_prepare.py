@@ -4,15 +4,11 @@ import dataclasses
 import errno
 import io
 import json
-import logging
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +31,10 @@ from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare import __main__ as root
-from flux2_ds.prepare import manifest
-from flux2_ds.prepare import pictures as pictures_module
+from flux2_ds.prepare import folder as rules
+from flux2_ds.prepare import images as images_module
+from flux2_ds.prepare import plan
+from flux2_ds.prepare.report import REPORT_NAME
 from flux2_ds.prepare.source_images import SourceImage
 
 CAPTIONS = {"a": "a red square", "b": "a wide field", "c": "a red square", "d": "a tall tower"}
@@ -110,7 +108,7 @@ def samples(folder: Path) -> dict[str, str]:
 
 
 def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / REPORT_NAME).read_text())
 
 
 def truncate(picture: Path) -> None:
@@ -122,18 +120,18 @@ def truncate(picture: Path) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the encoders are given from now on: captions and file names."""
     seen: list[str] = []
-    encode, decode = TextEncoder.encode, pictures_module.decode
+    encode, decode = TextEncoder.encode, images_module.decode
 
     def encode_noted(self: TextEncoder, captions: list[str]) -> torch.Tensor:
         seen.extend(captions)
         return encode(self, captions)
 
-    def decode_noted(picture, *options):
-        seen.append(picture.entry.key)
-        return decode(picture, *options)
+    def decode_noted(planned, *options):
+        seen.append(planned.image.key)
+        return decode(planned, *options)
 
     monkeypatch.setattr(TextEncoder, "encode", encode_noted)
-    monkeypatch.setattr(pictures_module, "decode", decode_noted)
+    monkeypatch.setattr(images_module, "decode", decode_noted)
     return seen
 
 
@@ -179,7 +177,7 @@ def test_unusable_pictures_are_skipped_named_and_counted(model, photos, tmp_path
     assert "data.max_upscale" in reasons["images/small.png"]
     assert all(name in caplog.text for name in reasons)
     summary = (shards / "report.txt").read_text()
-    assert "4 pictures skipped" in summary and "3 unreadable: images/" in summary
+    assert "4 images skipped" in summary and "3 unreadable: images/" in summary
 
 
 def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
@@ -194,17 +192,17 @@ def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
     assert report(shards)["skipped"] == {
         "images/phone.HEIC": ".heic is not read: convert it to JPEG or PNG"
     }
-    assert re.search(r"1 \.txt files belong to no picture, the first is .*a\.png\.txt", caplog.text)
+    assert re.search(r"1 \.txt files belong to no image, the first is .*a\.png\.txt", caplog.text)
     wide = next(shard.bucket for shard in index.shards if shard.bucket.aspect > 1.5)
     assert report(shards)["cropped_much"] == {"images/wide.png": round(1 - wide.aspect / 8, 3)}
-    assert "1 pictures lose more than 30% to the crop" in said and "images/wide.png (7" in said
+    assert "1 images lose more than 30% to the crop" in said and "images/wide.png (7" in said
 
 
 def test_pictures_without_captions_are_named(model, photos, tmp_path):
     for number in range(7):
         shutil.copy(photos / "a.png", photos / f"n{number}.png")
     (photos / "n1.txt").write_bytes(b"caf\xe9")
-    named = r"7 of 11 pictures .* images/n0\.png, images/n1\.png \(caption n1\.txt is not UTF-8"
+    named = r"7 of 11 images .* images/n0\.png, images/n1\.png \(caption n1\.txt is not UTF-8"
     with pytest.raises(UserError, match=rf"{named}.* images/n4\.png and 2 more\. Write"):
         run(recipe_for(model, photos, tmp_path / "s"))
 
@@ -288,7 +286,7 @@ def test_a_folder_may_change_all_its_captions_or_begin_with_nothing_usable(model
         run(recipe)
     add_photo(other, "b", (96, 96), "two")
     assert run(recipe).samples == 1
-    with pytest.raises(UserError, match="prepared from other pictures"):
+    with pytest.raises(UserError, match="prepared from other images"):
         run(recipe_for(model, photos, tmp_path / "t"))
 
 
@@ -401,8 +399,8 @@ def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
     assert report(shards)["held_out"] == sum(split().values())
     # The share is met: a name is held out with that probability.
     names = [SourceImage("images", f"{n}.png", "", "", Blob("")) for n in range(4000)]
-    assert abs(sum(manifest.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
-    assert all(manifest.is_held_out(e, 0.4) for e in names if manifest.is_held_out(e, 0.3))
+    assert abs(sum(plan.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
+    assert all(plan.is_held_out(e, 0.4) for e in names if plan.is_held_out(e, 0.3))
 
 
 def test_pictures_in_tars(model, photos, tmp_path):
@@ -440,13 +438,6 @@ def test_rounds_keep_the_scratch_space_small(model, photos, tmp_path, encoded):
     assert sorted(captions) == sorted({"", *CAPTIONS.values()})
     assert captions != sorted(captions)  # they did come in rounds
     assert shard_bytes(tmp_path / "rounds") == shard_bytes(tmp_path / "whole")
-
-
-def test_several_processes_write_the_same_shards(model, photos, tmp_path):
-    run(recipe_for(model, photos, tmp_path / "one"))
-    run(recipe_for(model, photos, tmp_path / "two", prepare=Prepare(processes=2)))
-    one, two = (shard_bytes(tmp_path / name) for name in ("one", "two"))
-    assert one == two and len(one) == 3
 
 
 @pytest.mark.parametrize(
@@ -491,43 +482,6 @@ def test_statistics_of_a_vae_saved_in_bf16_are_computed_in_fp32(model, photos, t
     assert torch.equal(conditioning["latent_mean"], vae.bn.running_mean.float())
 
 
-def test_kill_9_loses_nothing_that_is_finished(model, photos, tmp_path):
-    for number in range(12):
-        add_photo(photos, f"more{number}", (96, 96), "a red square")
-    truncate(photos / "a.png")
-    run(recipe_for(model, photos, tmp_path / "whole"))
-    recipe = recipe_for(model, photos, tmp_path / "cut")
-    config = tmp_path / "recipe.yaml"
-    config.write_text(yaml.safe_dump(recipe_values(recipe)))
-    # A slow VAE, so that the kill comes in the middle.
-    script = (
-        "import sys, time; from flux2_ds.prepare import __main__ as root, pictures\n"
-        "encode = pictures.latents.encode\n"
-        "pictures.latents.encode = lambda *a: (time.sleep(0.3), encode(*a))[1]\n"
-        f"sys.argv = ['prepare', '--config', {str(config)!r}]\n"
-        "root.main()\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cut" / "prepared").glob("*.tar.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / "index.json").exists()
-    notes = list((tmp_path / "cut" / "prepared").glob("*.tar.json"))
-    finished = {path.name.removesuffix(".json") for path in notes}
-    times = {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in finished}
-    run(recipe)
-    assert {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in finished} == times
-    assert shard_bytes(tmp_path / "whole") == shard_bytes(tmp_path / "cut")
-    assert read_index(tmp_path / "whole") == read_index(tmp_path / "cut")
-    reasons = [report(tmp_path / name)["skipped"] for name in ("whole", "cut")]
-    assert reasons[0] == reasons[1] and list(reasons[0]) == ["images/a.png"]
-    left = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert left == {path.name for path in (tmp_path / "whole").iterdir()}
-
-
 def test_a_full_disk_is_said_and_survived(model, photos, tmp_path, monkeypatch):
     recipe = recipe_for(model, photos, tmp_path / "s")
     usage = shutil.disk_usage(tmp_path)
@@ -561,37 +515,27 @@ def test_a_full_disk_is_said_and_survived(model, photos, tmp_path, monkeypatch):
     [
         ({"data.max_upscale": 1.5}, r"max_upscale was .*, is 1\.5"),
         ({"data.resolution": [64, 32]}, r"resolution was 64, is \[64, 32\]"),
-        ({"precision": "bf16"}, "text_weights was 'torch.float32', is 'torch.bfloat16'"),
+        ({"precision": "bf16"}, "text_weights was 'fp32', is 'bf16'"),
     ],
 )
 def test_shards_of_other_settings_are_not_continued(model, photos, tmp_path, change, named):
     recipe = recipe_for(model, photos, tmp_path / "s")
-    content = root.content_of(recipe, {})
-    for _ in range(2):
-        with root.claimed(tmp_path / "s", content):
-            pass
-    (tmp_path / "s" / ".texts").mkdir()  # encoding has begun
+    rules.claim_contents(tmp_path / "s", rules.contents(recipe, {}))
     ((name, value),) = change.items()
     section, _, field = name.rpartition(".")
     if section:
         value = dataclasses.replace(recipe.data, **{field: value})
     other = dataclasses.replace(recipe, **{section or field: value})
-    with (
-        pytest.raises(UserError, match=named),
-        root.claimed(tmp_path / "s", root.content_of(other, {})),
-    ):
-        pass
+    with pytest.raises(UserError, match=named):
+        rules.check_contents(tmp_path / "s", rules.contents(other, {}))
 
 
 def test_a_start_that_was_refused_binds_the_folder_to_nothing(model, photos, tmp_path):
-    """But while other machines wait for it, they are held to its settings."""
     shards = tmp_path / "s"
-    with pytest.raises(UserError, match="none of the pictures"):
+    with pytest.raises(UserError, match="none of the images"):
         run(recipe_for(model, photos, shards, resolution=1024))
-    assert (shards / root.CONTENT_NAME).is_file()
+    rules.claim_contents(shards, {"settings": {"resolution": 1024}})  # as one that was killed
     recipe = recipe_for(model, photos, shards)
-    with pytest.raises(UserError, match=r"data\.resolution was 1024, is 64"):
-        root.check_folder(shards, root.content_of(recipe, fingerprint(model)))
     assert run(recipe).samples == 4
     assert run(recipe).samples == 4
     with pytest.raises(UserError, match=r"data\.resolution was 64, is 1024"):
@@ -611,11 +555,10 @@ def test_pictures_that_were_made_here_are_not_trained_on(model, photos, tmp_path
 
 def test_two_at_a_time_are_refused(tmp_path):
     with (
-        root.claimed(tmp_path / "s", {}),
+        rules.lock_folder(tmp_path / "s"),
         pytest.raises(UserError, match="another prepare is writing"),
-        root.claimed(tmp_path / "s", {}),
     ):
-        pass
+        rules.lock_folder(tmp_path / "s")
 
 
 def test_a_folder_of_something_else_is_left_alone(model, photos, tmp_path):
@@ -625,7 +568,7 @@ def test_a_folder_of_something_else_is_left_alone(model, photos, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     add_photo(other, "z", (96, 96), "something else")
-    with pytest.raises(UserError, match=r"data\.shards .* prepared from other pictures"):
+    with pytest.raises(UserError, match=r"data\.shards .* prepared from other images"):
         run(recipe_for(model, other, shards))
     assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == before
     foreign = tmp_path / "foreign"
@@ -644,7 +587,6 @@ def test_a_store_is_refused_before_anything_else(photos, tmp_path, monkeypatch):
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe_values(recipe)))
     monkeypatch.setattr(sys, "argv", ["prepare", "--config", str(config)])
-    monkeypatch.setattr(root, "log", logging.getLogger("unused"))  # whose level `main` sets
     with pytest.raises(UserError, match=r"^data\.shards s3://bucket/shards is a URL"):
         root.main()
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from flux2_ds.config.recipe import Data
 from flux2_ds.errors import UserError
-from flux2_ds.prepare.choose import with_captions
+from flux2_ds.prepare.plan import with_captions
 from flux2_ds.prepare.source_images import Skipped, SourceImage
-from flux2_ds.prepare.sources import find_entries
+from flux2_ds.prepare.sources import find_images
 
 
-def entries_of(images, scratch: Path, column: str = "text") -> list[SourceImage]:
-    return find_entries(images if isinstance(images, dict) else str(images), column, scratch)
+def images_of(images, scratch: Path, column: str = "text") -> list[SourceImage]:
+    return find_images(images if isinstance(images, dict) else str(images), column, scratch)
 
 
 def picture(path: Path, side: int = 32) -> Path:
@@ -27,7 +27,7 @@ def picture(path: Path, side: int = 32) -> Path:
 
 
 def captions(found: list[SourceImage]) -> dict[str, str | None]:
-    return {entry.key: entry.caption for entry in found}
+    return {image.key: image.caption for image in found}
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize(("name", "reason"), [("x", "is not a folder"), (".", "holds no pictures")])
+@pytest.mark.parametrize(("name", "reason"), [("x", "is not a folder"), (".", "holds no images")])
 def test_folder_without_pictures(tmp_path, name, reason):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match=rf"data\.images .*{reason}"):
-        entries_of(tmp_path / name, tmp_path / "scratch")
+        images_of(tmp_path / name, tmp_path / "scratch")
 
 
 def test_pictures_are_found_below_in_order_with_captions(folder, tmp_path):
@@ -52,31 +52,31 @@ def test_pictures_are_found_below_in_order_with_captions(folder, tmp_path):
     (folder / "c.txt").write_text(" \n")
     (folder / "d.TXT").write_text("in capitals")
     (folder / "c.TXT").write_text("not this one")
-    found = entries_of(folder, tmp_path)
+    found = images_of(folder, tmp_path)
     assert list(captions(found).items()) == [
         ("a.png", "two\nlines"),
         ("b/été 猫.JPG", "une chatte, 猫"),
         ("c.webp", None),
         ("d.jpeg", "in capitals"),
     ]
-    assert [entry.problem for entry in found] == [None] * 4
-    assert {entry.source for entry in found} == {"images"}
+    assert [image.problem for image in found] == [None] * 4
+    assert {image.source for image in found} == {"images"}
 
 
 def test_a_name_that_is_not_utf8_can_be_said_and_read(folder, tmp_path):
     path = os.fsencode(folder) + b"/caf\xe9.png"
     with open(path, "wb") as stream:  # noqa: PTH123 - a Path of such a name is what is tested
         Image.new("RGB", (8, 8)).save(stream, "PNG")
-    (entry,) = entries_of(folder, tmp_path)
-    assert entry.key == "caf\\xe9.png"
-    assert entry.key.encode() and entry.blob.read().startswith(b"\x89PNG")
+    (image,) = images_of(folder, tmp_path)
+    assert image.key == "caf\\xe9.png"
+    assert image.key.encode() and image.blob.read().startswith(b"\x89PNG")
 
 
 def test_a_broken_link_is_said(folder, tmp_path):
     picture(folder / "a.png")
     (folder / "b.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (folder / "b.txt").write_text("gone")
-    whole, broken = entries_of(folder, tmp_path)
+    whole, broken = images_of(folder, tmp_path)
     assert whole.problem is None
     assert broken.problem == "cannot be read: No such file or directory"
 
@@ -86,7 +86,7 @@ def test_links_are_followed_and_loops_end(folder, tmp_path):
     picture(tmp_path / "elsewhere" / "two.png")
     (folder / "a" / "loop").symlink_to(folder)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    assert set(captions(entries_of(folder, tmp_path / "s"))) == {"a/one.png", "linked/two.png"}
+    assert set(captions(images_of(folder, tmp_path / "s"))) == {"a/one.png", "linked/two.png"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -104,15 +104,15 @@ def test_metadata_of_an_imagefolder(folder, tmp_path, kind):
         lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
                  for name, text in rows]  # fmt: skip
     (folder / "train" / f"metadata.{kind}").write_text("\n".join(lines), encoding="utf-8")
-    found = entries_of(folder, tmp_path / "s")
+    found = images_of(folder, tmp_path / "s")
     assert captions(found) == {
         "c.png": "c has a file only",
         "train/a.png": "a, with a comma\nand a line",
         "train/b.png": separated,
         "train/x.png": "",
     }
-    problems = {entry.key: entry.problem for entry in found if entry.problem}
-    assert problems == {"train/x.png": "named in the metadata, but there is no such picture"}
+    problems = {image.key: image.problem for image in found if image.problem}
+    assert problems == {"train/x.png": "named in the metadata, but there is no such image"}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_broken_metadata_is_refused(folder, tmp_path, content, reason):
     data = content if isinstance(content, bytes) else content.encode()
     (folder / "metadata.jsonl").write_bytes(data)
     with pytest.raises(UserError, match=reason):
-        entries_of(folder, tmp_path)
+        images_of(folder, tmp_path)
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -171,7 +171,7 @@ def tar(tmp_path: Path) -> Path:
 
 
 def test_a_tar_of_raw_pictures(tar, tmp_path):
-    found = {entry.key: entry for entry in entries_of(tar.parent, tmp_path / "s")}
+    found = {image.key: image for image in images_of(tar.parent, tmp_path / "s")}
     good = {key: e for key, e in found.items() if e.problem is None}
     assert {key: (e.caption, e.size) for key, e in good.items()} == {
         "00000.tar/000.jpg": ("a caption", (32, 40)),
@@ -186,7 +186,7 @@ def test_a_tar_of_raw_pictures(tar, tmp_path):
     assert problems == {
         "00000.tar//etc/abs.jpg": outside,
         "00000.tar/../up.jpg": outside,
-        "00000.tar/000.jpg": "the tar has another picture of this name",
+        "00000.tar/000.jpg": "the tar has another image of this name",
     }
 
 
@@ -209,29 +209,29 @@ def offset_of(tar: Path, name: str) -> int:
 def test_a_damaged_tar_loses_no_picture_in_silence(tar, tmp_path, damage):
     tar.write_bytes(damage(tar.read_bytes(), offset_of(tar, "003.jpg")))
     with pytest.raises(UserError, match=r"00000\.tar cannot be read as a tar \("):
-        entries_of(tar, tmp_path / "s")
+        images_of(tar, tmp_path / "s")
 
 
 def test_what_a_tar_holds_is_remembered_until_it_changes(tar, tmp_path, monkeypatch):
-    first = entries_of(tar, tmp_path / "s")
+    first = images_of(tar, tmp_path / "s")
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", lambda *a, **k: pytest.fail("read again"))
-        assert entries_of(tar, tmp_path / "s") == first
+        assert images_of(tar, tmp_path / "s") == first
     with tarfile.open(tar, "a") as out:
         add(out, "009.jpg", encoded())
-    assert len(entries_of(tar, tmp_path / "s")) == len(first) + 1
+    assert len(images_of(tar, tmp_path / "s")) == len(first) + 1
 
 
 def test_patterns_name_several_tars(tar, tmp_path):
     (tar.parent / "00001.tar").write_bytes(tar.read_bytes())
     for pattern in ("{00000..00001}.tar", "0000*.tar"):
-        found = entries_of(tar.parent / pattern, tmp_path / "s")
-        assert {entry.key[:9] for entry in found} == {"00000.tar", "00001.tar"}
+        found = images_of(tar.parent / pattern, tmp_path / "s")
+        assert {image.key[:9] for image in found} == {"00000.tar", "00001.tar"}
     with pytest.raises(UserError, match=r"there is no file .*00002\.tar"):
-        entries_of(tar.parent / "{00000..00002}.tar", tmp_path / "s")
+        images_of(tar.parent / "{00000..00002}.tar", tmp_path / "s")
     (tar.parent / "00001.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(UserError, match=r"00001\.tar cannot be read as a tar"):
-        entries_of(tar.parent, tmp_path / "s")
+        images_of(tar.parent, tmp_path / "s")
 
 
 def test_tars_of_one_name_are_two_sources(tar, tmp_path):
@@ -239,20 +239,20 @@ def test_tars_of_one_name_are_two_sources(tar, tmp_path):
     other.parent.mkdir()
     other.write_bytes(tar.read_bytes())
     with pytest.raises(UserError, match=r"has 00000\.tar/\S+ twice") as caught:
-        entries_of(f"{tmp_path}/{{tars,more}}/00000.tar", tmp_path / "s")
+        images_of(f"{tmp_path}/{{tars,more}}/00000.tar", tmp_path / "s")
     assert f"data.images: {{one: {tar}, other: {other}}}" in str(caught.value)
-    alone = entries_of(tar, tmp_path / "s")
-    assert len(entries_of({"one": str(tar), "other": str(other)}, tmp_path / "s")) == 2 * len(alone)
+    alone = images_of(tar, tmp_path / "s")
+    assert len(images_of({"one": str(tar), "other": str(other)}, tmp_path / "s")) == 2 * len(alone)
 
 
 def test_several_sources_keep_their_names(folder, tmp_path):
     for name in ("one", "two"):
         picture(folder / name / "same.png")
     sources = {"b": str(folder / "one"), "a": str(folder / "two")}
-    found = entries_of(sources, tmp_path)
+    found = images_of(sources, tmp_path)
     assert [(e.source, e.key) for e in found] == [("a", "same.png"), ("b", "same.png")]
     with pytest.raises(UserError, match="'no/slash'"):
-        entries_of({"no/slash": str(folder)}, tmp_path)
+        images_of({"no/slash": str(folder)}, tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["error", "skip", "fixed"])
@@ -261,12 +261,12 @@ def test_a_caption_that_cannot_be_decoded(folder, tmp_path, setting):
     picture(folder / "b.png")
     (folder / "a.txt").write_bytes("café".encode("latin-1"))
     (folder / "b.txt").write_text("fine")
-    found = entries_of(folder, tmp_path)
+    found = images_of(folder, tmp_path)
     data = Data(images="", shards="", missing_caption=setting, fixed_caption="a photo")
     skipped = Skipped()
     if setting == "error":
         with pytest.raises(UserError, match=r"a\.png \(caption a\.txt is not UTF-8"):
             with_captions(found, data, skipped)
         return
-    assert [entry.key for entry in with_captions(found, data, skipped)] == ["b.png"]
+    assert [image.key for image in with_captions(found, data, skipped)] == ["b.png"]
     assert skipped.reasons["images/a.png"].startswith("caption a.txt is not UTF-8")

@@ -1,0 +1,267 @@
+"""Which images are encoded, in which bucket and shard. No torch: what is wrong is said before it is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolutions, upscale_factor
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
+from flux2_ds.config.recipe import Data, Recipe
+from flux2_ds.data.images import UnreadableImageError, image_size
+from flux2_ds.errors import UserError
+from flux2_ds.prepare.folder import (
+    check_contents,
+    check_folder,
+    claim_contents,
+    is_unused,
+    text_weights,
+)
+from flux2_ds.prepare.manifest import (
+    MANIFESTS,
+    Comparison,
+    Manifest,
+    compare,
+    made_of_others,
+    read_manifests,
+)
+from flux2_ds.prepare.source_images import PlannedImage, Skipped, SourceImage
+from flux2_ds.prepare.sources import find_images
+
+log = logging.getLogger("flux2_ds")
+
+_NAMED = 5
+_THREADS = 16  # reading a header is waiting, on network file systems above all
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to be written."""
+
+    name: str
+    source: str
+    bucket: Bucket
+    images: list[PlannedImage]
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is there and what is to be done."""
+
+    jobs: list[ShardJob]
+    manifests: list[Manifest]
+    """Of the shards that are finished."""
+    images: list[PlannedImage]
+    """To be encoded."""
+    comparison: Comparison
+    skipped: Skipped
+
+
+def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
+    """Find the images, compare them with the shards that there are, and plan the others."""
+    data = recipe.data
+    folder, skipped = check_folder(data.shards), Skipped()
+    if not is_unused(folder):
+        check_contents(folder, contents)
+    log.info("looking for images in %s", data.images)
+    found = find_images(
+        data.images, data.caption_column, folder / MANIFESTS / "tars", own_folders(recipe)
+    )
+    found = with_captions(found, data, skipped)
+    manifests = read_manifests(folder)
+    comparison = compare(found, manifests)
+    if not comparison.kept and made_of_others(found, manifests):
+        raise UserError(
+            f"data.shards {folder} was prepared from other images: none of data.images "
+            f"{data.images} is among them. Give a new folder."
+        )
+    skipped.reasons |= comparison.skipped
+    images = choose_buckets(comparison.new, data, skipped)
+    if not images and not comparison.kept:
+        raise nothing_usable(recipe)
+    claim_contents(folder, contents)
+    plan = Plan(group_into_shards(images, manifests, data), manifests, images, comparison, skipped)
+    log_plan(plan)
+    check_disk(folder, plan.jobs, spec, recipe)
+    return plan
+
+
+def own_folders(recipe: Recipe) -> list[Path]:
+    """Folders whose images are ours: contact sheets and previews."""
+    data = recipe.data
+    return [Path(each) for each in (data.shards, *data.more_shards.values(), recipe.run_dir)]
+
+
+def nothing_usable(recipe: Recipe) -> UserError:
+    """The error that no image is left."""
+    return UserError(
+        f"none of the images in data.images {recipe.data.images} can be used; see above."
+    )
+
+
+def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> list[SourceImage]:
+    """The images that can be used as far as their captions go; refuse missing ones if the recipe does."""
+    usable, bare = [], []
+    for image in found:
+        # A caption of an image that cannot be used anyway is not asked for.
+        broken = image.problem is not None and not image.problem.startswith("caption ")
+        if image.caption is None and data.missing_caption == "error" and not broken:
+            bare.append(image)
+        elif image.problem is not None:
+            skipped.add(image.name, image.problem)
+        elif image.caption is None and data.missing_caption == "skip":
+            skipped.add(image.name, "no caption")
+        else:
+            usable.append(replace(image, caption=image.caption or data.fixed_caption))
+    if bare:
+        named = [each.name + f" ({each.problem})" * bool(each.problem) for each in bare[:_NAMED]]
+        more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
+        raise UserError(
+            f"{len(bare)} of {len(found)} images have no caption, that is, no text in a .txt file "
+            f"beside them or in metadata: {', '.join(named)}{more}. Write the captions, or set "
+            "data.missing_caption to skip or fixed."
+        )
+    return usable
+
+
+def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> list[PlannedImage]:
+    """Measure the images and give each its bucket; those that fit none are skipped."""
+    tables = [
+        bucket_table(resolution, data.bucket_step, data.max_aspect)
+        for resolution in resolutions(data.resolution)
+    ]
+    planned = []
+    with ThreadPoolExecutor(_THREADS) as threads:
+        sizes = tqdm(threads.map(_size, images), "measured", len(images), unit="img", delay=2)
+        for image, size in zip(images, sizes, strict=True):
+            if isinstance(size, str):
+                skipped.add(image.name, size)
+                continue
+            bucket = fitting_bucket(*size, tables, data.max_upscale)
+            if bucket is not None:
+                kept = size[0] / size[1] / bucket.aspect
+                lost = 1 - min(kept, 1 / kept)
+                planned.append(PlannedImage(image, image.caption or "", bucket, round(lost, 3)))
+                continue
+            smallest = choose_bucket(*size, tables[-1])
+            skipped.add(
+                image.name,
+                f"{size[0]}x{size[1]} px must be enlarged {upscale_factor(*size, smallest):.2f}× "
+                f"for bucket {smallest}; data.max_upscale is {data.max_upscale:g}",
+            )
+    return planned
+
+
+def fitting_bucket(
+    width: int, height: int, tables: list[list[Bucket]], max_upscale: float
+) -> Bucket | None:
+    """The best bucket of the first table in which the image need not be enlarged too much."""
+    for table in tables:
+        bucket = choose_bucket(width, height, table)
+        if upscale_factor(width, height, bucket) <= max_upscale:
+            return bucket
+    return None
+
+
+def _size(image: SourceImage) -> tuple[int, int] | str:
+    """Width and height, or why they cannot be known."""
+    try:
+        return image.size or image_size(image.blob.location)
+    except UnreadableImageError as error:
+        return f"unreadable: {error}"
+
+
+def is_held_out(image: SourceImage, fraction: float) -> bool:
+    """Whether an image is for validation: a function of its name, whatever else there is."""
+    digest = hashlib.sha256(f"held out|{image.name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def group_into_shards(
+    images: list[PlannedImage], manifests: list[Manifest], data: Data
+) -> list[ShardJob]:
+    """The shards to write, each of one source and bucket, for training or validation, under names not
+    taken yet."""
+    groups: dict[tuple[str, Bucket, bool], list[PlannedImage]] = {}
+    for planned in images:
+        held_out = is_held_out(planned.image, data.validation_fraction)
+        groups.setdefault((planned.image.source, planned.bucket, held_out), []).append(planned)
+    taken = {manifest.shard.name for manifest in manifests}
+    jobs = []
+    for (source, bucket, held_out), members in sorted(groups.items()):
+        names = _free_names(f"{source}-{bucket}" + ("-held_out" if held_out else ""), taken)
+        for start in range(0, len(members), data.samples_per_shard):
+            group = members[start : start + data.samples_per_shard]
+            jobs.append(ShardJob(next(names), source, bucket, group, held_out))
+    return jobs
+
+
+def _free_names(stem: str, taken: set[str]) -> Iterator[str]:
+    number = 0
+    while True:
+        name = f"{stem}-{number:05d}.tar"
+        if name not in taken:
+            yield name
+        number += 1
+
+
+def log_plan(plan: Plan) -> None:
+    """Log what is there and what is to be encoded."""
+    if plan.comparison.kept:
+        log.info("%d images are encoded already", len(plan.comparison.kept))
+    for name, rows in plan.comparison.dropped.items():
+        log.info("%d samples of %s are dropped: changed or gone", len(rows), name)
+    if plan.images:
+        log.info("%d images to encode:", len(plan.images))
+        for line in bucket_lines(planned.bucket for planned in plan.images):
+            log.info(line)
+
+
+def bucket_lines(buckets: Iterable[Bucket]) -> list[str]:
+    """The table of buckets with counts, for people."""
+    return [
+        f"  {bucket!s:<10} {count:7d}  ({bucket.tokens} tokens)"
+        for bucket, count in sorted(Counter(buckets).items())
+    ]
+
+
+def check_disk(folder: Path, jobs: list[ShardJob], spec: Spec, recipe: Recipe) -> None:
+    """Log how much will be written, and refuse what cannot fit."""
+    text = text_bytes(spec, recipe)
+    shards = sum(
+        sum(4 * 128 * _tokens(planned, recipe) for planned in job.images)
+        + text * len({planned.caption for planned in job.images})
+        for job in jobs
+    )
+    waiting = text * len({planned.caption for job in jobs for planned in job.images})
+    needed = shards + min(waiting, recipe.prepare.scratch_gb * 1e9)
+    free = shutil.disk_usage(folder).free
+    if jobs:
+        log.info("%.2f GB of shards to write, %.2f GB free", shards / 1e9, free / 1e9)
+    if needed > free:
+        raise UserError(
+            f"data.shards {folder} needs {needed / 1e9:.2f} GB more, of which "
+            f"{(needed - shards) / 1e9:.2f} GB for the time of encoding (prepare.scratch_gb is "
+            f"{recipe.prepare.scratch_gb:g}), and its disk has {free / 1e9:.2f} GB free."
+        )
+
+
+def text_bytes(spec: Spec, recipe: Recipe) -> int:
+    """Size of one encoded caption."""
+    return TEXT_TOKENS * spec.text_width * (4 if text_weights(recipe) == "fp32" else 2)
+
+
+def _tokens(planned: PlannedImage, recipe: Recipe) -> int:
+    """Image tokens of an image and, at most, of its references."""
+    largest = (recipe.prepare.reference_resolution // PIXELS_PER_TOKEN) ** 2
+    return planned.bucket.tokens + largest * len(planned.image.references)
