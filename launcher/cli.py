@@ -126,8 +126,9 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
     if data is None:
         return [f"data       {recipe.data.shards} is not prepared yet"]
     index, validation = data
-    steps = build_order(recipe, index).steps_per_epoch
-    lines = [f"data       {index.samples} samples, {steps} steps an epoch"]
+    order = build_order(recipe, index)
+    steps = round(order.steps_per_epoch, 2)
+    lines = [f"data       {index.samples} samples, {steps} steps an epoch", *order.warnings()]
     return lines + [f"held out   {validation.samples} samples"] * bool(validation.samples)
 
 

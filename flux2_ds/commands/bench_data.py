@@ -218,10 +218,10 @@ def measure_index(samples: int) -> Values:
     order = Order(index, 64, seed=0, window=8)
     order.batch(0)
     first = clock()
-    for step in islice(range(order.steps_per_epoch // 2, 10**12, 977), 100):
+    for step in islice(range(int(order.steps_per_epoch) // 2, 10**12, 977), 100):
         order.batch(step)
     hundred = clock()
-    Order(index, 64, seed=0, window=8).batch(7 * order.steps_per_epoch // 2)
+    Order(index, 64, seed=0, window=8).batch(int(3.5 * order.steps_per_epoch))
     return {
         "shards": count,
         "index.json, MB": round(len(content) / 1e6),

@@ -20,11 +20,7 @@ from flux2_ds.run.run_dir import check_run_dir
 
 
 def recordable(plan: Plan, index: Index) -> Plan:
-    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory.
-
-    Raises:
-        UserError: the recipe asks for them.
-    """
+    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory."""
     if not captures(plan) or all(shard.references != "several" for shard in index.shards):
         return plan
     if plan.recipe.cuda_graphs:
@@ -39,12 +35,7 @@ log = logging.getLogger("flux2_ds")
 
 
 def read_data(recipe: Recipe) -> tuple[Index, Index]:
-    """The index of what is trained on and of what is held out, `data.more_shards` included.
-
-    Raises:
-        UserError: an index that cannot be read, shards of different models, a weight of no source, or
-            nothing to train on.
-    """
+    """The index of what is trained on and of what is held out, `data.more_shards` included."""
     data = recipe.data
     index = read_index(data.shards)
     shards = list(index.shards)
@@ -72,8 +63,8 @@ def read_data(recipe: Recipe) -> tuple[Index, Index]:
             raise UserError(
                 f"data.weights.{name}: there is no such source; there are {', '.join(sorted(sources))}."
             )
-    whole = replace(index, shards=shards)
-    training, held_out = whole.part(held_out=False), whole.part(held_out=True)
+    index = replace(index, shards=shards)
+    training, held_out = index.part(held_out=False), index.part(held_out=True)
     if not training.samples:
         raise UserError(
             f"all samples of data.shards {data.shards} are held out. Lower data.validation_fraction."
@@ -124,11 +115,7 @@ def check_shards(
 ) -> None:
     """Refuse shards that another model than that in `directory` made, or that do not fit the recipe. All
     that look at shards ask this. `spec` and `directory` are None while they are not known, because the
-    model is yet to be fetched.
-
-    Raises:
-        UserError: another variant, text width, or other weights of VAE or text encoder.
-    """
+    model is yet to be fetched."""
     if spec is not None:
         check_variant(recipe, index, spec)
     check_settings(recipe, index)
@@ -168,11 +155,7 @@ def check_previews(recipe: Recipe, directory: Path | None, *, prepared: bool) ->
 
 
 def check_settings(recipe: Recipe, index: Index) -> None:
-    """Refuse shards that were prepared with other settings.
-
-    Raises:
-        UserError: naming the setting and both values.
-    """
+    """Refuse shards that were prepared with other settings."""
     for name, prepared in index.settings.items():
         wanted = getattr(recipe.data, name)
         if wanted != prepared:
@@ -184,20 +167,16 @@ def check_settings(recipe: Recipe, index: Index) -> None:
 
 def check_masks_and_references(recipe: Recipe, index: Index, held_out: Index) -> None:
     """Refuse masks that are wanted and not there, and reference images that cannot be batched, also
-    among what is held out.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    among what is held out."""
     shards = recipe.data.shards
     if recipe.objective.masked_loss and not any(shard.masks for shard in index.shards):
         raise UserError(
-            f"objective.masked_loss is true, but no picture in data.shards {shards} has a mask. Put "
+            f"objective.masked_loss is true, but no image in data.shards {shards} has a mask. Add "
             "NAME.mask.png beside NAME.png and prepare again, or set it to false."
         )
     if recipe.batch.micro_size == 1:
         return
-    for which, part in (("pictures", index), ("held-out pictures", held_out)):
+    for which, part in (("images", index), ("held-out images", held_out)):
         for bucket in part.bucket_counts():
             sizes = {shard.references for shard in part.shards if shard.bucket == bucket}
             if len(sizes) > 1 or "several" in sizes:
@@ -225,11 +204,7 @@ def mask_and_reference_lines(recipe: Recipe, index: Index) -> list[str]:
 
 
 def check_variant(recipe: Recipe, index: Index, spec: Spec) -> None:
-    """Refuse shards that were prepared for another kind of model.
-
-    Raises:
-        UserError: another variant or text width.
-    """
+    """Refuse shards that were prepared for another kind of model."""
     if (index.variant, index.text_width) != (spec.variant, spec.text_width):
         raise UserError(
             f"data.shards {recipe.data.shards} were prepared for FLUX.2-{index.variant} with text "

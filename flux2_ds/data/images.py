@@ -59,11 +59,7 @@ def why_unread(name: str) -> str | None:
 
 
 def check_format(option: str, path: Path) -> None:
-    """Refuse to write a picture in no format that can be written.
-
-    Raises:
-        UserError: naming the option and the suffix.
-    """
+    """Refuse to write a picture in no format that can be written."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(
             f"{option} {path}: no picture format has the suffix {path.suffix!r}. Use .png, .jpg or .webp."

@@ -46,7 +46,7 @@ class Part:
 class Shard:
     """One tar file: its bucket, number of samples, size in bytes and sha256.
 
-    `source` names the pictures that it was made of, as in `data.images`. `dropped`: rows of the file
+    `source` names the images that it was made of, as in `data.images`. `dropped`: rows of the file
     that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
     a mask. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
     there are none, "several" if the rows differ. `toc`: the table of contents. `held_out`: not trained
@@ -89,7 +89,7 @@ class Index:
     """All shards of a data set.
 
     `fingerprint` maps each part that shaped the samples (VAE, text encoder, tokenizer, pipeline) to
-    a digest; see `model/files.py`. `settings`: the data settings that decided how pictures were cut.
+    a digest; see `config/model_files.py`. `settings`: the data settings that decided how images were cropped.
     `conditioning`: all of conditioning.safetensors. `text_dtype`: of captions. Both are empty in folders of
     versions that did not note them.
     """
@@ -135,7 +135,7 @@ class Index:
 
 
 def write_index(directory: Path, index: Index) -> Path:
-    """Write `index` to `directory`/index.json; it appears whole or not at all."""
+    """Write `index` to `directory`/index.json, atomically."""
     path = directory / INDEX_NAME
     atomic_write_text(path, json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
     return path
@@ -148,11 +148,7 @@ def is_prepared(folder: str) -> bool:
 
 def read_index(folder: str | Path, setting: str = "data.shards") -> Index:
     """Read index.json; on disk also check that every shard is there with its size. `setting` names the
-    folder in the recipe, for the errors.
-
-    Raises:
-        UserError: no index, another format, no samples, or a shard that is missing or truncated.
-    """
+    folder in the recipe, for the errors."""
     folder = str(folder)
     path = join(folder, INDEX_NAME)
     if not is_prepared(folder):
@@ -180,11 +176,7 @@ def encoded_prompts(folder: str) -> set[str]:
 
 
 def parse_index(content: bytes, path: str) -> Index:
-    """The index in the contents of index.json; `path` is for the errors.
-
-    Raises:
-        UserError: another format, damaged, or no samples.
-    """
+    """The index in the contents of index.json; `path` is for the errors."""
     try:
         value: dict[str, Any] = json.loads(content)
         found = value.get("format")

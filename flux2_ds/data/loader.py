@@ -1,7 +1,7 @@
-"""From positions to tensors: reads a process's part of every global batch, ahead of the step.
+"""Read a rank's part of every global batch, ahead of the step.
 
 The loader has no state but the step: iterating from step n gives what an uninterrupted run would
-have got, whatever the number of processes or restarts. Noise, the normal deviate behind t, and the
+have got, whatever the number of ranks or restarts. Noise, the normal deviate behind t, and the
 caption drop of a sample are functions of (seed, position).
 """
 
@@ -35,13 +35,13 @@ _OPEN_SHARDS = 256
 """Tables of contents kept in memory: some 0.2 MB each with 256 samples. A table that is needed again is
 one small read."""
 _TEXTS_KEPT = 8
-"""Shared captions kept in memory, so that one caption for all pictures is not read with each."""
+"""Shared captions kept in memory, so that one caption of all images is not read with each."""
 _STREAM = 2  # keeps these random streams apart from those of data/order.py
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one process sees.
+    """What one forward pass of one rank sees.
 
     `latents` [B, 32, H/8, W/8] fp32, raw; `text` [B, 512, D]; `noise` [B, tokens, 128] fp32;
     `deviates` [B] fp32, standard normal, made into timesteps by `timesteps.py`. `masks`
@@ -61,10 +61,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Share:
-    """Which places of a global batch this process serves, in micro-batches.
-
-    Process `rank` of `world_size` owns a contiguous run of lanes.
-    """
+    """The places of a global batch that a rank serves, in micro-batches: a contiguous run of lanes."""
 
     rank: int
     world_size: int
@@ -84,9 +81,8 @@ class Loader:
     """Reads samples of prepared shards in the order of `order`, from a folder or a URL.
 
     `num_workers` threads read samples, so many ahead of the step that all of them are busy. Besides
-    tables of contents and texts in common, at most 2 × num_workers + 4 steps' samples are in memory. With
-    `pinned` the batches are in page-locked memory: from any other, a copy to a GPU makes the step wait
-    for the GPU.
+    tables of contents and shared captions, at most 2 × num_workers + 4 steps' samples are in memory. With
+    `pinned` the batches are pinned: a copy to a GPU from other memory makes the step wait for the GPU.
     """
 
     def __init__(
@@ -120,14 +116,14 @@ class Loader:
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
-        """This process's micro-batches of every step in [first, last), read ahead by threads.
+        """This rank's micro-batches of every step in [first, last), read ahead by threads.
 
         An error while reading is raised here, at the step that it belongs to.
         """
         ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=_STEPS_READY)
         stopped = threading.Event()
 
-        def put(item: list[MicroBatch] | BaseException) -> None:
+        def offer(item: list[MicroBatch] | BaseException) -> None:
             while not stopped.is_set():
                 try:
                     ready.put(item, timeout=0.1)
@@ -141,9 +137,9 @@ class Loader:
                 for step in self._steps(first, last, pool):
                     if stopped.is_set():
                         return
-                    put(step)
+                    offer(step)
             except BaseException as error:
-                put(error)
+                offer(error)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -158,12 +154,12 @@ class Loader:
             stopped.set()
 
     def read(self, step: int) -> list[MicroBatch]:
-        """This process's micro-batches of one step."""
+        """This rank's micro-batches of one step."""
         with ThreadPoolExecutor(1) as pool:
             return next(self._steps(step, step + 1, pool))
 
     def describe(self, sample: Sample) -> dict[str, Any]:
-        """Where a sample comes from: its shard, row, position in the run and picture."""
+        """Where a sample comes from: its shard, row, position in the run and image."""
         source = self._reader(sample.shard).meta(sample.row).get("source")
         shard = self._index.shards[sample.shard].name
         return {"shard": shard, "row": sample.row, "position": sample.position, "source": source}
@@ -200,7 +196,7 @@ class Loader:
         return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(sample.row))
 
     def _mask(self, reader: ShardReader, row: int, bucket: Bucket) -> torch.Tensor:
-        """The mask of a sample; one without is trained on as a whole."""
+        """The mask of a sample; one without is 1 everywhere."""
         mask = reader.mask(row)
         if mask is None:
             return torch.ones(bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN)

@@ -1,13 +1,8 @@
-"""Which samples an evaluation sees, and in which forward passes. Pure, no torch.
-
-The samples lie at even distances over all shards, sorted by bucket, so that every bucket and source has its
-share. Each is seen once. A pass is of one bucket and as wide as the processes' micro-batches together; the
-last one of a bucket is filled up with repeats, which do not count, so that all processes make the same
-passes of the same shapes.
-"""
+"""Which samples a global batch and a validation pass hold. Pure, no torch."""
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,43 +13,6 @@ from numpy.typing import NDArray
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
-
-
-class ValidationOrder:
-    """At most `most` samples of `index`, in passes of `width`.
-
-    The samples are the same whatever the width, and so are their positions, 0 to `count` - 1; repeats have
-    the position `count`.
-    """
-
-    def __init__(self, index: Index, most: int, width: int) -> None:
-        shards = sorted(range(len(index.shards)), key=lambda n: (index.shards[n].bucket, n))
-        ends = np.cumsum([index.shards[number].samples for number in shards])
-        self.count = min(most, index.samples)
-        """Samples that count."""
-        chosen: dict[Bucket, list[Sample]] = {}
-        for position in range(self.count):
-            place = position * index.samples // self.count
-            at = int(np.searchsorted(ends, place, side="right"))
-            shard = index.shards[shards[at]]
-            row = place - int(ends[at]) + shard.samples
-            chosen.setdefault(shard.bucket, []).append(Sample(shards[at], row, position))
-        self._passes: list[tuple[Bucket, list[Sample]]] = []
-        for bucket, samples in chosen.items():
-            samples += -len(samples) % width * [replace(samples[0], position=self.count)]
-            self._passes += [
-                (bucket, samples[start : start + width]) for start in range(0, len(samples), width)
-            ]
-
-    def __len__(self) -> int:
-        """Passes."""
-        return len(self._passes)
-
-    def batch(self, step: int, places: slice = slice(None)) -> tuple[Bucket, list[Sample]]:
-        """Bucket and samples of a pass, as `Order.batch` gives them of a global batch."""
-        bucket, samples = self._passes[step]
-        return bucket, samples[places]
-
 
 Indices = NDArray[np.int64]
 _STREAM = 1  # keeps these random streams apart from those of data/loader.py
@@ -90,7 +48,9 @@ class _Line:
 class Order:
     """The sequence of global batches of one data set.
 
-    `weights` gives the weight of each source; those that are not in it have 1.
+    `weights` gives the weight of each source; those that are not in it have 1. A bucket that does not fill a
+    global batch of its own, beside others, is served in so many of the epochs that its samples count
+    like all others.
     """
 
     def __init__(
@@ -112,55 +72,99 @@ class Order:
         columns = {bucket: np.array(rows).T for bucket, rows in sorted(members.items())}
         self._lines = [_Line(c[0], c[1], c[2], int(c[2].sum())) for c in columns.values()]
         self._buckets = list(columns)
-        counts = [-(-line.total // global_batch) for line in self._lines]
-        self._counts = np.array(counts, dtype=np.int64)
-        self.batches = dict(zip(self._buckets, counts, strict=True))
-        """Global batches of each bucket in an epoch."""
-        self.steps_per_epoch = sum(counts)
-        self._blocks = -(-self.steps_per_epoch // _BLOCK)
+        totals = np.array([line.total for line in self._lines], dtype=np.int64)
+        small = (totals < global_batch) & (len(totals) > 1)
+        self._counts = np.where(small, 0, -(-totals // global_batch))
+        """Global batches of each bucket in every epoch."""
+        self._small = np.where(small, totals, 0)
+        """Samples of each bucket that does not fill one."""
+        # They take turns: their samples laid end to end, from a random place on.
+        word = int(np.random.Philox(np.random.SeedSequence((_STREAM, seed))).random_raw())
+        self._phase = (word % global_batch + np.cumsum(self._small) - self._small) % global_batch
+        self.batches: dict[Bucket, float] = {
+            bucket: int(count) or int(samples) / global_batch
+            for bucket, count, samples in zip(self._buckets, self._counts, self._small, strict=True)
+        }
+        """Global batches of each bucket in an epoch, on average."""
+        self.steps_per_epoch: float = sum(self.batches.values())
+        """On average."""
+        self._block_steps = _BLOCK
         # Caches only: each value is a function of its arguments.
+        self._epoch_of = lru_cache(4)(self._find_epoch)
+        self._blocks_of = lru_cache(2)(self._blocks)
         self._turns_of = lru_cache(2)(self._turns)
-        self._shards_of = lru_cache(2 * len(counts))(self._shuffled_shards)
+        self._shards_of = lru_cache(2 * len(totals))(self._shuffled_shards)
         self._window_of = lru_cache(_WINDOWS)(self._shuffled_window)
 
     def repeated(self, bucket: Bucket) -> int:
         """Places of `bucket` in an epoch that repeat a sample to fill the last batch."""
-        line = self._lines[self._buckets.index(bucket)]
-        return self.batches[bucket] * self._global_batch - line.total
+        number = self._buckets.index(bucket)
+        places = int(self._counts[number]) * self._global_batch
+        return max(0, places - self._lines[number].total)
+
+    def warnings(self) -> list[str]:
+        """What a user should know of buckets that do not fill a global batch, for people."""
+        total = sum(line.total for line in self._lines)
+        return [
+            f"bucket {bucket} has {samples} of {total} samples ({samples / total:.1%}), and "
+            f"batch.global_size is {self._global_batch}: it is served in one of "
+            f"{self._global_batch / samples:.3g} epochs, so that its images count like all others"
+            for bucket, samples in zip(self._buckets, self._small.tolist(), strict=True)
+            if samples
+        ]
 
     def batch(self, step: int, places: slice = slice(None)) -> tuple[Bucket, list[Sample]]:
         """The bucket and the samples of global batch `step` (from 0), in the order of the lanes.
 
         `places` restricts the samples to a part of the batch.
         """
-        epoch, place = divmod(step, self.steps_per_epoch)
-        number, batch = self._turn(epoch, place)
+        epoch = self._epoch_of(step)
+        number, batch = self._turn(epoch, step - self.first_step(epoch))
+        lanes = range(self._global_batch)[places]
+        if self._small[number]:  # a sequence without end, of which an epoch takes a batch or none
+            first = (int(self._done(epoch)[number]) + batch) * self._global_batch
+            at = [divmod(first + lane, self._lines[number].total) for lane in lanes]
+        else:
+            at = [(epoch, lane * int(self._counts[number]) + batch) for lane in lanes]
         first = step * self._global_batch
         return self._buckets[number], [
-            Sample(
-                *self._sample(epoch, number, lane * int(self._counts[number]) + batch), first + lane
-            )
-            for lane in range(self._global_batch)[places]
+            Sample(*self._sample(turn, number, place), first + lane)
+            for lane, (turn, place) in zip(lanes, at, strict=True)
         ]
 
-    def _turn(self, epoch: int, place: int) -> tuple[int, int]:
-        """The bucket of an epoch's step, and which of its batches it is."""
-        block = place * self._blocks // self.steps_per_epoch
-        while self._block_start(block) > place:
-            block -= 1
-        while self._block_start(block + 1) <= place:
-            block += 1
-        buckets, batches = self._turns_of(epoch, block)
-        at = place - self._block_start(block)
-        return int(buckets[at]), int(batches[at])
+    def _done(self, epoch: int) -> Indices:
+        """Global batches of each bucket before an epoch."""
+        small: Indices = (epoch * self._small + self._phase) // self._global_batch
+        return epoch * self._counts + small
 
-    def _block_start(self, block: int) -> int:
-        return int((block * self._counts // self._blocks).sum())
+    def first_step(self, epoch: int) -> int:
+        """The step with which an epoch starts; a short one may have none."""
+        return int(self._done(epoch).sum())
+
+    def _find_epoch(self, step: int) -> int:
+        """The epoch of a step; epochs without a step are passed over."""
+        most = int((step + len(self._small) + 1) / self.steps_per_epoch) + 2
+        return bisect.bisect_right(range(most), step, key=self.first_step) - 1
+
+    def _blocks(self, epoch: int) -> Indices:
+        """Global batches of each bucket before every block of an epoch, and at its end."""
+        counts = self._done(epoch + 1) - self._done(epoch)
+        blocks = -(-int(counts.sum()) // self._block_steps)
+        ends: Indices = np.arange(blocks + 1)[:, None] * counts // blocks
+        return ends
+
+    def _turn(self, epoch: int, place: int) -> tuple[int, int]:
+        """The bucket of an epoch's step, and which of its batches in the epoch it is."""
+        starts = self._blocks_of(epoch).sum(axis=1)
+        block = int(np.searchsorted(starts, place, side="right")) - 1
+        buckets, batches = self._turns_of(epoch, block)
+        at = place - int(starts[block])
+        return int(buckets[at]), int(batches[at])
 
     def _turns(self, epoch: int, block: int) -> tuple[Indices, Indices]:
         """Bucket and batch of every step of a block."""
-        done = block * self._counts // self._blocks
-        counts = (block + 1) * self._counts // self._blocks - done
+        done, end = self._blocks_of(epoch)[block : block + 2]
+        counts = end - done
         turns = np.repeat(np.arange(len(counts)), counts)
         key = (self._seed, epoch, len(counts), *([block] if block else []))
         buckets = turns[_shuffled(len(turns), *key)]
@@ -205,3 +209,45 @@ def _shuffled(count: int, *key: int) -> Indices:
     """A permutation of range(count) that depends on nothing but `key`."""
     words = np.random.Philox(np.random.SeedSequence((_STREAM, *key))).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64)
+
+
+class ValidationOrder:
+    """Which samples a validation sees, and in which forward passes: at most `most` of `index`, in
+    passes of `width`.
+
+    They lie at even distances over all shards, sorted by bucket, so that every bucket and source has its
+    share. Each is seen once. A pass is of one bucket and as wide as the ranks' micro-batches together; the
+    last one of a bucket is filled with repeats, which do not count, so that all ranks make the same passes
+    of the same shapes.
+
+    The samples are the same whatever the width, and so are their positions, 0 to `count` - 1; repeats have
+    the position `count`.
+    """
+
+    def __init__(self, index: Index, most: int, width: int) -> None:
+        shards = sorted(range(len(index.shards)), key=lambda n: (index.shards[n].bucket, n))
+        ends = np.cumsum([index.shards[number].samples for number in shards])
+        self.count = min(most, index.samples)
+        """Samples that count."""
+        chosen: dict[Bucket, list[Sample]] = {}
+        for position in range(self.count):
+            place = position * index.samples // self.count
+            at = int(np.searchsorted(ends, place, side="right"))
+            shard = index.shards[shards[at]]
+            row = place - int(ends[at]) + shard.samples
+            chosen.setdefault(shard.bucket, []).append(Sample(shards[at], row, position))
+        self._passes: list[tuple[Bucket, list[Sample]]] = []
+        for bucket, samples in chosen.items():
+            samples += -len(samples) % width * [replace(samples[0], position=self.count)]
+            self._passes += [
+                (bucket, samples[start : start + width]) for start in range(0, len(samples), width)
+            ]
+
+    def __len__(self) -> int:
+        """Passes."""
+        return len(self._passes)
+
+    def batch(self, step: int, places: slice = slice(None)) -> tuple[Bucket, list[Sample]]:
+        """Bucket and samples of a pass, as `Order.batch` gives them of a global batch."""
+        bucket, samples = self._passes[step]
+        return bucket, samples[places]

@@ -5,7 +5,7 @@ Members of a sample, with the key as stem:
     latent.safetensors  `latent` [32, H/8, W/8] fp32: mean of the VAE's posterior, before patchifying
                         and normalising
     text.safetensors    `text` [512, text width]: the encoded caption, in the encoder's dtype
-    mask.safetensors    `mask` [H/16, W/16] fp32: weights of the loss, if the picture has a mask
+    mask.safetensors    `mask` [H/16, W/16] fp32: weights of the loss, if the image has a mask
     references.safetensors  `0`, `1`, ...: reference images as latents, each of its own size, if any
     json                caption, source file, bucket, and `text_key`: the sample whose text it shares
 
@@ -69,7 +69,7 @@ def write_shard(
     text_of: Callable[[str], torch.Tensor],
     source: str = "",
 ) -> Shard:
-    """Write one shard; it appears whole or not at all. `text_of` gives a caption's [512, D]."""
+    """Write one shard, atomically. `text_of` gives a caption's [512, D]."""
     with atomic_path(path) as partial:
         with partial.open("wb") as stream:
             facts = _write_tar(stream, bucket, records, text_of)
@@ -253,30 +253,22 @@ def tensors_in(content: memoryview) -> dict[str, torch.Tensor]:
 
 
 def read_conditioning(folder: str, index: Index) -> dict[str, torch.Tensor]:
-    """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards.
-
-    Raises:
-        UserError: the file is out of reach, or not the one that was written with the shards.
-    """
+    """`latent_mean`, `latent_std` [128] fp32 and `empty_text` [512, text width] of a folder of shards."""
 
     def check(data: memoryview) -> None:
-        if index.conditioning.xxh3 and whole_part(data) != index.conditioning:
+        if index.conditioning.xxh3 and full_part(data) != index.conditioning:
             raise DamagedError(f"it is not what {INDEX_NAME} says")
 
     return tensors_in(Blob(join(folder, CONDITIONING_NAME)).view(check))
 
 
-def whole_part(data: bytes | memoryview) -> Part:
+def full_part(data: bytes | memoryview) -> Part:
     """All of a file with this content."""
     return Part(0, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def read_prompts(folder: str, prompts: Sequence[str]) -> list[torch.Tensor]:
-    """The encoded preview prompts of a folder of shards, [512, text width] each.
-
-    Raises:
-        UserError: the file is out of reach or damaged.
-    """
+    """The encoded preview prompts of a folder of shards, [512, text width] each."""
     path = join(folder, PROMPTS_NAME)
     try:
         known = tensors_in(Blob(path).view())

@@ -1,4 +1,4 @@
-"""Bytes of files on a local disk or under a URL, whole or in part. No torch.
+"""Read files, or parts of them, on a local disk or under a URL. No torch.
 
 URLs are read through fsspec: http(s)://, s3://, gs://, hf:// and whatever else is installed. A read that
 fails is tried again with growing pauses, because stores and networks come back; what will not come
@@ -49,11 +49,7 @@ class Blob:
         return bytes(self.view())
 
     def view(self, check: Callable[[memoryview], None] = lambda _: None) -> memoryview:
-        """The bytes, after `check`, which raises `DamagedError` if they are wrong.
-
-        Raises:
-            UserError: the file stays out of reach, is too short or damaged.
-        """
+        """The bytes, after `check`, which raises `DamagedError` if they are wrong."""
 
         def checked() -> memoryview:
             data = memoryview(self._fetch()) if is_url(self.location) else self._load()
@@ -90,16 +86,16 @@ class Blob:
                 part["raise_for_status"] = self._check_part
         data: bytes = system.cat_file(path, **part)
         if self.size is not None and len(data) > self.size:
-            raise self._whole_file()  # other stores give no answer to look at before the bytes
+            raise self._no_ranges()  # other stores give no answer to look at before the bytes
         return data
 
     async def _check_part(self, response: Any) -> None:
         """Look at the answer to a request for a part before its body is read; aiohttp calls this."""
         if response.status == 200 and (self.offset or response.content_length != self.size):
             response.close()
-            raise self._whole_file()
+            raise self._no_ranges()
 
-    def _whole_file(self) -> UserError:
+    def _no_ranges(self) -> UserError:
         return UserError(
             f"{self.location}: asked for {self.size} bytes, its server sends the whole file: it does "
             "not serve parts of files (HTTP range requests). Use one that does, such as nginx."
@@ -107,11 +103,7 @@ class Blob:
 
 
 def file_system(location: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it. Trying again and again is left to us.
-
-    Raises:
-        UserError: no such kind of store, or one whose package is not installed.
-    """
+    """fsspec's file system for a URL, and the path in it. Trying again and again is left to us."""
     options: dict[str, Any] = {}
     if location.startswith("s3://"):
         options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -136,11 +128,7 @@ def join(folder: str, name: str) -> str:
 
 
 def tried_again(location: str, read: Callable[[], Value]) -> Value:
-    """The value of `read`, which may fail for a while.
-
-    Raises:
-        UserError: naming the location and the cause; an `OutageError` if it may pass.
-    """
+    """The value of `read`, which may fail for a while."""
     for pause in (*PAUSES_S, None):
         try:
             return read()

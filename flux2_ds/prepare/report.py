@@ -15,9 +15,10 @@ from PIL import Image
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import Recipe
+from flux2_ds.data.dataset import build_order
 from flux2_ds.data.images import contact_sheet
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
-from flux2_ds.data.shards import tensors_in, whole_part
+from flux2_ds.data.shards import tensors_in, full_part
 from flux2_ds.prepare.folder import CONTENTS_NAME
 from flux2_ds.prepare.images import decode
 from flux2_ds.prepare.manifest import Manifest, indexed_shards
@@ -55,7 +56,7 @@ def finish(
         contents["model"],
         contents["settings"],
         indexed_shards([*plan.manifests, *written], plan.comparison.dropped),
-        whole_part(conditioning),
+        full_part(conditioning),
         str(tensors_in(memoryview(conditioning))["empty_text"].dtype).removeprefix("torch."),
     )
     if not index.samples:
@@ -64,7 +65,8 @@ def finish(
     images = [*plan.comparison.kept, *plan.images]
     images = [each for each in images if each.image.name not in plan.skipped.reasons]
     images.sort(key=lambda each: each.image.name)
-    report = Report(index, plan, images, encoded, long_captions, seconds)
+    warnings = build_order(recipe, index.part(held_out=False)).warnings()
+    report = Report(index, plan, images, encoded, long_captions, seconds, warnings)
     summary = report.summary()
     values = json.dumps(report.values(), indent=1, ensure_ascii=False)
     atomic_write_text(folder / REPORT_NAME, values + "\n")
@@ -84,6 +86,7 @@ class Report:
     encoded: int
     long_captions: dict[str, int]
     seconds: float
+    warnings: list[str]
 
     @property
     def dropped(self) -> int:
@@ -105,6 +108,7 @@ class Report:
             "with_mask": sum(each.image.mask is not None for each in images),
             "with_references": sum(bool(each.image.references) for each in images),
             "captions": len({each.caption for each in images}),
+            "warnings": self.warnings,
             "captions_cut": self.long_captions,
             "cropped_much": cropped_much(images),
             "skipped": self.plan.skipped.reasons,
@@ -119,6 +123,7 @@ class Report:
             f"{self.encoded} encoded, {self.dropped} dropped because their image is gone or changed",
             f"{index.part(held_out=True).samples} of them held out for validation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
+            *self.warnings,
         ]
         if cropped := cropped_much(self.images):
             lost = [f"{name} ({lost:.0%})" for name, lost in cropped.items()]

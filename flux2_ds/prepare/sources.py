@@ -45,11 +45,7 @@ def find_images(
     """All images of all sources, sorted by source and name.
 
     `scratch` keeps what was found in tars, so that a second start does not read them again. Folders
-    in `apart` are not searched where they lie within a source.
-
-    Raises:
-        UserError: a source that is missing, unreadable or without images, or a bad name.
-    """
+    in `apart` are not searched where they lie within a source."""
     sources = {DEFAULT_SOURCE: images} if isinstance(images, str) else images
     if not sources:
         raise UserError("data.images is empty. Give the folder of your images.")

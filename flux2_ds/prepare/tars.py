@@ -37,11 +37,7 @@ from flux2_ds.run.atomic import atomic_write_text
 
 
 def expand(pattern: str) -> list[str]:
-    """The tars that a name with {000..099} or * stands for; a store must list its files for *.
-
-    Raises:
-        UserError: a file on disk that does not exist, or nothing of such a name.
-    """
+    """The tars that a name with {000..099} or * stands for; a store must list its files for *."""
     found: list[str] = []
     for name in braceexpand.braceexpand(pattern):
         matches = [name]
@@ -63,11 +59,7 @@ def _listed(name: str) -> list[str]:
 
 
 def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[SourceImage]:
-    """The images of one tar with their captions.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The images of one tar with their captions."""
     stamp = _stamp(location)
     name = hashlib.sha256(f"{location}|{stamp}|{caption_column}".encode()).hexdigest()[:24]
     note = scratch / f"{name}.json"
@@ -136,11 +128,7 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """The next member.
-
-        Raises:
-            ReadError: there is neither a member nor the archive's end.
-        """
+        """The next member."""
         try:
             return super().fromtarfile(tarfile)
         except EOFHeaderError:

@@ -89,21 +89,23 @@ def log_plan(inputs: Inputs) -> None:
     for line in [f"variant    {inputs.spec}", *plan.lines(inputs.spec)]:
         log.info(line)
     log.info(
-        "data       %d samples in %d shards, %d steps an epoch",
+        "data       %d samples in %d shards, %s steps an epoch",
         index.samples,
         len(index.shards),
-        order.steps_per_epoch,
+        round(order.steps_per_epoch, 2),
     )
     for line in mask_and_reference_lines(plan.recipe, index):
         log.info("           %s", line)
     for bucket, count in index.bucket_counts().items():
         repeated = order.repeated(bucket)
         log.info(
-            "  %-10s %d samples, %d batches an epoch%s",
+            "  %-10s %d samples, %s batches an epoch%s",
             bucket,
             count,
-            order.batches[bucket],
+            round(order.batches[bucket], 2),
             f", {repeated} places repeat a sample" if repeated else "",
         )
+    for line in order.warnings():
+        log.warning(line)
     if inputs.held_out.samples:
         log.info("held out   %d samples", inputs.held_out.samples)

@@ -52,7 +52,7 @@ class Progress:
         nonfinite: NonFinite,
         *,
         first_step: int,
-        steps_per_epoch: int,
+        steps_per_epoch: float,
     ) -> None:
         self._engine, self._recipe, self._process = engine, recipe, process
         self._metrics, self._nonfinite = metrics, nonfinite

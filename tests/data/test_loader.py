@@ -100,7 +100,7 @@ def test_batch_holds_the_samples_of_the_order(prepared):
     _, index = prepared
     order = Order(index, GLOBAL_BATCH, SEED, window=2)
     first_number = [1, 6, 10]  # of each shard
-    for step in range(order.steps_per_epoch):
+    for step in range(order.first_step(1)):
         bucket, samples = order.batch(step)
         (batch,) = make_loader(prepared).read(step)
         assert (batch.bucket, batch.samples) == (bucket, samples)
@@ -136,7 +136,7 @@ def test_starting_at_a_step_equals_skipping_to_it(prepared):
 
 def test_more_shards_and_texts_than_are_kept(prepared, monkeypatch):
     plain = [make_loader(prepared).read(step) for step in range(8)]
-    monkeypatch.setattr("flux2_ds.data.loader._READERS_KEPT", 1)
+    monkeypatch.setattr("flux2_ds.data.loader._OPEN_SHARDS", 1)
     monkeypatch.setattr("flux2_ds.data.loader._TEXTS_KEPT", 1)
     for few, many in zip(make_loader(prepared).steps(0, 8), plain, strict=True):
         assert_same(few, many)

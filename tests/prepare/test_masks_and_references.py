@@ -231,7 +231,7 @@ def index_with(*shards: tuple[int, str]) -> Index:
     ("micro", "masked", "shards", "message"),
     [
         (2, True, [(0, ""), (1, "")], None),
-        (2, True, [(0, ""), (0, "")], r"objective\.masked_loss is true, but no picture"),
+        (2, True, [(0, ""), (0, "")], r"objective\.masked_loss is true, but no image"),
         (2, False, [(0, "64x64"), (0, "64x64")], None),
         (1, False, [(0, "64x64"), (0, "several")], None),
         (2, False, [(0, "64x64"), (0, "")], r"batch\.micro_size is 2. Set it to 1"),
@@ -251,7 +251,7 @@ def test_what_cannot_be_trained_on_is_refused(
 
 def test_held_out_references_that_differ_are_refused() -> None:
     held_out = index_with((0, "64x64"), (0, ""))
-    with pytest.raises(UserError, match="the held-out pictures of bucket 96x64"):
+    with pytest.raises(UserError, match="the held-out images of bucket 96x64"):
         check_masks_and_references(recipe_with(2, masked=False), index_with((0, "")), held_out)
 
 
