@@ -18,7 +18,7 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import build_order
 from flux2_ds.data.images import contact_sheet
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
-from flux2_ds.data.shards import tensors_in, full_part
+from flux2_ds.data.shards import full_part, tensors_in
 from flux2_ds.prepare.folder import CONTENTS_NAME
 from flux2_ds.prepare.images import decode
 from flux2_ds.prepare.manifest import Manifest, indexed_shards
