@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all of the run."""
+    """This process in the run."""
 
     rank: int
     world_size: int
@@ -37,9 +37,8 @@ class Process:
 def init_process_group(accelerator: Literal["cuda", "cpu"]) -> Process:
     """Join the process group that the launcher's environment describes; alone without one.
 
-    Raises:
-        UserError: another accelerator, or an environment that cannot be.
-        OutageError: this first process cannot listen where the others would meet it.
+    Refuses another accelerator and variables that cannot be. An `OutageError` says that this rank 0
+    cannot listen where the others would meet it.
     """
     found = get_accelerator().device_name()
     if found != accelerator:
@@ -107,21 +106,21 @@ def _address_explained(ranks: Ranks | None) -> Iterator[None]:
     try:
         yield
     except distributed.DistNetworkError as error:
-        if ranks is None or ranks.rank:  # that the first one cannot be reached has a cause there
+        if ranks is None or ranks.rank:  # that rank 0 cannot be reached has a cause there
             raise
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         raise OutageError(
             f"the processes cannot meet at {address}, port {port}, by the environment variables MASTER_ADDR "
-            f"and MASTER_PORT ({str(error).splitlines()[0]}). They must name this machine, on which the "
-            "first process runs, and a port that nothing else uses."
+            f"and MASTER_PORT ({str(error).splitlines()[0]}). They must name this machine, on which rank 0 "
+            "runs, and a port that nothing else uses."
         ) from error
 
 
 def barrier() -> None:
     """Wait for all processes."""
     # Without a device torch warns, where DeepSpeed has bound none to the group: with one process.
-    on_card = distributed.get_backend() == "nccl"
-    distributed.barrier(device_ids=[torch.cuda.current_device()] if on_card else None)
+    on_cuda = distributed.get_backend() == "nccl"
+    distributed.barrier(device_ids=[torch.cuda.current_device()] if on_cuda else None)
 
 
 def destroy_process_group() -> None:
@@ -134,10 +133,10 @@ def destroy_process_group() -> None:
 
 
 def any_rank(flag: Callable[[], bool], device: torch.device) -> Callable[[], bool]:
-    """A function that says whether the flag is up in any process. Collective.
+    """Return a function that says whether the flag is up in any rank. Collective.
 
-    One alone looks at its flag when that is called. Several have looked now; what the device is given meanwhile
-    is not waited for.
+    Several ranks read their flags now, and the device goes on meanwhile; one alone reads its flag when
+    the function is called.
     """
     if distributed.get_world_size() == 1:
         return flag
@@ -148,18 +147,18 @@ def any_rank(flag: Callable[[], bool], device: torch.device) -> Callable[[], boo
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes. Collective."""
+    """Sum over all ranks. Collective."""
     distributed.all_reduce(value, op=distributed.ReduceOp.SUM)
     return value
 
 
 def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
-    """Mean over all processes. Collective."""
+    """Mean over all ranks. Collective."""
     return all_reduce_sum(value) / distributed.get_world_size()
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each process gives, by rank, in all of them. Collective."""
+    """What each rank gives, by rank, in all of them. Collective."""
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
@@ -173,7 +172,7 @@ def broadcast_object(value: Value | None) -> Value:
 
 
 def broadcast_from_rank0(value: int, device: torch.device) -> int:
-    """The first process's value, in all of them. Collective."""
+    """Rank 0's value, in all ranks. Collective."""
     tensor = torch.tensor(value, device=device)
     distributed.broadcast(tensor, src=0)
     return int(tensor)
@@ -182,8 +181,8 @@ def broadcast_from_rank0(value: int, device: torch.device) -> int:
 class AsyncScalar:
     """A number on its way from the device to the host.
 
-    `float()` waits until it is there. A tensor's own would wait for all that has been queued on the device
-    by then, such as the next step.
+    `float()` waits until it is there. That of a tensor would wait for all that has been queued on the
+    device by then, such as the next step.
     """
 
     def __init__(self, value: torch.Tensor | float) -> None:

@@ -96,27 +96,34 @@ def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
 
 
 def verify(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        files = {
-            name: (int(facts["bytes"]), str(facts["sha256"]))
-            for name, facts in checkpoint.state()["files"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{STATE_NAME} cannot be read ({error!r})"
+    """What is wrong with a checkpoint's files, or None. Refuses files that are there and cannot be read."""
 
     def damage(name: str) -> str | None:
-        (size, sha256), file = files[name], checkpoint.path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != sha256:
+        facts, file = files[name], checkpoint.path / name
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if _sha256(file) != facts["sha256"]:
             return f"{name} does not have its sha256"
         return None
 
-    with ThreadPoolExecutor(_READERS) as readers:  # the other ranks wait
-        return next(filter(None, readers.map(damage, files)), None)
+    try:
+        state = checkpoint.state()
+        if state.pop("sha256") != _digest(state):
+            return f"{STATE_NAME} does not have its sha256"
+        if state["step"] != checkpoint.step:
+            return f"{STATE_NAME} is of step {state['step']}"
+        files = state["files"]
+        with ThreadPoolExecutor(_READERS) as readers:  # the other ranks wait
+            return next(filter(None, readers.map(damage, files)), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}). Correct its owner or its disk, or give "
+            "another run_dir."
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return f"{STATE_NAME} cannot be read ({error!r})"
 
 
 def save(
@@ -186,7 +193,8 @@ def write_files(
 
 def finish(partial: Path, path: Path, state: dict[str, Any]) -> None:
     """Make a begun checkpoint visible as `path`."""
-    (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
+    state = json.loads(json.dumps(state))  # as it will be read
+    (partial / STATE_NAME).write_text(json.dumps({**state, "sha256": _digest(state)}, indent=1))
     _sync(partial / STATE_NAME)
     _sync(partial)
     if path.exists():
@@ -215,6 +223,11 @@ def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:
 
 def _kind(name: str) -> str:
     return name.removesuffix(".safetensors").split("-")[0]
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Of all fields but itself."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

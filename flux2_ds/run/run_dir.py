@@ -1,4 +1,4 @@
-"""The run directory is an interface: what is in it, and when a run may continue in it."""
+"""The run directory: what is in it, and when a run may continue in it. No torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import logging
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -18,13 +20,21 @@ from flux2_ds.config.plan import Plan
 from flux2_ds.config.recipe import Lora, Recipe, recipe_values
 from flux2_ds.config.settings import changes
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.run.atomic import PARTIAL, atomic_write_text
+from flux2_ds.run.atomic import PARTIAL, atomic_write_text, no_follow
 
 log = logging.getLogger("flux2_ds")
 
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
-_BEFORE_A_RUN = {".lock", ".launcher.lock", "stop", "logs", "deepspeed.json", "versions.json"}
+_BEFORE_A_RUN = {
+    ".lock",
+    ".launcher.lock",
+    "stop",
+    "logs",
+    "deepspeed.json",
+    "versions.json",
+    RECIPE_NAME,
+}
 """What a start that was refused or killed may leave."""
 Weights = Literal["trained", "ema"]
 """The trained weights, or their moving average."""
@@ -33,20 +43,18 @@ DOCTOR_TOKEN = ".doctor-"
 
 
 def check_run_dir(recipe: Recipe) -> None:
-    """Refuse a directory that holds another run or something else.
-
-    Raises:
-        UserError: naming the settings that differ, old and new.
-    """
+    """Refuse a directory that holds another run, naming the settings that differ; or something else."""
     run_dir = Path(recipe.run_dir)
-    if not run_dir.exists():
-        return
-    if not (run_dir / RECIPE_NAME).is_file():
-        if run_dir.is_dir() and all(
-            path.name.removesuffix(PARTIAL) in {*_BEFORE_A_RUN, RECIPE_NAME}
-            or path.name.startswith(DOCTOR_TOKEN)
-            for path in run_dir.iterdir()
-        ):
+    found = entries(run_dir)
+    for path in [*found, *entries(logs_directory(recipe)), *entries(checkpoints_directory(recipe))]:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a symbolic link, and training would write where it points. Put what it points "
+                "to in its place, or give a new run_dir."
+            )
+    names = {path.name.removesuffix(PARTIAL) for path in found}
+    if run_dir / RECIPE_NAME not in found:
+        if all(name in _BEFORE_A_RUN or name.startswith(DOCTOR_TOKEN) for name in names):
             return
         raise UserError(
             f"run_dir {run_dir} exists and is not a run of flux2-ds (no {RECIPE_NAME} in it). "
@@ -64,30 +72,38 @@ def changed_settings(recipe: Recipe) -> list[str]:
     """The settings, old and new, that make `recipe` another run than the one in its run_dir.
 
     A run without a checkpoint has trained nothing that would bind the next start.
-
-    Raises:
-        UserError: the stored recipe is damaged.
     """
     stored = Path(recipe.run_dir) / RECIPE_NAME
-    if newest_step(recipe) == 0 or not stored.is_file():
+    if newest_step(recipe) == 0 or stored not in entries(stored.parent):
         return []
-    try:
+    with _reading(stored):
         before = yaml.safe_load(stored.read_text())
         if missing := {item.name for item in fields(Recipe)} - before.keys():
             raise KeyError(min(missing))
         return changes(Recipe, before, recipe_values(recipe))
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
+
+
+@contextmanager
+def _reading(stored: Path) -> Iterator[None]:
+    """Refuse a recipe of the run's own that cannot be read or is damaged."""
+    try:
+        yield
+    except (
+        OSError,
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error
 
 
 def write_run_dir(plan: Plan) -> None:
-    """Write recipe, DeepSpeed config and versions.
-
-    Raises:
-        OutageError: the disk is full, or the directory cannot be written.
-    """
+    """Write recipe, DeepSpeed config and versions."""
     run_dir = Path(plan.recipe.run_dir)
     files = {
         "deepspeed.json": json.dumps(plan.deepspeed, indent=1) + "\n",
@@ -137,8 +153,21 @@ def checkpoints_directory(recipe: Recipe) -> Path:
 
 def checkpoint_steps(root: Path) -> dict[int, Path]:
     """Directories of complete checkpoints by step, ascending; those of other names are not ours."""
-    names = [(re.fullmatch(r"step_(\d{8,})", path.name), path) for path in root.glob("step_*")]
+    names = [(re.fullmatch(r"step_(\d{8,18})", path.name), path) for path in entries(root)]
     return dict(sorted((int(name[1]), path) for name, path in names if name))
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a directory; nothing if there is none. Refuses one that cannot be read: a run would
+    start over."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}). Correct its owner, or give another run_dir."
+        ) from error
 
 
 def existing_parent(recipe: Recipe) -> Path:
@@ -150,7 +179,7 @@ def existing_parent(recipe: Recipe) -> Path:
 
 
 def logs_directory(recipe: Recipe) -> Path:
-    """Where the processes' logs and places are; see lookout.py."""
+    """Where the logs and heartbeats of all ranks are; see watchdog.py."""
     return Path(recipe.run_dir) / "logs"
 
 
@@ -162,13 +191,10 @@ def prepare_logs_directory(recipe: Recipe) -> Path:
 def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
     """Keep other trainings out of the run directory for as long as the returned file is open.
 
-    The first training process holds the file `name`, and `flux2-ds train` one of its own, because
-    the trainer needs a while to start.
-
-    Raises:
-        UserError: another process trains in it.
+    Rank 0 holds the lock `name`, and `flux2-ds train` one of its own, because the trainer needs a while
+    to start.
     """
-    return hold(
+    return lock_file(
         Path(recipe.run_dir) / name,
         f"another process is training in run_dir {recipe.run_dir}. Wait for it, stop it, or give another "
         "run_dir.",
@@ -177,20 +203,12 @@ def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
 
 
 def trained_recipe(recipe: Recipe) -> Recipe:
-    """`recipe` with the method and adapter settings that its run was trained with.
-
-    Raises:
-        UserError: run_dir holds no run.
-    """
+    """`recipe` with the method and adapter settings that its run was trained with."""
     stored = Path(recipe.run_dir) / RECIPE_NAME
-    if not stored.is_file():
+    if stored not in entries(stored.parent):
         raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
-    try:
+    with _reading(stored):
         return as_trained(recipe, yaml.safe_load(stored.read_text()), stored)
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
-        ) from error
 
 
 def as_trained(recipe: Recipe, values: dict[str, Any], source: Path) -> Recipe:
@@ -207,20 +225,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def hold(path: Path, taken: str, unsure: str) -> IO[str]:
-    """Hold `path` for as long as the returned file is open.
+def lock_file(path: Path, taken: str, unsure: str) -> IO[str]:
+    """Lock `path` for as long as the returned file is open.
 
-    Where its file system has no locks, a warning ends with `unsure`.
-
-    Raises:
-        UserError: another process holds it; the text is `taken`. Or it cannot be written.
+    If another process has locked it, that is refused with `taken`. Where the file system has no locks,
+    a warning ends with `unsure`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = open(path, "w", opener=no_follow)  # noqa: SIM115
     except OSError as error:
         raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}). Correct its owner, or name another directory."
+            f"{path} cannot be written ({error.strerror}). Correct its owner, or name another directory."
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flux2_ds.checkpoint import manager
@@ -15,6 +16,7 @@ from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.optimizers import compatible
 from flux2_ds.errors import UserError
+from flux2_ds.run.metrics import check_metrics, metrics_digest
 from flux2_ds.run.run_dir import checkpoints_directory
 
 log = logging.getLogger("flux2_ds")
@@ -36,6 +38,7 @@ class Checkpoints:
     ) -> None:
         self._engine, self._settings, self._process = engine, recipe.checkpoint, process
         self._root, self._run_state = checkpoints_directory(recipe), run_state
+        self._run_dir = Path(recipe.run_dir)
         self._heartbeat = heartbeat
 
     def save(self, step: int, *, last: bool) -> None:
@@ -58,7 +61,11 @@ class Checkpoints:
                 self._root,
                 step,
                 lambda: map(followed, state.tensor_shards()),
-                {**self._run_state, **state.counters()},
+                {
+                    **self._run_state,
+                    **state.counters(),
+                    "metrics": metrics_digest(self._run_dir) if self._process.is_rank0 else None,
+                },
                 self._process,
                 sharded=state.sharded,
             )
@@ -102,6 +109,8 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
             "file system that all hosts share."
         )
     state = chosen.state()
+    if process.is_rank0:
+        check_metrics(Path(recipe.run_dir), state["metrics"])
     before = state["recipe"]["optimizer"]["name"]
     if not compatible(before, recipe.optimizer.name):
         raise UserError(

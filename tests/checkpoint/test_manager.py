@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def flip_a_byte(path: Path) -> None:
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
+
+
+def change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def steps_left(root: Path) -> list[int]:
@@ -128,9 +133,13 @@ DAMAGES = [
     ("weights.safetensors", cut, "bytes instead of"),
     *((f"{kind}.safetensors", flip_a_byte, "sha256") for kind in KINDS),
     ("weights.safetensors", Path.unlink, "is missing"),
-    ("state.json", Path.unlink, "cannot be read"),
+    ("state.json", Path.unlink, "is missing"),
     ("state.json", cut, "cannot be read"),
     ("state.json", lambda path: path.write_text("{}"), "cannot be read"),
+    ("state.json", lambda path: path.write_text("[" * 10000), "cannot be read"),
+    ("state.json", lambda path: change(path, updates=31), "sha256"),
+    ("state.json", lambda path: change(path, files={}), "sha256"),
+    ("state.json", lambda path: change(path, sha256=0), "sha256"),
 ]
 
 
@@ -142,6 +151,23 @@ def test_damage_is_said_and_the_one_before_is_used(tmp_path, name, damage, reaso
     assert (found.step, list(damaged)) == (20, [last])
     assert name in damaged[last]
     assert reason in damaged[last]
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path, save):
+    *_, last = save(tmp_path, 10, 20)
+    last.rename(tmp_path / "step_00000030")
+    found, damaged = checkpoint.newest(tmp_path)
+    assert (found.step, list(damaged.values())) == (10, ["state.json is of step 20"])
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors"])
+def test_a_file_that_cannot_be_read_is_not_passed_over(tmp_path, name, save):
+    """The checkpoint may be good; going on from the one before would lose it."""
+    *_, last = save(tmp_path, 10, 20)
+    (last / name).unlink()
+    (last / name).symlink_to(name)  # a loop
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        checkpoint.newest(tmp_path)
 
 
 def test_a_damaged_checkpoint_that_is_set_aside_is_kept_and_not_counted(tmp_path, save):

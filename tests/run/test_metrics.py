@@ -1,22 +1,31 @@
-"""Metrics on disk, the picture of the loss, and Weights & Biases without a network."""
+"""Metrics on disk, the plot of the loss, and Weights & Biases without a network."""
 
 import json
 import logging
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import wandb
 from PIL import Image
 
 from flux2_ds.errors import UserError
-from flux2_ds.run.metrics import METRICS_NAME, Metrics, check_wandb, draw_loss, read_metrics
+from flux2_ds.run import metrics as metrics_module
+from flux2_ds.run.metrics import (
+    METRICS_NAME,
+    Metrics,
+    check_metrics,
+    check_wandb,
+    draw_loss,
+    metrics_digest,
+    read_metrics,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -158,63 +167,135 @@ def test_loss_of_a_run_without_steps_is_drawn(run_dir, count):
     assert draw(run_dir, [1.0] * count).shape[1] > 400
 
 
-def test_online_without_a_key_stays_offline_and_says_so(run_dir, caplog):
-    with caplog.at_level(logging.WARNING, logger="flux2_ds"):
-        metrics = start(run_dir, mode="online")
-    assert "stays offline" in caplog.text
+def saved_by_wandb(run_dir: Path) -> bytes:
+    """What W&B has written down, of all starts."""
+    return b"".join(path.read_bytes() for path in sorted(run_dir.glob("wandb/*/*.wandb")))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variable", "message"),
+    [
+        ("online", None, "no W&B API key is set"),
+        ("online", "offline", "W&B is offline by the environment variable WANDB_MODE"),
+        ("offline", "online", ""),
+    ],
+)
+def test_wandb_that_is_not_online_keeps_everything(
+    run_dir, caplog, monkeypatch, recipe, variable, message
+):
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    image = run_dir / "0.png"
+    Image.new("RGB", (16, 8)).save(image)
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        metrics = start(run_dir, mode=recipe)
+        record(metrics, 10)
+        metrics.show(10, [("a cat on a mat", image)])
+        metrics.close()
+    assert message in caplog.text
+    assert "W&B failed" not in caplog.text
+    assert steps_in(run_dir) == [10]
+    (copy,) = run_dir.glob("wandb/offline-run-*/files/media/images/*.png")
+    assert copy.read_bytes() == image.read_bytes()
+    saved = saved_by_wandb(run_dir)
+    for text in (b"optimizer_step", b"64x64", b"a cat on a mat"):
+        assert text in saved
+    assert b"gradient_norm" not in saved  # None
+
+
+def test_wandb_mode_may_disable_it(run_dir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    metrics = start(run_dir, mode="online")
     record(metrics, 10)
     metrics.close()
-    assert list((run_dir / "wandb").glob("offline-run-*"))
     assert steps_in(run_dir) == [10]
+    assert saved_by_wandb(run_dir) == b""
 
 
-@pytest.mark.parametrize("kind", ["CommError", "UsageError", "AuthenticationError"])
-def test_wandb_that_does_not_start_leaves_the_run_offline(run_dir, caplog, monkeypatch, kind):
+class Refuses(BaseHTTPRequestHandler):
+    """A W&B server that does not know the key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("answer", ["none", "401"])
+def test_wandb_that_cannot_be_reached_stays_offline_and_ends_no_run(
+    run_dir, caplog, monkeypatch, refusing_server, answer
+):
+    monkeypatch.setattr(metrics_module, "_START", 3.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    modes = []
-    init = wandb.init
+    if answer == "401":
+        monkeypatch.setenv("WANDB_BASE_URL", refusing_server)
+    for resumed_at in (0, 10):
+        metrics = start(run_dir, "online", resumed_at)
+        record(metrics, resumed_at + 10)
+        metrics.close()
+    assert caplog.text.count("W&B cannot be reached") == 2
+    assert "W&B failed" not in caplog.text
+    assert steps_in(run_dir) == [10, 20]
+    identity = (run_dir / "wandb_id").read_text()
+    assert len(list(run_dir.glob(f"wandb/offline-run-*-{identity}"))) == 2
+    assert b"64x64" in saved_by_wandb(run_dir)
 
-    def refused_online(**arguments: object) -> object:
-        modes.append(arguments["mode"])
-        if arguments["mode"] == "online":
-            raise getattr(wandb.errors, kind)("no route to host")
-        return init(**{**arguments, "mode": "disabled"})
 
-    monkeypatch.setattr(wandb, "init", refused_online)
-    with caplog.at_level(logging.WARNING, logger="flux2_ds"):
-        metrics = start(run_dir, mode="online")
-    record(metrics, 10)
+def test_a_wandb_that_fails_in_any_other_way_ends_no_run(run_dir, caplog, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    (run_dir / "wandb_id").write_text("no/id at all")
+    metrics = start(run_dir, "offline", resumed_at=10)
+    record(metrics, 20)
     metrics.close()
-    assert modes == ["online", "offline"]
-    assert "no route to host" in caplog.text
-    assert steps_in(run_dir) == [10]
+    assert caplog.text.count("W&B failed") == 1
+    assert steps_in(run_dir) == [20]
 
 
-def test_wandb_is_told_the_step_as_a_value(run_dir, monkeypatch):
-    run = Mock()
-    monkeypatch.setattr(wandb, "init", lambda **arguments: run)
-    metrics = start(run_dir, mode="offline")
-    record(metrics, 10, loss=0.5)
-    metrics.close()
-    run.define_metric.assert_called_once_with("*", step_metric="optimizer_step")
-    run.log.assert_called_once_with({"optimizer_step": 10, "loss": 0.5, "bucket": "64x64"})
+SERVICE_IS_LOST = """\
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+from flux2_ds.run import metrics
+metrics._FINISH, metrics._MARGIN = 2.0, 1.0
+m = metrics.Metrics(Path(sys.argv[1]), mode="offline", project="p", config={}, resumed_at=0)
+m.write(10, {"loss": 1.0})
+while not list(Path(sys.argv[1]).glob("wandb/*/*.wandb")):
+    time.sleep(0.05)
+time.sleep(0.5)
+for child in psutil.Process().children():
+    child.send_signal(getattr(signal, sys.argv[2]))
+for step in range(20, 200, 10):
+    m.write(step, {"loss": 1.0})
+m.close()
+"""
 
 
-def test_wandb_is_given_pictures_with_their_captions(run_dir, monkeypatch):
-    run = Mock()
-    monkeypatch.setattr(wandb, "init", lambda **arguments: run)
-    Image.new("RGB", (16, 8)).save(run_dir / "0.png")
-    start(run_dir, "offline").show(30, [("a cat", run_dir / "0.png")])
-    (values,) = run.log.call_args.args
-    (picture,) = values["previews"]
-    assert values["optimizer_step"] == 30
-    assert (picture._caption, picture.image.size) == ("a cat", (16, 8))
-    start(run_dir).show(30, [("a cat", run_dir / "0.png")])  # without W&B nothing happens
+@pytest.mark.parametrize(
+    ("number", "message"), [("SIGKILL", "W&B failed"), ("SIGSTOP", "W&B does not end")]
+)
+def test_a_wandb_service_that_is_lost_later_ends_no_run(run_dir, number, message):
+    argv = [sys.executable, "-c", SERVICE_IS_LOST, str(run_dir), number]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=root, timeout=240)
+    assert done.returncode == 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert steps_in(run_dir) == list(range(10, 200, 10))
 
 
-def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(wandb, "init", lambda **arguments: Mock())
-
+def test_a_resumed_run_is_the_same_wandb_run(run_dir):
     def identity(resumed_at: int = 0) -> str:
         start(run_dir, "offline", resumed_at).close()
         return (run_dir / "wandb_id").read_text()
@@ -222,8 +303,36 @@ def test_a_resumed_run_is_the_same_wandb_run(run_dir, tmp_path, monkeypatch):
     first = identity()
     assert first
     assert identity(resumed_at=10) == first
+    assert len(list(run_dir.glob(f"wandb/offline-run-*-{first}"))) == 2
     assert identity() != first  # after a try that left no checkpoint
-    other = tmp_path / "dogs"
-    other.mkdir()
-    start(other, mode="offline").close()
-    assert (other / "wandb_id").read_text() != first
+
+
+def test_lost_records_are_said(run_dir, caplog):
+    metrics = start(run_dir)
+    record(metrics, 10, 20)
+    saved = metrics_digest(run_dir)
+    record(metrics, 30)
+    metrics.close()
+    start(run_dir, resumed_at=20).close()
+    check_metrics(run_dir, saved)
+    assert caplog.text == ""
+    path = run_dir / METRICS_NAME
+    content = path.read_text()
+    for damaged in ("", content[: len(content) // 2], content.replace("1.0", "1.5")):
+        path.write_text(damaged)
+        check_metrics(run_dir, saved)
+    path.unlink()
+    check_metrics(run_dir, saved)
+    assert caplog.text.count("metrics.jsonl is damaged: records up to the checkpoint") == 4
+
+
+def test_damaged_lines_are_said_and_passed_over(run_dir, caplog):
+    metrics = start(run_dir)
+    record(metrics, 10, 20, 30, 40)
+    metrics.close()
+    path = run_dir / METRICS_NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\xff\x00\n" + b"[1]\n" + b"[" * 10000 + b"\n" + lines[2])
+    start(run_dir, resumed_at=30).close()
+    assert steps_in(run_dir) == [10, 30]
+    assert "3 damaged lines are passed over" in caplog.text

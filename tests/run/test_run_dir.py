@@ -13,10 +13,13 @@ from flux2_ds.config.parse import load_recipe
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe
 from flux2_ds.errors import OutageError, UserError
+from flux2_ds.run.logging import open_log
 from flux2_ds.run.run_dir import (
+    changed_settings,
     check_run_dir,
     export_path,
     lock_run_dir,
+    newest_step,
     stop_file,
     trained_recipe,
     write_run_dir,
@@ -56,7 +59,7 @@ def test_new_and_empty_directories_are_accepted(tmp_path):
 
 def test_a_directory_that_cannot_be_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"file/run/.lock cannot be written \(Not a directory\)"):
         lock_run_dir(make_recipe(tmp_path / "file" / "run"))
 
 
@@ -101,9 +104,56 @@ def test_what_is_exported_is_what_was_trained(tmp_path, caplog):
 
 def test_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    for path in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(UserError, match="is not a run of flux2-ds"):
-            check_run_dir(make_recipe(path))
+    with pytest.raises(UserError, match="is not a run of flux2-ds"):
+        check_run_dir(make_recipe(tmp_path))
+    with pytest.raises(UserError, match=r"thesis.tex cannot be read \(Not a directory\)"):
+        check_run_dir(make_recipe(tmp_path / "thesis.tex"))
+
+
+def test_checkpoints_that_cannot_be_read_are_not_none(started):
+    """A run would start over."""
+    (started / "checkpoints").rename(started / "elsewhere")
+    (started / "checkpoints").touch()
+    for reads in (check_run_dir, changed_settings, newest_step):
+        with pytest.raises(UserError, match=r"checkpoints cannot be read \(Not a directory\)"):
+            reads(make_recipe(started))
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "stop", "loss.png", "recipe.yaml.partial", "logs", "logs/rank_0.log", "checkpoints",
+             "checkpoints/step_00000009", "export", "nonfinite"]
+)  # fmt: skip
+def test_links_that_would_be_written_through_are_refused(started, tmp_path, name):
+    (tmp_path / "target").mkdir()
+    if name == "checkpoints":
+        (started / "checkpoints").rename(started / "elsewhere")
+    (started / name).parent.mkdir(exist_ok=True)
+    (started / name).symlink_to(tmp_path / "target" / "file")
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        check_run_dir(make_recipe(started))
+
+
+def test_a_run_dir_may_itself_be_a_link(started, tmp_path):
+    (tmp_path / "link").symlink_to(started)
+    (started / "wandb").mkdir()
+    (started / "wandb" / "latest-run").symlink_to("run-1")  # W&B's own
+    check_run_dir(make_recipe(tmp_path / "link"))
+
+
+def test_no_link_is_followed(tmp_path):
+    """Also one that was made since the check."""
+    run_dir, target = tmp_path / "run", tmp_path / "precious"
+    (run_dir / "logs").mkdir(parents=True)
+    target.write_text("kept")
+    for name in (".lock", "recipe.yaml.partial", "versions.json.partial", "logs/rank_0.log"):
+        (run_dir / name).symlink_to(target)
+    with pytest.raises(UserError, match=r"\.lock cannot be written"):
+        lock_run_dir(make_recipe(run_dir))
+    with pytest.raises(OSError, match="symbolic links"):
+        open_log(run_dir / "logs" / "rank_0.log")
+    write_run_dir(make_plan(make_recipe(run_dir), 1))
+    assert target.read_text() == "kept"
+    assert not (run_dir / "recipe.yaml").is_symlink()
 
 
 @pytest.mark.parametrize(
