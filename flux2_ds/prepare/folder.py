@@ -10,7 +10,7 @@ from flux2_ds.config.recipe import Recipe, is_url
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.manifest import MANIFESTS, read_manifests
 from flux2_ds.run.atomic import PARTIAL, atomic_write_text
-from flux2_ds.run.run_dir import hold
+from flux2_ds.run.run_dir import lock_file
 
 CONTENTS_NAME = "content.json"
 SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "validation_fraction")
@@ -100,4 +100,4 @@ def lock_folder(folder: Path, name: str = "lock") -> IO[str]:
     to start.
     """
     taken = f"another prepare is writing data.shards {folder}. Wait for it or stop it."
-    return hold(folder / MANIFESTS / name, taken, "do not prepare twice at a time")
+    return lock_file(folder / MANIFESTS / name, taken, "do not prepare twice at a time")

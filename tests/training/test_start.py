@@ -23,6 +23,7 @@ from flux2_ds.data.dataset import check_shards
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.distributed import Process
 from flux2_ds.errors import OutageError, UserError
+from flux2_ds.run.metrics import metrics_digest
 from flux2_ds.run.run_dir import lock_run_dir
 from flux2_ds.training import checkpoints, inputs
 from flux2_ds.training.checkpoints import resume
@@ -97,6 +98,7 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
 def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
     tensor_shards = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
     state = {"updates": step - 1, "index": index.digest, "recipe": recipe_values(recipe)}
+    state["metrics"] = metrics_digest(Path(recipe.run_dir))
     return write(Path(recipe.run_dir) / "checkpoints", step, tensor_shards, state)
 
 
