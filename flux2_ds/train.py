@@ -1,6 +1,6 @@
 """Train: build the parts, then run the loop.
 
-    deepspeed --num_gpus 8 --module flux2_ds.train --config recipes/h100x8.yaml
+    deepspeed --num_gpus 8 -m flux2_ds.train --config recipes/h100x8.yaml
 
 Starting again continues from the newest checkpoint. Exit codes: 0 done, 2 something to correct in
 the recipe or the data, 75 stopped by a signal with a checkpoint saved (start again to continue).

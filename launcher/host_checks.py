@@ -14,6 +14,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -53,6 +54,7 @@ def main() -> None:
     recipe, options = parse_recipe(parser)
     findings, builds_adam = Findings(), False
     check_packages(findings, without=("wandb",) if recipe.log.wandb == "disabled" else ())
+    check_script(findings)
     check_machine(findings)
     if recipe.launch.accelerator == "cuda":
         check_gpus(findings, options.processes)
@@ -94,6 +96,20 @@ def check_packages(findings: Findings, without: tuple[str, ...] = ()) -> None:
         shown = ("python", "torch", "deepspeed", "diffusers", "transformers", "peft")
         versions = ", ".join(f"{name} {findings.facts[name]}" for name in shown)
         findings.ok("packages", versions)
+
+
+def check_script(findings: Findings) -> None:
+    """Check whether the `deepspeed` that a user types takes `-m`."""
+    beside = Path(sys.executable).with_name("deepspeed")
+    path = Path(shutil.which("deepspeed") or beside)
+    if not path.is_file():
+        findings.fail("deepspeed", f"{path} is missing", "pip install -c constraints.txt .")
+    elif "launcher.deepspeed_script" not in path.read_text(errors="replace"):
+        findings.warn(
+            "deepspeed",
+            f"{path} is not this package's script and takes no -m",
+            "write --module, or `pip install --force-reinstall --no-deps` flux2-ds again",
+        )
 
 
 def check_machine(findings: Findings) -> None:
