@@ -28,6 +28,7 @@ from flux2_ds.errors import EXIT_STOPPED, OutageError, run_root
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
 from flux2_ds.run.metrics import draw_loss_if_missing
+from flux2_ds.run.report import write_report
 from flux2_ds.run.run_dir import (
     changed_settings,
     check_run_dir,
@@ -115,6 +116,8 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
         if finished:
             log.info("next       flux2-ds export --config %s", Path(recipe.run_dir, "recipe.yaml"))
     log_memory(memory, process.device)
+    if process.is_rank0 and (page := write_report(Path(recipe.run_dir))):
+        log.info("report     %s", page)
     # Together: the launcher ends the others as soon as one exits with EXIT_STOPPED.
     destroy_process_group()
     return finished

@@ -333,6 +333,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         "render prompts without and with the trained weights",
         partial(run_module, "flux2_ds.commands.sample"),
     ),
+    "report": (
+        "write what a run did as one HTML page, or several runs beside each other",
+        partial(run_module, "flux2_ds.commands.report"),
+    ),
     "bench": ("time the recipe's training step, without model files or data", bench),
     "quality": (
         "compare training over quantised bases with training over the plain one",

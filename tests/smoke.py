@@ -133,6 +133,7 @@ def files_made() -> list[Path]:
         RUN / "recipe.yaml",
         RUN / "metrics.jsonl",
         RUN / "loss.png",
+        RUN / "report.html",
         RUN / "previews.png",
     ]
     patterns = (

@@ -114,7 +114,7 @@ def _check_range(name: str, value: Any, ranges: list[Range]) -> None:
 def changes(kind: type, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings, old and new, with which a run of the recipe `before` may not go on as `now`; both as
     `recipe_values` gives them."""
-    old, new = _flat(before, settings_of(kind)), _flat(now, settings_of(kind))
+    old, new = flat(before, kind), flat(now, kind)
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted({*old, *new})
@@ -129,11 +129,12 @@ def _may_change(kind: type, name: str, new: dict[str, Any]) -> bool:
     )
 
 
-def _flat(values: dict[str, Any], known: dict[str, Setting], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:
+    """Values of a dataclass, as `recipe_values` gives them, by their dotted names."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in known:
-            flat |= _flat(value, known, f"{prefix}{name}.")
+        if isinstance(value, dict) and f"{prefix}{name}" not in settings_of(kind):
+            found |= flat(value, kind, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            found[f"{prefix}{name}"] = value
+    return found

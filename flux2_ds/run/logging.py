@@ -33,6 +33,15 @@ class LogFile(logging.FileHandler):
             sys.stderr.write(f"lines are missing in {self.baseFilename} from here on: {error}\n")
 
 
+class Line(logging.Formatter):
+    """`12:03:45 message`; what is more than a message says so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`12:03:45 warning: message`."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self.formatTime(record, '%H:%M:%S')} {level}{super().format(record)}"
+
+
 def once(text: str) -> Callable[[logging.LogRecord], bool]:
     """A filter that lets messages with this text pass once."""
     passed = False
@@ -59,9 +68,9 @@ def set_up_log(logs: Path, rank: int) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if rank == 0:
         handlers.append(LogFile(logs / "rank_0.log"))
-    logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
+    logging.basicConfig(handlers=handlers, force=True)
+    for handler in handlers:
+        handler.setFormatter(Line())
     logging.getLogger("flux2_ds").setLevel(logging.WARNING if rank else logging.INFO)
     logging.captureWarnings(True)
     # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
