@@ -162,7 +162,7 @@ def test_what_strangers_wrote_is_text_and_secrets_are_left_out(tmp_path):
     [
         ("recipe.yaml", "- a list", False),
         ("recipe.yaml", "preview: 3\ndata: x\n", False),
-        ("metrics.jsonl", "{\n", False),
+        ("metrics.jsonl", "{\n", True),
         ("metrics.jsonl", "", True),
         ("versions.json", "[", True),
         ("logs/rank_0.json", "[]", True),
