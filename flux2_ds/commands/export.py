@@ -1,11 +1,13 @@
 """Export: a checkpoint to files that other programs load.
 
     flux2-ds export --config RECIPE [--step N] [--dtype bf16] [--weights ema] [--layout diffusers|bfl|kohya]
+                    [--title "My cat"] [--trigger "ohwx cat"] [--push ME/MY-CAT]
 
 An adapter becomes one safetensors file for diffusers and one for ComfyUI; docs/adapters.md says which
 other programs read which. A full fine-tune becomes a `transformer` directory for
 `Flux2Transformer2DModel.from_pretrained`. Each file is read back as those programs read it and
-compared with what was trained. The base's weights are read for a DoRA only, a few rows at a time.
+compared with what was trained. The base's weights are read for a DoRA only, a few rows at a time. A
+README.md beside the files is their model card.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +24,17 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.checkpoint.tensor_store import TensorStore, write_tensors
+from flux2_ds.commands.model_card import (
+    PREVIEWS,
+    Export,
+    Origin,
+    check_hub,
+    file_metadata,
+    push,
+    write_card,
+)
 from flux2_ds.config.model_files import model_directory
-from flux2_ds.config.model_spec import Spec, read_spec
+from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError, run_root
@@ -36,6 +48,7 @@ from flux2_ds.model.adapter_layouts import (
 )
 from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
 from flux2_ds.model.merge import BaseWeights, dora_scale
+from flux2_ds.model.safetensors_file import write_all
 from flux2_ds.model.transformer import ADAPTER, compute_dtype, exported_settings, lora_config
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.logging import set_up_console
@@ -52,6 +65,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.02}
 """Largest relative error of an update after a file was read back, by the file's precision."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to write of a checkpoint."""
+
+    dtype: torch.dtype
+    weights: Weights = "trained"
+    layout: Layout | None = None
+    title: str | None = None
+    trigger: str | None = None
+    repository: str | None = None
+
+
 def main() -> None:
     """Entry point of `flux2-ds export`."""
     set_up_console()
@@ -65,14 +90,41 @@ def main() -> None:
     parser.add_argument("--weights", type=Weights, default="trained",
                         help="The trained weights, or their moving average.")  # fmt: skip
     parser.add_argument("--layout", type=Layout | None, default=None,
-                        help="Names of an adapter's tensors. Default: a file for diffusers and one (bfl) for ComfyUI; kohya is musubi-tuner's.")  # fmt: skip
+                        help="Names of an adapter's tensors. Default: a file for diffusers and one (bfl) for "
+                             "ComfyUI; kohya is musubi-tuner's.")  # fmt: skip
+    parser.add_argument("--title", type=str | None, default=None,
+                        help="What user interfaces and the model card call it. Default: run_dir's name.")  # fmt: skip
+    parser.add_argument("--trigger", type=str | None, default=None,
+                        help="Words that a prompt should have, for user interfaces and the model card.")  # fmt: skip
+    parser.add_argument("--push", type=str | None, default=None,
+                        help="Upload the export to this repository of the Hugging Face hub, private if new.")  # fmt: skip
     recipe, options = parse_recipe(parser)
+    if options.push is not None:
+        check_hub(options.push)
     chosen = choose(checkpoints_directory(recipe), options.step)
     # The run's may have changed since.
     recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
-    dtype = file_dtype(recipe, options.dtype)
-    for path in export(recipe, chosen, dtype, options.weights, options.layout):
-        log.info("exported %s to %s", chosen.path, path)
+    request = Request(
+        dtype=file_dtype(recipe, options.dtype),
+        weights=options.weights,
+        layout=options.layout,
+        title=options.title,
+        trigger=options.trigger,
+        repository=options.push,
+    )
+    exports, card = export(recipe, chosen, request)
+    for written in exports:
+        checked = ""
+        if written.error is not None:
+            checked = (
+                f"; read back as they do, the largest error of an update is {written.error:.0e}"
+            )
+        log.info("exported %s to %s, for %s%s",
+                 chosen.path.name, written.path, ", ".join(written.programs), checked)  # fmt: skip
+    if options.push is not None:
+        paths = [written.path for written in exports] + card
+        message = f"step {chosen.step} of {Path(recipe.run_dir).resolve().name}"
+        log.info("pushed to %s", push(options.push, card[0].parent, paths, message))
 
 
 def file_dtype(recipe: Recipe, asked: Precision | None) -> torch.dtype:
@@ -105,25 +157,20 @@ def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
 
 
 def export(
-    recipe: Recipe,
-    chosen: checkpoint.Checkpoint,
-    dtype: torch.dtype,
-    weights: Weights = "trained",
-    layout: Layout | None = None,
-) -> list[Path]:
-    """Write the export of one checkpoint; returns the files (adapter) or the directory (full).
+    recipe: Recipe, chosen: checkpoint.Checkpoint, request: Request
+) -> tuple[list[Export], list[Path]]:
+    """Write the export of one checkpoint, and its model card beside it; returns both.
 
     Raises:
         UserError: the checkpoint has no moving average, or the layout cannot hold what was trained.
     """
-    if weights == "ema" and "ema" not in chosen.kinds():
+    full, dora, layout = recipe.method == "full", recipe.method == "dora", request.layout
+    if request.weights == "ema" and "ema" not in chosen.kinds():
         raise UserError(
             f"{chosen.path} holds no moving average: it was trained without optimizer.ema_decay. Export "
             "--weights trained, or set optimizer.ema_decay and train in a new run_dir."
         )
-    store = chosen.store("weights" if weights == "trained" else "ema")
-    dora = recipe.method == "dora"
-    if recipe.method == "full" and layout not in (None, "diffusers"):
+    if full and layout not in (None, "diffusers"):
         raise UserError(f"--layout {layout} is for adapters; method is full. Remove it.")
     if dora and layout == "kohya":
         raise UserError(
@@ -133,22 +180,31 @@ def export(
     layouts: tuple[Layout, ...] = ("diffusers", "bfl") if layout is None else (layout,)
     parts = ["transformer"] if dora and "bfl" in layouts else []
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
-    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    if recipe.method == "full":
-        path = export_path(recipe, chosen.step, weights)
-        path.mkdir(parents=True, exist_ok=True)
-        export_transformer(store, path, dtype)
+    origin = Origin(
+        chosen,
+        request.weights,
+        read_spec(directory, allow_distilled=recipe.model.allow_distilled),
+        directory,
+        request.title or Path(recipe.run_dir).resolve().name,
+        request.trigger,
+        request.repository,
+    )
+    store = chosen.store("weights" if request.weights == "trained" else "ema")
+    path = export_path(recipe, chosen.step, request.weights)
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if full:
+        export_transformer(store, path, request.dtype)
         shutil.copy(directory / "transformer" / "config.json", path)
-        return [path]
-    adapter = stored_adapter(store, recipe)
-    base = BaseWeights(directory / "transformer") if parts else None
-    paths = []
-    for each in layouts:
-        path = export_path(recipe, chosen.step, weights, READERS[each])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        export_adapter(adapter, path, each, dtype, spec, recipe, base)
-        paths.append(path)
-    return paths
+        exports = [Export(path, ("diffusers",))]
+    else:
+        adapter = stored_adapter(store, recipe)
+        base = BaseWeights(directory / "transformer") if parts else None
+        exports = []
+        for each in layouts:
+            path = export_path(recipe, chosen.step, request.weights, READERS[each])
+            exports.append(export_adapter(adapter, path, each, request.dtype, origin, recipe, base))
+    return exports, write_card(folder, origin, exports, Path(recipe.run_dir) / PREVIEWS)
 
 
 def stored_adapter(store: TensorStore, recipe: Recipe) -> Adapter:
@@ -172,18 +228,16 @@ def export_adapter(
     path: Path,
     layout: Layout,
     dtype: torch.dtype,
-    spec: Spec,
+    origin: Origin,
     recipe: Recipe,
     base: BaseWeights | None,
-) -> None:
+) -> Export:
     """Write one file, and keep it only if the programs that it is for load what was trained.
 
     `base`: for a DoRA in `bfl`.
     """
-    metadata = {"format": "pt"}
+    dora = recipe.method == "dora"
     if layout == "diffusers":
-        config = lora_config(spec, exported_settings(recipe.lora), dora=recipe.method == "dora")
-        metadata["lora_adapter_metadata"] = _adapter_metadata(config.to_dict())
         tensors = diffusers_tensors(adapter)
     elif layout == "kohya":
         tensors = kohya_tensors(adapter)
@@ -194,12 +248,16 @@ def export_adapter(
         tensors = bfl_tensors(adapter, scales)
     # A rank is not rounded: bf16 has no 261.
     tensors = {n: t if n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}
-    programs = CHECKED[layout, recipe.method == "dora"]
+    metadata = file_metadata(origin, path.stem, tensors, black_forest=layout != "diffusers")
+    if layout == "diffusers":
+        config = lora_config(origin.spec, exported_settings(recipe.lora), dora=dora)
+        metadata["lora_adapter_metadata"] = _adapter_metadata(config.to_dict())
+    programs = CHECKED[layout, dora]
     metadata["flux2_ds.checked_for"] = ", ".join(programs)
     with atomic_path(path) as partial:
-        write_tensors(partial, tensors, metadata)
+        write_all(partial, tensors, metadata)
         errors = {
-            title: largest_error(read_with(title, partial, spec), adapter, base)
+            title: largest_error(read_with(title, partial, origin.spec), adapter, base)
             for title in programs
         }
         for title, error in errors.items():
@@ -208,8 +266,7 @@ def export_adapter(
                     f"{path} was not kept: as {title} reads it, an update differs from what was trained by "
                     f"{error:.1e} of its size. Export --dtype fp32, or report it with the recipe."
                 )
-    log.info("%s is for %s: read back as they do, all %d linears, largest error of an update %.1e",
-             path.name, " and ".join(programs), len(adapter), max(errors.values()))  # fmt: skip
+    return Export(path, programs, max(errors.values()))
 
 
 def _adapter_metadata(config: dict[str, Any]) -> str:
@@ -222,6 +279,7 @@ def _adapter_metadata(config: dict[str, Any]) -> str:
 
 def export_transformer(store: TensorStore, path: Path, dtype: torch.dtype) -> None:
     """Write all weights in diffusers' layout."""
+    path.mkdir(exist_ok=True)
     for old in path.glob("diffusion_pytorch_model*.safetensors*"):
         old.unlink()
     split = split_torch_state_dict_into_shards(

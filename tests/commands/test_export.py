@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import adapter_loaders
 import pytest
@@ -14,9 +15,10 @@ from reference import load_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from flux2_ds.checkpoint.manager import Checkpoint
 from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.commands import export as export_module
-from flux2_ds.commands.export import choose, export, file_dtype
+from flux2_ds.commands.export import Request, choose, export, file_dtype
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Data, Lora, Model, Recipe, recipe_values
 from flux2_ds.errors import UserError
@@ -67,9 +69,23 @@ def predict(model: Flux2Transformer2DModel, spec: Spec) -> torch.Tensor:
         ).sample
 
 
-def save(model: Flux2Transformer2DModel, run_dir: Path, write_checkpoint: Write) -> None:
+def run_state(recipe: Recipe) -> dict[str, Any]:
+    """What training notes in a checkpoint, for an export to say."""
+    return {"recipe": recipe_values(recipe), "index": "0123abcd", "versions": {"torch": "2.13"}}
+
+
+def save(model: Flux2Transformer2DModel, recipe: Recipe, write_checkpoint: Write) -> Checkpoint:
     weights = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    write_checkpoint(run_dir / "checkpoints", 7, weights)
+    checkpoints = Path(recipe.run_dir) / "checkpoints"
+    write_checkpoint(checkpoints, 7, weights, run_state(recipe))
+    return choose(checkpoints, 7)
+
+
+def export_as(
+    recipe: Recipe, chosen: Checkpoint, dtype: torch.dtype = torch.float32, **request: Any
+) -> list[Path]:
+    exports, _ = export(recipe, chosen, Request(dtype=dtype, **request))
+    return [written.path for written in exports]
 
 
 @pytest.mark.parametrize(
@@ -93,10 +109,8 @@ def test_diffusers_computes_what_was_trained(
     recipe = recipe_for(tiny_model, tmp_path / "run", method)
     model = trained(recipe, tiny_spec)
     expected = predict(model, tiny_spec)
-    save(model, tmp_path / "run", write_checkpoint)
-
-    chosen = choose(tmp_path / "run" / "checkpoints", None)
-    (path,) = export(recipe, chosen, torch.float32, layout=layout)
+    chosen = save(model, recipe, write_checkpoint)
+    (path,) = export_as(recipe, chosen, layout=layout)
 
     if method == "full":
         loaded = Flux2Transformer2DModel.from_pretrained(path)
@@ -172,12 +186,11 @@ def test_the_programs_that_a_file_is_for_load_what_was_trained(
     before = weights_after(base, tiny_spec)
     model = trained(recipe, tiny_spec)
     after = weights_after(model, tiny_spec)
-    save(model, tmp_path / "run", write_checkpoint)
-    chosen = choose(tmp_path / "run" / "checkpoints", 7)
+    chosen = save(model, recipe, write_checkpoint)
     for layout, dora in CHECKED:
         if dora != (method == "dora"):
             continue
-        (path,) = export(recipe, chosen, torch.float32, layout=layout)
+        (path,) = export_as(recipe, chosen, layout=layout)
         tensors = load_file(path)
         for program, loader in LOADERS.items():
             theirs, expected = before, after
@@ -200,9 +213,8 @@ def test_an_adapter_is_exported_for_diffusers_and_for_comfyui(
     tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "cats", "lora")
-    save(trained(recipe, tiny_spec), tmp_path / "cats", write_checkpoint)
-    chosen = choose(tmp_path / "cats" / "checkpoints", 7)
-    paths = export(recipe, chosen, torch.bfloat16)
+    chosen = save(trained(recipe, tiny_spec), recipe, write_checkpoint)
+    paths = export_as(recipe, chosen, torch.bfloat16)
     assert [path.name for path in paths] == [
         "cats-step_00000007-diffusers.safetensors",
         "cats-step_00000007-comfyui.safetensors",
@@ -220,12 +232,11 @@ def test_a_file_that_does_not_hold_what_was_trained_is_not_kept(
     model = trained(recipe, tiny_spec)
     for name, parameter in transformer.trainable(model).items():
         parameter.data *= 1e-7 if "lora_B" in name else 1  # fp16 ends at 6e-8
-    save(model, tmp_path / "run", write_checkpoint)
-    chosen = choose(tmp_path / "run" / "checkpoints", 7)
+    chosen = save(model, recipe, write_checkpoint)
     with pytest.raises(UserError, match="--dtype fp32"):
-        export(recipe, chosen, torch.float16)
+        export_as(recipe, chosen, torch.float16)
     assert not list((tmp_path / "run" / "export").iterdir())
-    assert len(export(recipe, chosen, torch.float32)) == 2
+    assert len(export_as(recipe, chosen)) == 2
 
 
 @pytest.mark.parametrize(
@@ -243,18 +254,17 @@ def test_layouts_that_cannot_hold_what_was_trained(
     write_checkpoint(tmp_path / "checkpoints", 7, [("weights", "a", torch.zeros(1))])
     recipe = recipe_for(tiny_model, tmp_path, method)
     with pytest.raises(UserError, match=message):
-        export(recipe, choose(tmp_path / "checkpoints", 7), torch.float32, layout=layout)
+        export_as(recipe, choose(tmp_path / "checkpoints", 7), layout=layout)
 
 
 def test_the_precision_of_the_file_is_the_one_asked_for(
     tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
 ) -> None:
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
-    save(trained(recipe, tiny_spec), tmp_path / "run", write_checkpoint)
+    chosen = save(trained(recipe, tiny_spec), recipe, write_checkpoint)
     assert file_dtype(recipe, "bf16") == torch.bfloat16
     assert file_dtype(dataclasses.replace(recipe, method="dora"), None) == torch.float32
-    chosen = choose(tmp_path / "run" / "checkpoints", 7)
-    (path,) = export(recipe, chosen, torch.bfloat16, layout="diffusers")
+    (path,) = export_as(recipe, chosen, torch.bfloat16, layout="diffusers")
     tensors = load_file(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     linears = 12 * tiny_spec.double_blocks + 2 * tiny_spec.single_blocks
@@ -275,10 +285,10 @@ def test_an_export_in_several_files_and_of_the_average(
         for kind, factor in (("weights", 1), ("ema", 2))
         for name, p in model.named_parameters()
     ]
-    write_checkpoint(tmp_path / "run" / "checkpoints", 3, tensor_shards)
+    write_checkpoint(tmp_path / "run" / "checkpoints", 3, tensor_shards, run_state(recipe))
     chosen = choose(tmp_path / "run" / "checkpoints", 3)
     monkeypatch.setattr(export_module, "FILE_SIZE", "1MB")
-    (path,) = export(recipe, chosen, torch.float32, "ema")
+    (path,) = export_as(recipe, chosen, weights="ema")
     assert path.parent.name == "step_00000003-ema"
     assert len(list(path.glob("*.safetensors"))) > 2
     loaded = dict(Flux2Transformer2DModel.from_pretrained(path).named_parameters())
@@ -296,7 +306,7 @@ def test_what_is_not_there_is_named(
         choose(root, 7)
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
     with pytest.raises(UserError, match=r"trained without optimizer\.ema_decay"):
-        export(recipe, choose(root, 6), torch.float32, "ema")
+        export_as(recipe, choose(root, 6), weights="ema")
 
 
 def test_adapter_settings_are_those_of_the_checkpoint(

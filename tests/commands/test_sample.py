@@ -13,12 +13,11 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from reference import load_pipeline
-from test_export import recipe_for, trained
+from test_export import export_as, recipe_for, save, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flux2_ds.commands import sample
-from flux2_ds.commands.export import choose, export
 from flux2_ds.config.memory import rendering_bytes
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import make_plan
@@ -44,10 +43,7 @@ def previewed(model: Path, run_dir: Path, method: str = "lora") -> Recipe:
 
 def exported(recipe: Recipe, spec: Spec, write_checkpoint: Callable[..., Path]) -> Path:
     model = trained(recipe, spec)
-    checkpoints = Path(recipe.run_dir) / "checkpoints"
-    tensor_shards = [("weights", name, p) for name, p in transformer.trainable(model).items()]
-    write_checkpoint(checkpoints, 7, tensor_shards)
-    file, *_ = export(recipe, choose(checkpoints, None), torch.float32, layout="diffusers")
+    (file,) = export_as(recipe, save(model, recipe, write_checkpoint), layout="diffusers")
     return file
 
 
