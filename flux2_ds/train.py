@@ -87,7 +87,7 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
     engine = build_engine(model, plan)
 
     watchdog.heartbeat(0, "reading the checkpoint")
-    first_step = resume(engine, recipe, inputs.index, process)
+    first_step = resume(engine, recipe, inputs.index, process, inputs.directory)
     barrier()  # nothing refuses any more: the run directory may say what it holds now
     if first_step >= recipe.steps:
         log_nothing_to_do(recipe, first_step)

@@ -55,6 +55,7 @@ from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.load import empty_transformer, fill_randomly
+from flux2_ds.run.atomic import make_private
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
 from flux2_ds.run.watchdog import Watchdog
@@ -115,7 +116,8 @@ def watched(rank: int, world_size: int) -> Iterator[None]:
         yield
         return
     # The launcher is the parent of all processes.
-    logs = Path(tempfile.gettempdir()) / f"flux2-ds-bench-{os.getppid()}"
+    logs = Path(tempfile.gettempdir()) / f"flux2-ds-bench-{os.getuid()}-{os.getppid()}"
+    make_private(logs)
     with Watchdog(logs, rank, world_size, hang_timeout_s=0):
         set_up_log(logs, rank)
         yield

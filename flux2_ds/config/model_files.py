@@ -43,21 +43,27 @@ def fingerprint(directory: Path) -> dict[str, str]:
     """Digests of what shapes a prepared sample: VAE, text encoder, tokenizer, pipeline class, and the
     side on which prompts are padded.
 
-    Parts that are not on this machine are left out. Configs count without version stamps; of each
-    weight file its name, size, header and some probes of its body count, which tells different
-    weights apart without reading 48 GB.
+    Parts that are not on this machine are left out.
     """
     pipeline = json.loads((directory / "model_index.json").read_text())["_class_name"]
     result = {"pipeline": pipeline, "padding": PADDING_SIDES[pipeline]}
     for part in ("vae", "text_encoder", "tokenizer"):
-        files = sorted(path for path in (directory / part).glob("*") if path.is_file())
-        weights_here = part == "tokenizer" or any(f.suffix == ".safetensors" for f in files)
-        if files and weights_here:
-            digest = hashlib.sha256()
-            for file in files:
-                digest.update(f"{file.name}:".encode() + _file_digest(file))
-            result[part] = digest.hexdigest()[:16]
+        suffixes = {path.suffix for path in (directory / part).glob("*")}
+        if suffixes and (part == "tokenizer" or ".safetensors" in suffixes):
+            result[part] = part_digest(directory, part)
     return result
+
+
+def part_digest(directory: Path, part: str) -> str:
+    """Digest of one part of a model.
+
+    Configs count without version stamps; of each weight file its name, size, header and some probes of
+    its body count, which tells different weights apart without reading 48 GB.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path for path in (directory / part).glob("*") if path.is_file()):
+        digest.update(f"{file.name}:".encode() + _file_digest(file))
+    return digest.hexdigest()[:16]
 
 
 def check_fingerprint(prepared: dict[str, str], directory: Path, shards: str) -> list[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from flux2_ds.errors import UserError
 
 PARTIAL = ".partial"
 """So ends the name of a file that is being written; a killed process leaves it."""
@@ -30,6 +33,16 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that appears complete or not at all."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def make_private(folder: Path) -> None:
+    """Make a directory where others may write, too, as in /tmp; refuse one that is not this user's."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UserError(
+            f"{folder} is not a directory of this user alone. Remove it, or set TMPDIR."
+        )
 
 
 def no_follow(path: str, flags: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
+from flux2_ds.config.model_files import part_digest
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles
 from flux2_ds.config.recipe import Recipe, recipe_values
@@ -322,6 +323,7 @@ def build_run(
         "recipe": recipe_values(recipe),
         "versions": versions(),
         "index": inputs.index.digest,
+        "base": part_digest(inputs.directory, "transformer") if process.is_rank0 else None,
         "processes": process.world_size,
     }
     validation = build_validation(inputs, engine, objective, watchdog.heartbeat)

@@ -10,6 +10,7 @@ from typing import Any
 from flux2_ds.checkpoint import manager
 from flux2_ds.checkpoint.manager import SaveError
 from flux2_ds.checkpoint.tensor_store import TensorShard
+from flux2_ds.config.model_files import part_digest
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import Index
 from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
@@ -83,7 +84,9 @@ class Checkpoints:
         barrier()
 
 
-def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> int:
+def resume(
+    engine: Engine, recipe: Recipe, index: Index, process: Process, model_directory: Path
+) -> int:
     """Load the newest intact checkpoint, if there is one; returns the step to start from. Collective.
 
     Rank 0 chooses, so that all ranks load the same one.
@@ -111,6 +114,15 @@ def resume(engine: Engine, recipe: Recipe, index: Index, process: Process) -> in
     state = chosen.state()
     if process.is_rank0:
         check_metrics(Path(recipe.run_dir), state["metrics"])
+        base = part_digest(model_directory, "transformer")
+        if state["base"] != base:
+            what = f"(digest {base}, was {state['base']})"
+            if not recipe.accept_changes:
+                raise UserError(
+                    f"the transformer of model.path {recipe.model.path} is not the one that {chosen.path} was "
+                    f"trained over {what}. Restore its files, give a new run_dir, or set accept_changes: true."
+                )
+            log.warning("accepted: another transformer in %s %s", recipe.model.path, what)
     before = state["recipe"]["optimizer"]["name"]
     if not compatible(before, recipe.optimizer.name):
         raise UserError(

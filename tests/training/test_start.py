@@ -14,7 +14,7 @@ import torch
 from flux2_ds import train
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import Memory
-from flux2_ds.config.model_files import fingerprint
+from flux2_ds.config.model_files import fingerprint, part_digest
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import load_recipe
 from flux2_ds.config.plan import make_plan
@@ -98,12 +98,13 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
 def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
     tensor_shards = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
     state = {"updates": step - 1, "index": index.digest, "recipe": recipe_values(recipe)}
-    state["metrics"] = metrics_digest(Path(recipe.run_dir))
+    run_dir = Path(recipe.run_dir)
+    state |= {"metrics": metrics_digest(run_dir), "base": part_digest(run_dir, "transformer")}
     return write(Path(recipe.run_dir) / "checkpoints", step, tensor_shards, state)
 
 
 def test_a_new_run_starts_at_the_beginning(tmp_path):
-    assert resume(Mock(), recipe_for(tmp_path), INDEX, ALONE) == 0
+    assert resume(Mock(), recipe_for(tmp_path), INDEX, ALONE, tmp_path) == 0
 
 
 def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog, write_checkpoint):
@@ -111,7 +112,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, caplog, write
     for step in (10, 20, 30):
         last = save(write_checkpoint, recipe, step)
     (last / "exp_avg.safetensors").unlink()
-    assert resume(engine, recipe, INDEX, ALONE) == 20
+    assert resume(engine, recipe, INDEX, ALONE, tmp_path) == 20
     assert "exp_avg.safetensors is missing" in caplog.text
     (loaded,) = engine.state.load.call_args.args
     assert loaded.tensors("weights")["a"].tolist() == [20, 20]
@@ -125,9 +126,9 @@ def test_other_shards_are_refused_unless_the_change_is_accepted(tmp_path, write_
     other = dataclasses.replace(INDEX, shards=[*INDEX.shards, *INDEX.shards])
     engine = Mock()
     with pytest.raises(UserError, match=f"index {other.digest}, was {INDEX.digest}"):
-        resume(engine, recipe_for(tmp_path), other, ALONE)
+        resume(engine, recipe_for(tmp_path), other, ALONE, tmp_path)
     engine.state.load.assert_not_called()
-    assert resume(engine, recipe_for(tmp_path, accept_changes=True), other, ALONE) == 10
+    assert resume(engine, recipe_for(tmp_path, accept_changes=True), other, ALONE, tmp_path) == 10
     assert f"accepted: other shards in data.shards shards (index {other.digest}, was" in caplog.text
 
 
@@ -142,14 +143,26 @@ def test_another_optimizer_is_refused_before_anything_changes(
     other = recipe_for(tmp_path, optimizer=Optimizer(name=now), accept_changes=True)
     engine = Mock()
     with pytest.raises(UserError, match=f"optimizer.name was {before}, is {now}"):
-        resume(engine, other, INDEX, ALONE)
+        resume(engine, other, INDEX, ALONE, tmp_path)
     engine.state.load.assert_not_called()
+
+
+def test_a_base_that_has_changed_is_refused(tmp_path, write_checkpoint, caplog):
+    recipe = recipe_for(tmp_path)
+    save(write_checkpoint, recipe, 10)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match=r"the transformer of model\.path .* is not the one"):
+        resume(Mock(), recipe, INDEX, ALONE, tmp_path)
+    accepting = recipe_for(tmp_path, accept_changes=True)
+    assert resume(Mock(), accepting, INDEX, ALONE, tmp_path) == 10
+    assert "accepted: another transformer" in caplog.text
 
 
 def test_eight_bit_adamw_may_be_paged_from_a_checkpoint_on(tmp_path, write_checkpoint):
     save(write_checkpoint, recipe_for(tmp_path, optimizer=Optimizer(name="adamw8bit")), 10)
     paged = recipe_for(tmp_path, optimizer=Optimizer(name="adamw8bit_paged"), accept_changes=True)
-    assert resume(Mock(), paged, INDEX, ALONE) == 10
+    assert resume(Mock(), paged, INDEX, ALONE, tmp_path) == 10
 
 
 @pytest.fixture
@@ -244,4 +257,4 @@ def test_a_run_that_is_past_its_steps_says_where_it_is(
 def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "broadcast_from_rank0", lambda value, device: 10)
     with pytest.raises(UserError, match=r"rank 1 does not see .*step_00000010"):
-        resume(Mock(), recipe_for(tmp_path), INDEX, RANK1)
+        resume(Mock(), recipe_for(tmp_path), INDEX, RANK1, tmp_path)
