@@ -23,8 +23,9 @@ from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, TARGETS, Spec, read_spe
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Objective, Recipe
 from flux2_ds.config.validate import check_recipe
+from flux2_ds.data.contact_sheet import contact_sheet
 from flux2_ds.data.dataset import check_shards, mask_and_reference_lines, read_data
-from flux2_ds.data.images import check_format, contact_sheet
+from flux2_ds.data.images import check_format
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join

@@ -85,7 +85,7 @@ def main() -> None:
     average = options.weights == "ema"
     name = f"step_{step:08d}{'-ema' if average else ''}.png"
     output = Path(options.output or Path(recipe.run_dir) / "samples" / name)
-    references = [open_reference(path) for path in recipe.preview.references]
+    references = [open_reference(path, recipe.preview) for path in recipe.preview.references]
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
     device = torch.device("cpu" if recipe.launch.accelerator == "cpu" else "cuda:0")

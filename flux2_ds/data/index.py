@@ -19,7 +19,7 @@ from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.atomic import atomic_write_text
 
-FORMAT = 2
+FORMAT = 3
 INDEX_NAME = "index.json"
 CONDITIONING_NAME = "conditioning.safetensors"
 """Latent statistics (`latent_mean`, `latent_std`: [128] fp32) and the encoded empty caption

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from flux2_ds.config.recipe import Recipe, is_url
+from flux2_ds.data.index import FORMAT
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.manifest import MANIFESTS, read_manifests
 from flux2_ds.run.atomic import PARTIAL, atomic_write_text
@@ -15,13 +16,19 @@ from flux2_ds.run.run_dir import lock_file
 CONTENTS_NAME = "content.json"
 SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "validation_fraction")
 """The data settings that decide which images are trained on, which part of them, and how large."""
-_SECTIONS = {"settings": "data.", "encoding": "prepare.", "model": "the model's "}
+_SECTIONS = {
+    "shards": "the shards' ",
+    "settings": "data.",
+    "encoding": "prepare.",
+    "model": "the model's ",
+}
 
 
 def contents(recipe: Recipe, fingerprint: dict[str, str]) -> dict[str, Any]:
     """What all samples in a folder of shards have in common."""
     settings = recipe.prepare
     return {
+        "shards": {"format": FORMAT},
         "settings": {name: getattr(recipe.data, name) for name in SETTINGS},
         "encoding": {
             "text_weights": text_weights(recipe),

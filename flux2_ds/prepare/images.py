@@ -45,6 +45,7 @@ class Decoded:
     """Whether the reason may be gone at the next start."""
     mask: NDArray[np.float32] | None = None
     references: tuple[NDArray[np.uint8], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ShardWriter:
@@ -84,7 +85,7 @@ class ShardWriter:
                     skipped[image.key] = ("" if decoded.may_pass else image.stamp, decoded.reason)
                     continue
                 digest = caption_digest(decoded.planned.caption)
-                rows.append(Row(image.key, image.stamp, decoded.sha256, digest))
+                rows.append(Row(image.key, image.stamp, decoded.sha256, digest, decoded.notes))
                 readable.append(decoded)
             pixels = [each.pixels for each in readable if each.pixels is not None]
             encoded = list(self._encode(pixels)) if pixels else []
@@ -123,14 +124,17 @@ def decode(planned: PlannedImage, reference_resolution: int | None = None) -> De
     """Read an image and crop it to its bucket; with a reference resolution its mask and references, too."""
     image, mask = planned.image, None
     references: tuple[NDArray[np.uint8], ...] = ()
+    notes: list[str] = []
     try:
         content = image.blob.read()
-        pixels = load_cropped(content, planned.bucket)
+        pixels = load_cropped(content, planned.bucket, notes)
         if reference_resolution is not None:
+            size = image_size(content)
             if image.mask is not None:
-                mask = load_mask(image.mask.read(), image_size(content), planned.bucket)
+                mask = load_mask(image.mask.read(), size, planned.bucket)
             references = tuple(
-                load_reference(blob.read(), reference_resolution) for blob in image.references
+                load_reference(blob.read(), reference_resolution, size, planned.bucket, notes)
+                for blob in image.references
             )
     except UnreadableImageError as error:
         return Decoded(planned, None, reason=f"unreadable: {error}")
@@ -139,7 +143,8 @@ def decode(planned: PlannedImage, reference_resolution: int | None = None) -> De
             raise  # the store is away, or the disk fails: the next image would be lost, too
         return Decoded(planned, None, reason=f"unreadable: {error}", may_pass=True)
     digest = hashlib.sha256(content).hexdigest()
-    return Decoded(planned, pixels, digest, mask=mask, references=references)
+    unique = tuple(dict.fromkeys(notes))
+    return Decoded(planned, pixels, digest, mask=mask, references=references, notes=unique)
 
 
 def load_vae(directory: Path, settings: Prepare, device: torch.device) -> AutoencoderKLFlux2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 
 from flux2_ds.data.index import Shard
@@ -22,12 +22,14 @@ MANIFESTS = "prepared"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The image that one sample of a shard was made of. `sha256` is of its bytes, `caption` a digest."""
+    """The image that one sample of a shard was made of. `sha256` is of its bytes, `caption` a digest.
+    `notes` are for the report."""
 
     key: str
     stamp: str
     sha256: str
     caption: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def read_manifests(folder: Path) -> list[Manifest]:
     manifests = []
     for path in manifest_paths(folder):
         values = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(*row) for row in values["rows"]]
+        rows = [Row(k, s, d, c, tuple(notes)) for k, s, d, c, notes in values["rows"]]
         skipped = {key: (stamp, reason) for key, (stamp, reason) in values["skipped"].items()}
         manifests.append(Manifest(Shard.of(values["shard"]), rows, skipped))
     return manifests
@@ -78,7 +80,7 @@ def read_manifests(folder: Path) -> list[Manifest]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Record that a shard is finished."""
     (folder / MANIFESTS).mkdir(exist_ok=True)
-    rows = [[row.key, row.stamp, row.sha256, row.caption] for row in manifest.rows]
+    rows = [list(astuple(row)) for row in manifest.rows]
     values = {"shard": asdict(manifest.shard), "rows": rows, "skipped": manifest.skipped}
     atomic_write_text(folder / MANIFESTS / f"{manifest.shard.name}.json", json.dumps(values))
 

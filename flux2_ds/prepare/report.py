@@ -15,8 +15,8 @@ from PIL import Image
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import Recipe
+from flux2_ds.data.contact_sheet import contact_sheet
 from flux2_ds.data.dataset import build_order
-from flux2_ds.data.images import contact_sheet
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.shards import full_part, tensors_in
 from flux2_ds.prepare.folder import CONTENTS_NAME
@@ -66,7 +66,8 @@ def finish(
     images = [each for each in images if each.image.name not in plan.skipped.reasons]
     images.sort(key=lambda each: each.image.name)
     warnings = build_order(recipe, index.part(held_out=False)).warnings()
-    report = Report(index, plan, images, encoded, long_captions, seconds, warnings)
+    notes = collect_notes([*plan.manifests, *written], plan.comparison.dropped)
+    report = Report(index, plan, images, encoded, long_captions, seconds, warnings, notes)
     summary = report.summary()
     values = json.dumps(report.values(), indent=1, ensure_ascii=False)
     atomic_write_text(folder / REPORT_NAME, values + "\n")
@@ -87,6 +88,8 @@ class Report:
     long_captions: dict[str, int]
     seconds: float
     warnings: list[str]
+    notes: dict[str, dict[str, str]]
+    """What there is to say of images that are used: details by image, by kind."""
 
     @property
     def dropped(self) -> int:
@@ -108,6 +111,7 @@ class Report:
             "with_mask": sum(each.image.mask is not None for each in images),
             "with_references": sum(bool(each.image.references) for each in images),
             "captions": len({each.caption for each in images}),
+            "notes": self.notes,
             "warnings": self.warnings,
             "captions_cut": self.long_captions,
             "cropped_much": cropped_much(images),
@@ -131,6 +135,9 @@ class Report:
                 f"{len(cropped)} images lose more than {_MUCH:.0%} to the crop; crop them yourself or "
                 f"raise data.max_aspect: {some(lost)}"
             )
+        lines += [
+            f"{len(names)} images with {k}: {some([*names])}" for k, names in self.notes.items()
+        ]
         if self.long_captions:
             lines.append(
                 f"{len(self.long_captions)} captions are longer than {TEXT_TOKENS} tokens with the "
@@ -145,6 +152,20 @@ class Report:
         for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
             lines.append(f"  {len(names):5d} {kind}: {some(names)}")
         return "\n".join(lines) + "\n"
+
+
+def collect_notes(
+    manifests: list[Manifest], dropped: dict[str, list[int]]
+) -> dict[str, dict[str, str]]:
+    """The notes on the images that are in the index: details by image, by kind."""
+    kinds: dict[str, dict[str, str]] = {}
+    for manifest in manifests:
+        gone = set(dropped.get(manifest.shard.name, ()))
+        for number, row in enumerate(manifest.rows):
+            for note in row.notes if number not in gone else ():
+                kind, _, detail = note.partition(": ")
+                kinds.setdefault(kind, {})[f"{manifest.shard.source}/{row.key}"] = detail
+    return kinds
 
 
 def some(names: list[str]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_ds.config.recipe import is_url
-from flux2_ds.data.images import SUFFIXES, is_picture, why_unread
+from flux2_ds.data.images import SUFFIXES, is_image, why_unread
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.masks_and_references import attach
@@ -104,7 +104,7 @@ def _folder(
         suffix = Path(file.name).suffix.lower()
         if file.name in _METADATA:
             listed |= _metadata(file.path, caption_column)
-        elif is_picture(file.name):
+        elif is_image(file.name):
             images.append(file)
         elif suffix == ".txt":
             texts[stem(file.path)] = file.path  # a .txt comes after a .TXT

@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 import braceexpand
 
 from flux2_ds.config.recipe import is_url
-from flux2_ds.data.images import UnreadableImageError, image_size, is_picture, why_unread
+from flux2_ds.data.images import UnreadableImageError, image_size, is_image, why_unread
 from flux2_ds.data.storage import Blob, file_system, tried_again
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.source_images import (
@@ -97,7 +97,7 @@ def _scan(
                 texts[stem(name)] = decode_caption(content.read(), name)
             elif suffix == ".json":
                 texts.setdefault(stem(name), _from_json(content.read(), name, caption_column))
-            elif is_picture(name):
+            elif is_image(name):
                 image = SourceImage(
                     source,
                     f"{PurePosixPath(location).name}/{name}",

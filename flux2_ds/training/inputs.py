@@ -62,7 +62,7 @@ def read_inputs(recipe: Recipe, process: Process) -> Inputs:
     check_run(recipe, (index, held_out), spec, directory)
     if recipe.preview.every is not None:
         for path in recipe.preview.references:
-            open_reference(path)
+            open_reference(path, recipe.preview)
     conditioning = read_conditioning(recipe.data.shards, index)
     order = build_order(recipe, index)
     return Inputs(plan, process, directory, spec, index, held_out, order, conditioning)

@@ -13,10 +13,12 @@ import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageDraw, ImageOps
 
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import PREVIEW_ADVICE
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Preview
-from flux2_ds.data.images import UnreadableImageError, caption_font, load_upright
+from flux2_ds.data.contact_sheet import caption_font
+from flux2_ds.data.images import UnreadableImageError, align_reference, load_upright
 from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
@@ -50,7 +52,7 @@ class Previews:
         self._engine, self._settings, self._spec = engine, settings, spec
         self._directory, self._folder, self._process = directory, folder, process
         self._prompts, self._metrics, self._heartbeat = prompts, metrics, heartbeat
-        self._references = [open_reference(path) for path in settings.references]
+        self._references = [open_reference(path, settings) for path in settings.references]
 
     def _paths(self, step: int) -> list[Path]:
         folder = self._folder / f"step_{step:08d}"
@@ -197,18 +199,22 @@ def render(
     return image
 
 
-def open_reference(path: str) -> Image.Image:
-    """A reference image as training reads them: upright, in RGB, on white.
+def open_reference(path: str, preview: Preview) -> Image.Image:
+    """A reference image as training reads them: upright, in RGB, on white; one of the preview's proportions
+    has the preview's size.
 
     Raises:
         UserError: it cannot be read, or inference does not take it.
     """
     try:
         upright = load_upright(path)
-        Flux2ImageProcessor.check_image_input(upright)
+        size = (preview.width, preview.height)
+        bucket = Bucket(preview.height, preview.width)
+        aligned = align_reference(upright, size, bucket)
+        Flux2ImageProcessor.check_image_input(aligned or upright)
     except (UnreadableImageError, ValueError) as error:
         raise UserError(f"preview.references: {path} cannot be used ({error}).") from error
-    return upright
+    return aligned or upright
 
 
 def grid(

@@ -137,7 +137,7 @@ def test_references_that_cannot_be_used(
     if size is not None:
         Image.new("RGB", size).save(path)
     with pytest.raises(UserError, match=rf"(?s)preview\.references: .*reference\.png .*{reason}"):
-        open_reference(str(path))
+        open_reference(str(path), Preview())
 
 
 def test_references_are_read_as_in_training(tmp_path: Path) -> None:
@@ -145,8 +145,15 @@ def test_references_are_read_as_in_training(tmp_path: Path) -> None:
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.fromarray(np.full((64, 64), 0x7F00, np.uint16)).save(tmp_path / "scan.png")
     for name, level in (("clear.png", 255), ("scan.png", 0x7F)):
-        assert (np.asarray(open_reference(str(tmp_path / name))) == level).all()
+        assert (np.asarray(open_reference(str(tmp_path / name), Preview())) == level).all()
         assert (load_reference(str(tmp_path / name), 64) == level).all()
+
+
+def test_a_reference_of_the_previews_proportions_has_its_size(tmp_path: Path) -> None:
+    preview = Preview(height=128, width=192)
+    for size, expected in (((600, 400), (192, 128)), ((600, 500), (600, 500))):
+        Image.new("RGB", size).save(tmp_path / "reference.png")
+        assert open_reference(str(tmp_path / "reference.png"), preview).size == expected
 
 
 def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) -> None:

@@ -1,4 +1,4 @@
-"""Pictures and captions from disk: odd files become RGB, broken ones an error with a reason."""
+"""Images from disk: odd files become sRGB, broken ones an error with a reason."""
 
 import struct
 import zlib
@@ -10,7 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.data.images import UnreadableImageError, contact_sheet
+from flux2_ds.data.contact_sheet import contact_sheet
+from flux2_ds.data.images import UnreadableImageError
 from flux2_ds.data.images import image_size as image_size_of
 from flux2_ds.data.images import load_cropped as load_cropped_of
 
@@ -38,7 +39,7 @@ def load_cropped(path: Path, bucket: Bucket) -> np.ndarray:
     return load_cropped_of(path.read_bytes(), bucket)
 
 
-def noise_picture(height: int, width: int) -> np.ndarray:
+def noise_image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -46,13 +47,13 @@ def noise_picture(height: int, width: int) -> np.ndarray:
 def photo(tmp_path: Path) -> Path:
     """A sound JPEG of 64 x 48."""
     path = tmp_path / "photo.jpg"
-    Image.fromarray(noise_picture(48, 64)).save(path)
+    Image.fromarray(noise_image(48, 64)).save(path)
     return path
 
 
 @pytest.mark.parametrize("orientation", HOW_A_CAMERA_STORES_IT)
 def test_exif_orientation_is_applied(tmp_path, orientation):
-    upright = noise_picture(32, 48)
+    upright = noise_image(32, 48)
     stored = np.ascontiguousarray(HOW_A_CAMERA_STORES_IT[orientation](upright))
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -65,7 +66,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 
 def test_a_png_is_turned_by_what_stands_before_its_pixels(tmp_path):
     """Alike when it is measured and when it is decoded; what stands behind the pixels is not looked for."""
-    upright, path = noise_picture(32, 48), tmp_path / "xmp.png"
+    upright, path = noise_image(32, 48), tmp_path / "xmp.png"
     facts = PngInfo()
     facts.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
     Image.fromarray(HOW_A_CAMERA_STORES_IT[6](upright)).save(path, pnginfo=facts)
@@ -91,9 +92,9 @@ def test_a_png_is_turned_by_what_stands_before_its_pixels(tmp_path):
     ],
 )
 def test_exif_that_is_damaged_elsewhere_still_turns(tmp_path, other):
-    upright = noise_picture(32, 48)
-    source_images = sorted([other, (ORIENTATION, 3, 1, b"\0\6\0\0")])
-    directory = b"".join(struct.pack(">HHI4s", *entry) for entry in source_images)
+    upright = noise_image(32, 48)
+    entries = sorted([other, (ORIENTATION, 3, 1, b"\0\6\0\0")])
+    directory = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + directory + bytes(4)
     path = tmp_path / "turned.webp"
     Image.fromarray(HOW_A_CAMERA_STORES_IT[6](upright)).save(path, lossless=True, exif=exif)
@@ -102,7 +103,7 @@ def test_exif_that_is_damaged_elsewhere_still_turns(tmp_path, other):
 
 
 def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
-    upright, path = noise_picture(32, 48), tmp_path / "damaged.webp"
+    upright, path = noise_image(32, 48), tmp_path / "damaged.webp"
     Image.fromarray(upright).save(path, lossless=True, exif=b"Exif\0\0no TIFF header")
     assert image_size(path) == (48, 32)
     np.testing.assert_array_equal(load_cropped(path, Bucket(32, 48)), upright)
@@ -164,12 +165,12 @@ def test_truncated_file_is_unreadable(photo):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "empty"), (b"just text", "not a picture"), (b"\x89PNG\r\n\x1a\n", "not a picture")],
+    [(b"", "empty"), (b"just text", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image")],
 )
 @pytest.mark.parametrize(
     "read", [image_size_of, lambda content: load_cropped_of(content, Bucket(32, 32))]
 )
-def test_what_is_no_picture_is_unreadable(content, reason, read):
+def test_what_is_no_image_is_unreadable(content, reason, read):
     with pytest.raises(UnreadableImageError, match=reason):
         read(content)
 
@@ -202,26 +203,26 @@ def test_a_decompression_bomb_is_unreadable(photo, limit, monkeypatch):
 
 @pytest.mark.parametrize(("height", "width"), [(64, 160), (160, 64), (64, 64)])
 def test_crop_keeps_the_centre(tmp_path, height, width):
-    picture = noise_picture(height, width)
-    Image.fromarray(picture).save(tmp_path / "wide.png")
+    image = noise_image(height, width)
+    Image.fromarray(image).save(tmp_path / "wide.png")
     cropped = load_cropped(tmp_path / "wide.png", Bucket(64, 64))
     top, left = (height - 64) // 2, (width - 64) // 2
-    np.testing.assert_array_equal(cropped, picture[top : top + 64, left : left + 64])
+    np.testing.assert_array_equal(cropped, image[top : top + 64, left : left + 64])
 
 
 @pytest.mark.parametrize(("width", "height"), [(37, 211), (211, 37), (16, 16), (500, 333)])
-def test_picture_covers_its_bucket(tmp_path, width, height):
+def test_image_covers_its_bucket(tmp_path, width, height):
     Image.new("RGB", (width, height), (9, 90, 200)).save(tmp_path / "plain.png")
     pixels = load_cropped(tmp_path / "plain.png", Bucket(48, 80))
     assert pixels.shape == (48, 80, 3)
     assert (pixels == (9, 90, 200)).all()  # no border in another colour
 
 
-def test_contact_sheet_holds_every_picture():
+def test_contact_sheet_holds_every_image():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     sizes = [(8, 16), (16, 8), (16, 16)]
-    pictures = [np.full((*s, 3), c, dtype=np.uint8) for s, c in zip(sizes, colours, strict=True)]
+    images = [np.full((*s, 3), c, dtype=np.uint8) for s, c in zip(sizes, colours, strict=True)]
     captions = ["", "été", "long " * 90]
-    sheet = np.asarray(contact_sheet(pictures, captions)).reshape(-1, 3)
+    sheet = np.asarray(contact_sheet(images, captions)).reshape(-1, 3)
     for (height, width), colour in zip(sizes, colours, strict=True):
         assert (sheet == colour).all(axis=1).sum() == height * width

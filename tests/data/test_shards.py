@@ -241,7 +241,7 @@ def test_index_that_this_version_does_not_read(shard, index, change, message):
         read_index(shard.parent)
 
 
-@pytest.mark.parametrize("content", ["", '{"format": 2, "sha', "[]", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", '{"format": 3, "sha', "[]", '{"format": 3}'])
 def test_index_that_is_not_json_of_ours(tmp_path, content):
     (tmp_path / INDEX_NAME).write_text(content)
     with pytest.raises(UserError, match=r"index\.json is damaged"):

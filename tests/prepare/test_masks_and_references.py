@@ -13,11 +13,18 @@ from reference import load_pipeline
 from test_prepare import add_photo, recipe_for, run, samples
 
 from flux2_ds.commands.tiny import make_tiny
-from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
 from flux2_ds.data.dataset import check_masks_and_references, mask_and_reference_lines
-from flux2_ds.data.images import UnreadableImageError, load_cropped, load_mask, load_reference
+from flux2_ds.data.images import (
+    ALIGNED,
+    OWN_SIZE,
+    UnreadableImageError,
+    load_cropped,
+    load_mask,
+    load_reference,
+)
 from flux2_ds.data.index import Index, Shard, read_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
@@ -124,7 +131,7 @@ def test_the_kinds_of_masks(tmp_path: Path) -> None:
     ("mask", "reason"),
     [
         (Image.new("L", (32, 32)), "its mask is black all over"),
-        (Image.new("L", (32, 40), 255), "its mask is 32x40 px, the picture 32x32"),
+        (Image.new("L", (32, 40), 255), "its mask is 32x40 px, the image 32x32"),
     ],
 )
 def test_masks_that_cannot_be_used(tmp_path: Path, mask: Image.Image, reason: str) -> None:
@@ -146,6 +153,46 @@ def test_a_reference_is_cut_as_the_pipeline_cuts_it(tmp_path: Path, size: tuple[
     expected = processor.preprocess(image, height=height, width=width, resize_mode="crop")
     found = torch.from_numpy(load_reference(str(path), 1024)).permute(2, 0, 1)
     torch.testing.assert_close(found / 127.5 - 1, expected[0], rtol=0, atol=1e-6)
+
+
+def coordinates(size: tuple[int, int]) -> Image.Image:
+    """Red says where a pixel is from left to right, green from top to bottom."""
+    across, down = (np.linspace(0, 255, side) for side in size)
+    grid = np.stack(np.broadcast_arrays(across, down[:, None], 0.0 * across), axis=-1)
+    return Image.fromarray(grid.round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "reference"),
+    [
+        ((1200, 1600), (1200, 1600)),
+        ((3000, 2000), (3000, 2000)),
+        ((3000, 2000), (1000, 667)),
+        ((300, 200), (900, 600)),
+    ],
+)
+@pytest.mark.parametrize("resolution", [1024, 256])
+def test_the_same_point_of_an_edit_pair_is_at_the_same_place(
+    tmp_path: Path, image: tuple[int, int], reference: tuple[int, int], resolution: int
+) -> None:
+    bucket = choose_bucket(*image, bucket_table(resolution, 64, 2.0))
+    coordinates(image).save(tmp_path / "image.png")
+    coordinates(reference).save(tmp_path / "reference.png")
+    notes: list[str] = []
+    pixels = load_cropped(str(tmp_path / "image.png"), bucket).astype(int)
+    path = str(tmp_path / "reference.png")
+    found = load_reference(path, 1024, image, bucket, notes).astype(int)
+    assert found.shape == pixels.shape and abs(found - pixels).max() <= 1
+    assert notes == [ALIGNED]
+    # What inference would make smaller is made so, with the same crop.
+    small = load_reference(path, 128, image, bucket).astype(int)
+    assert 0.8 * 128**2 < small.shape[0] * small.shape[1] < 1.2 * 128**2
+    corners = [abs(small[y, x] - pixels[y, x]).max() for y in (0, -1) for x in (0, -1)]
+    assert max(corners) <= 4
+    # Of other proportions: as inference takes it.
+    other = load_reference(path, 1024, (image[0], 2 * image[1]), bucket, notes)
+    assert notes[1:] == [OWN_SIZE]
+    np.testing.assert_array_equal(other, load_reference(path, 1024))
 
 
 def test_companions_reach_the_micro_batch(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from flux2_ds.commands.tiny import make_tiny
 from flux2_ds.config.model_files import check_fingerprint, fingerprint
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.recipe import Data, Launch, Model, Prepare, Preview, Recipe, recipe_values
+from flux2_ds.data.images import ALIGNED, DAMAGED_PROFILE, OWN_SIZE
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, read_index
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob
@@ -178,6 +179,32 @@ def test_unusable_pictures_are_skipped_named_and_counted(model, photos, tmp_path
     assert all(name in caplog.text for name in reasons)
     summary = (shards / "report.txt").read_text()
     assert "4 images skipped" in summary and "3 unreadable: images/" in summary
+
+
+def test_what_there_is_to_say_of_used_images_is_in_the_report(model, photos, tmp_path):
+    with Image.open(photos / "a.png") as image:
+        image.save(photos / "a.png", icc_profile=b"no profile")
+    shutil.copy(photos / "b.png", photos / "b.reference.png")
+    shutil.copy(photos / "b.png", photos / "d.reference.png")
+    shards = tmp_path / "shards"
+    recipe = recipe_for(model, photos, shards)
+    for _ in range(2):  # also of what was encoded before
+        run(recipe)
+        notes = report(shards)["notes"]
+        assert {kind: [*names] for kind, names in notes.items()} == {
+            DAMAGED_PROFILE: ["images/a.png"], ALIGNED: ["images/b.png"], OWN_SIZE: ["images/d.png"],
+        }  # fmt: skip
+        assert "1 images with a color profile that is not applied: images/a.png" in (
+            (shards / "report.txt").read_text()
+        )
+    references = {
+        reader.meta(row)["source"]: [each.shape[1:] for each in reader.references(row)]
+        for shard in read_index(shards).shards
+        for reader in [ShardReader(shards / shard.name, shard)]
+        for row in range(shard.samples)
+    }
+    assert references["b.png"] == [(6, 10)]  # its image is 128x72, in bucket 80x48
+    assert references["d.png"] == [(8, 16)]
 
 
 def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
