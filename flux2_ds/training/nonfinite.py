@@ -15,6 +15,7 @@ import torch
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.errors import UserError
+from flux2_ds.run.atomic import atomic_write_text
 
 log = logging.getLogger("flux2_ds")
 
@@ -92,7 +93,7 @@ class NonFinite:
             for batch, loss in zip(batches, losses, strict=True)
         ]
         facts = {"step": step, "gradient_norm": str(norm), "micro_batches": batch_facts}
-        path.write_text(json.dumps(facts, indent=1) + "\n")
+        atomic_write_text(path, json.dumps(facts, indent=1) + "\n")
         return path
 
 

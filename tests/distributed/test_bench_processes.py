@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pool import launch
-from test_divided import zero3
+from test_zero3 import zero3
 
 from flux2_ds.commands.tiny import make_tiny
 

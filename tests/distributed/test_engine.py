@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import memory
+import measure_loading
 import pytest
 import torch
 import trajectory
@@ -108,7 +108,9 @@ def test_bf16_stays_near(references: dict[str, Any], tmp_path: Path) -> None:
             assert other == pytest.approx(first, rel=5e-3)
 
 
-def test_a_divided_model_follows_plain_pytorch(references: dict[str, Any], tmp_path: Path) -> None:
+def test_a_partitioned_model_follows_plain_pytorch(
+    references: dict[str, Any], tmp_path: Path
+) -> None:
     """Every process reads its own parts of a sharded checkpoint; shipped persistence threshold."""
     trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
     assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
@@ -148,7 +150,7 @@ def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> N
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     whole, largest = sum(sizes), max(sizes)
     assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
-    for results in run_once(2, memory.__file__, tmp_path, tmp_path):
+    for results in run_once(2, measure_loading.__file__, tmp_path, tmp_path):
         for base, result in results.items():
             assert result["wrong"] == [], base
             # A tensor is held three times at most: built whole, its rows in the file, its rows read;

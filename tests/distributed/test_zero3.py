@@ -31,7 +31,7 @@ def compilable(name: str) -> dict[str, Any]:
     return config
 
 
-def test_a_divided_quantised_base_follows_stage_0(tmp_path: Path) -> None:
+def test_a_partitioned_quantized_base_follows_stage_0(tmp_path: Path) -> None:
     """Each process quantises its rows of the files; adapters, DoRA's norms and recomputation read
     what is gathered."""
     trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")

@@ -1,6 +1,6 @@
 """A worker of test_engine.py: builds a large model in parts and writes down its peak memory.
 
-RANK=0 WORLD_SIZE=2 ... python memory.py DIRECTORY RESULTS.json
+RANK=0 WORLD_SIZE=2 ... python measure_loading.py DIRECTORY RESULTS.json
 """
 
 from __future__ import annotations
