@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from flux2_ds.checkpoint import manager as checkpoint
-from flux2_ds.checkpoint.tensor_store import TensorStore, write_tensors
+from flux2_ds.checkpoint.tensor_store import TensorStore
 from flux2_ds.commands.model_card import (
     PREVIEWS,
     Export,
@@ -48,7 +50,8 @@ from flux2_ds.model.adapter_layouts import (
 )
 from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
 from flux2_ds.model.merge import BaseWeights, dora_scale
-from flux2_ds.model.safetensors_file import write_all
+from flux2_ds.model.merge_files import write_bfl_transformer
+from flux2_ds.model.safetensors_file import write_all, write_safetensors
 from flux2_ds.model.transformer import ADAPTER, compute_dtype, exported_settings, lora_config
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.logging import set_up_console
@@ -56,7 +59,7 @@ from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, exp
 
 log = logging.getLogger("flux2_ds")
 
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 FILE_SIZE = "10GB"
 """Of an exported transformer; one such file is in memory at a time."""
 READERS: dict[Layout, str] = {"diffusers": "diffusers", "bfl": "comfyui", "kohya": "musubi"}
@@ -72,6 +75,7 @@ class Request:
     dtype: torch.dtype
     weights: Weights = "trained"
     layout: Layout | None = None
+    merge: bool = False
     title: str | None = None
     trigger: str | None = None
     repository: str | None = None
@@ -92,6 +96,9 @@ def main() -> None:
     parser.add_argument("--layout", type=Layout | None, default=None,
                         help="Names of an adapter's tensors. Default: a file for diffusers and one (bfl) for "
                              "ComfyUI; kohya is musubi-tuner's.")  # fmt: skip
+    parser.add_argument("--merge", type=bool, default=False,
+                        help="Write the whole transformer with the adapter in it instead of the adapter: a "
+                             "directory (--layout diffusers) or one file for ComfyUI (--layout bfl).")  # fmt: skip
     parser.add_argument("--title", type=str | None, default=None,
                         help="What user interfaces and the model card call it. Default: run_dir's name.")  # fmt: skip
     parser.add_argument("--trigger", type=str | None, default=None,
@@ -105,9 +112,10 @@ def main() -> None:
     # The run's may have changed since.
     recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
     request = Request(
-        dtype=file_dtype(recipe, options.dtype),
+        dtype=file_dtype(recipe, options.dtype, merge=options.merge),
         weights=options.weights,
         layout=options.layout,
+        merge=options.merge,
         title=options.title,
         trigger=options.trigger,
         repository=options.push,
@@ -127,10 +135,14 @@ def main() -> None:
         log.info("pushed to %s", push(options.push, card[0].parent, paths, message))
 
 
-def file_dtype(recipe: Recipe, asked: Precision | None) -> torch.dtype:
+def file_dtype(recipe: Recipe, asked: Precision | None, *, merge: bool = False) -> torch.dtype:
     """Of the file: the one asked for, or the recipe's; of a DoRA fp32, because what its magnitudes learn is often
     less than bf16 tells apart."""
-    return compute_dtype(asked or ("fp32" if recipe.method == "dora" else recipe.precision))
+    if asked == "fp8":
+        return torch.float8_e4m3fn
+    return compute_dtype(
+        asked or ("fp32" if recipe.method == "dora" and not merge else recipe.precision)
+    )
 
 
 def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
@@ -170,15 +182,22 @@ def export(
             f"{chosen.path} holds no moving average: it was trained without optimizer.ema_decay. Export "
             "--weights trained, or set optimizer.ema_decay and train in a new run_dir."
         )
-    if full and layout not in (None, "diffusers"):
-        raise UserError(f"--layout {layout} is for adapters; method is full. Remove it.")
+    whole = full or request.merge
+    if full and request.merge:
+        raise UserError("--merge is for adapters; method is full. Remove it.")
+    if whole and layout == "kohya":
+        raise UserError("--layout kohya is for adapters alone. Export --layout bfl, or diffusers.")
     if dora and layout == "kohya":
         raise UserError(
             "--layout kohya: the programs that read these names drop the magnitudes of a DoRA, and half "
-            "of the update is wrong without them. Export --layout bfl for ComfyUI, or diffusers."
+            "of the update is wrong without them. Export --layout bfl for ComfyUI, or --merge --layout bfl."
+        )
+    if request.dtype == torch.float8_e4m3fn and not (whole and layout == "bfl"):
+        raise UserError(
+            "--dtype fp8 is for all weights in one file: add --layout bfl, and --merge to an adapter."
         )
     layouts: tuple[Layout, ...] = ("diffusers", "bfl") if layout is None else (layout,)
-    parts = ["transformer"] if dora and "bfl" in layouts else []
+    parts = ["transformer"] if request.merge or (dora and "bfl" in layouts) else []
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     origin = Origin(
         chosen,
@@ -192,19 +211,45 @@ def export(
     store = chosen.store("weights" if request.weights == "trained" else "ema")
     path = export_path(recipe, chosen.step, request.weights)
     folder = path.parent
+    if request.merge:
+        average = "-ema" if request.weights == "ema" else ""
+        folder /= f"step_{chosen.step:08d}{average}-merged"
     folder.mkdir(parents=True, exist_ok=True)
-    if full:
-        export_transformer(store, path, request.dtype)
-        shutil.copy(directory / "transformer" / "config.json", path)
-        exports = [Export(path, ("diffusers",))]
+    adapter = {} if full else stored_adapter(store, recipe)
+    base = BaseWeights(directory / "transformer") if parts else None
+    exports = []
+    if whole:
+        shapes = store.shapes if base is None else base.shapes()
+        weight = store.tensor if base is None else partial(base.merged, adapter=adapter)
+        exports.append(_export_weights(folder, shapes, weight, request, origin))
     else:
-        adapter = stored_adapter(store, recipe)
-        base = BaseWeights(directory / "transformer") if parts else None
-        exports = []
         for each in layouts:
             path = export_path(recipe, chosen.step, request.weights, READERS[each])
             exports.append(export_adapter(adapter, path, each, request.dtype, origin, recipe, base))
     return exports, write_card(folder, origin, exports, Path(recipe.run_dir) / PREVIEWS)
+
+
+def _export_weights(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    weight: Callable[[str], torch.Tensor],
+    request: Request,
+    origin: Origin,
+) -> Export:
+    """Write all weights in the layout that was asked for, by default diffusers'."""
+    if request.layout != "bfl":
+        path = folder / "transformer"
+        export_transformer(shapes, weight, path, request.dtype)
+        shutil.copy(origin.directory / "transformer" / "config.json", path)
+        return Export(path, ("diffusers",))
+    run = Path(origin.settings["run_dir"]).resolve().name
+    dtype = {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    kind = dtype.get(request.dtype, "fp32")
+    path = folder / f"{run}-step_{origin.checkpoint.step:08d}-comfyui-{kind}.safetensors"
+    metadata = file_metadata(origin, path.stem, None, black_forest=True)
+    with atomic_path(path) as unfinished:
+        write_bfl_transformer(unfinished, shapes, weight, request.dtype, metadata)
+    return Export(path, ("ComfyUI",))
 
 
 def stored_adapter(store: TensorStore, recipe: Recipe) -> Adapter:
@@ -254,10 +299,10 @@ def export_adapter(
         metadata["lora_adapter_metadata"] = _adapter_metadata(config.to_dict())
     programs = CHECKED[layout, dora]
     metadata["flux2_ds.checked_for"] = ", ".join(programs)
-    with atomic_path(path) as partial:
-        write_all(partial, tensors, metadata)
+    with atomic_path(path) as unfinished:
+        write_all(unfinished, tensors, metadata)
         errors = {
-            title: largest_error(read_with(title, partial, origin.spec), adapter, base)
+            title: largest_error(read_with(title, unfinished, origin.spec), adapter, base)
             for title in programs
         }
         for title, error in errors.items():
@@ -277,19 +322,24 @@ def _adapter_metadata(config: dict[str, Any]) -> str:
     return json.dumps({f"transformer.{k}": v for k, v in values.items()}, indent=2, sort_keys=True)
 
 
-def export_transformer(store: TensorStore, path: Path, dtype: torch.dtype) -> None:
-    """Write all weights in diffusers' layout."""
+def export_transformer(
+    shapes: dict[str, tuple[int, ...]],
+    weight: Callable[[str], torch.Tensor],
+    path: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write all weights in diffusers' layout, one in memory at a time."""
     path.mkdir(exist_ok=True)
     for old in path.glob("diffusion_pytorch_model*.safetensors*"):
         old.unlink()
     split = split_torch_state_dict_into_shards(
-        {n: torch.empty(s, dtype=dtype, device="meta") for n, s in store.shapes.items()},
+        {n: torch.empty(s, dtype=dtype, device="meta") for n, s in shapes.items()},
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
         max_shard_size=FILE_SIZE,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: store.tensor(name).to(dtype) for name in names}
-        write_tensors(path / file, tensors, {"format": "pt"})
+        kinds = {name: (dtype, tuple(shapes[name])) for name in names}
+        write_safetensors(path / file, kinds, lambda n: weight(n).to(dtype), {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         name = "diffusion_pytorch_model.safetensors.index.json"

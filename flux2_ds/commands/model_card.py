@@ -195,7 +195,7 @@ def _files(folder: Path, exports: list[Export]) -> str:
 
 def _use(folder: Path, export: Export, origin: Origin) -> str:
     name, pipeline = export.path.relative_to(folder), origin.spec.pipeline
-    adapter = export.path.suffix and origin.settings["method"] != "full"
+    adapter = export.error is not None
     reader = export.programs[0]
     if reader == "ComfyUI" and adapter:
         how = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flux2_ds.errors import UserError
-from flux2_ds.model.adapter_layouts import Update
+from flux2_ds.model.adapter_layouts import Adapter, Update
 from flux2_ds.model.load import open_file, tensor_files
 
 _ELEMENTS = 1 << 25
@@ -21,6 +21,24 @@ class BaseWeights:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files = tensor_files(directory)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights, by name."""
+        shapes = {}
+        for name, path in self._files.items():
+            with open_file(path) as file:
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
+    def merged(self, name: str, adapter: Adapter) -> torch.Tensor:
+        """The weight `name` in fp32, with the adapter's update if it has one for it."""
+        update = adapter.get(name.removesuffix(".weight"))
+        if update is None:
+            with open_file(self._files[name]) as file:
+                weight: torch.Tensor = file.get_tensor(name).float()
+            return weight
+        chunks = self.rows(name.removesuffix(".weight"))
+        return torch.cat([changed_rows(weight, update, rows) for rows, weight in chunks])
 
     def rows(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some rows of the linear `name` [N, K] after the others, in fp32, and which they are."""

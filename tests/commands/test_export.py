@@ -241,7 +241,7 @@ def test_a_file_that_does_not_hold_what_was_trained_is_not_kept(
 
 @pytest.mark.parametrize(
     ("method", "layout", "message"),
-    [("dora", "kohya", "drop the magnitudes"), ("full", "bfl", "--layout bfl is for adapters")],
+    [("dora", "kohya", "drop the magnitudes"), ("full", "kohya", "--layout kohya is for adapters")],
 )
 def test_layouts_that_cannot_hold_what_was_trained(
     method: str,
@@ -269,6 +269,50 @@ def test_the_precision_of_the_file_is_the_one_asked_for(
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     linears = 12 * tiny_spec.double_blocks + 2 * tiny_spec.single_blocks
     assert len(tensors) == 2 * linears
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
+def test_all_weights_with_the_adapter_in_them(
+    method: str,
+    layout: Layout,
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Write,
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", method)
+    model = trained(recipe, tiny_spec)
+    expected = predict(model, tiny_spec)
+    chosen = save(model, recipe, write_checkpoint)
+    (path,) = export_as(recipe, chosen, layout=layout, merge=method != "full")
+    if layout == "diffusers":
+        loaded = Flux2Transformer2DModel.from_pretrained(path)
+    else:  # diffusers' own converter of Black Forest Labs' names
+        config = Flux2Transformer2DModel.load_config(tiny_model / "transformer")
+        loaded = Flux2Transformer2DModel.from_config(config)
+        loaded.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(load_file(path)))
+    torch.testing.assert_close(predict(loaded, tiny_spec), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fp8_weights_have_the_scales_that_comfyui_reads(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
+) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
+    model = trained(recipe, tiny_spec)
+    expected = in_bfl(weights_after(model, tiny_spec), tiny_spec)
+    chosen = save(model, recipe, write_checkpoint)
+    (path,) = export_as(recipe, chosen, torch.float8_e4m3fn, layout="bfl", merge=True)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
+    assert all(layer == {"format": "float8_e4m3fn"} for layer in layers.values())
+    assert layers.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert tensors[f"{name}.weight"].dtype == torch.float8_e4m3fn
+        found = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+        assert (found - weight).norm() / weight.norm() < 0.03
+    assert tensors["img_in.weight"].dtype == torch.bfloat16
 
 
 def test_an_export_in_several_files_and_of_the_average(
