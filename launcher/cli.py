@@ -26,15 +26,13 @@ from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.dataset import build_order, check_run, read_data
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_root
-from flux2_ds.run.run_dir import lock_run_dir
 from launcher.commands import BENCH, start_commands
 from launcher.doctor import check_zero, examine
 from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
 from launcher.plan_report import plan_memory
-from launcher.preparing import prepare_shards
 from launcher.slurm import add_options as add_slurm_options
-from launcher.slurm import job_of, prepare_script, train_script
-from launcher.supervise import Stopper, run, supervise, train_job, what_ended
+from launcher.slurm import batch_script, slurm_job
+from launcher.supervise import Job, Stopper, prepare_job, run, supervise, train_job, what_ended
 
 
 def main() -> None:
@@ -73,14 +71,11 @@ def usage() -> str:
 
 
 def prepare(argv: list[str]) -> None:
-    """Prepare on this machine, or on those of the hostfile."""
-    recipe, options, arguments = read(argv, "prepare", add_gpus)
+    """Prepare as `train` trains."""
+    recipe, options, arguments = read(argv, "prepare", add_start_options)
     check_recipe(recipe)
-    hosts = hosts_of(recipe, options)
-    check_ssh(hosts)
-    if recipe.launch.accelerator == "cuda":
-        check_gpus(hosts)
-    sys.exit(prepare_shards(recipe, hosts, arguments))
+    hosts = start_hosts(recipe, options)
+    start(prepare_job(recipe), recipe, hosts, options, arguments, [])
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +141,8 @@ def doctor(argv: list[str]) -> None:
     sys.exit(0 if healthy else EXIT_USER_ERROR)
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `train`."""
+def add_start_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train` and `prepare`."""
     add_gpus(parser)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="Print plan and command, start nothing.")
@@ -155,8 +150,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--max-restarts",
         type=int,
         default=0,
-        help="After a failure, start again from the last checkpoint; at most so many times in a row "
-        "without reaching the next one.",
+        help="After a failure, start again from the last checkpoint (or finished shard); at most so "
+        "many times in a row without reaching the next one.",
     )
     add(
         "--elastic",
@@ -173,28 +168,40 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
 def train(argv: list[str]) -> None:
     """Check the recipe, print the exact command, run it and pass its exit code on."""
-    recipe, options, arguments = read(argv, "train", add_train_options)
-    hosts, node = hosts_of(recipe, options), options.node_rank
-    check_start(recipe, hosts, options)
-    the_plan = make_plan(recipe, hosts.processes)
+    recipe, options, arguments = read(argv, "train", add_start_options)
+    hosts = start_hosts(recipe, options)
+    plan = make_plan(recipe, hosts.processes)
+    if not options.dry_run:
+        check_inputs(recipe, read_data(recipe))
+    start(train_job(recipe), recipe, hosts, options, arguments, plan.lines())
+
+
+def start(
+    job: Job,
+    recipe: Recipe,
+    hosts: Hosts,
+    options: Any,
+    arguments: list[str],
+    plan_lines: list[str],
+) -> None:
+    """Start the job on all its ranks, or with `--dry-run` print how."""
+    launch, node = recipe.launch, options.node_rank
     if options.dry_run:
-        job = train_job(recipe)
-        commands = start_commands(job.module, recipe.launch, hosts, arguments, node=node)
-        print("\n".join([*the_plan.lines(), *map(str, commands)]))
+        commands = start_commands(job.module, launch, hosts, arguments, node=node)
+        print("\n".join([*plan_lines, *map(str, commands)]))
         return
-    check_inputs(recipe, read_data(recipe))
     if node is None:
         check_ssh(hosts)
-    if recipe.launch.accelerator == "cuda":
+    if launch.accelerator == "cuda":
         check_gpus(hosts)
     with ExitStack() as held:
         if not node:  # elsewhere the first host's launcher holds them
-            # To the end: the trainer takes its own lock only after it has imported torch.
-            held.enter_context(lock_run_dir(recipe, ".launcher.lock"))
-            lock_run_dir(recipe).close()  # a trainer that was started by hand
+            # To the end: rank 0 takes its own lock only after it has started.
+            held.enter_context(job.lock(".launcher.lock"))
+            job.lock().close()  # ranks that were started by hand
         code = supervise(
-            train_job(recipe),
-            recipe.launch,
+            job,
+            launch,
             hosts,
             arguments,
             max_restarts=options.max_restarts,
@@ -204,15 +211,15 @@ def train(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def check_start(recipe: Recipe, hosts: Hosts, options: Any) -> None:
-    """Refuse options of `train` that do not go with each other or with the hosts."""
-    node, restarts = options.node_rank, options.max_restarts
+def start_hosts(recipe: Recipe, options: Any) -> Hosts:
+    """Return where a start runs; refuse options that do not go with each other or with the hosts."""
+    hosts, node, restarts = hosts_of(recipe, options), options.node_rank, options.max_restarts
     if restarts < 0:
         raise UserError(f"--max-restarts is {restarts}; it must be 0 or more.")
     if options.elastic and not (recipe.launch.hostfile and restarts):
         raise UserError("--elastic needs launch.hostfile and --max-restarts of at least 1.")
     if node is None:
-        return
+        return hosts
     if hosts.hostfile is None or restarts:
         raise UserError(
             f"--node-rank {node} needs launch.hostfile, and no --max-restarts: whoever starts the hosts "
@@ -223,6 +230,7 @@ def check_start(recipe: Recipe, hosts: Hosts, options: Any) -> None:
             f"--node-rank is {node}; launch.hostfile {hosts.hostfile} has the hosts 0 to "
             f"{len(hosts.slots) - 1}."
         )
+    return hosts
 
 
 def bench(argv: list[str]) -> None:
@@ -251,17 +259,15 @@ def bench(argv: list[str]) -> None:
 def slurm(argv: list[str]) -> None:
     """Print the sbatch script, or submit it."""
     recipe, options, arguments = read(argv, "slurm", add_slurm_options)
-    job = job_of(recipe, options, dict(os.environ))
-    prepares = options.job == "prepare"
-    make_plan(recipe, 1 if prepares else job.nodes * job.tasks)
-    if prepares:
-        script = prepare_script(job, arguments, python=sys.executable)
-    else:
-        script = train_script(job, recipe.run_dir, arguments, python=sys.executable)
+    job = slurm_job(recipe, options, os.environ)
+    trains = options.job == "train"
+    if trains:
+        make_plan(recipe, job.nodes * job.tasks)
+    script = batch_script(job, arguments, python=sys.executable)
     if not options.submit:
         print(script, end="")
         return
-    if not prepares:
+    if trains:
         check_inputs(recipe, read_data(recipe))
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine. Run this on a Slurm login node.")

@@ -17,6 +17,7 @@ from flux2_ds.run.environment import checked_port
 from launcher.hosts import Hosts, pick_port
 
 TRAIN = "flux2_ds.train"
+PREPARE = "flux2_ds.prepare"
 BENCH = "flux2_ds.commands.bench"
 PROBE = "flux2_ds.commands.probe"
 _SSH = [

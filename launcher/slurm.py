@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from launcher.commands import TRAIN, collective_timeout
-from launcher.preparing import PREPARE
+from flux2_ds.prepare.folder import check_folder
+from launcher.commands import PREPARE, TRAIN, collective_timeout
 
 _WORD = re.compile(r"[\w.,:%@+-]+", re.ASCII)
 """What may stand in an #SBATCH line: no space, no new line."""
@@ -22,16 +23,19 @@ _WORD = re.compile(r"[\w.,:%@+-]+", re.ASCII)
 class SlurmJob:
     """What Slurm is asked for. `tasks` are processes a node, one a GPU if `accelerator` is cuda."""
 
+    module: str
+    place: str
+    """The directory of its logs."""
+    name: str
     nodes: int
     tasks: int
     time_limit: str
-    name: str
     accelerator: str = "cuda"
     partition: str | None = None
     account: str | None = None
     array: str | None = None
-    save_before: int = 120
-    """Seconds before the time limit at which the trainer is told to save."""
+    save_before: int | None = None
+    """Seconds before the time limit at which the ranks are told to save; None if they cannot."""
     max_restarts: int = 0
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -55,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--submit", action="store_true", help="Hand the script to sbatch.")
 
 
-def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJob:
+def slurm_job(recipe: Recipe, options: Any, environment: Mapping[str, str]) -> SlurmJob:
     """Return what a recipe and the options of `flux2-ds slurm` ask Slurm for."""
     for name in ("nodes", "gpus_per_node", "save_before"):
         value = getattr(options, name)
@@ -72,7 +76,7 @@ def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJo
         raise UserError(
             f"launch.hostfile is {launch.hostfile}, and Slurm chooses the hosts. Add --launch.hostfile null."
         )
-    for name in ("array", "save_before", "max_restarts"):
+    for name in ("array", "save_before"):
         if prepares and getattr(options, name):
             raise UserError(
                 f"--{name.replace('_', '-')} is of a training; --job prepare has no use for it. Leave "
@@ -85,40 +89,43 @@ def job_of(recipe: Recipe, options: Any, environment: dict[str, str]) -> SlurmJo
             "launch.processes says how many processes a node runs."
         )
     tasks = options.gpus_per_node or launch.processes or (8 if launch.accelerator == "cuda" else 1)
+    name = Path(recipe.run_dir).name
     return SlurmJob(
+        module=PREPARE if prepares else TRAIN,
+        place=str(check_folder(recipe.data.shards)) if prepares else recipe.run_dir,
+        name=f"{name}-prepare" if prepares else name,
         nodes=options.nodes,
         tasks=tasks,
         time_limit=options.time,
-        name=Path(recipe.run_dir).name,
         accelerator=launch.accelerator,
         partition=options.partition,
         account=options.account,
         array=options.array,
-        save_before=options.save_before or 120,
+        save_before=None if prepares else options.save_before or 120,
         max_restarts=options.max_restarts,
         environment=tuple(collective_timeout(launch, environment).items()),
     )
 
 
-def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: str) -> str:
-    """The sbatch script that trains with the recipe's `arguments`.
+def batch_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
+    """Return the sbatch script that runs the job with the recipe's `arguments`.
 
     One task a process, started by srun itself, so no ssh between nodes is needed and Slurm's signals
     reach every process: before the time limit, and when the job is preempted, all save and exit with
     code 75, and the job requeues itself to continue. The tasks of an array are runs of their own: task
-    N has seed N and the run directory `run_dir`-N.
+    N has seed N and the run directory `place`-N.
     """
-    place, own = shlex.quote(run_dir), ""
+    place, own = shlex.quote(job.place), ""
     if job.array is not None:
         place += '-"$SLURM_ARRAY_TASK_ID"'
         own = f' --run_dir {place} --seed "$SLURM_ARRAY_TASK_ID"'
-    train = f'{shlex.join([python, "-m", TRAIN, *arguments])}{own} "$@"'
+    rank = f'{shlex.join([python, "-m", job.module, *arguments])}{own} "$@"'
     # A task that stopped on request leaves the others to save; any other failure ends them all, or
     # they would wait for it in a collective.
-    # The shell gets Slurm's signal, too, and has to outlive the trainer's saving.
+    # The shell gets Slurm's signal, too, and has to outlive the rank's saving.
     # The others' codes follow from the first one's, so that decides (-C: created once, by one task).
     task = (
-        f"trap : USR1 TERM INT; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {train}; code=$?; "
+        f"trap : USR1 TERM INT; RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID {rank}; code=$?; "
         f"if [ $code -ne 0 ] && [ $code -ne {EXIT_STOPPED} ]; then "
         '(set -C; echo $code > "$FLUX2_DS_FAILED") 2> /dev/null; sleep 20; '
         "scancel --signal=KILL $SLURM_JOB_ID.$SLURM_STEP_ID; fi; exit $code"
@@ -129,13 +136,18 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
             f' || {{ [ "$code" -ne 0 ] && [ "$code" -ne {EXIT_USER_ERROR} ] && '
             f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; }}'
         )
-    options = {"signal": f"USR1@{job.save_before}"}
     return "\n".join(
         [
-            *header(job, job.name, options, nodes=job.nodes, tasks=job.tasks),
-            "#SBATCH --requeue",
+            "#!/bin/bash",
+            *header(job),
             "",
-            *exports(job),
+            *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            "# A port that two jobs on one node are unlikely to share.",
+            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            f"export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR={job.accelerator}",
+            f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
+            "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
             f"export FLUX2_DS_FAILED={place}/logs/slurm-$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
             'mkdir -p -- "${FLUX2_DS_FAILED%/*}"',
             "",
@@ -149,41 +161,13 @@ def train_script(job: SlurmJob, run_dir: str, arguments: list[str], *, python: s
     )
 
 
-def prepare_script(job: SlurmJob, arguments: list[str], *, python: str) -> str:
-    """The sbatch script that prepares the recipe's shards, one task a process."""
-    prepare = shlex.join([python, "-m", PREPARE, *arguments])
-    task = f'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec {prepare} "$@"'
-    return "\n".join(
-        [
-            *header(job, f"{job.name}-prepare", {}, nodes=job.nodes, tasks=job.tasks),
-            "",
-            *exports(job),
-            f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(task)} task "$@"',
-            "",
-        ]
-    )
-
-
-def exports(job: SlurmJob) -> list[str]:
-    """The variables by which the processes of a job meet, and their share of the cores."""
-    return [
-        *(f"export {name}={shlex.quote(value)}" for name, value in job.environment),
-        'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "# A port that two jobs on one node are unlikely to share.",
-        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-        f"export WORLD_SIZE=$SLURM_NTASKS DS_ACCELERATOR={job.accelerator}",
-        f"threads=$((SLURM_CPUS_ON_NODE / {job.tasks}))",
-        "export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))",
-    ]
-
-
-def header(job: SlurmJob, name: str, more: dict[str, str], *, nodes: int, tasks: int) -> list[str]:
-    """The first line and what sbatch reads: whole nodes, of which `--exclusive` alone would give all
-    cores and GPUs, but only as much memory as the cluster's default."""
+def header(job: SlurmJob) -> list[str]:
+    """Return what sbatch reads: whole nodes, of which `--exclusive` alone would give all cores and
+    GPUs, but only as much memory as the cluster's default."""
     options = {
-        "job-name": re.sub(r"[^\w.-]+", "-", name) or "flux2-ds",
-        "nodes": nodes,
-        "ntasks-per-node": tasks,
+        "job-name": re.sub(r"[^\w.-]+", "-", job.name) or "flux2-ds",
+        "nodes": job.nodes,
+        "ntasks-per-node": job.tasks,
         "gpus-per-node": job.tasks if job.accelerator == "cuda" else None,
         "mem": 0,  # all of the node's
         "time": job.time_limit,
@@ -192,7 +176,7 @@ def header(job: SlurmJob, name: str, more: dict[str, str], *, nodes: int, tasks:
         "partition": job.partition,
         "account": job.account,
         "array": job.array,
-        **more,
+        "signal": f"USR1@{job.save_before}" if job.save_before else None,
     }
     asked = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    return ["#!/bin/bash", *asked, "#SBATCH --exclusive"]
+    return [*asked, "#SBATCH --exclusive", "#SBATCH --requeue"]

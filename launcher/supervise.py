@@ -13,13 +13,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
+from flux2_ds.data.index import INDEX_NAME
 from flux2_ds.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from flux2_ds.run.run_dir import logs_directory, newest_step, stop_file
+from flux2_ds.prepare.folder import check_folder, lock_folder
+from flux2_ds.prepare.manifest import manifest_paths
+from flux2_ds.run.run_dir import (
+    lock_run_dir,
+    logs_directory,
+    newest_step,
+    prepare_logs_directory,
+    stop_file,
+)
 from flux2_ds.run.watchdog import Failure, first_failure, forget, unended
-from launcher.commands import TRAIN, Command, ssh, start_commands
+from launcher.commands import PREPARE, TRAIN, Command, ssh, start_commands
 from launcher.hosts import Hosts, on_hosts
 
 PATIENCE = 15.0  # s that the other hosts get to end by themselves after the first has failed
@@ -182,18 +192,20 @@ class Job:
     module: str
     logs: Path
     stop_file: Path | None
+    lock: Callable[..., IO[str]]
+    """Holds its directory, under the name that is given or as rank 0 does."""
     progress: Callable[[], int]
     """Grows with what a restart need not do again."""
     reached: str
     """Says it in words."""
     missing: Callable[[], str]
     """Says why the job is not done; empty if it is."""
-    fits: Callable[[int], object]
+    fits: Callable[[int], object] = lambda processes: None
     """Refuses a number of processes that the job cannot have."""
 
 
 def train_job(recipe: Recipe) -> Job:
-    """Return the job that trains."""
+    """Return the job that trains: done with a checkpoint of the last step."""
 
     def missing() -> str:
         newest = newest_step(recipe)
@@ -205,10 +217,31 @@ def train_job(recipe: Recipe) -> Job:
         TRAIN,
         logs_directory(recipe),
         stop_file(recipe),
+        partial(lock_run_dir, recipe),
         partial(newest_step, recipe),
         "step {}",
         missing,
         partial(make_plan, recipe),
+    )
+
+
+def prepare_job(recipe: Recipe) -> Job:
+    """Return the job that prepares: done with an index that it has written."""
+    folder = check_folder(recipe.data.shards)
+    index = folder / INDEX_NAME
+
+    def written() -> int:
+        return index.stat().st_mtime_ns if index.exists() else 0
+
+    before = written()  # every start that is not refused writes the index anew
+    return Job(
+        PREPARE,
+        prepare_logs_directory(recipe),
+        None,
+        partial(lock_folder, folder),
+        lambda: len(manifest_paths(folder)),
+        "{} shards",
+        lambda: "" if written() != before else f"{index} has not been written",
     )
 
 

@@ -336,7 +336,7 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("slurm", ["--gpus-per-node=2"], "--gpus-per-node is 2, but launch.accelerator is cpu"),
         *(
             ("slurm", ["--job=prepare", f"{option}=1"], f"{option} is of a training")
-            for option in ("--array", "--max-restarts", "--save-before")
+            for option in ("--array", "--save-before")
         ),
         ("slurm", [*SLURM, *CUDA, "--submit"], "data.shards shards has no index.json"),
     ],

@@ -9,12 +9,24 @@ import pytest
 
 from flux2_ds.config.recipe import Data, Model, Recipe
 from flux2_ds.errors import EXIT_STOPPED, UserError
-from launcher.slurm import SlurmJob, add_options, job_of, train_script
+from launcher.slurm import SlurmJob, add_options, batch_script, slurm_job
+
+JOB = SlurmJob(
+    module="flux2_ds.train",
+    place="my runs/x",
+    name="x",
+    nodes=1,
+    tasks=2,
+    time_limit="1",
+    save_before=120,
+)
 
 
 def test_slurm_is_asked_for_what_the_job_needs():
-    job = SlurmJob(nodes=2, tasks=8, time_limit="04:00:00", name="cats", partition="gpu")
-    lines = train_script(job, "runs/cats", [], python="python").splitlines()
+    job = dataclasses.replace(
+        JOB, nodes=2, tasks=8, time_limit="04:00:00", name="cats", partition="gpu"
+    )
+    lines = batch_script(job, [], python="python").splitlines()
     assert lines[0] == "#!/bin/bash"
     assert {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")} == {
         *("job-name=cats", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu"),
@@ -28,8 +40,7 @@ def test_slurm_is_asked_for_what_the_job_needs():
     [("it's mine; rm -rf", "it-s-mine-rm--rf"), ("a_b-1.2", "a_b-1.2"), ("", "flux2-ds")],
 )
 def test_job_name_is_one_word(name, expected):
-    job = SlurmJob(nodes=1, tasks=1, time_limit="1", name=name)
-    lines = train_script(job, "", [], python="python").splitlines()
+    lines = batch_script(dataclasses.replace(JOB, name=name), [], python="python").splitlines()
     assert lines[1] == f"#SBATCH --job-name={expected}"
 
 
@@ -40,10 +51,7 @@ def test_what_would_be_more_than_one_word_for_slurm_is_refused(option, value):
     add_options(parser)
     recipe = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
     with pytest.raises(UserError, match=f"--{option} is "):
-        job_of(recipe, parser.parse_args([f"--{option}={value}"]), {})
-
-
-JOB = SlurmJob(nodes=1, tasks=2, time_limit="1", name="x")
+        slurm_job(recipe, parser.parse_args([f"--{option}={value}"]), {})
 
 
 def run_job(
@@ -51,11 +59,10 @@ def run_job(
     arguments: list[str],
     cpus: int = 8,
     job: SlurmJob = JOB,
-    run_dir: str = "my runs/x",
     **stand_ins: str,
 ) -> subprocess.CompletedProcess[str]:
     """The script itself, run by bash with stand-ins for Slurm's programs and the trainer."""
-    script = train_script(job, run_dir, arguments, python=str(folder / "python"))
+    script = batch_script(job, arguments, python=str(folder / "python"))
     defaults = {
         "srun": 'shift; exec "$@"',
         "scontrol": '[ "$1" = show ] && echo node01 || echo "scontrol $*"',
@@ -95,8 +102,8 @@ def test_slurm_script_is_bash_and_passes_awkward_arguments_on(tmp_path, cpus, th
 
 @pytest.mark.parametrize("run_dir", ["$(touch owned)", "it's; touch owned", "-rf", "a\nb", "`x`"])
 def test_a_run_directorys_name_is_no_command(tmp_path, run_dir):
-    job = dataclasses.replace(JOB, array="5")
-    done = run_job(tmp_path, [], job=job, run_dir=run_dir, python='printf "%s\\0" "$@"; exit 1')
+    job = dataclasses.replace(JOB, array="5", place=run_dir)
+    done = run_job(tmp_path, [], job=job, python='printf "%s\\0" "$@"; exit 1')
     own = ["--run_dir", f"{run_dir}-5", "--seed", "5"]
     assert done.stdout.split("\0")[:-1] == ["-m", "flux2_ds.train", *own, "--steps", "a b"]
     assert done.stderr == ""
@@ -163,3 +170,18 @@ def test_slurms_signal_lets_the_trainer_save(tmp_path):
         srun='shift; set -m; "$@" & until [ -e up ]; do /bin/sleep 0.02; done; kill -USR1 -- -$!; wait $!',
     )
     assert (done.returncode, done.stdout) == (EXIT_STOPPED, "saved\nscontrol requeue 7\n")
+
+
+def test_a_job_that_prepares_runs_the_same_script(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    data = Data(images="i", shards=str(tmp_path / "shards"))
+    recipe = Recipe(run_dir="runs/cats", model=Model(path="m"), data=data)
+    job = slurm_job(recipe, parser.parse_args(["--job=prepare", "--gpus-per-node=2"]), {})
+    done = run_job(tmp_path, ["--config", "x"], job=job, python='echo "$RANK: $@"; exit 3')
+    assert done.stdout.startswith("1: -m flux2_ds.prepare --config x --steps a b\nscancel")
+    assert (tmp_path / "shards" / "logs" / "slurm-7.0").read_text() == "3\n"
+    script = batch_script(job, [], python="python")
+    assert (
+        "#SBATCH --job-name=cats-prepare\n" in script and "--signal" not in script.split("srun")[0]
+    )

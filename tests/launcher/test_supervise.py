@@ -16,7 +16,7 @@ from flux2_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from launcher import supervise
 from launcher.commands import Command
 from launcher.hosts import on_hosts
-from launcher.supervise import Stopper, run, train_job
+from launcher.supervise import Stopper, prepare_job, run, train_job
 
 ROOT = Path(__file__).parents[2]
 SLOTS = {"node01": 8, "node02": 8, "node03": 8, "node04": 8}
@@ -62,8 +62,8 @@ folder, processes, restarts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[
 supervise._PAUSE = 0.1
 def step():
     return int((folder / "step").read_text()) if (folder / "step").exists() else 0
-job = supervise.Job("rank", folder / "logs", folder / "stop", step, "step {}",
-                    lambda: "" if step() == 40 else f"step {step()} of 40", lambda n: None)
+job = supervise.Job("rank", folder / "logs", folder / "stop", None, step, "step {}",
+                    lambda: "" if step() == 40 else f"step {step()} of 40")
 sys.exit(supervise.supervise(job, Launch(accelerator="cpu"), Hosts(processes), [str(folder)],
                              max_restarts=restarts, elastic=False, node=None))
 """
@@ -345,3 +345,34 @@ def test_the_remaining_hosts_divide_the_batch(tmp_path, monkeypatch, alive, fitt
         assert now.hostfile is not None
         lines = now.hostfile.read_text().splitlines()
         assert lines == [f"{name} slots=8" for name in fitting]
+
+
+def test_a_folder_that_prepare_cannot_have_is_refused_before_anything_starts(tmp_path):
+    def job(shards: object) -> supervise.Job:
+        data = Data(images="photos", shards=str(shards))
+        return prepare_job(Recipe(run_dir="runs/cats", model=Model(path="model"), data=data))
+
+    (tmp_path / "mine.txt").touch()
+    for shards, reason in ((tmp_path, "is not empty"), ("s3://bucket/shards", "is a URL")):
+        with pytest.raises(UserError, match=rf"data\.shards .*{reason}"):
+            job(shards)
+    prepares = job(tmp_path / "shards")
+    with prepares.lock(), pytest.raises(UserError, match="another prepare is writing"):
+        prepares.lock()
+    assert prepares.missing()
+    (tmp_path / "shards" / "index.json").touch()
+    assert not prepares.missing()
+
+
+def test_a_signal_ends_all_hosts_at_once():
+    launched = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys; from launcher.supervise import Stopper, run; from launcher.commands import Command\n"
+         "with Stopper(None) as stopper:\n"
+         "    sys.exit(run([Command(['sh', '-c', 'echo up; sleep 60'], {})] * 2, stopper))"],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT)  # fmt: skip
+    assert launched.stdout is not None
+    assert [launched.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    launched.send_signal(signal.SIGTERM)
+    out, _ = launched.communicate(timeout=30)
+    assert (out, launched.returncode) == ("SIGTERM: ending at once\n", 128 + 15)
