@@ -147,7 +147,7 @@ def test_what_is_held_out_is_looked_at_like_what_is_trained_on(recipe, tmp_path)
     findings = Findings()
     checks.check_recipe(findings, recipe, 2, None)
     (said,) = (line.text for line in findings.lines if line.name == "shards")
-    assert said.startswith("the held-out pictures of bucket 32x32")
+    assert "batch.micro_size is 2" in said
 
 
 def test_the_odd_host_is_named():
