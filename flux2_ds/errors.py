@@ -15,6 +15,20 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL: training was stopped, a checkpoint was saved, the same command continues it."""
 
 
+USER_INFO = re.compile(
+    r"""(?<=://)(?![^\s/:@]*:\d{1,5}/)[^\s/@'"]*:[^\s'"]*@|(?<=http://|ttps://)[^\s/@'"]*@""",
+    re.IGNORECASE,
+)
+"""In a URL `user:password@`, whose password may hold any character, and a web server's `user@`; but not the
+port before a path."""
+
+
+def without_secrets(text: str) -> str:
+    """Cut user names and passwords out of the URLs in `text`, and queries, fragments and parameters off
+    them, which may be signatures."""
+    return re.sub(r"(\w://[^\s?#;]*)[?#;][^\s'\")]+", r"\1", USER_INFO.sub("", text))
+
+
 class UserError(Exception):
     """Something in the recipe, the data or the model directory is wrong.
 
@@ -24,16 +38,14 @@ class UserError(Exception):
 
     code = EXIT_USER_ERROR
 
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
 
 class OutageError(UserError):
     """Something outside is out of reach; the same command may work later, so restarts try it again."""
 
     code = EXIT_FAILURE
-
-
-def without_queries(text: str) -> str:
-    """`text` with its URLs cut before their queries, which are signatures where a store sends us on."""
-    return re.sub(r"(\w://[^\s?]*)\?[^\s'\")]*", r"\1", text)
 
 
 def run_root(main: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from flux2_ds.checkpoint.manager import STATE_NAME, Checkpoint
 from flux2_ds.config.model_spec import RELEASED, Spec
-from flux2_ds.errors import OutageError, UserError, without_queries
+from flux2_ds.errors import OutageError, UserError, without_secrets
 from flux2_ds.model.safetensors_file import content_digest
 from flux2_ds.run.run_dir import Weights
 
@@ -286,7 +286,7 @@ def push(repository: str, folder: Path, paths: list[Path], message: str) -> str:
 
 
 def _refused(repository: str, error: Exception) -> UserError:
-    lines = without_queries(str(error)).strip().splitlines()
+    lines = without_secrets(str(error)).strip().splitlines()
     kind = OutageError if not isinstance(error, HfHubHTTPError) else UserError
     return kind(
         f"--push {repository}: the hub did not take it ({lines[0] if lines else type(error).__name__}). Check "

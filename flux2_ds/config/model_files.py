@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flux2_ds.config.model_spec import PADDING_SIDES
-from flux2_ds.errors import UserError, without_queries
+from flux2_ds.errors import UserError, without_secrets
 
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
 _PROBES, _PROBE_BYTES = 8, 1 << 16
@@ -31,7 +31,7 @@ def model_directory(path: str, revision: str | None, parts: list[str]) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = without_queries(str(error)).strip().splitlines()[0]
+        reason = without_secrets(str(error)).strip().splitlines()[0]
         raise UserError(
             f"model.path {path!r} is neither a directory here nor a model the Hugging Face hub "
             f"serves: {reason}. Check the path; for a gated model accept its licence and log in "

@@ -10,9 +10,9 @@ from typing import Any
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.deepspeed_config import OFFLOADS, offload_device
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import Data, Lora, Recipe, Validation, is_url
+from flux2_ds.config.recipe import Lora, Recipe, Validation, is_url
 from flux2_ds.config.settings import check_ranges
-from flux2_ds.errors import UserError
+from flux2_ds.errors import USER_INFO, UserError
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -31,7 +31,7 @@ def check_training(recipe: Recipe, processes: int, zero: dict[str, Any]) -> None
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     data, every = recipe.data, recipe.checkpoint.every
-    yield from _secrets(data)
+    yield from _secrets(recipe)
     if not recipe.preview.prompts:
         yield "preview.prompts is []; it must have one prompt or more."
     if recipe.checkpoint.keep_every is not None and recipe.checkpoint.keep_every % every:
@@ -70,24 +70,26 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _secrets(data: Data) -> Iterator[str]:
+def _secrets(recipe: Recipe) -> Iterator[str]:
     """Find passwords, user names of web servers, and queries; `sftp://me@host` has none."""
+    data = recipe.data
     images = {"": data.images} if isinstance(data.images, str) else data.images
     named = {
+        "model.path": recipe.model.path,
         "data.shards": data.shards,
         **{f"data.images.{name}".rstrip("."): location for name, location in images.items()},
         **{f"data.more_shards.{name}": location for name, location in data.more_shards.items()},
     }
     for name, location in named.items():
-        if re.search(r"https?://[^/]*@|://[^/]*:[^/]*@", location, re.IGNORECASE):
+        if USER_INFO.search(location):
             yield (
                 f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
                 "show it. Take it out and give credentials as docs/data.md says under Reading."
             )
         # In other stores' names a ? may stand for any character.
-        if re.search(r"https?://[^?]*\?|://[^?]*\?[^/]*=", location, re.IGNORECASE):
+        if re.search(r"https?://[^?#;]*[?#;]|://[^?#;]*[?#;][^/]*=", location, re.IGNORECASE):
             yield (
-                f"{name} is a URL with a query (?...), such as signed URLs have; logs, recipe.yaml and W&B "
+                f"{name} is a URL with a query (?...), a fragment (#) or parameters (;), such as signed URLs have; logs, recipe.yaml and W&B "
                 "would show it, and it does not name a folder or a .tar. Take it out and give credentials as "
                 "docs/data.md says under Reading."
             )

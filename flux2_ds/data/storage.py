@@ -19,7 +19,7 @@ import fsspec
 import numpy as np
 
 from flux2_ds.config.recipe import is_url
-from flux2_ds.errors import OutageError, UserError, without_queries
+from flux2_ds.errors import OutageError, UserError, without_secrets
 
 log = logging.getLogger("flux2_ds")
 
@@ -171,5 +171,5 @@ def _refused(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = without_queries(str(error)).strip().splitlines()
+    text = without_secrets(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__

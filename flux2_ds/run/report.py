@@ -27,7 +27,7 @@ from PIL import Image
 
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.settings import flat, settings_of
-from flux2_ds.errors import UserError, without_queries
+from flux2_ds.errors import UserError, without_secrets
 from flux2_ds.run.atomic import atomic_write_text
 from flux2_ds.run.metrics import METRICS_NAME, read_metrics
 from flux2_ds.run.run_dir import RECIPE_NAME
@@ -288,7 +288,7 @@ def _read_logs(report: RunReport) -> None:
         when = datetime.fromtimestamp(float(failure.get("time", 0)))
         text = f"{failure.get('where')}: {failure.get('reason')}"
         report.events.append(Event(when, "error", text))
-    events = {dataclasses.replace(e, text=without_queries(e.text)) for e in report.events}
+    events = {dataclasses.replace(e, text=without_secrets(e.text)) for e in report.events}
     report.events = sorted(events, key=lambda event: event.when or datetime.max)[-_EVENTS:]
 
 

@@ -131,13 +131,17 @@ def test_value_out_of_range_is_refused_by_name(name, value):
         ("data.images", "HTTPS://host/0.tar?sig=secret"),
         ("data.images", "simplecache::https://host/0.tar?sig=secret"),
         ("data.images", "az://container/0.tar?sig=secret"),
+        ("data.shards", "https://me:p/secret@host/shards"),
+        ("data.shards", "https://host/shards#token=secret"),
+        ("data.shards", "https://host/shards;sig=secret"),
+        ("model.path", "https://me:secret@host/model"),
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_not_said(name, value):
     setting, several, _ = name.partition(".web")
     with pytest.raises(UserError) as caught:
         make_plan(make_recipe(**{setting: {"web": value} if several else value}), 1)
-    what = "a query" if "?" in value else "a user name or a password"
+    what = "a query" if set("?#;") & set(value) else "a user name or a password"
     assert str(caught.value).startswith(f"{name} is a URL with {what}")
     assert "secret" not in str(caught.value)
 
