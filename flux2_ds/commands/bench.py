@@ -54,7 +54,7 @@ from flux2_ds.engine import optimizers
 from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
-from flux2_ds.model.load import empty_transformer, fill_randomly
+from flux2_ds.model.load import fill_randomly
 from flux2_ds.run.atomic import make_private
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
@@ -227,7 +227,7 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     """The recipe's step on this rank's share of a global batch of noise. Collective."""
     recipe, device = plan.recipe, process.device
     dtype = transformer.compute_dtype(recipe.precision)
-    model = empty_transformer(spec)
+    model = transformer.empty_transformer(spec)
     partition = make_partitioner(plan.deepspeed) if plan.zero_stage == 3 else None
     fill_randomly(model, dtype, recipe.base_weights, device, partition)
     transformer.keep_timestep_exact(model)
@@ -273,7 +273,7 @@ def bare_step(
 def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.device) -> Step:
     """The step of diffusers' LoRA example for FLUX.2, one micro-batch: bf16 base, PEFT, gradient
     checkpointing, autocast, fused AdamW."""
-    model = empty_transformer(spec)
+    model = transformer.empty_transformer(spec)
     fill_randomly(model, torch.bfloat16, None, device)
     model.requires_grad_(False)
     names = target_modules(spec, recipe.lora.targets)

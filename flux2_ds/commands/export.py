@@ -49,10 +49,11 @@ from flux2_ds.model.adapter_layouts import (
     kohya_tensors,
 )
 from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
+from flux2_ds.model.lora import ADAPTER, exported_settings, lora_config
 from flux2_ds.model.merge import BaseWeights, dora_scale
 from flux2_ds.model.merge_files import write_bfl_transformer
 from flux2_ds.model.safetensors_file import write_all, write_safetensors
-from flux2_ds.model.transformer import ADAPTER, compute_dtype, exported_settings, lora_config
+from flux2_ds.model.transformer import compute_dtype
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, export_path

@@ -47,6 +47,7 @@ from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights
+from flux2_ds.model.lora import exported_name, exported_settings
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.captions import text_precision
@@ -276,11 +277,11 @@ def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, expo
     Raises:
         UserError: it is not one of this recipe's.
     """
-    exported_recipe = replace(recipe, lora=transformer.exported_settings(recipe.lora))
+    exported_recipe = replace(recipe, lora=exported_settings(recipe.lora))
     transformer.make_trainable(model, spec, exported_recipe)
     model.eval()
     own = {
-        f"transformer.{transformer.exported_name(name)}": parameter
+        f"transformer.{exported_name(name)}": parameter
         for name, parameter in transformer.trainable(model).items()
     }
     stored = load_file(exported)

@@ -1,1 +1,1 @@
-"""The FLUX.2 model: files, transformer, text, latents, tiny models."""
+"""FLUX.2 from diffusers: how it is built, loaded, adapted and run; text, latents, flow matching."""

@@ -1,4 +1,4 @@
-"""The attention backend that a recipe means on a device, in training and in sampling alike."""
+"""The attention backend of a recipe on a device, in training and in sampling alike."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ def attention_backend(recipe: Recipe, device: torch.device) -> str | None:
 
 
 def check_backend(recipe: Recipe, device: torch.device) -> None:
-    """Refuse a backend whose package is not installed.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuse a backend whose package is not installed."""
     try:
         with attention_dispatch.attention_backend(attention_backend(recipe, device) or "native"):
             pass  # it has looked for the package

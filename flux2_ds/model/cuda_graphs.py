@@ -1,7 +1,7 @@
-"""CUDA graphs of the model's forward and backward passes, recorded once for each shape of their inputs.
+"""CUDA graphs of the model's forward and backward passes, one pair for each shape of the inputs.
 
-Queueing the thousands of kernels of a pass one by one takes Python longer than a fast card needs to run
-those of a small model or a small picture. A recorded pass is queued at once.
+Launching the thousands of kernels of a pass one by one takes Python longer than a fast GPU needs to run
+those of a small model or a small image. A captured pass is launched at once.
 """
 
 from __future__ import annotations
@@ -16,56 +16,55 @@ from torch import nn
 
 from flux2_ds.errors import UserError
 
-Run = Callable[[], None]
-Record = Callable[[Run], Run]
-"""Runs something, or only records its work on the card; returns what does that work again."""
+Work = Callable[[], None]
+Capture = Callable[[Work], Work]
+"""Runs some work, or only captures what it launches on the GPU; returns what replays it."""
 
 
-def replay_passes(model: nn.Module, record: Record | None = None) -> None:
-    """Let `model` replay its passes in training.
+def use_cuda_graphs(model: nn.Module, capture: Capture | None = None) -> None:
+    """Let `model` replay captured passes in training.
 
-    A shape that comes for the first time is computed as ever, which compiles and allocates what no graph
-    may; when it comes again it is recorded. Inputs are given by name; tensors among them need no gradient.
-    The model's trained parameters must stay where they are in memory. What is not training (eval mode,
-    no gradients) is computed as ever.
+    A shape's first pass runs as usual, which compiles and allocates what a graph may not; its second is
+    captured. Inputs are given by name; tensors among them need no gradient. The trained parameters must
+    stay where they are in memory. Other passes (eval mode, no gradients) run as usual.
 
-    `record`: how a pass is recorded; into CUDA graphs that share their memory by default.
+    `capture`: by default into CUDA graphs that share their memory.
     """
-    model.forward = _Replayed(model, record or _recorder())
+    model.forward = _GraphedForward(model, capture or _graph_capture())
 
 
-def _recorder() -> Record:
+def _graph_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
-    def record(run: Run) -> Run:
+    def capture(work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, which read samples into page-locked memory, may go on meanwhile.
+        # Other threads, which read samples into pinned memory, may go on meanwhile.
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                run()
+                work()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            cause = error.__context__ or error  # the end of a failed recording fails, too
+            cause = error.__context__ or error  # the end of a failed capture fails, too
             raise UserError(
-                f"a pass cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}). Set "
+                f"a pass cannot be captured as a CUDA graph ({str(cause).splitlines()[0]}). Set "
                 "cuda_graphs: false."
             ) from error
         return graph.replay
 
-    return record
+    return capture
 
 
-class _Replayed:
-    """A model's forward function."""
+class _GraphedForward:
+    """A model's forward function that captures and replays passes by the shapes of their inputs."""
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
-        self._model, self._forward, self._record = model, model.forward, record
-        self._trained = _Trained(model)
+    def __init__(self, model: nn.Module, capture: Capture) -> None:
+        self._model, self._forward, self._capture = model, model.forward, capture
+        self._trained = _TrainedParameters(model)
         self._seen: set[Any] = set()
-        self._passes: dict[Any, _Pass] = {}
+        self._passes: dict[Any, _CapturedPass] = {}
         self._inputs: dict[Any, torch.Tensor] = {}
-        self.latest: _Pass | None = None
+        self.latest: _CapturedPass | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         if not (self._model.training and torch.is_grad_enabled()):
@@ -78,13 +77,13 @@ class _Replayed:
             self._seen.add(shapes)
             return self._forward(**inputs)
         if shapes not in self._passes:
-            self._passes[shapes] = _Pass(
-                self._forward, self._buffers(inputs), self._trained, self._record
+            self._passes[shapes] = _CapturedPass(
+                self._forward, self._static_inputs(inputs), self._trained, self._capture
             )
         return (_Replay.apply(self, self._passes[shapes], inputs, *self._trained.parameters),)
 
-    def _buffers(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Copies of the inputs, one for each shape of each, whichever passes read it."""
+    def _static_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Copies of the inputs, one for each name, shape and dtype, shared by the passes."""
         found = {}
         for name, value in inputs.items():
             found[name] = value
@@ -94,108 +93,113 @@ class _Replayed:
         return found
 
 
-class _Trained:
-    """A model's trained parameters, where they are, and where passes leave their gradients."""
+class _TrainedParameters:
+    """A model's trained parameters, their addresses, and where passes leave their gradients."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = [
-            (module, name)
+        slots = [
+            (module, name, parameter)
             for module in model.modules()
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.requires_grad
         ]
-        found = (module._parameters[name] for module, name in self._slots)
-        self.parameters = [parameter for parameter in found if parameter is not None]
+        self._slots = [(module, name) for module, name, _ in slots]
+        self.parameters = [parameter for _, _, parameter in slots]
 
     @cached_property
     def gradients(self) -> list[torch.Tensor]:
         """For all shapes: they hold a pass's gradients only until autograd has copied them."""
         return [torch.empty_like(parameter) for parameter in self.parameters]
 
-    def places(self) -> list[int]:
+    def addresses(self) -> list[int]:
         """Where the parameters are in memory."""
         return [parameter.data_ptr() for parameter in self.parameters]
 
     @contextmanager
     def aliased(self) -> Iterator[list[nn.Parameter]]:
-        """Other parameters in the model that share these ones' memory.
+        """Other parameters in the model that share the memory of its own.
 
-        Autograd adds up a parameter's gradients on the stream where it first met it, for as long as any
-        graph or hook, such as ZeRO's, holds on to that; and nothing recorded may wait for another stream.
+        Autograd accumulates a parameter's gradients on the stream where it first met it, for as long as
+        any graph or hook, such as ZeRO's, holds on to that; and nothing captured may wait for another
+        stream.
         """
         aliases = [nn.Parameter(parameter.detach()) for parameter in self.parameters]
-        self._put(aliases)
+        self._set(aliases)
         try:
             yield aliases
         finally:
-            self._put(self.parameters)
+            self._set(self.parameters)
 
-    def _put(self, parameters: list[nn.Parameter]) -> None:
+    def _set(self, parameters: list[nn.Parameter]) -> None:
         for (module, name), parameter in zip(self._slots, parameters, strict=True):
             module._parameters[name] = parameter
 
 
-class _Pass:
+class _CapturedPass:
     """A forward pass and its backward pass, with the tensors that they read and write."""
 
     def __init__(
         self,
         forward: Callable[..., Any],
         inputs: dict[str, Any],
-        trained: _Trained,
-        record: Record,
+        trained: _TrainedParameters,
+        capture: Capture,
     ) -> None:
         self._inputs = inputs
-        self._trained, self._places = trained, trained.places()
-        self._gradients = trained.gradients  # made here: not in the memory of what is recorded
+        self._trained, self._addresses = trained, trained.addresses()
+        self._gradients = trained.gradients  # allocated here, outside the graphs' memory
         self._output = torch.empty(0)
-        self._wanted: list[nn.Parameter] = []
-        self._again_forward = record(partial(self._run_forward, forward))
+        self._aliases: list[nn.Parameter] = []
+        self._replay_forward = capture(partial(self._run_forward, forward))
         self._incoming = torch.zeros_like(self._output)
-        self._again_backward = record(self._run_backward)
+        self._replay_backward = capture(self._run_backward)
 
     def _run_forward(self, forward: Callable[..., Any]) -> None:
-        with self._trained.aliased() as self._wanted, torch.enable_grad():
+        with self._trained.aliased() as self._aliases, torch.enable_grad():
             self._output = forward(**self._inputs)[0]
 
     def _run_backward(self) -> None:
-        found = torch.autograd.grad(self._output, self._wanted, self._incoming)
+        found = torch.autograd.grad(self._output, self._aliases, self._incoming)
         torch._foreach_copy_(self._gradients, found)
 
     def forward(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The model's output, valid until the next pass."""
-        if self._places != self._trained.places():
+        if self._addresses != self._trained.addresses():
             raise RuntimeError(
-                "a trained parameter has moved in memory since its pass was recorded"
+                "a trained parameter has moved in memory since its pass was captured"
             )
         for name, value in inputs.items():
             if torch.is_tensor(value):
                 self._inputs[name].copy_(value, non_blocking=True)
-        self._again_forward()
+        self._replay_forward()
         return self._output.detach()
 
     def backward(self, incoming: torch.Tensor) -> list[torch.Tensor]:
         """The parameters' gradients, of the last forward pass."""
         self._incoming.copy_(incoming)
-        self._again_backward()
+        self._replay_backward()
         # Autograd may keep what it is given, and the next pass writes to the same place.
         return list(torch._foreach_add(self._gradients, 0.0))
 
 
 class _Replay(torch.autograd.Function):
-    """A recorded pass among autograd's other functions, so that engines find their gradients as ever."""
+    """A captured pass as a node of autograd, so that engines find their gradients as usual."""
 
     @staticmethod
     def forward(
-        ctx: Any, owner: _Replayed, recorded: _Pass, inputs: dict[str, Any], *_: nn.Parameter
+        ctx: Any,
+        owner: _GraphedForward,
+        captured: _CapturedPass,
+        inputs: dict[str, Any],
+        *_: nn.Parameter,
     ) -> torch.Tensor:
-        ctx.owner, ctx.recorded, owner.latest = owner, recorded, recorded
-        return recorded.forward(inputs)
+        ctx.owner, ctx.captured, owner.latest = owner, captured, captured
+        return captured.forward(inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.owner.latest is not ctx.recorded:
+        if ctx.owner.latest is not ctx.captured:
             raise RuntimeError("another forward pass has overwritten what this backward pass needs")
         ctx.owner.latest = None
-        return (None, None, None, *ctx.recorded.backward(incoming))
+        return (None, None, None, *ctx.captured.backward(incoming))

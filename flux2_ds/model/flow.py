@@ -1,4 +1,4 @@
-"""Flow matching and the distributions of its timestep, as pure functions of tensors."""
+"""Flow matching: the path, the target, the loss and the timestep distributions. Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ def flow_loss(
     return ((errors.mean(-1) * mask).sum(1) / mask.sum(1)).mean()
 
 
+def timesteps(z: torch.Tensor, settings: Objective, image_tokens: int) -> torch.Tensor:
+    """t [B] of the recipe's distribution, from standard normal z [B], for images of `image_tokens` tokens."""
+    match settings.timestep_sampling:
+        case "uniform":
+            return uniform(z)
+        case "mode":
+            return mode(z, settings.mode_scale)
+    t = logit_normal(z, settings.logit_mean, settings.logit_std)
+    return shifted(t, shift_of(settings, image_tokens))
+
+
+def shift_of(settings: Objective, image_tokens: int) -> float:
+    """s of the distribution at this number of tokens; 1 where it has none."""
+    match settings.timestep_sampling:
+        case "flux":
+            return flux_shift(image_tokens, settings.max_shift_tokens)
+        case "shift":
+            return settings.shift
+    return 1.0
+
+
 def uniform(z: torch.Tensor) -> torch.Tensor:
     """U(0, 1): Φ(z)."""
     return torch.special.ndtr(z)
@@ -69,31 +90,10 @@ def flux_shift(image_tokens: int, max_tokens: int = 4096) -> float:
 
 
 def stratified(z: torch.Tensor, places: Sequence[int], of: int) -> torch.Tensor:
-    """Move each deviate into its stratum: place k of `of` gets Φ⁻¹((k + Φ(z)) / of).
+    """Move each z into its stratum: place k of `of` gets Φ⁻¹((k + Φ(z)) / of).
 
-    A global batch of independent z then covers the distribution evenly, each z remaining standard
+    A global batch of independent z then covers the distribution evenly, and each z stays standard
     normal over a random place; this lowers the variance of the loss and of the gradient.
     """
     place = torch.tensor(places, dtype=torch.float64).to(z.device, non_blocking=True)
     return torch.special.ndtri((place + torch.special.ndtr(z.double())) / of).float()
-
-
-def timesteps(z: torch.Tensor, settings: Objective, image_tokens: int) -> torch.Tensor:
-    """t by the recipe's `objective` for pictures of `image_tokens` tokens."""
-    match settings.timestep_sampling:
-        case "uniform":
-            return uniform(z)
-        case "mode":
-            return mode(z, settings.mode_scale)
-    t = logit_normal(z, settings.logit_mean, settings.logit_std)
-    return shifted(t, shift_of(settings, image_tokens))
-
-
-def shift_of(settings: Objective, image_tokens: int) -> float:
-    """s of the distribution at this number of tokens; 1 where it has none."""
-    match settings.timestep_sampling:
-        case "flux":
-            return flux_shift(image_tokens, settings.max_shift_tokens)
-        case "shift":
-            return settings.shift
-    return 1.0

@@ -13,15 +13,15 @@ from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
-    """The mean of the posterior. `pictures`: [B, H, W, 3] uint8; returns [B, 32, H/8, W/8] fp32."""
-    pixels = pictures.to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+def encode(vae: AutoencoderKLFlux2, images: torch.Tensor) -> torch.Tensor:
+    """The mean of the posterior. `images`: [B, H, W, 3] uint8; returns [B, 32, H/8, W/8] fp32."""
+    pixels = images.to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
     return vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKLFlux2, latents: torch.Tensor) -> torch.Tensor:
-    """Raw latents [B, 32, H/8, W/8] to pictures [B, H, W, 3] uint8."""
+    """Raw latents [B, 32, H/8, W/8] to images [B, H, W, 3] uint8."""
     pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
@@ -34,15 +34,15 @@ def statistics(vae: AutoencoderKLFlux2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_tokens(latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Patchify 2×2, normalise, pack: [B, 32, H/8, W/8] fp32 to [B, N, 128] fp32."""
+    """Patchify 2×2, normalize, pack: [B, 32, H/8, W/8] fp32 to [B, N, 128] fp32."""
     patches = Flux2Pipeline._patchify_latents(latents)
-    normalised = (patches - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
-    return Flux2Pipeline._pack_latents(normalised)
+    normalized = (patches - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+    return Flux2Pipeline._pack_latents(normalized)
 
 
 @lru_cache(maxsize=256)  # a copy from the host in every step would wait for the device
 def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Position ids (0, y, x, 0) of a picture of `height` × `width` px: [N, 4]."""
+    """Position ids (0, y, x, 0) of an image of `height` × `width` px: [N, 4]."""
     grid = torch.empty(1, 1, height // 16, width // 16)
     return Flux2Pipeline._prepare_latent_ids(grid)[0].to(device)
 

@@ -10,74 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.models.modeling_utils import no_init_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from flux2_ds.config.model_spec import Spec
 from flux2_ds.errors import UserError
-from flux2_ds.model import transformer
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, quantize
 
 _NAME = "diffusion_pytorch_model.safetensors"
-
-
-def read_partitioned(
-    model: nn.Module,
-    directory: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    partition: Callable[[nn.Module], None],
-    rank: int,
-    base_weights: str | None = None,
-) -> None:
-    """As `read_weights`, each parameter divided among processes as soon as it exists.
-
-    `partition`: see `dividing.make_partitioner`. `rank`: this process's place among those that share each parameter;
-    it reads and quantises the rows of its own part only.
-
-    Raises:
-        UserError: files are missing, or their tensors are not those of the model.
-    """
-    files = _checked_files(model, directory)
-    for name, parameter in list(model.named_parameters()):
-        # Nothing in FLUX.2 has a bias: a module's parameters are those of one weight.
-        module = place_weight(model, name, parameter.to(dtype), base_weights).to_empty(
-            device=device
-        )
-        partition(module)
-        # Opened anew for each tensor: pages of the file stay resident only while it is open.
-        with open_file(files[name]) as file:
-            stored = file.get_slice(name)
-            _check_shape(files[name], name, tuple(stored.get_shape()), tuple(parameter.shape))
-            _fill_partition(module, stored, dtype, device, rank)
-
-
-def _fill_partition(
-    module: nn.Module, stored: Any, dtype: torch.dtype, device: torch.device, rank: int
-) -> None:
-    """Fill this process's part of a divided module's parameters from `stored`, a safetensors slice.
-
-    A part is a run of a parameter's flattened elements, and each row of a parameter comes from one row
-    of the stored weight.
-    """
-    parameters: list[Any] = list(module.parameters())
-    runs = []
-    for parameter in parameters:
-        size = parameter.ds_tensor.numel()
-        start = min(rank * size, parameter.ds_numel)
-        stop = min(start + size, parameter.ds_numel)
-        runs.append((start, stop, parameter.ds_numel // parameter.ds_shape[0]))
-    first = min(start // row for start, _, row in runs)
-    last = max(-(-stop // row) for _, stop, row in runs)
-    weight = stored[first:last].to(device, dtype)
-    tensors: Any = (weight,)
-    if isinstance(module, QuantizedLinear):
-        tensors = filter(torch.is_tensor, quantize(weight, module.storage))
-    for parameter, tensor, (start, stop, row) in zip(parameters, tensors, runs, strict=True):
-        part = parameter.ds_tensor
-        part.zero_()  # what pads the last process's part
-        part[: stop - start].copy_(tensor.flatten()[start - first * row : stop - first * row])
 
 
 def read_weights(
@@ -89,58 +28,98 @@ def read_weights(
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
-    With quantised `base_weights` the blocks' linears become `QuantizedLinear`, each as soon as it is read, so that
-    the peak is the quantised model and one tensor. Embedders, modulation, norms and the output layer
-    stay in `dtype`.
-
-    Raises:
-        UserError: files are missing, or their tensors are not those of the model.
+    With quantized `base_weights` the blocks' linears become `QuantizedLinear`, each as soon as it is
+    read, so that the peak is the quantized model and one tensor. Embedders, modulation, norms and the
+    output layer stay in `dtype`.
     """
     files = _checked_files(model, directory)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, shape in shapes.items():
+    for name, parameter in list(model.named_parameters()):
         with open_file(files[name]) as file:
-            _check_shape(files[name], name, tuple(file.get_slice(name).get_shape()), shape)
+            _checked_slice(file, files[name], name, parameter)
             weight = file.get_tensor(name).to(device, dtype)
         place_weight(model, name, weight, base_weights)
 
 
-def check_card(base_weights: str | None, device: torch.device) -> None:
-    """Refuse quantised weights that this card cannot multiply.
+def read_partitioned(
+    model: nn.Module,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    partition: Callable[[nn.Module], None],
+    rank: int,
+    base_weights: str | None = None,
+) -> None:
+    """`read_weights`, each parameter partitioned as soon as it exists.
 
-    Raises:
-        UserError: naming the card and what to do.
+    `partition`: see `zero3.make_partitioner`. `rank`: among the ranks that share each parameter; this
+    one reads and quantizes the rows of its own partition only.
     """
-    if device.type != "cuda" or base_weights not in BASE_WEIGHTS:
-        return
-    # nf4 has fp8 scales, which Triton reads on such cards only.
-    needed, family, other = (
-        ((8, 0), "Ampere", "remove base_weights")
-        if base_weights == "int8"
-        else ((8, 9), "Ada or Hopper", "set base_weights: int8, or remove it")
-    )
-    if torch.cuda.get_device_capability(device) < needed:
-        raise UserError(
-            f"base_weights is {base_weights}, which needs {family} or newer; this card is a "
-            f"{torch.cuda.get_device_name(device)}. Use another card, or {other}."
-        )
+    files = _checked_files(model, directory)
+    for name, parameter in list(model.named_parameters()):
+        module = place_weight(model, name, parameter.to(dtype), base_weights)
+        partition(module.to_empty(device=device))
+        # Opened anew for each tensor: pages of the file stay resident only while it is open.
+        with open_file(files[name]) as file:
+            stored = _checked_slice(file, files[name], name, parameter)
+            _fill_partition(module, stored, dtype, device, rank)
+
+
+def _fill_partition(
+    module: nn.Module, stored: Any, dtype: torch.dtype, device: torch.device, rank: int
+) -> None:
+    """Fill this rank's partition of a module's parameters from `stored`, a safetensors slice.
+
+    Nothing in FLUX.2 has a bias, so the parameters are those of one weight. A partition is a range of a
+    parameter's flattened elements, and each row of a parameter comes from one row of the weight.
+    """
+    parameters: list[Any] = list(module.parameters())
+    ranges = []  # (start, stop, elements of a row) of each parameter
+    for parameter in parameters:
+        size = parameter.ds_tensor.numel()
+        start = min(rank * size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)
+        ranges.append((start, stop, parameter.ds_numel // parameter.ds_shape[0]))
+    first = min(start // row for start, _, row in ranges)
+    last = max(-(-stop // row) for _, stop, row in ranges)
+    weight = stored[first:last].to(device, dtype)
+    tensors: Any = (weight,)
+    if isinstance(module, QuantizedLinear):
+        tensors = filter(torch.is_tensor, quantize(weight, module.storage, module.compute))
+    for parameter, tensor, (start, stop, row) in zip(parameters, tensors, ranges, strict=True):
+        flat = tensor.flatten()[start - first * row : stop - first * row]
+        parameter.ds_tensor.zero_()  # what pads the last rank's partition
+        parameter.ds_tensor[: stop - start].copy_(flat)
+
+
+def fill_randomly(
+    model: Flux2Transformer2DModel,
+    dtype: torch.dtype,
+    base_weights: str | None,
+    device: torch.device,
+    partition: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Give an empty transformer random weights, the same in every rank; see `read_partitioned`."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.ones(parameter.shape, device=device, dtype=dtype)
+        if weight.ndim > 1:
+            weight.normal_(0, 1 / math.sqrt(weight.shape[1]), generator=generator)
+        module = place_weight(model, name, weight, base_weights)
+        if partition is not None:
+            partition(module)
 
 
 def place_weight(
     model: nn.Module, name: str, weight: torch.Tensor, base_weights: str | None
 ) -> nn.Module:
-    """Put one weight where it belongs, quantised if it is a block's linear; returns its module.
-
-    Raises:
-        UserError: a linear of a width that the format cannot hold.
-    """
+    """Put a weight into its module, quantized if it is a block's linear; returns the module."""
     path, _, leaf = name.rpartition(".")
     if base_weights in BASE_WEIGHTS and "transformer_blocks." in name and weight.ndim == 2:
         try:
             model.set_submodule(path, QuantizedLinear(weight, *BASE_WEIGHTS[base_weights]))
         except ValueError as error:
             raise UserError(
-                f"base_weights: the model's {name} cannot be quantised: {error}. Set base_weights: fp8 or "
+                f"base_weights: the model's {name} cannot be quantized: {error}. Set base_weights: fp8 or "
                 "int8, or remove it."
             ) from error
     else:
@@ -148,12 +127,25 @@ def place_weight(
     return model.get_submodule(path)
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it: one file, or several with an index.json.
+def check_card(base_weights: str | None, device: torch.device) -> None:
+    """Refuse quantized weights that this GPU cannot multiply."""
+    if device.type != "cuda" or base_weights not in BASE_WEIGHTS:
+        return
+    # nf4 has fp8 scales, which Triton reads on such GPUs only.
+    needed, family, other = (
+        ((8, 0), "Ampere", "remove base_weights")
+        if base_weights == "int8"
+        else ((8, 9), "Ada or Hopper", "set base_weights: int8, or remove it")
+    )
+    if torch.cuda.get_device_capability(device) < needed:
+        raise UserError(
+            f"base_weights is {base_weights}, which needs {family} or newer; this GPU is a "
+            f"{torch.cuda.get_device_name(device)}. Use another GPU, or {other}."
+        )
 
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it: one file, or several with an index.json."""
     index, single = directory / f"{_NAME}.index.json", directory / _NAME
     try:
         if index.is_file():
@@ -169,11 +161,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def open_file(path: Path) -> Any:
-    """A safetensors file, opened for reading.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """A safetensors file, opened for reading."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -191,36 +179,12 @@ def _checked_files(model: nn.Module, directory: Path) -> dict[str, Path]:
     return files
 
 
-def _check_shape(file: Path, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if stored != expected:
+def _checked_slice(file: Any, path: Path, name: str, parameter: torch.Tensor) -> Any:
+    stored = file.get_slice(name)
+    found, expected = tuple(stored.get_shape()), tuple(parameter.shape)
+    if found != expected:
         raise UserError(
-            f"{file}: {name} has the shape {stored}, config.json asks for {expected}. Download the "
+            f"{path}: {name} has the shape {found}, config.json asks for {expected}. Download the "
             "model again."
         )
-
-
-def fill_randomly(
-    model: Flux2Transformer2DModel,
-    dtype: torch.dtype,
-    base_weights: str | None,
-    device: torch.device,
-    partition: Callable[[nn.Module], None] | None = None,
-) -> None:
-    """Give an empty transformer random weights, quantised and divided one by one.
-
-    They are the same in every process, as those of a file would be.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        weight = torch.ones(parameter.shape, device=device, dtype=dtype)
-        if weight.ndim > 1:
-            weight.normal_(0, 1 / math.sqrt(weight.shape[1]), generator=generator)
-        module = place_weight(model, name, weight, base_weights)
-        if partition is not None:
-            partition(module)
-
-
-def empty_transformer(spec: Spec) -> Flux2Transformer2DModel:
-    """A transformer of the spec's shapes on the meta device."""
-    with torch.device("meta"), no_init_weights():
-        return transformer.new_transformer(spec)
+    return stored

@@ -1,21 +1,63 @@
-"""PEFT's LoRA layer, computed in the dtype of its input.
+"""The adapter: its configuration, its arithmetic, and its names in a file.
 
-PEFT owns the adapter's configuration, its parameters and its file format; this replaces the
-arithmetic. PEFT multiplies in the adapter's own dtype, which is fp32 here: on a 55,296 wide output
-that is slower than the frozen product beside it. And its DoRA materialises B·A and W + B·A in every
-forward pass.
+PEFT owns the configuration, the parameters and the file format; `LoraLinear` replaces the arithmetic.
+PEFT multiplies in the adapter's own dtype, which is fp32 here: on a 55,296 wide output that is slower
+than the frozen product beside it. And its DoRA materializes B·A and W + B·A in every forward pass.
 """
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import Flux2Transformer2DModel
+from peft import LoraConfig
 from peft.tuners import lora
+from torch import nn
 from torch.nn import functional
 
-from flux2_ds.ops.lora_ops import adapted_product, add_low_rank
+from flux2_ds.config.model_spec import Spec, target_modules
+from flux2_ds.config.recipe import Lora
+from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
 from flux2_ds.ops.quantized_linear import QuantizedLinear
+
+ADAPTER = "default"
+
+
+def lora_config(spec: Spec, settings: Lora, *, dora: bool) -> LoraConfig:
+    """PEFT's description of the adapter; A is drawn from N(0, 1/r²), B is zero."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target_modules(spec, settings.targets),
+        init_lora_weights="gaussian",
+        use_dora=dora,
+    )
+
+
+def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> None:
+    """Freeze the base and add an adapter in fp32, initialized from `seed` alone.
+
+    Raises:
+        ValueError: a target name matched no module, so that fewer linears were adapted.
+    """
+    model.requires_grad_(False)
+    targeted = len(config.target_modules)  # PEFT shortens the list when it injects
+    config._register_custom_module({nn.Linear: LoraLinear, QuantizedLinear: LoraLinear})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # PEFT does not know QuantizedLinear, which LoraLinear is made for.
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        model.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    adapted = sum(isinstance(module, LoraLinear) for module in model.modules())
+    if adapted != targeted:
+        raise ValueError(f"{adapted} linears adapted, {targeted} targeted")
 
 
 class LoraLinear(lora.Linear):
@@ -24,11 +66,11 @@ class LoraLinear(lora.Linear):
     A [r, K], B [N, r] and m [N] are fp32 parameters, cast to x's dtype where they multiply it.
     """
 
-    def __init__(self, base_layer: torch.nn.Module, adapter_name: str, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        # Whether the base is quantised and here; ZeRO-3 gathers it when the base layer is called. Asked once:
+        # Not over a base that ZeRO-3 partitions, which it gathers when the base layer is called. Asked once:
         # a compiler that sees DeepSpeed's number of a parameter makes a graph for each (torch 2.11).
-        self._whole = isinstance(base_layer, QuantizedLinear) and not hasattr(
+        self._fused = isinstance(base_layer, QuantizedLinear) and not hasattr(
             base_layer.values, "ds_id"
         )
         if adapter_name in self.lora_magnitude_vector:
@@ -42,61 +84,65 @@ class LoraLinear(lora.Linear):
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
         (adapter,) = self.active_adapters
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling, gain = self.scaling[adapter], None
         if adapter in self.lora_magnitude_vector:
             magnitude = self.lora_magnitude_vector[adapter].weight
-            gain = magnitude / self._weight_norm(down, up, scaling, x.dtype)
+            gain = magnitude / self._weight_norm(lora_a, lora_b, scaling, x.dtype)
         dropped = self.lora_dropout[adapter](x)
-        if self._whole and dropped is x:
+        if self._fused and dropped is x:
             scale = self.base_layer.scale
             if gain is not None and self.base_layer.compute != "bf16":
-                # gain ∘ (x Wᵀ + narrow Bᵀ) without a pass over it: an 8-bit product applies the scales of W's rows
-                # to its sums. In bf16 W would be rounded with its gain.
-                scale, up, gain = scale * gain[:, None], up * gain[:, None], None
-            y = self._adapted(x, scaling * down, up, scale)
+                # gain ∘ (x Wᵀ + x_a Bᵀ) without a pass over it: an 8-bit product applies the scales of
+                # W's rows to its sums. In bf16 W would be rounded with its gain.
+                scale, lora_b, gain = scale * gain[:, None], lora_b * gain[:, None], None
+            y = self._fused_linear(x, scaling * lora_a, lora_b, scale)
         else:
-            narrow = functional.linear(dropped, (scaling * down).to(x.dtype))
-            y = _add(self.base_layer(x), narrow, up)
+            x_a = functional.linear(dropped, (scaling * lora_a).to(x.dtype))
+            y = _add(self.base_layer(x), x_a, lora_b)
         if gain is None:
             return y
         # Less one, because near one 16 bits are coarse. Like PEFT, DoRA's part of the base product sees the
         # dropped input too.
-        inner = y if dropped is x else _add(self.base_layer(dropped), narrow, up)
+        inner = y if dropped is x else _add(self.base_layer(dropped), x_a, lora_b)
         return y + (gain - 1).to(x.dtype) * inner
 
-    def _adapted(
-        self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: torch.Tensor
+    def _fused_linear(
+        self, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
-        base = self.base_layer
-        rows, _ = adapted_product(
-            x.flatten(0, -2),
-            down.to(x.dtype),
-            up.to(x.dtype),
-            base.values,
-            base.block_scale,
-            scale,
-            base.storage,
-            base.compute,
-            base.transposed,
+        weight = self.base_layer.quantized(scale)
+        rows, _ = quantized_lora_linear(
+            x.flatten(0, -2), lora_a.to(x.dtype), lora_b.to(x.dtype), *weight
         )
-        return rows.view(*x.shape[:-1], base.out_features)
+        return rows.view(*x.shape[:-1], self.base_layer.out_features)
 
     @torch.no_grad()
     def _weight_norm(
-        self, down: torch.Tensor, up: torch.Tensor, scaling: float, dtype: torch.dtype
+        self, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype
     ) -> torch.Tensor:
         """‖W + s·B·A‖ by rows, [N] fp32, constant for the gradient as in the paper's section 4.3.
 
         ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b(A Aᵀ)bᵀ needs no N × K intermediate.
         """
-        projected = self.base_layer(down.to(dtype)).float().t()
-        cross = (projected * up).sum(-1)
-        square = ((up @ (down @ down.t())) * up).sum(-1)
+        projected = self.base_layer(lora_a.to(dtype)).float().t()
+        cross = (projected * lora_b).sum(-1)
+        square = ((lora_b @ (lora_a @ lora_a.t())) * lora_b).sum(-1)
         return (self.base_norm**2 + 2 * scaling * cross + scaling**2 * square).sqrt()
 
 
-def _add(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """base + narrow · upᵀ, in one pass over the output."""
-    rows = add_low_rank(base.flatten(0, -2), narrow.flatten(0, -2), up.to(base.dtype))
+def _add(base: torch.Tensor, x_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    """base + x_a Bᵀ for any number of leading dimensions."""
+    rows = lora_add(base.flatten(0, -2), x_a.flatten(0, -2), lora_b.to(base.dtype))
     return rows.view_as(base)
+
+
+def exported_name(name: str) -> str:
+    """A parameter's name in an adapter file: PEFT's, without the adapter's own name."""
+    return name.replace(f".{ADAPTER}.weight", ".weight")
+
+
+def exported_settings(settings: Lora) -> Lora:
+    """The settings that an adapter file is used with; its A has been multiplied by alpha / rank."""
+    # Programs that do not read the file's metadata take alpha to be the rank. And diffusers leaves an
+    # adapter that it loads in training mode, where dropout is at work.
+    return replace(settings, alpha=None, dropout=0.0)

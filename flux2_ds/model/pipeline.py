@@ -1,8 +1,8 @@
-"""The diffusers pipeline of a model directory in its halves: the one that encodes text, the one that renders.
+"""The diffusers pipeline of a model directory in two halves: one encodes text, the other renders.
 
 The parts are loaded one by one and given to the pipeline's constructor. `from_pretrained` of the whole
 would insist on `PixtralProcessor` for dev, which transformers offers only beside torchvision; without
-pictures in the prompt that processor does nothing but call the tokenizer, which is loaded from the
+images in the prompt that processor does nothing but call the tokenizer, which is loaded from the
 same directory with the same chat template.
 """
 
@@ -35,7 +35,7 @@ def load_text_pipeline(
     device: torch.device | None = None,
     quantization: Literal["int8", "nf4"] | None = None,
 ) -> Any:
-    """The pipeline with text encoder and tokenizer only: good for `encode_prompt`.
+    """The pipeline with text encoder and tokenizer only, for `encode_prompt`.
 
     With `quantization`, bitsandbytes stores the encoder's linears in 8 or 4 bits and computes in `dtype`.
     What its nf4 cannot hold on some machine stays in `dtype` on all, so that captions come out alike.
@@ -73,7 +73,7 @@ def _too_narrow(encoder_class: Any, directory: Path) -> list[str]:
     ]
     if narrow:
         log.warning(
-            "text encoder: %d of %d linears stay unquantised; nf4 needs multiples of %d inputs and %d outputs",
+            "text encoder: %d of %d linears stay unquantized; nf4 needs multiples of %d inputs and %d outputs",
             len(narrow), len(linears), _NF4_INPUTS, _NF4_OUTPUTS,
         )  # fmt: skip
     return narrow

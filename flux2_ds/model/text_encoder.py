@@ -72,7 +72,7 @@ class Prompt:
 
 
 def read_prompt(directory: Path, spec: Spec, caption: str) -> Prompt:
-    """Let the pipeline's `encode_prompt` call a stand-in that notes what it is asked for."""
+    """Read what the pipeline's `encode_prompt` asks of its text encoder, here a stand-in."""
     encoder, tokenizer = _StandIn(), load_tokenizer(directory, spec)
     absent = {"transformer": None, "vae": None, "scheduler": None}
     pipeline = getattr(diffusers, spec.pipeline)(

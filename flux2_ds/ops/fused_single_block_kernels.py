@@ -1,7 +1,7 @@
 """Triton kernels of what lies between the two linears of a single block, for CUDA cards.
 
-They compute what the torch expressions in `single.py` compute, and read and write each value once. A row
-of y is q, k, v of d = H·D columns each, then gate and up of m each.
+They compute what the torch expressions in `fused_single_block.py` compute, and read and write each value
+once. A row of y is q, k, v of d = H·D columns each, then gate and up of m each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _rotated(part, weight, cos, sin, eps, HEADS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _split_heads(
+def _qkv_norm_rope(
     y, norm_q, norm_k, cos, sin, query, key, value, tokens, heads, width, eps,
     D: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _split_heads(
     tl.store(value + target, v, mask=inside)
 
 
-def split_heads(
+def qkv_norm_rope(
     y: torch.Tensor,
     norm_q: torch.Tensor,
     norm_k: torch.Tensor,
@@ -63,33 +63,20 @@ def split_heads(
     eps: float,
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `single.split_single`; D is a power of two."""
+    """See `fused_single_block.qkv_norm_rope`; D is a power of two."""
     y, cos, sin = y.contiguous(), cos.contiguous(), sin.contiguous()
     (batch, tokens, width), size = y.shape, norm_q.shape[0]
     query, key, value = (y.new_empty(batch, heads, tokens, size) for _ in range(3))
-    _split_heads[(batch * tokens * triton.cdiv(heads, _HEADS),)](
-        y,
-        norm_q,
-        norm_k,
-        cos,
-        sin,
-        query,
-        key,
-        value,
-        tokens,
-        heads,
-        width,
-        eps,
-        D=size,
-        HEADS=_HEADS,
-        num_warps=_HEADS_WARPS,
-    )
+    _qkv_norm_rope[(batch * tokens * triton.cdiv(heads, _HEADS),)](
+        y, norm_q, norm_k, cos, sin, query, key, value, tokens, heads, width, eps,
+        D=size, HEADS=_HEADS, num_warps=_HEADS_WARPS,
+    )  # fmt: skip
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 @triton.jit
-def _join(
-    attended, y, joined, tokens, heads, hidden, batch_stride, token_stride, head_stride,
+def _concat_swiglu(
+    attended, y, concat, tokens, heads, hidden, batch_stride, token_stride, head_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one row: attention's or the activation's."""
@@ -98,51 +85,43 @@ def _join(
     blocks = copied + tl.cdiv(hidden, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    joined += row * (width + hidden)
+    concat += row * (width + hidden)
     if block < copied:
         column = block * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < width
         attended += row // tokens * batch_stride + row % tokens * token_stride
         x = tl.load(attended + column // D * head_stride + column % D, mask=inside)
-        tl.store(joined + column, x, mask=inside)
+        tl.store(concat + column, x, mask=inside)
     else:
         column = (block - copied) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < hidden
         y += row * (3 * width + 2 * hidden) + 3 * width
         gate = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(y + hidden + column, mask=inside, other=0.0).to(tl.float32)
-        out = joined.dtype.element_ty
+        out = concat.dtype.element_ty
         silu = (gate * tl.sigmoid(gate)).to(out).to(tl.float32)
-        tl.store(joined + width + column, (silu * up).to(out), mask=inside)
+        tl.store(concat + width + column, (silu * up).to(out), mask=inside)
 
 
-def join(attended: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """See `single.join_single`."""
+def concat_swiglu(attended: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """See `fused_single_block.concat_swiglu`."""
     y = y.contiguous()
     if attended.stride(-1) != 1:
         attended = attended.contiguous()
     batch, tokens, heads, size = attended.shape
     width = heads * size
     hidden = (y.shape[-1] - 3 * width) // 2
-    joined = y.new_empty(batch, tokens, width + hidden)
+    concat = y.new_empty(batch, tokens, width + hidden)
     blocks = triton.cdiv(width, _COLUMNS) + triton.cdiv(hidden, _COLUMNS)
-    _join[(batch * tokens * blocks,)](
-        attended,
-        y,
-        joined,
-        tokens,
-        heads,
-        hidden,
-        *attended.stride()[:3],
-        D=size,
-        COLUMNS=_COLUMNS,
-        num_warps=_COLUMNS_WARPS,
-    )
-    return joined
+    _concat_swiglu[(batch * tokens * blocks,)](
+        attended, y, concat, tokens, heads, hidden, *attended.stride()[:3],
+        D=size, COLUMNS=_COLUMNS, num_warps=_COLUMNS_WARPS,
+    )  # fmt: skip
+    return concat
 
 
 @triton.jit
-def _rotated_gradient(
+def _rotated_grad(
     grad, part, weight, cos, sin, eps, HEADS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """The gradient of `part` [HEADS, D] from that of its norm's rotation, in fp32."""
@@ -158,8 +137,8 @@ def _rotated_gradient(
 
 
 @triton.jit
-def _heads_gradient(
-    grad_query, grad_key, grad_value, y, norm_q, norm_k, cos, sin, wide, tokens, heads, width, eps,
+def _heads_grad(
+    grad_query, grad_key, grad_value, y, norm_q, norm_k, cos, sin, grad_y, tokens, heads, width, eps,
     batch_stride, token_stride, head_stride, D: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token."""
@@ -180,15 +159,15 @@ def _heads_gradient(
     angle = token * D + column
     cosine, sine = tl.load(cos + angle), tl.load(sin + angle)
     weight_q, weight_k = tl.load(norm_q + column), tl.load(norm_k + column)
-    grad = _rotated_gradient(dq, q, weight_q, cosine, sine, eps, HEADS, D)
-    tl.store(wide + place, grad.to(q.dtype), mask=inside)
-    grad = _rotated_gradient(dk, k, weight_k, cosine, sine, eps, HEADS, D)
-    tl.store(wide + place + heads * D, grad.to(k.dtype), mask=inside)
-    tl.store(wide + place + 2 * heads * D, dv, mask=inside)
+    grad = _rotated_grad(dq, q, weight_q, cosine, sine, eps, HEADS, D)
+    tl.store(grad_y + place, grad.to(q.dtype), mask=inside)
+    grad = _rotated_grad(dk, k, weight_k, cosine, sine, eps, HEADS, D)
+    tl.store(grad_y + place + heads * D, grad.to(k.dtype), mask=inside)
+    tl.store(grad_y + place + 2 * heads * D, dv, mask=inside)
 
 
 @triton.jit
-def _activation_gradient(grad, y, wide, width, hidden, COLUMNS: tl.constexpr):  # fmt: skip
+def _swiglu_grad(grad, y, grad_y, width, hidden, COLUMNS: tl.constexpr):  # fmt: skip
     """Some columns of gate and of up in one row."""
     blocks = tl.cdiv(hidden, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -199,19 +178,19 @@ def _activation_gradient(grad, y, wide, width, hidden, COLUMNS: tl.constexpr):  
     g = tl.load(grad + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(y + first + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(y + first + hidden + column, mask=inside, other=0.0).to(tl.float32)
-    out = wide.dtype.element_ty
+    out = grad_y.dtype.element_ty
     sigmoid = tl.sigmoid(gate)
     silu = (gate * sigmoid).to(out).to(tl.float32)
     grad_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(wide + first + column, grad_gate.to(out), mask=inside)
-    tl.store(wide + first + hidden + column, (g * silu).to(out), mask=inside)
+    tl.store(grad_y + first + column, grad_gate.to(out), mask=inside)
+    tl.store(grad_y + first + hidden + column, (g * silu).to(out), mask=inside)
 
 
-def gradient(
+def single_block_grad(
     grad_query: torch.Tensor,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
-    grad_joined: torch.Tensor,
+    grad_concat: torch.Tensor,
     y: torch.Tensor,
     norm_q: torch.Tensor,
     norm_k: torch.Tensor,
@@ -219,8 +198,8 @@ def gradient(
     sin: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """See `single._gradient`; the gradients of q, k and v may have any strides."""
-    y, grad_joined = y.contiguous(), grad_joined.contiguous()
+    """See `fused_single_block._grad_of_y`; the gradients of q, k and v may have any strides."""
+    y, grad_concat = y.contiguous(), grad_concat.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     grads = [grad_query, grad_key, grad_value]
     if len({grad.stride() for grad in grads}) > 1 or grad_query.stride(-1) != 1:
@@ -228,31 +207,12 @@ def gradient(
     batch, tokens, heads, size = grad_query.shape
     width = heads * size
     hidden = (y.shape[-1] - 3 * width) // 2
-    wide = torch.empty_like(y)
-    _heads_gradient[(batch * tokens * triton.cdiv(heads, _HEADS),)](
-        *grads,
-        y,
-        norm_q,
-        norm_k,
-        cos,
-        sin,
-        wide,
-        tokens,
-        heads,
-        y.shape[-1],
-        eps,
-        *grads[0].stride()[:3],
-        D=size,
-        HEADS=_HEADS,
-        num_warps=_HEADS_WARPS,
+    grad_y = torch.empty_like(y)
+    _heads_grad[(batch * tokens * triton.cdiv(heads, _HEADS),)](
+        *grads, y, norm_q, norm_k, cos, sin, grad_y, tokens, heads, y.shape[-1], eps,
+        *grads[0].stride()[:3], D=size, HEADS=_HEADS, num_warps=_HEADS_WARPS,
+    )  # fmt: skip
+    _swiglu_grad[(batch * tokens * triton.cdiv(hidden, _COLUMNS),)](
+        grad_concat, y, grad_y, width, hidden, COLUMNS=_COLUMNS, num_warps=_COLUMNS_WARPS
     )
-    _activation_gradient[(batch * tokens * triton.cdiv(hidden, _COLUMNS),)](
-        grad_joined,
-        y,
-        wide,
-        width,
-        hidden,
-        COLUMNS=_COLUMNS,
-        num_warps=_COLUMNS_WARPS,
-    )
-    return wide
+    return grad_y

@@ -1,6 +1,7 @@
-"""Triton kernels of the quantised products, for CUDA cards.
+"""Triton kernels of quantized linears and their LoRA updates, for CUDA cards.
 
-They compute what the torch expressions in `quantize.py` compute, each in one pass over memory.
+They compute what the torch expressions in `quantized_linear.py` and `lora_ops.py` compute, each in one
+pass over memory. Shapes: x [M, K], W [N, K], A [r, K], B [N, r], x_a = x Aᵀ [M, r].
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from flux2_ds.ops.formats import FP8_MAX, INT8_MAX, NF4_BLOCK
-
-_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
+_FORMATS = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 # Found by timing on an H100.
 _NF4_ROWS = 128
 _TRANSPOSE_TILE = 128
 _ADD_TILE, _ADD_WARPS = (64, 128), 4
-_GRADIENT_PROGRAMS, _GRADIENT_WARPS, _GRADIENT_STAGES = 216, 4, 3
+_GRADS_PROGRAMS, _GRADS_WARPS, _GRADS_STAGES = 216, 4, 3
 
 
-def _gradient_tile(rank: int) -> tuple[int, int]:
-    """(rows, columns) that a program of `_low_rank_gradients` reads at once.
+def _grads_tile(rank: int) -> tuple[int, int]:
+    """(rows, columns) that a program of `_lora_grads` reads at once.
 
     Wide stripes leave few partial sums; a stripe's own, [columns, rank] fp32, stays in registers.
     """
@@ -34,13 +33,9 @@ def _row_tile(columns: int, scaled: bool) -> tuple[int, int, int]:
     Rows that are worked on at the same time must stay in the L2 cache between their two readings.
     """
     if scaled:  # the fp32 scales are twice the row's own bytes
-        return (
-            (1, 2048, 8)
-            if columns <= 8192
-            else (2, 4096, 32)
-            if columns <= 32768
-            else (1, 8192, 32)
-        )
+        if columns <= 8192:
+            return 1, 2048, 8
+        return (2, 4096, 32) if columns <= 32768 else (1, 8192, 32)
     if columns <= 8192:
         return 1, triton.next_power_of_2(columns), 8
     return (1, 8192, 16) if columns <= 24576 else (1, 16384, 16)
@@ -102,29 +97,20 @@ def _quantize_rows(
 
 
 def quantize_rows(
-    x: torch.Tensor, column_scale: torch.Tensor | None, kind: str
+    x: torch.Tensor, column_scale: torch.Tensor | None, dtype: torch.dtype, largest: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `quantize.quantize_rows`."""
+    """See `quantized_linear.quantize_rows`; `largest`: the largest magnitude of `dtype`."""
     x = x.contiguous()
     rows, columns = x.shape
-    values = torch.empty(x.shape, device=x.device, dtype=_DTYPES[kind])
+    values = torch.empty(x.shape, device=x.device, dtype=dtype)
     scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
-    together, chunk, warps = _row_tile(columns, column_scale is not None)
+    scaled = column_scale is not None
+    together, chunk, warps = _row_tile(columns, scaled)
+    factors = x if column_scale is None else column_scale.contiguous()
     _quantize_rows[(triton.cdiv(rows, together),)](
-        x,
-        x if column_scale is None else column_scale.contiguous(),
-        values,
-        scales,
-        rows,
-        columns,
-        INT8_MAX if kind == "int8" else FP8_MAX,
-        INT8=kind == "int8",
-        SCALED=column_scale is not None,
-        ROWS=together,
-        CHUNK=chunk,
-        num_warps=warps,
-        **_EXACT,
-    )
+        x, factors, values, scales, rows, columns, largest,
+        INT8=dtype == torch.int8, SCALED=scaled, ROWS=together, CHUNK=chunk, num_warps=warps, **_EXACT,
+    )  # fmt: skip
     return values, scales
 
 
@@ -164,30 +150,20 @@ def expand_nf4(
     block_scale: torch.Tensor,
     scale: torch.Tensor,
     table: torch.Tensor,
-    kind: str,
+    dtype: torch.dtype,
+    factor: float,
     *,
     transposed: bool,
 ) -> torch.Tensor:
-    """See `quantize.expand_nf4`; `table`: the sixteen levels, fp32."""
+    """See `quantized_linear.operand`. `table`: the 16 levels, fp32; `factor`: int8 units of one in e4m3."""
     rows, columns = values.shape[0], values.shape[1] * 2
-    shape = (columns, rows) if transposed else (rows, columns)
-    out = torch.empty(shape, device=values.device, dtype=_DTYPES[kind])
-    _expand_nf4[(columns // NF4_BLOCK, triton.cdiv(rows, _NF4_ROWS))](
-        values,
-        block_scale.view(torch.float8_e4m3fn),
-        scale,
-        table,
-        out,
-        rows,
-        columns,
-        INT8_MAX / FP8_MAX,
-        FORMAT=kind,
-        TRANSPOSED=transposed,
-        BLOCK=NF4_BLOCK,
-        ROWS=_NF4_ROWS,
-        num_warps=4,
-        **_EXACT,
-    )
+    blocks = block_scale.shape[1]
+    out = values.new_empty((columns, rows) if transposed else (rows, columns), dtype=dtype)
+    _expand_nf4[(blocks, triton.cdiv(rows, _NF4_ROWS))](
+        values, block_scale.view(torch.float8_e4m3fn), scale, table, out, rows, columns, factor,
+        FORMAT=_FORMATS[dtype], TRANSPOSED=transposed, BLOCK=columns // blocks, ROWS=_NF4_ROWS,
+        num_warps=4, **_EXACT,
+    )  # fmt: skip
     return out
 
 
@@ -241,20 +217,20 @@ def scale_product(
 
 
 @triton.jit
-def _add_low_rank(
-    base, narrow, up, out, rows, columns, rank,
+def _lora_add(
+    base, x_a, lora_b, out, rows, columns, rank,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, RANK)
     left = tl.load(
-        narrow + row[:, None] * rank + depth[None, :],
+        x_a + row[:, None] * rank + depth[None, :],
         mask=(row < rows)[:, None] & (depth < rank)[None, :],
         other=0.0,
     )
     right = tl.load(
-        up + column[None, :] * rank + depth[:, None],
+        lora_b + column[None, :] * rank + depth[:, None],
         mask=(column < columns)[None, :] & (depth < rank)[:, None],
         other=0.0,
     )
@@ -264,39 +240,30 @@ def _add_low_rank(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-def add_low_rank(base: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See `low_rank.add_low_rank`; all in bf16."""
-    base, narrow, up = base.contiguous(), narrow.contiguous(), up.contiguous()
-    (rows, columns), rank = base.shape, narrow.shape[1]
+def lora_add(base: torch.Tensor, x_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    """See `lora_ops.lora_add`; all in bf16."""
+    base, x_a, lora_b = base.contiguous(), x_a.contiguous(), lora_b.contiguous()
+    (rows, columns), rank = base.shape, x_a.shape[1]
     out = torch.empty_like(base)
-    tile = _ADD_TILE
-    _add_low_rank[(triton.cdiv(columns, tile[1]), triton.cdiv(rows, tile[0]))](
-        base,
-        narrow,
-        up,
-        out,
-        rows,
-        columns,
-        rank,
-        RANK=max(16, triton.next_power_of_2(rank)),
-        ROWS=tile[0],
-        COLUMNS=tile[1],
-        num_warps=_ADD_WARPS,
-    )
+    tile_rows, tile_columns = _ADD_TILE
+    _lora_add[(triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))](
+        base, x_a, lora_b, out, rows, columns, rank, RANK=max(16, triton.next_power_of_2(rank)),
+        ROWS=tile_rows, COLUMNS=tile_columns, num_warps=_ADD_WARPS,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _low_rank_gradients(
-    grad, narrow, up, narrow_parts, up_parts, rows, columns, rank, rows_each,
+def _lora_grads(
+    grad, x_a, lora_b, grad_x_a_parts, grad_b_parts, rows, columns, rank, rows_each,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A stripe of columns of grad, through `rows_each` rows: read once for both products."""
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, RANK)
     factor = (column < columns)[:, None] & (depth < rank)[None, :]
-    up_tile = tl.load(up + column[:, None] * rank + depth[None, :], mask=factor, other=0.0)
-    up_sum = tl.zeros([COLUMNS, RANK], dtype=tl.float32)
+    b_tile = tl.load(lora_b + column[:, None] * rank + depth[None, :], mask=factor, other=0.0)
+    grad_b = tl.zeros([COLUMNS, RANK], dtype=tl.float32)
     first = tl.program_id(1) * rows_each
     for start in range(first, min(first + rows_each, rows), ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
@@ -308,42 +275,30 @@ def _low_rank_gradients(
             eviction_policy="evict_first",
         )
         place = row[:, None] * rank + depth[None, :]
-        part = tl.load(narrow + place, mask=inside, other=0.0)
-        up_sum = tl.dot(tl.trans(tile), part, up_sum)
-        parts = narrow_parts + tl.program_id(0).to(tl.int64) * rows * rank
-        tl.store(parts + place, tl.dot(tile, up_tile), mask=inside)
-    parts = up_parts + tl.program_id(1).to(tl.int64) * columns * rank
-    tl.store(parts + column[:, None] * rank + depth[None, :], up_sum, mask=factor)
+        part = tl.load(x_a + place, mask=inside, other=0.0)
+        grad_b = tl.dot(tl.trans(tile), part, grad_b)
+        parts = grad_x_a_parts + tl.program_id(0).to(tl.int64) * rows * rank
+        tl.store(parts + place, tl.dot(tile, b_tile), mask=inside)
+    parts = grad_b_parts + tl.program_id(1).to(tl.int64) * columns * rank
+    tl.store(parts + column[:, None] * rank + depth[None, :], grad_b, mask=factor)
 
 
-def low_rank_gradients(
-    grad: torch.Tensor, narrow: torch.Tensor, up: torch.Tensor
+def lora_grads(
+    grad: torch.Tensor, x_a: torch.Tensor, lora_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `low_rank.low_rank_gradients`; all in bf16. Sums in a fixed order, so that runs can be repeated."""
-    grad, narrow, up = grad.contiguous(), narrow.contiguous(), up.contiguous()
-    (rows, columns), rank = grad.shape, narrow.shape[1]
+    """See `lora_ops.lora_grads`; all in bf16. Sums in a fixed order, so that runs repeat."""
+    grad, x_a, lora_b = grad.contiguous(), x_a.contiguous(), lora_b.contiguous()
+    (rows, columns), rank = grad.shape, x_a.shape[1]
     padded = max(16, triton.next_power_of_2(rank))
-    tile_rows, tile_columns = _gradient_tile(padded)
+    tile_rows, tile_columns = _grads_tile(padded)
     stripes = triton.cdiv(columns, tile_columns)
-    wanted = max(1, round(_GRADIENT_PROGRAMS / stripes))
+    wanted = max(1, round(_GRADS_PROGRAMS / stripes))
     rows_each = triton.cdiv(triton.cdiv(rows, wanted), tile_rows) * tile_rows
     groups = triton.cdiv(rows, rows_each)
-    narrow_parts = grad.new_empty(stripes, rows, rank, dtype=torch.float32)
-    up_parts = grad.new_empty(groups, columns, rank, dtype=torch.float32)
-    _low_rank_gradients[(stripes, groups)](
-        grad,
-        narrow,
-        up,
-        narrow_parts,
-        up_parts,
-        rows,
-        columns,
-        rank,
-        rows_each,
-        RANK=padded,
-        ROWS=tile_rows,
-        COLUMNS=tile_columns,
-        num_warps=_GRADIENT_WARPS,
-        num_stages=_GRADIENT_STAGES,
-    )
-    return narrow_parts.sum(0).to(grad.dtype), up_parts.sum(0).to(grad.dtype)
+    grad_x_a_parts = grad.new_empty(stripes, rows, rank, dtype=torch.float32)
+    grad_b_parts = grad.new_empty(groups, columns, rank, dtype=torch.float32)
+    _lora_grads[(stripes, groups)](
+        grad, x_a, lora_b, grad_x_a_parts, grad_b_parts, rows, columns, rank, rows_each, RANK=padded,
+        ROWS=tile_rows, COLUMNS=tile_columns, num_warps=_GRADS_WARPS, num_stages=_GRADS_STAGES,
+    )  # fmt: skip
+    return grad_x_a_parts.sum(0).to(grad.dtype), grad_b_parts.sum(0).to(grad.dtype)

@@ -1,27 +1,27 @@
-"""Frozen linears held in 8 or 4 bits, and their matrix products.
+"""Frozen linears stored in 8 or 4 bits, and their matrix products.
 
-Storage, always with one fp32 scale for each output row n of a weight W [N, K]:
+Storage, always with one fp32 scale for each output row of W:
 
 - `fp8`: e4m3 values, scale = max|W_n| / 448 (OCP 8-bit floating point; FP8 formats, arXiv 2209.05433).
 - `int8`: scale = max|W_n| / 127.
 - `nf4`: 4-bit NormalFloat codes (QLoRA, arXiv 2305.14314) in blocks of 64 along K; each block has an
-  e4m3 scale relative to its row's, two-level scaling like QLoRA's double quantisation: 4.125 bits a weight.
+  e4m3 scale relative to its row's, two-level scaling like QLoRA's double quantization: 4.125 bits a weight.
 
-Products: `fp8` and `int8` quantise the other operand by rows as well and multiply in 8 bits, forward
-and backward; `bf16` expands the weight first. Only x's gradient exists, since W is frozen. In the
-backward pass W's row scale is folded into the gradient before that is quantised, so that one copy of
-the 8-bit weight serves both directions; a second, transposed one saves turning it around each time.
+Products: `fp8` and `int8` also quantize the other operand by rows and multiply in 8 bits, forward and
+backward; `bf16` expands the weight first. W is frozen, so only x has a gradient. In the backward pass
+W's row scale is folded into the gradient before that is quantized, so that one copy of the 8-bit weight
+serves both directions; a second, transposed copy saves transposing it each time.
+
+Shapes: x [M, K], W [N, K], y = x Wᵀ [M, N].
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-
-from flux2_ds.ops.formats import FP8_MAX, INT8_MAX, NF4_BLOCK
 
 if torch.cuda.is_available():
     from flux2_ds.ops import quant_kernels as kernels
@@ -38,7 +38,12 @@ BASE_WEIGHTS: dict[str, tuple[Storage, Compute]] = {
 }
 """A recipe's `base_weights` -> how the weights are stored and what they are multiplied in."""
 
-_AT_ONCE = 1 << 21  # elements
+MAX = {"fp8": 448.0, "int8": 127.0}
+"""Largest magnitude of e4m3, and of int8 as it is used."""
+NF4_BLOCK = 64
+"""Weights along K that share an nf4 block scale."""
+_DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
+_QUANTIZED_AT_ONCE = 1 << 21  # elements
 
 # The 16 quantiles of N(0, 1) scaled to [-1, 1], as published with QLoRA.
 _NF4 = (
@@ -49,48 +54,67 @@ _NF4 = (
 )  # fmt: skip
 
 
-class QuantizedLinear(nn.Module):
-    """y = x Wᵀ with a frozen, quantised W; the gradient flows to x alone.
+class QuantizedWeight(NamedTuple):
+    """A quantized W [N, K]. Operators of torch take its fields one by one, in this order."""
 
-    The values are held as uint8, because an engine that casts a model's floating-point tensors would
-    cast float8 ones too.
+    values: torch.Tensor
+    """[N, K] uint8, the bits of e4m3 or int8; of nf4 [N, K/2], two codes a byte."""
+    block_scale: torch.Tensor | None
+    """[N, K/64] uint8, the bits of e4m3; nf4 only."""
+    scale: torch.Tensor
+    """[N, 1] fp32."""
+    storage: str
+    compute: str
+    transposed: torch.Tensor | None = None
+    """A second copy of 8-bit values, [K, N], for the backward pass."""
+
+
+SCHEMA = (
+    "Tensor values, Tensor? block_scale, Tensor scale, str storage, str compute, Tensor? transposed"
+)
+"""A `QuantizedWeight` in the signature of an operator."""
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ with a frozen, quantized W; the gradient flows to x alone.
+
+    The values are uint8, because an engine that casts a model's floating-point tensors would cast
+    float8 ones too.
     """
 
     def __init__(self, weight: torch.Tensor, storage: Storage, compute: Compute) -> None:
-        """Quantise `weight` [N, K], on the device where it is."""
+        """Quantize `weight` [N, K], on its device."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.storage, self.compute = storage, compute
-        values, block_scale, scale = quantize(weight, storage)
-        self.values = nn.Parameter(values, requires_grad=False)
-        self.block_scale = (
-            None if block_scale is None else nn.Parameter(block_scale, requires_grad=False)
-        )
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        w = quantize(weight, storage, compute)
+        blocks = w.block_scale
+        self.values = nn.Parameter(w.values, requires_grad=False)
+        self.block_scale = None if blocks is None else nn.Parameter(blocks, requires_grad=False)
+        self.scale = nn.Parameter(w.scale, requires_grad=False)
         self.transposed: torch.Tensor | None
         self.register_buffer("transposed", None, persistent=False)
 
-    def hold_transposed(self) -> None:
-        """Hold the 8-bit values a second time, as [K, N], which is how the backward pass reads them."""
+    def cache_transposed(self) -> None:
+        """Hold a second, transposed copy of the 8-bit values for the backward pass."""
         assert self.storage != "nf4", "a product expands nf4 in either orientation"
         self.transposed = _transpose(self.values.detach())
 
+    def quantized(self, scale: torch.Tensor | None = None) -> QuantizedWeight:
+        """W as stored; with `scale` [N, 1] in place of its row scales."""
+        scale = self.scale if scale is None else scale
+        return QuantizedWeight(
+            self.values, self.block_scale, scale, self.storage, self.compute, self.transposed
+        )
+
     @property
     def weight(self) -> torch.Tensor:
-        """W as stored, [N, K] in bf16. Expanded anew at each access."""
-        return dequantize(self.values, self.block_scale, self.scale, self.storage).bfloat16()
+        """W [N, K] in bf16. Expanded anew at each access."""
+        return dequantize(self.quantized()).bfloat16()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N]."""
-        rows = frozen_product(
-            x.flatten(0, -2),
-            self.values,
-            self.block_scale,
-            self.scale,
-            self.storage,
-            self.compute,
-            self.transposed,
-        )
+        """[..., K] -> [..., N]."""
+        rows = quantized_linear(x.flatten(0, -2), *self.quantized())
         return rows.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:  # noqa: D102 (nn.Module's)
@@ -100,254 +124,194 @@ class QuantizedLinear(nn.Module):
         )
 
 
-def quantize(
-    weight: torch.Tensor, storage: Storage
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(values uint8, block scales uint8 or None, row scales fp32 [N, 1]) of `weight` [N, K].
-
-    Some rows at a time, because the work takes several times their size.
+def quantize(weight: torch.Tensor, storage: Storage, compute: Compute) -> QuantizedWeight:
+    """Quantize `weight` [N, K], some rows at a time because that takes several times their size.
 
     Raises:
-        ValueError: K is not a multiple of what the format needs.
+        ValueError: nf4 cannot hold K.
     """
-    at_once = max(1, _AT_ONCE // weight.shape[1])
-    values, block_scale, scale = zip(
-        *(_quantize_together(rows, storage) for rows in weight.split(at_once)), strict=True
-    )
-    whole = None if storage != "nf4" else torch.cat(block_scale)
-    return torch.cat(values), whole, torch.cat(scale)
+    rows = weight.split(max(1, _QUANTIZED_AT_ONCE // weight.shape[1]))
+    values, block_scale, scale = zip(*(_quantize_part(part, storage) for part in rows), strict=True)
+    blocks = torch.cat(block_scale) if storage == "nf4" else None
+    return QuantizedWeight(torch.cat(values), blocks, torch.cat(scale), storage, compute)
 
 
-def _quantize_together(
+def _quantize_part(
     weight: torch.Tensor, storage: Storage
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """`quantize`, all rows at once."""
+    """(values, block scales, row scales) of `quantize`, all rows at once."""
     if storage != "nf4":
         values, scale = quantize_rows(weight, None, storage)
         return values.view(torch.uint8), None, scale
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if columns % NF4_BLOCK:
         raise ValueError(f"nf4 needs a multiple of {NF4_BLOCK} input features, not {columns}")
-    blocks = weight.float().view(rows, columns // NF4_BLOCK, NF4_BLOCK)
+    blocks = weight.float().unflatten(-1, (-1, NF4_BLOCK))
     largest = blocks.abs().amax(-1)
-    scale = largest.amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    scale = largest.amax(-1, keepdim=True).clamp(min=1e-12) / MAX["fp8"]
     block_scale = (largest / scale).to(torch.float8_e4m3fn)
     # Codes are chosen for the rounded block scale, so that its rounding costs next to nothing.
     step = (block_scale.float() * scale).clamp(min=1e-30)[..., None]
     levels = nf4_table(weight.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize((blocks / step).view(rows, columns), midpoints).to(torch.uint8)
+    codes = torch.bucketize((blocks / step).flatten(-2), midpoints).to(torch.uint8)
     return codes[:, 0::2] << 4 | codes[:, 1::2], block_scale.view(torch.uint8), scale
 
 
-def dequantize(
-    values: torch.Tensor, block_scale: torch.Tensor | None, scale: torch.Tensor, storage: Storage
-) -> torch.Tensor:
-    """The fp32 weight [N, K] that `quantize` stored."""
-    if storage == "fp8":
-        return values.view(torch.float8_e4m3fn).float() * scale
-    if storage == "int8":
-        return values.view(torch.int8).float() * scale
-    assert block_scale is not None
-    return dequantize_nf4(values, block_scale) * scale
+def dequantize(w: QuantizedWeight) -> torch.Tensor:
+    """The stored weight, [N, K] fp32."""
+    if w.storage == "nf4":
+        return _expand_blocks(w) * w.scale
+    return w.values.view(_DTYPE[w.storage]).float() * w.scale
 
 
-def dequantize_nf4(values: torch.Tensor, block_scale: torch.Tensor) -> torch.Tensor:
-    """Codes [N, K/2] and block scales [N, K/64] -> fp32 [N, K] within ±448, without the row scale."""
-    codes = torch.stack((values >> 4, values & 15), dim=-1).flatten(-2)
-    blocks = nf4_table(values.device)[codes.int()].unflatten(-1, (-1, NF4_BLOCK))
-    return (blocks * block_scale.view(torch.float8_e4m3fn).float()[..., None]).flatten(-2)
+def _expand_blocks(w: QuantizedWeight) -> torch.Tensor:
+    """An nf4 weight without its row scales: [N, K] fp32 within ±448."""
+    assert w.block_scale is not None
+    codes = torch.stack((w.values >> 4, w.values & 15), dim=-1).flatten(-2)
+    blocks = nf4_table(codes.device)[codes.int()].unflatten(-1, (-1, NF4_BLOCK))
+    return (blocks * w.block_scale.view(torch.float8_e4m3fn).float()[..., None]).flatten(-2)
 
 
 @lru_cache
 def nf4_table(device: torch.device) -> torch.Tensor:
-    """The sixteen levels, [16] fp32; made once for each device, because copying them there waits."""
+    """The sixteen levels, [16] fp32; made once for each device, because the copy there waits."""
     return torch.tensor(_NF4, device=device)
 
 
 @lru_cache
 def _ones(device: torch.device, columns: int) -> torch.Tensor:
-    """[1, columns] fp32, for products whose scales were folded into an operand; made once."""
+    """[1, columns] fp32, made once: the scales of an operand whose own were folded into the other."""
     return torch.ones(1, columns, device=device)
 
 
 def quantize_rows(
     x: torch.Tensor, column_scale: torch.Tensor | None, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x ∘ column_scale, [M, K] -> (8-bit values [M, K], scales [M, 1] fp32), x ≈ values * scales.
+    """x ∘ column_scale -> (values [M, K] in fp8 or int8, scales [M, 1] fp32), x ≈ values ∘ scales.
 
     `column_scale`: [1, K] fp32 or None. `kind`: fp8 or int8.
     """
+    largest = MAX[kind]
     if x.is_cuda:
-        return kernels.quantize_rows(x, column_scale, kind)
+        return kernels.quantize_rows(x, column_scale, _DTYPE[kind], largest)
     rows = x.float() if column_scale is None else x.float() * column_scale
-    largest = FP8_MAX if kind == "fp8" else INT8_MAX
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
     scaled = rows * (1 / scale)
-    if kind == "fp8":
-        return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn), scale
-    return scaled.round().to(torch.int8), scale
+    scaled = scaled.round() if kind == "int8" else scaled.clamp(-largest, largest)
+    return scaled.to(_DTYPE[kind]), scale
 
 
-def expand_nf4(
-    values: torch.Tensor,
-    block_scale: torch.Tensor,
-    scale: torch.Tensor,
-    kind: str,
-    *,
-    transposed: bool = False,
-) -> torch.Tensor:
-    """Codes [N, K/2], block scales [N, K/64], row scales [N, 1] -> W [N, K] or [K, N].
-
-    `kind`: bf16, or fp8 and int8 in units of `_step`.
-    """
-    if values.is_cuda:
-        table = nf4_table(values.device)
-        return kernels.expand_nf4(values, block_scale, scale, table, kind, transposed=transposed)
-    weight = dequantize_nf4(values, block_scale)
-    if kind == "bf16":
-        weight = (weight * scale).bfloat16()
-    elif kind == "fp8":
-        weight = weight.to(torch.float8_e4m3fn)
-    else:
-        weight = (weight * (INT8_MAX / FP8_MAX)).round().to(torch.int8)
+def operand(w: QuantizedWeight, *, transposed: bool = False) -> torch.Tensor:
+    """What a product reads, [N, K] or [K, N]: W in bf16, or 8-bit values in units of `_unit`."""
+    dtype = _DTYPE[w.compute]
+    if w.storage != "nf4":
+        return (_transpose(w.values) if transposed else w.values).view(dtype)
+    if w.values.is_cuda:
+        assert w.block_scale is not None
+        return kernels.expand_nf4(
+            w.values, w.block_scale, w.scale, nf4_table(w.values.device), dtype,
+            MAX["int8"] / MAX["fp8"], transposed=transposed,
+        )  # fmt: skip
+    weight = _expand_blocks(w)
+    if w.compute == "bf16":
+        weight = weight * w.scale
+    elif w.compute == "int8":
+        weight = (weight * (MAX["int8"] / MAX["fp8"])).round()
+    weight = weight.to(dtype)
     return weight.t().contiguous() if transposed else weight
 
 
-def _operand(
-    values: torch.Tensor,
-    block_scale: torch.Tensor | None,
-    scale: torch.Tensor,
-    storage: str,
-    compute: str,
-    *,
-    transposed: bool = False,
-) -> torch.Tensor:
-    """What the product reads, [N, K] or [K, N]: W in bf16, or 8-bit values in units of `_step`."""
-    if storage == "nf4":
-        assert block_scale is not None
-        return expand_nf4(values, block_scale, scale, compute, transposed=transposed)
-    return _eight_bits(_transpose(values) if transposed else values, storage)
+def _unit(w: QuantizedWeight) -> torch.Tensor:
+    """The weight that one unit of the 8-bit operand stands for, [1, N] fp32."""
+    rescaled = (w.storage, w.compute) == ("nf4", "int8")
+    return (w.scale * (MAX["fp8"] / MAX["int8"]) if rescaled else w.scale).t()
 
 
 def _transpose(values: torch.Tensor) -> torch.Tensor:
     return kernels.transpose(values) if values.is_cuda else values.t().contiguous()
 
 
-def _eight_bits(values: torch.Tensor, storage: str) -> torch.Tensor:
-    return values.view(torch.float8_e4m3fn if storage == "fp8" else torch.int8)
-
-
-def _step(scale: torch.Tensor, storage: str, compute: str) -> torch.Tensor:
-    """The weight that one unit of the 8-bit operand stands for, [1, N] fp32."""
-    step = scale * (FP8_MAX / INT8_MAX) if (storage, compute) == ("nf4", "int8") else scale
-    return step.t()
-
-
 def _multiply(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:  # fmt: skip
     """(a ∘ a_scale)(b ∘ b_scaleᵀ)ᵀ for 8-bit a [M, K], b [N, K], scales [M, 1] and [1, N] in fp32."""
+    if not a.is_cuda:  # of fp8 the same products, summed in fp32
+        product = torch._int_mm(a, b.t()) if a.dtype == torch.int8 else a.float() @ b.float().t()
+        return (product * a_scale * b_scale).to(dtype)
     if a.dtype == torch.int8:
         # CUDA multiplies more than 16 rows only.
-        padding = max(0, 17 - a.shape[0]) if a.is_cuda else 0
+        padding = max(0, 17 - a.shape[0])
         padded = nn.functional.pad(a, (0, 0, 0, padding)) if padding else a
         product = torch._int_mm(padded, b.t())[: a.shape[0]]
-        if a.is_cuda:
-            return kernels.scale_product(product, a_scale, b_scale, dtype)
-        return (product * a_scale * b_scale).to(dtype)
-    if a.is_cuda:
-        y = torch._scaled_mm(
-            a,
-            b.t(),
-            scale_a=a_scale,
-            scale_b=b_scale,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        return y.to(dtype)
-    # Without fp8 hardware: the same products, summed in fp32.
-    return ((a.float() @ b.float().t()) * a_scale * b_scale).to(dtype)
+        return kernels.scale_product(product, a_scale, b_scale, dtype)
+    y = torch._scaled_mm(
+        a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y.to(dtype)
 
 
-def product(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    block_scale: torch.Tensor | None,
-    scale: torch.Tensor,
-    storage: str,
-    compute: str,
-    transposed: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x Wᵀ [M, N] in x's dtype, for x [M, K] and a quantised W [N, K].
-
-    `transposed`: of 8-bit values, [K, N], for the gradient.
-    """
-    weight = _operand(values, block_scale, scale, storage, compute)
-    if compute == "bf16":
+def linear(x: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
+    """x Wᵀ [M, N] in x's dtype."""
+    weight = operand(w)
+    if w.compute == "bf16":
         return x @ weight.to(x.dtype).t()
-    quantized, row_scale = quantize_rows(x, None, compute)
-    return _multiply(quantized, row_scale, weight, _step(scale, storage, compute), x.dtype)
+    values, scale = quantize_rows(x, None, w.compute)
+    return _multiply(values, scale, weight, _unit(w), x.dtype)
 
 
-def product_gradient(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    block_scale: torch.Tensor | None,
-    scale: torch.Tensor,
-    storage: str,
-    compute: str,
-    transposed: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """grad W [M, K] for grad [M, N]. `transposed`: of 8-bit values, [K, N], if they are held so as well."""
-    if compute == "bf16":
-        return grad @ _operand(values, block_scale, scale, storage, compute).to(grad.dtype)
+def linear_grad(grad: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
+    """grad W [M, K] for grad [M, N]: the gradient of x."""
+    if w.compute == "bf16":
+        return grad @ operand(w).to(grad.dtype)
     # 8-bit products want both operands contiguous along the summed dimension.
-    if transposed is None:
-        weight = _operand(values, block_scale, scale, storage, compute, transposed=True)
+    if w.transposed is None:
+        weight = operand(w, transposed=True)
     else:
-        weight = _eight_bits(transposed, storage)
-    quantized, row_scale = quantize_rows(grad, _step(scale, storage, compute), compute)
-    ones = _ones(grad.device, weight.shape[0])
-    return _multiply(quantized, row_scale, weight, ones, grad.dtype)
+        weight = w.transposed.view(_DTYPE[w.compute])
+    values, scale = quantize_rows(grad, _unit(w), w.compute)
+    return _multiply(values, scale, weight, _ones(grad.device, weight.shape[0]), grad.dtype)
 
 
-# What follows are operators of torch: a compiler takes each as a whole, and a policy for activations
-# can name it.
+# Operators of torch: a compiler takes each as one node, and a checkpointing policy can name it.
 
-frozen_product = torch.library.custom_op("flux2_ds::frozen_product", product, mutates_args=())
-"""`product`, differentiable in x."""
-_gradient = torch.library.custom_op(
-    "flux2_ds::frozen_product_gradient", product_gradient, mutates_args=()
+
+@torch.library.custom_op(
+    "flux2_ds::quantized_linear", mutates_args=(), schema=f"(Tensor x, {SCHEMA}) -> Tensor"
 )
+def quantized_linear(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+    """`linear` of the fields of a `QuantizedWeight`, differentiable in x."""
+    return linear(x, QuantizedWeight(*weight))
 
 
-@frozen_product.register_fake
+@torch.library.custom_op(
+    "flux2_ds::quantized_linear_grad", mutates_args=(), schema=f"(Tensor grad, {SCHEMA}) -> Tensor"
+)
+def _quantized_linear_grad(grad: torch.Tensor, *weight: Any) -> torch.Tensor:
+    return linear_grad(grad, QuantizedWeight(*weight))
+
+
+@quantized_linear.register_fake
 def _(x: torch.Tensor, values: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], values.shape[0]))
 
 
-@_gradient.register_fake
-def _(
-    grad: torch.Tensor, values: torch.Tensor, block_scale: Any, scale: Any, storage: str, *_: Any
-) -> torch.Tensor:
-    columns = values.shape[1] * 2 if storage == "nf4" else values.shape[1]
+@_quantized_linear_grad.register_fake
+def _(grad: torch.Tensor, *weight: Any) -> torch.Tensor:
+    w = QuantizedWeight(*weight)
+    columns = w.values.shape[1] * 2 if w.storage == "nf4" else w.values.shape[1]
     return grad.new_empty((grad.shape[0], columns))
 
 
-def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, block_scale, scale, ctx.storage, ctx.compute, transposed = inputs
-    ctx.save_for_backward(values, block_scale, scale, transposed)
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, *tensors, ctx.storage, ctx.compute, transposed = inputs
+    ctx.save_for_backward(*tensors, transposed)
 
 
-def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *base, transposed = ctx.saved_tensors
-    dx = _gradient(grad.contiguous(), *base, ctx.storage, ctx.compute, transposed)
-    return dx, *[None] * 6
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *tensors, transposed = ctx.saved_tensors
+    weight = (*tensors, ctx.storage, ctx.compute, transposed)
+    return _quantized_linear_grad(grad.contiguous(), *weight), *[None] * 6
 
 
-frozen_product.register_autograd(_gradient_of_x, setup_context=_keep_weight)
+quantized_linear.register_autograd(_backward, setup_context=_save_weight)

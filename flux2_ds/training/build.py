@@ -31,9 +31,9 @@ from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.zero3 import check_zero, gathering, make_partitioner
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
-from flux2_ds.model.activation_checkpointing import arrange_blocks, blocks_of
+from flux2_ds.model.activation_checkpointing import blocks_of, configure_blocks
 from flux2_ds.model.attention import attention_backend, check_backend
-from flux2_ds.model.cuda_graphs import replay_passes
+from flux2_ds.model.cuda_graphs import use_cuda_graphs
 from flux2_ds.model.load import check_card, read_partitioned, read_weights
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.metrics import Metrics
@@ -112,9 +112,9 @@ def finish_model(
     kept = kept_blocks(spec, plan, image_tokens, free)
     attention = attention_backend(recipe, process.device)
     compiled = compiles(recipe)
-    arrange_blocks(
+    configure_blocks(
         model,
-        kept=kept,
+        checkpointed=spec.blocks - kept,
         compiled=compiled,
         attention=attention,
         offload=recipe.offload_activations,
@@ -125,14 +125,14 @@ def finish_model(
         try:
             for module in model.modules():
                 if isinstance(module, QuantizedLinear):
-                    module.hold_transposed()
+                    module.cache_transposed()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the card's memory is not enough to hold the base a second time, transposed "
                 f"({str(error).splitlines()[0]}). Remove cache_transposed_base."
             ) from error
     if expected.records:
-        replay_passes(model)
+        use_cuda_graphs(model)
     log.info(
         "blocks     %d of %d checkpoint their activations, %s%s%s%s, attention %s",
         spec.blocks - kept,

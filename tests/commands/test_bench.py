@@ -15,7 +15,8 @@ from flux2_ds.config.recipe import Data, Launch, Model, Recipe
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
-from flux2_ds.model.load import empty_transformer, fill_randomly
+from flux2_ds.model.load import fill_randomly
+from flux2_ds.model.transformer import empty_transformer
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
-from reference import load_pipeline
+from factories import load_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -25,6 +25,7 @@ from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import Layout
 from flux2_ds.model.adapter_programs import CHECKED
+from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.run.run_dir import as_trained
 
 Tensors = dict[str, torch.Tensor]
@@ -48,8 +49,8 @@ def trained(recipe: Recipe, spec: Spec) -> Flux2Transformer2DModel:
     if recipe.method == "full":
         model.requires_grad_(True)
     else:
-        config = transformer.lora_config(spec, recipe.lora, dora=recipe.method == "dora")
-        transformer.add_lora(model, config, seed=0)
+        config = lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+        add_lora(model, config, seed=0)
     generator = torch.Generator().manual_seed(5)
     for parameter in transformer.trainable(model).values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import rendered
 from PIL import Image
-from test_text import rendered
 from transformers import AutoTokenizer
 
 from flux2_ds.commands import inspect as inspection

@@ -6,10 +6,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_whole_step import photos  # noqa: F401 (a fixture)
 
 from flux2_ds.commands import quality
 from flux2_ds.commands.quality import Nearness, Trained, compared, table
@@ -70,12 +70,17 @@ def test_what_cannot_be_compared_is_refused(monkeypatch, given, message):
 
 
 @pytest.mark.parametrize("tiny_model", ["klein"], indirect=True)
-def test_only_the_base_makes_a_difference(tiny_model, photos, tmp_path):  # noqa: F811
+def test_only_the_base_makes_a_difference(tiny_model, tmp_path):
     """The same base again gives the same losses and gradients to the last bit; 4 bits do not."""
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text(f"caption {number}")
     values = {
         **SETTINGS,
         "model.path": tiny_model,
-        "data.images": photos,
+        "data.images": tmp_path / "images",
         "data.shards": tmp_path / "shards",
     }
     settings = [text for name, value in values.items() for text in (f"--{name}", str(value))]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
+from factories import load_pipeline
 from PIL import Image
-from reference import load_pipeline
 from test_export import export_as, recipe_for, save, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +24,7 @@ from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Prepare, Preview, Recipe
 from flux2_ds.data.images import check_format, load_reference
 from flux2_ds.errors import UserError
-from flux2_ds.model import transformer
+from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.run_dir import export_path, write_run_dir
@@ -163,8 +163,8 @@ def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) ->
         )
         model = sample.load_transformer(recipe, tiny_model, CPU)
         pipeline = load_image_pipeline(tiny_model, tiny_spec, model, CPU)
-        config = transformer.lora_config(tiny_spec, recipe.lora, dora=False)
-        transformer.add_lora(model, config, 0)
+        config = lora_config(tiny_spec, recipe.lora, dora=False)
+        add_lora(model, config, 0)
         held = [*model.parameters(), *pipeline.vae.parameters(), *pipeline.vae.buffers()]
         found = sample.part_bytes(recipe, tiny_spec, tiny_model, [])
         assert found["weights"] == pytest.approx(sum(p.nbytes for p in held), rel=0.01)

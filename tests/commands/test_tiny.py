@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from reference import load_pipeline
+from factories import load_pipeline
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 

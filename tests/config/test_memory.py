@@ -29,7 +29,7 @@ from flux2_ds.data.dataset import recordable
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
-from flux2_ds.model.load import empty_transformer
+from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
 from launcher.hosts import Hosts
 from launcher.plan_report import plan_memory, size
@@ -84,7 +84,7 @@ def test_the_memory_of_shipped_recipes_is_what_it_was(path):
 @pytest.mark.parametrize("name", sorted(RELEASED))
 def test_parameters_are_counted_as_they_are(name):
     spec = RELEASED[name]
-    model = empty_transformer(spec)
+    model = transformer.empty_transformer(spec)
     sizes = [p.numel() for p in model.parameters() if p.ndim > 1]
     assert sorted(block_matrices(spec) + other_matrices(spec)) == sorted(sizes)
     assert sum(p.numel() for p in model.parameters()) - sum(sizes) < 1e-5 * sum(sizes)
@@ -96,8 +96,8 @@ def test_adapters_are_counted_as_they_are(method, targets):
     spec = Spec("dev", "Flux2Pipeline", 2, 3, 4, 32, 96, guidance=True)
     recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets))
     model = transformer.new_transformer(spec)
-    config = transformer.lora_config(spec, recipe.lora, dora=method == "dora")
-    transformer.add_lora(model, config, seed=0)
+    config = lora_config(spec, recipe.lora, dora=method == "dora")
+    add_lora(model, config, seed=0)
     count = sum(p.numel() for p in transformer.trainable(model).values())
     assert adapter_parameters(spec, recipe) == count
 

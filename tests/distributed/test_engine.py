@@ -74,7 +74,7 @@ def test_every_config_follows_plain_pytorch(
     for case in [case for case in cases if case["name"] in ("zero2", "zero3")]:
         if case["method"] == "full":
             cases.append({**case, "micro": 4 // world_size})
-            blocks = {"kept": 0, "compiled": False, "offload": case["name"] == "zero3"}
+            blocks = {"checkpointed": 3, "compiled": False, "offload": case["name"] == "zero3"}
             cases.append({**case, "blocks": blocks})
         else:
             cases.append({**case, "method": "dora", "previewed": True})

@@ -42,7 +42,7 @@ def test_a_partitioned_quantized_base_follows_stage_0(tmp_path: Path) -> None:
     ]
     kinds += [{**kinds[0], "method": "dora"}, {**kinds[2], "method": "dora"}]
     partitioned = [kind | {"deepspeed": zero3()} for kind in kinds]
-    recomputing = {"blocks": {"kept": 1, "compiled": False}}
+    recomputing = {"blocks": {"checkpointed": 2, "compiled": False}}
     partitioned.append(kinds[2] | recomputing | {"deepspeed": read_deepspeed("zero3")})
     if shutil.which("c++") is not None:  # for DeepSpeed's CPU Adam
         partitioned.append(kinds[2] | {"deepspeed": read_deepspeed("zero3_offload")})
@@ -65,7 +65,7 @@ def test_compiled_blocks_follow_stage_2(tmp_path: Path) -> None:
     its activations or recomputes."""
     trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
     # The first kind of block recomputes; of the second, one recomputes and one keeps: three graphs.
-    common = {"micro": 1, "steps": STEPS, "blocks": {"kept": 1, "compiled": True}}
+    common = {"micro": 1, "steps": STEPS, "blocks": {"checkpointed": 2, "compiled": True}}
     kinds: list[dict[str, Any]] = [
         {"method": "lora", "rehearse": True, "graphs": 6},  # on batches of another size
         {"method": "dora", "base_weights": "nf4", "graphs": 3},
@@ -74,7 +74,7 @@ def test_compiled_blocks_follow_stage_2(tmp_path: Path) -> None:
         {
             "method": "lora",
             "base_weights": "nf4",
-            "blocks": {"kept": 0, "compiled": True},
+            "blocks": {"checkpointed": 3, "compiled": True},
             "graphs": 2,
         },
     ]

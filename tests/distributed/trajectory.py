@@ -31,9 +31,10 @@ from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.engine import optimizers
 from flux2_ds.model import transformer
-from flux2_ds.model.activation_checkpointing import arrange_blocks, blocks_of
-from flux2_ds.model.cuda_graphs import replay_passes
+from flux2_ds.model.activation_checkpointing import blocks_of, configure_blocks
+from flux2_ds.model.cuda_graphs import use_cuda_graphs
 from flux2_ds.model.load import place_weight
+from flux2_ds.model.lora import add_lora, lora_config
 
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
 GLOBAL_BATCH = 4
@@ -75,14 +76,14 @@ def build(
     if method == "full":
         model.requires_grad_(True)
     else:
-        config = transformer.lora_config(SPEC, Lora(rank=rank), dora=method == "dora")
-        transformer.add_lora(model, config, seed=1)
+        config = lora_config(SPEC, Lora(rank=rank), dora=method == "dora")
+        add_lora(model, config, seed=1)
         generator = torch.Generator().manual_seed(2)
         for name, parameter in transformer.trainable(model).items():
             if "lora_B" in name:
                 parameter.data.normal_(0, spread, generator=generator)
     if blocks is not None:
-        arrange_blocks(model, **blocks, attention=None, partitioned=partitioned)
+        configure_blocks(model, **blocks, attention=None, partitioned=partitioned)
     return model.train()
 
 
@@ -186,7 +187,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         model = build(case["method"], loaded, partitioned=stage == 3, dtype=dtype, **chosen)
     replays: list[int] = []
     if case.get("replayed"):
-        replay_passes(model, partial(computed_again, replays))
+        use_cuda_graphs(model, partial(computed_again, replays))
     chosen_optimizer = case.get("optimizer", {})
     settings = Optimizer(**{**ADAM, **chosen_optimizer})
     learning_rate = case.get("learning_rate", learning_rate_of(chosen_optimizer))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from test_hosts import write_hostfile
-from test_spec import write_model
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser
@@ -147,8 +147,18 @@ def other_model(folder: Path) -> None:
 
 
 def distilled_model(folder: Path) -> None:
-    (folder / "models" / "klein").mkdir(parents=True)
-    write_model(folder / "models" / "klein", "klein", {"is_distilled": True})
+    klein = folder / "models" / "klein"
+    (klein / "transformer").mkdir(parents=True)
+    index = {
+        "_class_name": "Flux2KleinPipeline",
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "is_distilled": True,
+    }
+    (klein / "model_index.json").write_text(json.dumps(index))
+    config = {"_class_name": "Flux2Transformer2DModel"}
+    (klein / "transformer" / "config.json").write_text(json.dumps(config))
 
 
 def other_settings(folder: Path) -> None:

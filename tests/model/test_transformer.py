@@ -2,24 +2,14 @@
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
+from factories import SPECS, build_transformer
 from torch import nn
 
 from flux2_ds.config.model_spec import Spec, target_modules
 from flux2_ds.config.recipe import Lora
 from flux2_ds.model import transformer
-
-SPECS = {
-    "klein": Spec("klein", "Flux2KleinPipeline", 2, 3, 2, 32, 48, False),
-    "dev": Spec("dev", "Flux2Pipeline", 2, 3, 2, 32, 48, True),
-}
-
-
-def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Flux2Transformer2DModel:
-    torch.manual_seed(0)
-    model = transformer.new_transformer(spec)
-    return model.to(dtype)
+from flux2_ds.model.lora import add_lora, exported_name, lora_config
 
 
 def inputs(spec: Spec, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | None]:
@@ -40,7 +30,7 @@ def inputs(spec: Spec, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
 )
 def test_target_sets_match_the_model(variant: str, targets: str, double: int, single: int) -> None:
     spec = SPECS[variant]
-    model = build(spec)
+    model = build_transformer(spec)
     names = target_modules(spec, targets)
     assert (
         len(names) == len(set(names)) == double * spec.double_blocks + single * spec.single_blocks
@@ -60,10 +50,10 @@ def test_target_sets_match_the_model(variant: str, targets: str, double: int, si
 def test_a_fresh_adapter_changes_nothing(variant: str, dora: bool) -> None:
     """B is zero: the output is that of the base, to the last bit (DoRA: to rounding)."""
     spec = SPECS[variant]
-    model = build(spec)
+    model = build_transformer(spec)
     with torch.no_grad():
         before = model(**inputs(spec)).sample
-        transformer.add_lora(model, transformer.lora_config(spec, Lora(rank=4), dora=dora), seed=0)
+        add_lora(model, lora_config(spec, Lora(rank=4), dora=dora), seed=0)
         after = model(**inputs(spec)).sample
     if dora:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -73,8 +63,8 @@ def test_a_fresh_adapter_changes_nothing(variant: str, dora: bool) -> None:
 
 def test_only_the_adapter_is_trained_and_it_is_fp32() -> None:
     spec = SPECS["klein"]
-    model = build(spec, torch.bfloat16)
-    transformer.add_lora(model, transformer.lora_config(spec, Lora(rank=4), dora=False), seed=0)
+    model = build_transformer(spec, torch.bfloat16)
+    add_lora(model, lora_config(spec, Lora(rank=4), dora=False), seed=0)
     named = transformer.trainable(model)
     assert len(named) == 2 * (12 * 2 + 2 * 3)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in named.items())
@@ -86,10 +76,10 @@ def test_the_adapter_depends_on_its_seed_alone() -> None:
     spec = SPECS["klein"]
 
     def weights(seed: int, disturb: int) -> list[torch.Tensor]:
-        model = build(spec)
+        model = build_transformer(spec)
         torch.manual_seed(disturb)
         state = torch.random.get_rng_state()
-        transformer.add_lora(model, transformer.lora_config(spec, Lora(rank=4), dora=False), seed)
+        add_lora(model, lora_config(spec, Lora(rank=4), dora=False), seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         return list(transformer.trainable(model).values())
 
@@ -102,7 +92,7 @@ def test_the_adapter_depends_on_its_seed_alone() -> None:
 def test_the_timestep_reaches_its_embedding_exactly(variant: str) -> None:
     """In bf16 diffusers would round 777.1 to 776 before the sinusoids."""
     spec = SPECS[variant]
-    model = build(spec, torch.bfloat16)
+    model = build_transformer(spec, torch.bfloat16)
     seen: dict[str, torch.Tensor] = {}
     model.time_guidance_embed.time_proj.register_forward_hook(
         lambda module, args, output: seen.setdefault("sinusoids", output)
@@ -126,7 +116,7 @@ def test_the_timestep_reaches_its_embedding_exactly(variant: str) -> None:
 @pytest.mark.parametrize("variant", SPECS)
 def test_exact_timesteps_leave_an_fp32_model_as_it_is(variant: str) -> None:
     spec = SPECS[variant]
-    model = build(spec)
+    model = build_transformer(spec)
     with torch.no_grad():
         before = model(**inputs(spec)).sample
         transformer.keep_timestep_exact(model)
@@ -139,7 +129,7 @@ def test_the_hooks_change_nothing_but_the_timestep(variant: str) -> None:
     spec = SPECS[variant]
     given = inputs(spec) | {"timestep": torch.tensor([0.5, 0.25])}
     given |= {name: given[name].bfloat16().float() for name in ("hidden_states",)}  # type: ignore[union-attr]
-    plain, hooked = build(spec, torch.bfloat16), build(spec, torch.bfloat16)
+    plain, hooked = build_transformer(spec, torch.bfloat16), build_transformer(spec, torch.bfloat16)
     transformer.keep_timestep_exact(hooked)
     lower = {
         name: value.bfloat16() if name in ("hidden_states", "encoder_hidden_states") else value
@@ -155,9 +145,9 @@ def test_what_overflows_fp16_is_clamped() -> None:
     spec = SPECS["klein"]
     largest = {}
     for dtype in (torch.float32, torch.float16):
-        model = build(spec)
+        model = build_transformer(spec)
         transformer.keep_timestep_exact(model)
-        transformer.add_lora(model, transformer.lora_config(spec, Lora(rank=4), dora=False), seed=0)
+        add_lora(model, lora_config(spec, Lora(rank=4), dora=False), seed=0)
         block = model.single_transformer_blocks[0]
         block.attn.to_out.weight.data *= 3e5  # still within fp16 itself
         model.single_stream_modulation.linear.weight.data *= 30
@@ -173,11 +163,8 @@ def test_what_overflows_fp16_is_clamped() -> None:
 
 
 def test_exported_names_are_those_of_peft() -> None:
+    assert exported_name("blocks.0.to_q.lora_A.default.weight") == "blocks.0.to_q.lora_A.weight"
     assert (
-        transformer.exported_name("blocks.0.to_q.lora_A.default.weight")
-        == "blocks.0.to_q.lora_A.weight"
-    )
-    assert (
-        transformer.exported_name("blocks.0.to_q.lora_magnitude_vector.default.weight")
+        exported_name("blocks.0.to_q.lora_magnitude_vector.default.weight")
         == "blocks.0.to_q.lora_magnitude_vector.weight"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from factories import load_pipeline
 from PIL import Image
-from reference import load_pipeline
 from test_prepare import add_photo, recipe_for, run, samples
 
 from flux2_ds.commands.tiny import make_tiny

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLFlux2
+from factories import load_pipeline
 from PIL import Image
-from reference import load_pipeline
 from safetensors.torch import load_file
 
 from flux2_ds.commands.tiny import make_tiny

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from test_transformer import SPECS, build
+from factories import SPECS, build_transformer
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import Objective
@@ -51,7 +51,11 @@ def test_references_enter_as_the_pipeline_lets_them(
     variant: str, sizes: list[tuple[int, int]]
 ) -> None:
     """Tokens, ids, and the loss of the prediction at the image tokens alone."""
-    objective, batch, model = objective_for(variant), batch_with(sizes), build(SPECS[variant])
+    objective, batch, model = (
+        objective_for(variant),
+        batch_with(sizes),
+        build_transformer(SPECS[variant]),
+    )
     given: dict[str, Any] = {}
 
     def forward(**inputs: Any) -> torch.Tensor:
@@ -82,7 +86,7 @@ def test_references_enter_as_the_pipeline_lets_them(
 
 
 def test_references_matter_and_the_order_too() -> None:
-    objective, model = objective_for("klein"), build(SPECS["klein"])
+    objective, model = objective_for("klein"), build_transformer(SPECS["klein"])
 
     def loss(batch: MicroBatch) -> float:
         return float(objective.loss(lambda **given: model(**given).sample, batch).detach())
@@ -98,7 +102,11 @@ def test_a_masked_loss_counts_every_sample_the_same() -> None:
     masks = torch.zeros(2, 3, 4)
     masks[0, :, 2:] = 1
     masks[1, 1, 3], masks[1, 2, 0] = 1, 0.5
-    objective, batch, model = objective_for("klein"), batch_with([], masks), build(SPECS["klein"])
+    objective, batch, model = (
+        objective_for("klein"),
+        batch_with([], masks),
+        build_transformer(SPECS["klein"]),
+    )
     seen: list[torch.Tensor] = []
 
     def forward(**given: Any) -> torch.Tensor:
@@ -114,7 +122,7 @@ def test_a_masked_loss_counts_every_sample_the_same() -> None:
 
 
 def test_a_white_mask_is_no_mask() -> None:
-    objective, model = objective_for("klein"), build(SPECS["klein"])
+    objective, model = objective_for("klein"), build_transformer(SPECS["klein"])
     losses = [
         objective.loss(lambda **given: model(**given).sample, batch_with([], masks))
         for masks in (None, torch.ones(2, 3, 4))

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from factories import load_pipeline
 from PIL import Image
-from reference import load_pipeline
 from safetensors.torch import save_file
 
 from flux2_ds.config.model_spec import Spec
@@ -22,7 +22,7 @@ from flux2_ds.data.index import PROMPTS_NAME
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
-from flux2_ds.model.activation_checkpointing import arrange_blocks
+from flux2_ds.model.activation_checkpointing import configure_blocks
 from flux2_ds.model.load import read_weights
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.training import previews as preview
@@ -53,7 +53,7 @@ def previews(tiny_model: Path, tiny_spec: Spec, tmp_path: Path) -> Make:
         model.train()
 
     def make(rank: int = 0, world_size: int = 1, folder: str = "run") -> Previews:
-        arrange_blocks(model, kept=99, compiled=True, attention=None)
+        configure_blocks(model, checkpointed=0, compiled=True, attention=None)
         engine: Any = SimpleNamespace(model=model.train(), evaluating=evaluating)
         return Previews(
             engine, SETTINGS, tiny_spec, tiny_model, tmp_path / folder / "previews",

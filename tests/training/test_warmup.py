@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from test_blocks import BOTH_KINDS, build
+from factories import ONE_OF_EACH, build_adapted
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import Memory, out_of_memory
@@ -22,8 +22,7 @@ from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
-from flux2_ds.model import activation_checkpointing as blocks
-from flux2_ds.model.activation_checkpointing import arrange_blocks
+from flux2_ds.model.activation_checkpointing import configure_blocks
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.progress import Recompilations, compiled_graphs
 from flux2_ds.training.warmup import synthetic, warm_up
@@ -35,7 +34,7 @@ def shard(width: int, height: int, references: str = "") -> Shard:
 
 TRAINED = Index(
     "klein",
-    BOTH_KINDS.text_width,
+    ONE_OF_EACH.text_width,
     {},
     {},
     [shard(64, 32), shard(32, 64), shard(64, 48, "32x16,16x16"), shard(32, 32, "several")],
@@ -109,12 +108,12 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_the_training_compiles_nothing_that_the_warm_up_has(caplog, monkeypatch):
     """Both kinds of blocks, references, evaluation; each length of samples is a graph for each kind."""
-    monkeypatch.setattr(blocks.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     before = compiled_graphs()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        model = build(BOTH_KINDS)
-        arrange_blocks(model, kept=1, compiled=True, attention=None)
+        model = build_adapted(ONE_OF_EACH)
+        configure_blocks(model, checkpointed=1, compiled=True, attention=None)
         engine = Stand(model)
         with caplog.at_level(logging.INFO, logger="flux2_ds"):
             run(engine)
@@ -128,13 +127,13 @@ def test_the_training_compiles_nothing_that_the_warm_up_has(caplog, monkeypatch)
         )
         for each in TRAINED.shards:
             batch = synthetic(
-                2, BOTH_KINDS.text_width, each.bucket, references=each.reference_sizes, seed=1
+                2, ONE_OF_EACH.text_width, each.bucket, references=each.reference_sizes, seed=1
             )
             objective.loss(engine.forward, batch).backward()
             recompilations.check(1, each.bucket)
         assert not said(caplog)
         other = Bucket(48, 48)
-        objective.loss(engine.forward, synthetic(2, BOTH_KINDS.text_width, other)).backward()
+        objective.loss(engine.forward, synthetic(2, ONE_OF_EACH.text_width, other)).backward()
         recompilations.check(7, other)
         recompilations.check(8, other)
     (line,) = said(caplog)

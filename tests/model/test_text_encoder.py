@@ -7,7 +7,7 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from factories import rendered
 
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.model.pipeline import load_text_pipeline
@@ -36,17 +36,6 @@ def hidden_states(pipeline, spec: Spec, text: str) -> tuple[torch.Tensor, torch.
             input_ids=row, attention_mask=seen, output_hidden_states=True, use_cache=False
         )
     return row, torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
-
-
-def rendered(spec: Spec, caption: str) -> str:
-    """The prompt as the model is meant to read it, written out."""
-    if spec.variant == "klein":
-        return (
-            f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        )
-    assert "\n" in SYSTEM_MESSAGE
-    system = f"[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT]"
-    return f"<s>{system}[INST]{caption.replace('[IMG]', '')}[/INST]"
 
 
 def test_embeddings_are_those_of_the_written_out_prompt(
@@ -106,7 +95,7 @@ def test_nf4_leaves_what_it_cannot_hold(
         elif isinstance(module, torch.nn.Linear):
             left.add(name)
     assert {name.rpartition(".")[2] for name in held} >= {"down_proj"}
-    assert (left == {"lm_head"}) == wide == ("linears stay unquantised" not in caplog.text)
+    assert (left == {"lm_head"}) == wide == ("linears stay unquantized" not in caplog.text)
     expected = plain.encode(CAPTIONS).float()
     difference = encoder.encode(CAPTIONS).float() - expected
     # Thirty random layers make 0.3 % of a product's rounding as much; over weights of their own, 1.

@@ -12,7 +12,11 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttnProcessor,
 )
 
-from flux2_ds.ops.fused_single_block import SplitJoinProcessor, join_single, split_single
+from flux2_ds.ops.fused_single_block import (
+    FusedSingleBlockProcessor,
+    concat_swiglu,
+    qkv_norm_rope,
+)
 
 HEADS, SIZE = 3, 32
 
@@ -60,7 +64,7 @@ def test_the_operators_compute_what_diffusers_does(batch, tokens, dtype):
     """The same output to the last bit, and gradients that are no further from those in fp32."""
     attn = attention()
     expected, theirs = run(attn, Flux2ParallelSelfAttnProcessor(), dtype, batch, tokens)
-    output, ours = run(attn, SplitJoinProcessor(), dtype, batch, tokens)
+    output, ours = run(attn, FusedSingleBlockProcessor(), dtype, batch, tokens)
     assert output.dtype == dtype and torch.equal(output, expected)
     _, exact = run(attn, Flux2ParallelSelfAttnProcessor(), torch.float32, batch, tokens)
     for found, other, truth in zip(ours, theirs, exact, strict=True):
@@ -71,7 +75,7 @@ def test_the_operators_compute_what_diffusers_does(batch, tokens, dtype):
 
 
 def test_the_gradients_are_those_of_each_output():
-    """Of every output by itself, q, k, v and the joined row; in fp32, against autograd's own."""
+    """Of every output by itself, q, k, v and the concatenated row; in fp32, against autograd's own."""
     x, (cos, sin) = inputs(2, 5)
     attn = attention()
     rows = attn.to_qkv_mlp_proj(x).detach()
@@ -79,8 +83,8 @@ def test_the_gradients_are_those_of_each_output():
     attended = torch.randn(2, 5, HEADS, SIZE, generator=torch.Generator().manual_seed(3))
 
     def outputs(y: torch.Tensor, attended: torch.Tensor) -> list[torch.Tensor]:
-        query, key, value, path = split_single(y, norm_q, norm_k, cos, sin, 1e-6, HEADS)
-        return [query, key, value, join_single(attended, y, path)]
+        query, key, value, grad_carrier = qkv_norm_rope(y, norm_q, norm_k, cos, sin, 1e-6, HEADS)
+        return [query, key, value, concat_swiglu(attended, y, grad_carrier)]
 
     def rotated(part: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
         pairs = torch.view_as_complex(
@@ -117,14 +121,14 @@ def test_the_gradients_are_those_of_each_output():
 
 
 def test_attention_gets_what_it_would_copy_otherwise():
-    """cuDNN's backend makes [B, H, S, D] contiguous; and `path` holds one value."""
+    """cuDNN's backend makes [B, H, S, D] contiguous; and `grad_carrier` holds one value."""
     x, rotation = inputs(2, 5)
     attn = attention()
-    query, key, value, path = split_single(
+    query, key, value, grad_carrier = qkv_norm_rope(
         attn.to_qkv_mlp_proj(x), attn.norm_q.weight, attn.norm_k.weight, *rotation, 1e-6, HEADS
     )
     assert all(part.permute(0, 2, 1, 3).is_contiguous() for part in (query, key, value))
-    assert path.untyped_storage().nbytes() == x.element_size()
+    assert grad_carrier.untyped_storage().nbytes() == x.element_size()
 
 
 def test_a_compiler_is_told_the_shapes_and_strides_that_come():
@@ -134,11 +138,11 @@ def test_a_compiler_is_told_the_shapes_and_strides_that_come():
     norms = attn.norm_q.weight, attn.norm_k.weight
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (y, *norms, *rotation, 1e-6, HEADS)
-    torch.library.opcheck(split_single, arguments, test_utils=checks)
-    query, key, value, path = split_single(*arguments)
-    torch.library.opcheck(join_single, (query, y, path), test_utils=checks)
-    gradient = torch.ops.flux2_ds.split_single_gradient
-    given = (query, key, value, join_single(query, y, path), y, *norms, *rotation, 1e-6)
+    torch.library.opcheck(qkv_norm_rope, arguments, test_utils=checks)
+    query, key, value, grad_carrier = qkv_norm_rope(*arguments)
+    torch.library.opcheck(concat_swiglu, (query, y, grad_carrier), test_utils=checks)
+    gradient = torch.ops.flux2_ds.single_block_grad
+    given = (query, key, value, concat_swiglu(query, y, grad_carrier), y, *norms, *rotation, 1e-6)
     torch.library.opcheck(gradient, tuple(map(detached, given)), test_utils=checks)
 
 

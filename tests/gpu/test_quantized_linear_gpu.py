@@ -7,16 +7,18 @@ import math
 
 import pytest
 import torch
+from factories import error, gaussian, uneven
 from torch import nn
 
-from flux2_ds.ops.formats import FP8_MAX, INT8_MAX
-from flux2_ds.ops.lora_ops import adapted_product, add_low_rank
+from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
 from flux2_ds.ops.quantized_linear import (
     BASE_WEIGHTS,
+    MAX,
     QuantizedLinear,
+    QuantizedWeight,
     dequantize,
-    expand_nf4,
     nf4_table,
+    operand,
     quantize,
     quantize_rows,
 )
@@ -33,18 +35,8 @@ OPERAND_ERROR = {"bf16": 0.005, "int8": 0.025, "fp8": 0.06}
 """Compute -> the error of a product of bf16 tensors: its operands' and its own rounding to bf16."""
 
 
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def uneven(rows: int, columns: int) -> torch.Tensor:
-    """A gaussian weight whose rows differ in size by up to 10⁶."""
-    return gaussian(rows, columns) * torch.logspace(-4, 2, rows)[:, None]
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = found.detach().cpu().double() - expected.detach().cpu().double()
-    return (difference.norm() / expected.detach().cpu().double().norm()).item()
+def on_gpu(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(*(part.cuda() if torch.is_tensor(part) else part for part in weight))
 
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -68,7 +60,7 @@ def skip_without_fp8(compute: str) -> None:
     "shape",
     [(1, 1), (3, 100), (300, 320), (7, 2 * 8192 + 37), (5, 55296)],
 )
-def test_rows_are_quantised_as_on_the_cpu(shape, dtype, kind):
+def test_rows_are_quantized_as_on_the_cpu(shape, dtype, kind):
     skip_without_fp8(kind)
     x = uneven(*shape).to(dtype)
     x[0] = 0
@@ -82,7 +74,7 @@ def test_rows_are_quantised_as_on_the_cpu(shape, dtype, kind):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_rows_of_a_view_are_quantised(kind):
+def test_rows_of_a_view_are_quantized(kind):
     """Neither the input nor the column scales (a transpose) need be contiguous."""
     skip_without_fp8(kind)
     x, column_scale = gaussian(96, 40).bfloat16(), torch.logspace(-1, 1, 40)[:, None].expand(-1, 2)
@@ -108,30 +100,28 @@ def test_a_row_that_is_not_finite_spoils_its_products_and_no_other(kind):
     assert products.isfinite().all(1).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("mode", ["nf4", "nf4_fp8", "nf4_int8"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 64), (37, 128), (300, 320), (129, 64 * 33)])
-def test_nf4_is_expanded_as_on_the_cpu(shape, transposed, kind):
+def test_nf4_is_expanded_as_on_the_cpu(shape, transposed, mode):
     """Rows that do not fill the kernel's 128, one block of columns and many."""
-    skip_without_fp8(kind)
+    skip_without_fp8(BASE_WEIGHTS[mode][1])
     weight = uneven(*shape)
     if shape[0] > 1:
         weight[1] = 0
         weight[0, :64] = 0
-    stored = quantize(weight, "nf4")
-    expected = expand_nf4(*stored, kind, transposed=transposed)
-    found = expand_nf4(*(part.cuda() for part in stored), kind, transposed=transposed)
-    assert_equal(found, expected)
+    stored = quantize(weight, *BASE_WEIGHTS[mode])
+    expected = operand(stored, transposed=transposed)
+    assert_equal(operand(on_gpu(stored), transposed=transposed), expected)
 
 
-@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
-def test_a_weight_is_quantised_as_on_the_cpu(storage):
-    skip_without_fp8(storage)
+@pytest.mark.parametrize("mode", ["fp8", "int8", "nf4"])
+def test_a_weight_is_quantized_as_on_the_cpu(mode):
+    skip_without_fp8(mode)
     weight = uneven(129, 320)
-    on_cpu = quantize(weight, storage)
-    on_card = quantize(weight.cuda(), storage)
-    assert all(part is None or part.is_cuda for part in on_card)
-    expected, found = dequantize(*on_cpu, storage), dequantize(*on_card, storage)
+    on_card = quantize(weight.cuda(), *BASE_WEIGHTS[mode])
+    assert all(part.is_cuda for part in on_card if torch.is_tensor(part))
+    expected, found = dequantize(quantize(weight, *BASE_WEIGHTS[mode])), dequantize(on_card)
     assert error(found, expected) < 0.003  # a rounded tie here and there
     assert error(found, weight) == pytest.approx(error(expected, weight), rel=0.01)
 
@@ -157,13 +147,13 @@ def test_a_scaled_product(shape, dtype):
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 24, 100])
 @pytest.mark.parametrize("shape", [(1, 8), (37, 200), (300, 129)])
-def test_a_low_rank_product_is_added(shape, rank):
-    base, narrow = gaussian(*shape).bfloat16(), gaussian(shape[0], rank, seed=1).bfloat16()
-    up = gaussian(shape[1], rank, seed=2).bfloat16()
-    expected = [t.double().requires_grad_() for t in (base, narrow, up)]
-    inputs = [t.cuda().requires_grad_() for t in (base, narrow, up)]
+def test_a_lora_update_is_added(shape, rank):
+    base, x_a = gaussian(*shape).bfloat16(), gaussian(shape[0], rank, seed=1).bfloat16()
+    lora_b = gaussian(shape[1], rank, seed=2).bfloat16()
+    expected = [t.double().requires_grad_() for t in (base, x_a, lora_b)]
+    inputs = [t.cuda().requires_grad_() for t in (base, x_a, lora_b)]
     wanted = expected[0] + expected[1] @ expected[2].t()
-    found = add_low_rank(*inputs)
+    found = lora_add(*inputs)
     assert found.dtype == torch.bfloat16 and found.shape == shape
     assert error(found, wanted) < 0.003
     # Rounded once, after the sum: no value is further off than half a bf16 step.
@@ -174,12 +164,12 @@ def test_a_low_rank_product_is_added(shape, rank):
         assert ours.dtype == torch.bfloat16 and error(ours, value) < 0.005
 
 
-def test_a_low_rank_product_of_views_is_added():
-    """As the adapter makes them: `up` may be a transpose, the base a slice."""
-    base, narrow = gaussian(40, 90).bfloat16().cuda()[:, 10:], gaussian(40, 6).bfloat16().cuda()
-    up = gaussian(6, 80).bfloat16().cuda().t()
-    expected = base.double() + narrow.double() @ up.double().t()
-    assert error(add_low_rank(base, narrow, up), expected) < 0.003
+def test_a_lora_update_of_views_is_added():
+    """As the adapter makes them: B may be a transpose, the base a slice."""
+    base, x_a = gaussian(40, 90).bfloat16().cuda()[:, 10:], gaussian(40, 6).bfloat16().cuda()
+    lora_b = gaussian(6, 80).bfloat16().cuda().t()
+    expected = base.double() + x_a.double() @ lora_b.double().t()
+    assert error(lora_add(base, x_a, lora_b), expected) < 0.003
 
 
 @pytest.mark.parametrize("rank", [1, 16, 24, 32])
@@ -188,28 +178,28 @@ def test_a_low_rank_product_of_views_is_added():
     "shape",
     [(3, 8), (1000, 1250), (4608, 27648)],
 )
-def test_the_gradients_of_a_low_rank_product(shape, rank):
-    grad, narrow = gaussian(*shape).bfloat16(), gaussian(shape[0], rank, seed=1).bfloat16()
-    up = gaussian(shape[1], rank, seed=2).bfloat16()
-    inputs = [t.cuda() for t in (grad, narrow, up)]
-    found = kernels.low_rank_gradients(*inputs)
+def test_the_gradients_of_a_lora_update(shape, rank):
+    grad, x_a = gaussian(*shape).bfloat16(), gaussian(shape[0], rank, seed=1).bfloat16()
+    lora_b = gaussian(shape[1], rank, seed=2).bfloat16()
+    inputs = [t.cuda() for t in (grad, x_a, lora_b)]
+    found = kernels.lora_grads(*inputs)
     exact = [t.double() for t in inputs]
     expected = exact[0] @ exact[2], exact[0].t() @ exact[1]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
         assert error(ours, theirs) < 0.003
     # A resumed run repeats what it resumes.
-    for again in (kernels.low_rank_gradients(*inputs) for _ in range(3)):
+    for again in (kernels.lora_grads(*inputs) for _ in range(3)):
         assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
 
 
 def test_the_gradients_of_views():
     """A gradient may come transposed or expanded."""
-    grad, narrow, up = (gaussian(*s).bfloat16().cuda() for s in ((90, 40), (6, 40), (90, 6)))
+    grad, x_a, lora_b = (gaussian(*s).bfloat16().cuda() for s in ((90, 40), (6, 40), (90, 6)))
     for given in (grad.t(), grad[0, :40, None].expand(-1, 90)):
-        found = kernels.low_rank_gradients(given, narrow.t(), up)
-        assert error(found[0], given.double() @ up.double()) < 0.005
-        assert error(found[1], given.double().t() @ narrow.t().double()) < 0.005
+        found = kernels.lora_grads(given, x_a.t(), lora_b)
+        assert error(found[0], given.double() @ lora_b.double()) < 0.005
+        assert error(found[1], given.double().t() @ x_a.t().double()) < 0.005
 
 
 @pytest.mark.parametrize("mode", BASE_WEIGHTS)
@@ -224,8 +214,7 @@ def test_the_product_and_its_gradient(rows, mode):
     skip_without_fp8(compute)
     linear = QuantizedLinear(uneven(144, 320).cuda(), storage, compute)
     assert all(p.is_cuda for p in linear.parameters())
-    scale = None if linear.block_scale is None else linear.block_scale.cpu()
-    exact = dequantize(linear.values.cpu(), scale, linear.scale.cpu(), storage).double()
+    exact = dequantize(copy.deepcopy(linear).cpu().quantized()).double()
     x = gaussian(rows, 320, seed=1).bfloat16().cuda().requires_grad_()
     y = linear(x)
     assert y.dtype == torch.bfloat16 and y.shape == (rows, 144)
@@ -246,7 +235,7 @@ def test_a_product_with_its_adapter(mode, rank):
     """Against the same on the CPU."""
     storage, compute = BASE_WEIGHTS[mode]
     skip_without_fp8(compute)
-    weight = quantize(gaussian(160, 320) * 0.02, storage)
+    weight = quantize(gaussian(160, 320) * 0.02, storage, compute)
     inputs = [
         gaussian(33, 320, seed=1),
         gaussian(rank, 320, seed=2) / 20,
@@ -255,8 +244,8 @@ def test_a_product_with_its_adapter(mode, rank):
     grad, results = gaussian(33, 160, seed=4).bfloat16(), []
     for device in ("cpu", "cuda"):
         given = [tensor.bfloat16().to(device).requires_grad_() for tensor in inputs]
-        stored = [None if part is None else part.to(device) for part in weight]
-        y, _ = adapted_product(*given, *stored, storage, compute)
+        stored = weight if device == "cpu" else on_gpu(weight)
+        y, _ = quantized_lora_linear(*given, *stored)
         results.append((y, *torch.autograd.grad(y, given, grad.to(device))))
     for expected, found in zip(*results, strict=True):
         assert found.dtype == torch.bfloat16 and error(found, expected) < 0.01
@@ -300,16 +289,16 @@ def test_a_compiled_linear(mode):
 def test_the_units_of_an_int8_nf4_operand():
     """±448 of a block becomes ±127."""
     levels = nf4_table(torch.device("cpu"))
-    stored = quantize(FP8_MAX * levels.repeat(4)[None].repeat(2, 1), "nf4")
-    found = expand_nf4(*(part.cuda() for part in stored), "int8")
-    assert found[0, :16].tolist() == (INT8_MAX * levels).round().tolist()
+    stored = quantize(MAX["fp8"] * levels.repeat(4)[None].repeat(2, 1), "nf4", "int8")
+    found = operand(on_gpu(stored))
+    assert found[0, :16].tolist() == (MAX["int8"] * levels).round().tolist()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_an_nf4_value_halfway_between_two_integers(transposed):
     """±1 in a block of scale 224 is 63.5 of 127: even numbers, as on the CPU."""
     weight = torch.zeros(1, 128)
-    weight[0, :2], weight[0, 64:66] = FP8_MAX, torch.tensor([FP8_MAX / 2, -FP8_MAX / 2])
-    stored = [part.cuda() for part in quantize(weight, "nf4")]
-    found = expand_nf4(*stored, "int8", transposed=transposed).flatten()
+    weight[0, :2], weight[0, 64:66] = 448.0, torch.tensor([224.0, -224.0])
+    stored = on_gpu(quantize(weight, "nf4", "int8"))
+    found = operand(stored, transposed=transposed).flatten()
     assert found[64:66].tolist() == [64, -64]

@@ -1,4 +1,4 @@
-"""Replayed passes: what autograd and its users see of them. The recorder here computes the pass again."""
+"""Replayed passes: what autograd and its users see of them. The capture here runs the pass again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_blocks import BOTH_KINDS, build, predict
+from factories import ONE_OF_EACH, build_adapted, predict
 from torch import nn
 
-from flux2_ds.model import activation_checkpointing as blocks
-from flux2_ds.model.activation_checkpointing import arrange_blocks
-from flux2_ds.model.cuda_graphs import replay_passes
+from flux2_ds.model.activation_checkpointing import configure_blocks
+from flux2_ds.model.cuda_graphs import use_cuda_graphs
 from flux2_ds.model.transformer import trainable
 from flux2_ds.training.progress import compiled_graphs
 
@@ -33,30 +32,30 @@ class Squares(nn.Module):
         return (self.trained(hidden if self.training else self.dropout(hidden)),)
 
 
-class Recorder:
-    """Counts what is recorded and replayed."""
+class Capture:
+    """Counts what is captured and replayed."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.captured = self.replayed = 0
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        self.recorded += 1
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        self.captured += 1
 
-        def again() -> None:
+        def replay() -> None:
             self.replayed += 1
-            run()
+            work()
 
-        return again
+        return replay
 
 
-def pair() -> tuple[Squares, Squares, Recorder]:
+def pair() -> tuple[Squares, Squares, Capture]:
     """The same model twice, the second one replayed."""
     torch.manual_seed(0)
-    plain, replayed, recorder = Squares(), Squares(), Recorder()
+    plain, replayed, capture = Squares(), Squares(), Capture()
     replayed.load_state_dict(plain.state_dict())
-    replay_passes(replayed, recorder)
-    return plain, replayed, recorder
+    use_cuda_graphs(replayed, capture)
+    return plain, replayed, capture
 
 
 def backward(model: nn.Module, **inputs: Any) -> float:
@@ -66,8 +65,8 @@ def backward(model: nn.Module, **inputs: Any) -> float:
 
 
 def test_gradients_of_several_shapes_are_summed_as_ever():
-    """Recorded gradients lie in one place for all shapes, which autograd must not be given itself."""
-    plain, replayed, recorder = pair()
+    """Captured gradients lie in one place for all shapes, which autograd must not be given itself."""
+    plain, replayed, capture = pair()
     for place, number in enumerate((2, 5, 2, 2, 5, 2, 5, 5)):
         if place == 4:
             plain.zero_grad()
@@ -77,11 +76,11 @@ def test_gradients_of_several_shapes_are_summed_as_ever():
         for one, other in zip(plain.parameters(), replayed.parameters(), strict=True):
             assert (one.grad is None) == (other.grad is None)
             assert one.grad is None or torch.equal(one.grad, other.grad)
-    assert (recorder.recorded, recorder.replayed) == (4, 2 * 6)
+    assert (capture.captured, capture.replayed) == (4, 2 * 6)
 
 
 def test_an_update_is_seen_and_values_that_are_no_tensors_are_shapes_of_their_own():
-    plain, replayed, recorder = pair()
+    plain, replayed, capture = pair()
     for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0):
         x = torch.randn(4, 3)
         assert backward(plain, x=x, scale=scale) == backward(replayed, x=x, scale=scale)
@@ -90,24 +89,24 @@ def test_an_update_is_seen_and_values_that_are_no_tensors_are_shapes_of_their_ow
                 for parameter in model.trained.parameters():
                     parameter -= 0.1 * parameter.grad
                     parameter.grad = None
-    assert recorder.recorded == 4
+    assert capture.captured == 4
 
 
 def test_what_is_no_training_is_not_replayed():
-    _, replayed, recorder = pair()
+    _, replayed, capture = pair()
     x = torch.randn(2, 3)
     for _ in range(3):
         with torch.no_grad():
             replayed(x=x)
         replayed.eval()(x=x)
         replayed.train()
-    assert recorder.recorded == 0
+    assert capture.captured == 0
     backward(replayed, x=x)
     backward(replayed, x=x)
-    assert recorder.recorded == 2
+    assert capture.captured == 2
     with torch.no_grad():
         assert not replayed(x=x)[0].requires_grad
-    assert recorder.replayed == 2
+    assert capture.replayed == 2
 
 
 def test_a_backward_pass_whose_memory_was_used_again_is_refused():
@@ -125,7 +124,7 @@ def test_a_backward_pass_whose_memory_was_used_again_is_refused():
         first.backward()
 
 
-def test_a_recorded_pass_has_parameters_of_its_own():
+def test_a_captured_pass_has_parameters_of_its_own():
     """Autograd, or a hook of ZeRO's, may remember for a model's own the stream of their gradients."""
     _, replayed, _ = pair()
     x, own = torch.randn(2, 3), replayed.trained.weight
@@ -149,22 +148,22 @@ def test_a_parameter_that_has_moved_is_refused():
 
 
 @pytest.mark.parametrize("base", [None, "fp8"])
-def test_a_recorded_pass_compiles_nothing(base, monkeypatch):
-    """Nothing can be compiled while a graph is recorded."""
+def test_a_captured_pass_compiles_nothing(base, monkeypatch):
+    """Nothing can be compiled while a graph is captured."""
     monkeypatch.setattr(
-        blocks.torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")
+        torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition")
     )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        model = build(BOTH_KINDS, base)
-        arrange_blocks(model, kept=1, compiled=True, attention=None)
+        model = build_adapted(ONE_OF_EACH, base)
+        configure_blocks(model, checkpointed=1, compiled=True, attention=None)
         plain = gradients_of(model)
-        recorder = Recorder()
-        replay_passes(model, recorder)
+        capture = Capture()
+        use_cuda_graphs(model, capture)
         gradients_of(model)
         known = compiled_graphs()
         replayed = gradients_of(model)
-        assert compiled_graphs() == known and recorder.recorded == 2
+        assert compiled_graphs() == known and capture.captured == 2
     assert replayed.keys() == plain.keys()
     for name, gradient in plain.items():
         assert gradient.any() and torch.equal(replayed[name], gradient), name

@@ -2,22 +2,16 @@
 
 import pytest
 import torch
+from factories import ONE_OF_EACH, build_transformer, error, gaussian, predict
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
 from flux2_ds.model import transformer
-from flux2_ds.model.load import place_weight
-from flux2_ds.model.lora import LoraLinear
+from flux2_ds.model.lora import LoraLinear, add_lora, lora_config
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
 
 IN, OUT, RANK, ALPHA = 64, 48, 5, 8
-SPEC = Spec("klein", "Flux2KleinPipeline", 1, 1, 2, 32, 64, False)
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def base(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -62,11 +56,6 @@ def run(layer: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = found.double() - expected.double()
-    return (difference.norm() / expected.double().norm()).item()
-
-
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_an_fp32_adapter_is_that_of_peft(dora: bool, dropout: float) -> None:
@@ -108,12 +97,12 @@ def test_a_bf16_input_is_computed_in_bf16(dora: bool) -> None:
 def test_the_norms_of_dora(dtype: torch.dtype, tolerance: float) -> None:
     """‖W + s·B·A‖ by rows, without a matrix of the weight's size."""
     layer = adapted(base(dtype), ours=True, dora=True)
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     scaling = layer.scaling["default"]
     assert scaling == ALPHA / RANK
-    whole = layer.base_layer.weight.float() + scaling * up @ down
+    whole = layer.base_layer.weight.float() + scaling * lora_b @ lora_a
     expected = torch.linalg.norm(whole, dim=1)
-    found = layer._weight_norm(down, up, scaling, dtype)
+    found = layer._weight_norm(lora_a, lora_b, scaling, dtype)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     assert not found.requires_grad and found.dtype == torch.float32
 
@@ -167,39 +156,23 @@ def test_a_quantised_base(mode: str, dora: bool) -> None:
 @pytest.mark.parametrize("mode", [None, "nf4_fp8"])
 def test_a_transformer_with_an_adapter(mode: str | None, dora: bool) -> None:
     """`add_lora` finds plain and quantised linears, in fp32, and every adapter gets a gradient."""
-    torch.manual_seed(0)
-    model = transformer.new_transformer(SPEC).bfloat16()
-    if mode is not None:
-        for name, weight in dict(model.named_parameters()).items():
-            place_weight(model, name, weight.data, mode)
+    model = build_transformer(ONE_OF_EACH, torch.bfloat16, mode)
     transformer.keep_timestep_exact(model)
-    config = transformer.lora_config(SPEC, Lora(rank=4, targets="all"), dora=dora)
-
-    def loss() -> torch.Tensor:
-        prediction = model(
-            hidden_states=gaussian(1, 6, 128, seed=1),
-            encoder_hidden_states=gaussian(1, 4, 64, seed=2).bfloat16(),
-            timestep=torch.tensor([0.5]),
-            img_ids=torch.zeros(6, 4),
-            txt_ids=torch.zeros(4, 4),
-        ).sample
-        assert prediction.dtype == torch.bfloat16
-        return prediction.float().square().mean()
-
-    before = loss().detach()
-    transformer.add_lora(model, config, seed=0)
+    before = predict(model)
+    assert before.dtype == torch.bfloat16
+    add_lora(model, lora_config(ONE_OF_EACH, Lora(rank=4, targets="all"), dora=dora), seed=0)
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     assert len(layers) == 14
     expected = nn.Linear if mode is None else QuantizedLinear
     assert all(isinstance(layer.base_layer, expected) for layer in layers)
-    assert torch.equal(loss().detach(), before)  # B is zero
+    assert torch.equal(predict(model), before)  # B is zero
     named = transformer.trainable(model)
     assert len(named) == 14 * (3 if dora else 2)
     assert all(p.dtype == torch.float32 for p in named.values())
     for name, parameter in named.items():
         if "lora_B" in name:
             parameter.data.copy_(0.1 * gaussian(*parameter.shape, seed=3))
-    loss().backward()
+    predict(model).float().square().mean().backward()
     for name, parameter in named.items():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
+from factories import error, gaussian
 
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
 from flux2_ds.model import transformer
-from flux2_ds.model.activation_checkpointing import arrange_blocks
-from flux2_ds.ops.fused_single_block import join_single, split_single
+from flux2_ds.model.activation_checkpointing import configure_blocks
+from flux2_ds.model.lora import add_lora, lora_config
+from flux2_ds.ops.fused_single_block import concat_swiglu, qkv_norm_rope
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,19 +22,10 @@ pytestmark = [
 ]
 
 
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = found.detach().cpu().double() - expected.detach().cpu().double()
-    return (difference.norm() / expected.detach().cpu().double().norm()).item()
-
-
 def run(
     device: str, y: torch.Tensor, attended: torch.Tensor, heads: int, by_heads: bool
 ) -> list[torch.Tensor]:
-    """q, k, v and the joined row, and the gradients of y and `attended` [B, S, H, D].
+    """q, k, v and the concatenated row, and the gradients of y and `attended` [B, S, H, D].
 
     `by_heads`: the gradients come as [B, H, S, D] is stored, as attention's do.
     """
@@ -41,8 +34,8 @@ def run(
     angles = 3 * gaussian(tokens, size, seed=3)
     rotation = [angles.cos().to(device), angles.sin().to(device)]
     y, attended = (x.to(device).requires_grad_() for x in (y, attended))
-    query, key, value, path = split_single(y, *norms, *rotation, 1e-6, heads)
-    outputs = [query, key, value, join_single(attended, y, path)]
+    query, key, value, grad_carrier = qkv_norm_rope(y, *norms, *rotation, 1e-6, heads)
+    outputs = [query, key, value, concat_swiglu(attended, y, grad_carrier)]
     directions = []
     for seed, output in enumerate(outputs):
         direction = gaussian(*output.shape, seed=seed).to(device, y.dtype)
@@ -83,12 +76,14 @@ def test_large_micro_batches():
     norm = torch.ones(128, device="cuda", dtype=torch.bfloat16)
     angles = torch.rand(32850, 128, device="cuda")
     y.requires_grad_()
-    query, key, value, path = split_single(y, norm, norm, angles.cos(), angles.sin(), 1e-6, 24)
-    joined = join_single(value, y, path)
-    (grad,) = torch.autograd.grad((query, key, value, joined), y, (query, key, value, joined))
+    query, key, value, grad_carrier = qkv_norm_rope(
+        y, norm, norm, angles.cos(), angles.sin(), 1e-6, 24
+    )
+    concat = concat_swiglu(value, y, grad_carrier)
+    (grad,) = torch.autograd.grad((query, key, value, concat), y, (query, key, value, concat))
     with torch.no_grad():
         last = y[1:, -3:].detach().cpu()
-        _, _, expected, path = split_single(
+        _, _, expected, grad_carrier = qkv_norm_rope(
             last,
             norm.cpu(),
             norm.cpu(),
@@ -97,27 +92,28 @@ def test_large_micro_batches():
             24,
         )
         assert torch.equal(value[1:, -3:].cpu(), expected)
-        torch.testing.assert_close(joined[1:, -3:].cpu(), join_single(expected, last, path))
+        torch.testing.assert_close(
+            concat[1:, -3:].cpu(), concat_swiglu(expected, last, grad_carrier)
+        )
     assert grad[1, -1].any() and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("attention", ["_native_cudnn", "_native_flash"])
-@pytest.mark.parametrize(("kept", "compiled"), [(0, True), (2, True), (0, False)])
-def test_blocks_follow_diffusers(kept, compiled, attention):
+@pytest.mark.parametrize(("checkpointed", "compiled"), [(2, True), (0, True), (2, False)])
+def test_blocks_follow_diffusers(checkpointed, compiled, attention):
     """A model in bf16 on the card, against diffusers' own processors with torch's choice of attention."""
     spec = Spec("klein", "Flux2KleinPipeline", 1, 1, 3, 128, 64, False)
     torch.manual_seed(0)
     plain = transformer.new_transformer(spec).cuda().bfloat16()
     transformer.keep_timestep_exact(plain)
-    lora = transformer.lora_config(spec, Lora(rank=4), dora=False)
-    transformer.add_lora(plain, lora, seed=0)
+    add_lora(plain, lora_config(spec, Lora(rank=4), dora=False), seed=0)
     for name, parameter in transformer.trainable(plain).items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    arranged = copy.deepcopy(plain)
-    arrange_blocks(arranged, kept=kept, compiled=compiled, attention=attention)
+    configured = copy.deepcopy(plain)
+    configure_blocks(configured, checkpointed=checkpointed, compiled=compiled, attention=attention)
     results = []
-    for model in (plain, arranged):
+    for model in (plain, configured):
         # diffusers' own processors would use the backend that was last set for any model.
         with attention_backend("native"):
             prediction = model(
