@@ -54,8 +54,9 @@ class Data:
     """Folder of pictures, searched recursively, or WebDataset tars of raw pictures; or several of
     them by name, `{me: photos/me, places: "s3://bucket/{000..099}.tar"}`. Read by `prepare` only;
     docs/data.md says how captions are found."""
-    caption_column: Annotated[str, MAY_CHANGE] = "text"
-    """Column of metadata.csv and metadata.jsonl that holds the captions."""
+    caption_column: Annotated[str | dict[str, str], MAY_CHANGE] = "text"
+    """Column of metadata.csv and metadata.jsonl, and key in JSON, that holds the captions; or one for each source that
+    has another, by its name in `images`."""
     shards: Annotated[str, PATH]
     """Folder of WebDataset shards and index.json: written by `prepare`, read by `train`, for which it
     may be a URL (s3://, https://, ...)."""
@@ -71,9 +72,12 @@ class Data:
     """Width and height of every bucket are multiples of this; a multiple of 16, in px."""
     max_aspect: Annotated[float, between(1, 64)] = 2.0
     """Longest side over shortest side of the most elongated bucket."""
-    max_upscale: Annotated[float, POSITIVE] = 1.0
-    """Pictures that must be enlarged by more than this factor to fill their bucket are skipped and
+    max_upscale: Annotated[float, POSITIVE] = 1.05
+    """Images that must be enlarged by more than this factor to fill their bucket are skipped and
     reported."""
+    max_crop: Annotated[float, between(0, 1)] = 0.5
+    """Images of which the crop to their bucket would cut away more than this share are skipped and
+    reported: of those, captions tell more of what is gone than of what is left."""
     missing_caption: Literal["error", "skip", "fixed"] = "error"
     """What to do with a picture without a caption: stop, skip and report it, or use
     `fixed_caption`."""

@@ -14,7 +14,14 @@ from flux2_ds.run.atomic import PARTIAL, atomic_write_text
 from flux2_ds.run.run_dir import lock_file
 
 CONTENTS_NAME = "content.json"
-SETTINGS = ("resolution", "bucket_step", "max_aspect", "max_upscale", "validation_fraction")
+SETTINGS = (
+    "resolution",
+    "bucket_step",
+    "max_aspect",
+    "max_upscale",
+    "max_crop",
+    "validation_fraction",
+)
 """The data settings that decide which images are trained on, which part of them, and how large."""
 _SECTIONS = {
     "shards": "the shards' ",

@@ -143,7 +143,7 @@ def decode(planned: PlannedImage, reference_resolution: int | None = None) -> De
             raise  # the store is away, or the disk fails: the next image would be lost, too
         return Decoded(planned, None, reason=f"unreadable: {error}", may_pass=True)
     digest = hashlib.sha256(content).hexdigest()
-    unique = tuple(dict.fromkeys(notes))
+    unique = tuple(dict.fromkeys([*planned.notes, *notes]))
     return Decoded(planned, pixels, digest, mask=mask, references=references, notes=unique)
 
 

@@ -1,8 +1,10 @@
 """The mask and the reference images that belong to an image.
 
 boat.png            the image
-boat.mask.png       white where it is trained on, black where not
+boat.mask.png       white where it is trained on, black where not; also boat-masklabel.png
 boat.reference.png  what it was made from; boat.reference1.png, boat.reference2.png, ... for several
+
+Capitals and small letters are the same in these words.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from dataclasses import replace
 
 from flux2_ds.prepare.source_images import SourceImage, stem
 
-_NAME = re.compile(r"(?P<image>.+)\.(?P<role>mask|reference(?P<number>\d*))")
+_NAME = re.compile(
+    r"(?P<image>.+)(?P<mask>\.mask|-masklabel)|(?P<edited>.+)\.reference(?P<number>\d*)",
+    re.IGNORECASE,
+)
 
 
 def attach(found: list[SourceImage]) -> list[SourceImage]:
@@ -22,11 +27,12 @@ def attach(found: list[SourceImage]) -> list[SourceImage]:
     images = []
     for image in found:
         name = _NAME.fullmatch(stem(image.key))
-        if name is None or name["image"] not in stems:
+        owner = name and (name["image"] or name["edited"])
+        if name is None or owner not in stems:
             images.append(image)
             continue
-        role = (name["role"] != "mask", int(name["number"] or 0), image)
-        belonging.setdefault(name["image"], []).append(role)
+        role = (name["mask"] is None, int(name["number"] or 0), image)
+        belonging.setdefault(owner, []).append(role)
     return [_joined(image, belonging.get(stem(image.key), [])) for image in images]
 
 

@@ -34,12 +34,16 @@ from flux2_ds.prepare.manifest import (
     made_of_others,
     read_manifests,
 )
-from flux2_ds.prepare.source_images import PlannedImage, Skipped, SourceImage
+from flux2_ds.prepare.source_images import PlannedImage, Skipped, SourceImage, Unused
 from flux2_ds.prepare.sources import find_images
 
 log = logging.getLogger("flux2_ds")
 
 _NAMED = 5
+_MUCH = 0.3
+CROPPED = f"a crop that cuts away more than {_MUCH:.0%}"
+ENLARGED = "fewer pixels than their bucket, enlarged"
+"""Notes on images that are used."""
 _THREADS = 16  # reading a header is waiting, on network file systems above all
 
 
@@ -65,6 +69,7 @@ class Plan:
     """To be encoded."""
     comparison: Comparison
     skipped: Skipped
+    unused: Unused
 
 
 def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
@@ -74,9 +79,11 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
     if not is_unused(folder):
         check_contents(folder, contents)
     log.info("looking for images in %s", data.images)
-    found = find_images(
+    found, unused = find_images(
         data.images, data.caption_column, folder / MANIFESTS / "tars", own_folders(recipe)
     )
+    if unused.files:
+        log.warning(unused.line().strip())
     found = with_captions(found, data, skipped)
     manifests = read_manifests(folder)
     comparison = compare(found, manifests)
@@ -90,7 +97,9 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
     if not images and not comparison.kept:
         raise nothing_usable(recipe)
     claim_contents(folder, contents)
-    plan = Plan(group_into_shards(images, manifests, data), manifests, images, comparison, skipped)
+    plan = Plan(
+        group_into_shards(images, manifests, data), manifests, images, comparison, skipped, unused
+    )
     log_plan(plan)
     check_disk(folder, plan.jobs, spec, recipe)
     return plan
@@ -127,8 +136,8 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
         named = [each.name + f" ({each.problem})" * bool(each.problem) for each in bare[:_NAMED]]
         more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
         raise UserError(
-            f"{len(bare)} of {len(found)} images have no caption, that is, no text in a .txt file "
-            f"beside them or in metadata: {', '.join(named)}{more}. Write the captions, or set "
+            f"{len(bare)} of {len(found)} images have no caption, that is, no text in a .txt, .caption or "
+            f".json file beside them or in metadata: {', '.join(named)}{more}. Write the captions, or set "
             "data.missing_caption to skip or fixed."
         )
     return usable
@@ -148,17 +157,29 @@ def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> l
                 skipped.add(image.name, size)
                 continue
             bucket = fitting_bucket(*size, tables, data.max_upscale)
-            if bucket is not None:
-                kept = size[0] / size[1] / bucket.aspect
-                lost = 1 - min(kept, 1 / kept)
-                planned.append(PlannedImage(image, image.caption or "", bucket, round(lost, 3)))
+            if bucket is None:
+                smallest = choose_bucket(*size, tables[-1])
+                skipped.add(
+                    image.name,
+                    f"{size[0]}x{size[1]} px must be enlarged {upscale_factor(*size, smallest):.2f}× "
+                    f"for bucket {smallest}; data.max_upscale is {data.max_upscale:g}",
+                )
                 continue
-            smallest = choose_bucket(*size, tables[-1])
-            skipped.add(
-                image.name,
-                f"{size[0]}x{size[1]} px must be enlarged {upscale_factor(*size, smallest):.2f}× "
-                f"for bucket {smallest}; data.max_upscale is {data.max_upscale:g}",
-            )
+            kept = size[0] / size[1] / bucket.aspect
+            lost = 1 - min(kept, 1 / kept)
+            if lost > data.max_crop:
+                skipped.add(
+                    image.name,
+                    f"of {size[0]}x{size[1]} px the crop to bucket {bucket} would cut away {lost:.0%}; "
+                    f"data.max_crop is {data.max_crop:g}",
+                )
+                continue
+            factor, notes = upscale_factor(*size, bucket), []
+            if lost > _MUCH:
+                notes.append(f"{CROPPED}: {lost:.0%}")
+            if factor > 1:
+                notes.append(f"{ENLARGED}: {factor:.3g}×")
+            planned.append(PlannedImage(image, image.caption or "", bucket, tuple(notes)))
     return planned
 
 

@@ -31,8 +31,6 @@ log = logging.getLogger("flux2_ds")
 REPORT_NAME, SUMMARY_NAME, SHEETS = "report.json", "report.txt", "contact_sheets"
 _SHEET_IMAGES, _SHEET_SIDE = 36, 192
 _EXAMPLES = 5
-_MUCH = 0.3
-"""Images that lose so much to the crop are named: their captions may tell of what is cut away."""
 
 
 def finish(
@@ -114,8 +112,8 @@ class Report:
             "notes": self.notes,
             "warnings": self.warnings,
             "captions_cut": self.long_captions,
-            "cropped_much": cropped_much(images),
             "skipped": self.plan.skipped.reasons,
+            "unused_files": self.plan.unused.files,
         }
 
     def summary(self) -> str:
@@ -129,14 +127,10 @@ class Report:
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
             *self.warnings,
         ]
-        if cropped := cropped_much(self.images):
-            lost = [f"{name} ({lost:.0%})" for name, lost in cropped.items()]
-            lines.append(
-                f"{len(cropped)} images lose more than {_MUCH:.0%} to the crop; crop them yourself or "
-                f"raise data.max_aspect: {some(lost)}"
-            )
         lines += [
-            f"{len(names)} images with {k}: {some([*names])}" for k, names in self.notes.items()
+            f"{len(details)} images with {kind}: "
+            + some([name + f" ({detail})" * bool(detail) for name, detail in details.items()])
+            for kind, details in self.notes.items()
         ]
         if self.long_captions:
             lines.append(
@@ -151,6 +145,8 @@ class Report:
             kinds.setdefault(_kind(reason), []).append(name)
         for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
             lines.append(f"  {len(names):5d} {kind}: {some(names)}")
+        if self.plan.unused.files:
+            lines.append(self.plan.unused.line().strip())
         return "\n".join(lines) + "\n"
 
 
@@ -165,7 +161,10 @@ def collect_notes(
             for note in row.notes if number not in gone else ():
                 kind, _, detail = note.partition(": ")
                 kinds.setdefault(kind, {})[f"{manifest.shard.source}/{row.key}"] = detail
-    return kinds
+    return {
+        kind: dict(sorted(names.items(), key=lambda item: item[1], reverse=True))
+        for kind, names in sorted(kinds.items())
+    }
 
 
 def some(names: list[str]) -> str:
@@ -174,16 +173,12 @@ def some(names: list[str]) -> str:
     return f"{', '.join(names[:_EXAMPLES])}{more}"
 
 
-def cropped_much(images: list[PlannedImage]) -> dict[str, float]:
-    """The share that the crop cuts away, by name, most first."""
-    much = sorted((each for each in images if each.lost > _MUCH), key=lambda each: -each.lost)
-    return {each.image.name: each.lost for each in much}
-
-
 def _kind(reason: str) -> str:
     """The reason without what differs from image to image."""
     if "must be enlarged" in reason:
         return "too small for the smallest bucket (data.max_upscale)"
+    if "would cut away" in reason:
+        return "too long or too high for their bucket (data.max_crop)"
     return reason.split(": ", 1)[0] if reason.startswith("unreadable") else reason
 
 

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from flux2_ds.config.buckets import Bucket
+from flux2_ds.data.images import why_unread
 from flux2_ds.data.storage import Blob
 
 log = logging.getLogger("flux2_ds")
@@ -50,15 +51,12 @@ class SourceImage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """An image to be encoded: its caption in training, and how it is cropped.
-
-    `lost` is the share of it that the crop cuts away; 0 also if it was encoded earlier.
-    """
+    """An image to be encoded: its caption in training, how it is cropped, and notes for the report."""
 
     image: SourceImage
     caption: str
     bucket: Bucket
-    lost: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -76,6 +74,69 @@ class Skipped:
             log.warning("skipped more; report.json names them all")
 
 
+@dataclass
+class Unused:
+    """Files that are neither images nor belong to one: how many of each suffix, and the first."""
+
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Count a file, or several of its suffix."""
+        suffix = PurePosixPath(name).suffix.lower() or "without a suffix"
+        before, first = self.files.get(suffix, (0, printable(name)))
+        self.files[suffix] = (before + count, first)
+
+    def add_all(self, other: Unused) -> None:
+        """Count the files of another source."""
+        for count, first in other.files.values():
+            self.add(first, count)
+
+    def line(self) -> str:
+        """How many of what, for people."""
+        if not self.files:
+            return ""
+        kinds = sorted(self.files.items(), key=lambda item: -item[1][0])
+        named = [
+            f"{count} {suffix} ({_WHY_UNUSED.get(suffix, '')}the first is {first})"
+            for suffix, (count, first) in kinds
+        ]
+        total = sum(count for count, _ in self.files.values())
+        return f" {total} other files are not used: {', '.join(named)}."
+
+
+_UNPACK = "unpack it; "
+_WHY_UNUSED = {
+    **dict.fromkeys((".zip", ".7z", ".rar", ".gz", ".tgz", ".bz2", ".xz", ".zst"), _UNPACK),
+    **dict.fromkeys((".txt", ".caption", ".json"), "of no image; "),
+    ".tar": "name it in data.images; ",
+}
+
+
+@dataclass
+class Found:
+    """What a folder or a tar holds."""
+
+    images: list[SourceImage] = field(default_factory=list)
+    unused: Unused = field(default_factory=Unused)
+
+
+_FOLDERS_OF_PROGRAMS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}
+MOST_BYTES = 1 << 30
+"""Of an image's file: 89 megapixels, Pillow's limit, have at most 0.7 GB."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is a program's own: thumbnails, resource forks, trash."""
+    return name.startswith(".") or name in _FOLDERS_OF_PROGRAMS
+
+
+def problem_of(name: str, size: int) -> str | None:
+    """Why a file that is an image by its name cannot be used, as far as name and size tell."""
+    if size > MOST_BYTES:
+        return f"{size / 1e9:.1f} GB: no image that is read is so large"
+    return why_unread(name)
+
+
 def stem(key: str) -> str:
     """A key without its suffix, which an image shares with its caption, mask and references."""
     return str(PurePosixPath(key).with_suffix(""))
@@ -84,18 +145,3 @@ def stem(key: str) -> str:
 def printable(name: str) -> str:
     """A file name as text; bytes that are not UTF-8 become \\x escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def clean_caption(value: object) -> str | None:
-    """A caption from JSON or CSV; None if there is none. Lone surrogates become question marks."""
-    if value is None:
-        return None
-    return str(value).encode("utf-8", "replace").decode().strip() or None
-
-
-def decode_caption(content: bytes, name: str) -> tuple[str | None, str | None]:
-    """The caption in the contents of a text file, and what is wrong with it."""
-    try:
-        return content.decode("utf-8-sig").strip() or None, None
-    except UnicodeDecodeError as error:
-        return None, f"caption {printable(name)} is not UTF-8 ({error.reason})"

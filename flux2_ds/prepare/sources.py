@@ -1,34 +1,42 @@
-"""Where images and captions come from: folders, with Hugging Face's metadata files, and tars.
+"""Find images and their captions: in folders, with Hugging Face's metadata files, and in tars.
 
-    find_images({"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, "text")
+    find_images({"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, "text", scratch)
 
-A caption is, in this order: the row of `metadata.jsonl` or `metadata.csv` that names the image, the
-`.txt` file of the same name beside it, and in tars the caption of the `.json` member.
+A caption is, in this order: the row of `metadata.jsonl` or `metadata.csv` that names the image, and the
+`.txt`, `.caption` or `.json` file of the same name beside it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from flux2_ds.config.recipe import is_url
-from flux2_ds.data.images import SUFFIXES, is_image, why_unread
+from flux2_ds.data.images import SUFFIXES, is_image
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
+from flux2_ds.prepare.caption_text import (
+    BESIDE,
+    METADATA,
+    MOST_BYTES,
+    Caption,
+    Metadata,
+    caption_beside,
+    refuse_faults,
+    too_large,
+)
 from flux2_ds.prepare.masks_and_references import attach
 from flux2_ds.prepare.source_images import (
+    Found,
     SourceImage,
-    clean_caption,
-    decode_caption,
+    Unused,
+    is_hidden,
     printable,
+    problem_of,
     stem,
 )
 from flux2_ds.prepare.tars import expand, read_tar
@@ -36,47 +44,64 @@ from flux2_ds.prepare.tars import expand, read_tar
 log = logging.getLogger("flux2_ds")
 
 DEFAULT_SOURCE = "images"
-_METADATA = ("metadata.jsonl", "metadata.csv")
+DEFAULT_COLUMN = "text"
 
 
 def find_images(
-    images: str | dict[str, str], caption_column: str, scratch: Path, apart: Sequence[Path] = ()
-) -> list[SourceImage]:
-    """All images of all sources, sorted by source and name.
+    images: str | dict[str, str],
+    caption_column: str | dict[str, str],
+    scratch: Path,
+    apart: Sequence[Path] = (),
+) -> tuple[list[SourceImage], Unused]:
+    """All images of all sources, sorted by source and name, and the files that are none.
 
     `scratch` keeps what was found in tars, so that a second start does not read them again. Folders
-    in `apart` are not searched where they lie within a source."""
+    in `apart` are not searched where they lie within a source.
+    """
     sources = {DEFAULT_SOURCE: images} if isinstance(images, str) else images
     if not sources:
         raise UserError("data.images is empty. Give the folder of your images.")
-    found = []
+    if isinstance(caption_column, dict) and (unknown := caption_column.keys() - sources.keys()):
+        raise UserError(
+            f"data.caption_column.{min(unknown)}: there is no such source in data.images; there are "
+            f"{', '.join(sorted(sources))}."
+        )
+    found, unused, faults = list[SourceImage](), Unused(), list[str]()
     for name, location in sorted(sources.items()):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UserError(
                 f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
                 "are named after it."
             )
-        source_images = list(_source(name, location, caption_column, scratch, apart))
-        if not source_images:
+        column = caption_column
+        if isinstance(column, dict):
+            column = column.get(name, DEFAULT_COLUMN)
+        own, wrong = _find_in_source(name, location, column, scratch, apart)
+        faults += wrong
+        unused.add_all(own.unused)
+        if not own.images and not wrong:
             raise UserError(
                 f"data.images {location} holds no images ({', '.join(sorted(SUFFIXES))}), neither "
-                "in itself nor below. Give the folder of your images."
+                f"in itself nor below.{own.unused.line()} Give the folder of your images."
             )
-        source_images.sort(key=lambda image: image.key)
-        for one, other in pairwise(source_images):
+        own.images.sort(key=lambda image: image.key)
+        for one, other in pairwise(own.images):
             if one.key == other.key:
                 raise UserError(
                     f"data.images {location} has {one.key} twice, in {one.blob.location} and in "
                     f"{other.blob.location}. Give them as two sources, data.images: "
                     f"{{one: {one.blob.location}, other: {other.blob.location}}}."
                 )
-        found += attach(source_images)
-    return found
+        found += attach(own.images)
+    refuse_faults(faults)
+    return found, unused
 
 
-def _source(
-    name: str, location: str, caption_column: str, scratch: Path, apart: Sequence[Path]
-) -> Iterator[SourceImage]:
+def _find_in_source(
+    source: str, location: str, column: str, scratch: Path, apart: Sequence[Path]
+) -> tuple[Found, list[str]]:
+    """What a source holds, and what is wrong with its metadata."""
+    found, faults = Found(), list[str]()
     if location.endswith(".tar"):
         tars = expand(location)
     elif is_url(location):
@@ -87,55 +112,64 @@ def _source(
     elif not Path(location).is_dir():
         raise UserError(f"data.images {location} is not a folder. Give the folder of your images.")
     else:
-        yield from _folder(name, location, caption_column, apart)
-        tars = sorted(str(path) for path in Path(location).glob("*.tar"))
+        tars = sorted(
+            str(path) for path in Path(location).glob("*.tar") if not is_hidden(path.name)
+        )
+        found, faults = _read_folder(source, location, column, {*tars}, apart)
     for tar in tars:
-        yield from read_tar(name, tar, caption_column, scratch)
+        own = read_tar(source, tar, column, scratch)
+        found.images += own.images
+        found.unused.add_all(own.unused)
+    return found, faults
 
 
-def _folder(
-    source: str, folder: str, caption_column: str, apart: Sequence[Path]
-) -> Iterator[SourceImage]:
+def _read_folder(
+    source: str, folder: str, column: str, tars: set[str], apart: Sequence[Path]
+) -> tuple[Found, list[str]]:
     """The images below a folder on disk."""
-    listed: dict[str, str | None] = {}
+    found, metadata = Found(), Metadata(column)
     images: list[os.DirEntry[str]] = []
-    texts: dict[str, str] = {}  # by path without its suffix, which may be in capitals
+    beside: dict[str, dict[str, os.DirEntry[str]]] = {}  # by path without its suffix, by that
     for file in _walk(folder, apart):
         suffix = Path(file.name).suffix.lower()
-        if file.name in _METADATA:
-            listed |= _metadata(file.path, caption_column)
+        if file.name in METADATA:
+            metadata.read(file.path)
         elif is_image(file.name):
             images.append(file)
-        elif suffix == ".txt":
-            texts[stem(file.path)] = file.path  # a .txt comes after a .TXT
-    alone = texts.keys() - {stem(file.path) for file in images}
-    if alone:
-        first = printable(texts[min(alone)])
-        log.warning("%d .txt files belong to no image, the first is %s", len(alone), first)
+        elif suffix in BESIDE:
+            beside.setdefault(stem(file.path), {})[suffix] = file  # a .txt comes after a .TXT
+        elif file.path not in tars:
+            found.unused.add(file.path)
+    stems = {stem(file.path) for file in images}
+    for path, files in beside.items():
+        if path not in stems:
+            for file in files.values():
+                found.unused.add(file.path)
+    listed = metadata.captions
     for file in images:
         key = printable(os.path.relpath(file.path, folder))
         try:
             facts = file.stat()
         except OSError as error:
-            yield SourceImage(
-                source, key, "", "", Blob(file.path), f"cannot be read: {error.strerror}"
-            )
+            why = f"cannot be read: {error.strerror}"
+            found.images.append(SourceImage(source, key, "", "", Blob(file.path), why))
             continue
         stamp = f"{facts.st_size}:{facts.st_mtime_ns}"
         caption, problem = listed.pop(os.path.normpath(file.path), None), None
         if caption is None:
-            caption, problem = _text_in(texts.get(stem(file.path)))
-        problem = why_unread(file.name) or problem
-        yield SourceImage(source, key, stamp, caption, Blob(file.path), problem)
+            caption, problem = _caption_on_disk(beside.get(stem(file.path), {}), column)
+        problem = problem_of(file.name, facts.st_size) or problem
+        found.images.append(SourceImage(source, key, stamp, caption, Blob(file.path), problem))
     for path in listed:
-        missing = "named in the metadata, but there is no such image"
-        key = printable(os.path.relpath(path, folder))
-        yield SourceImage(source, key, "", "", Blob(path), missing)
+        key, why = printable(os.path.relpath(path, folder)), "named in the metadata, but not there"
+        found.images.append(SourceImage(source, key, "", "", Blob(path), why))
+    return found, metadata.faults()
 
 
-def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
-    """All files below `folder`, but for the folders in `apart`; a folder that links reach again is
-    searched once."""
+def _walk(folder: str, apart: Sequence[Path]) -> list[os.DirEntry[str]]:
+    """All files below `folder` but hidden ones, and but for the folders in `apart`; a folder that links
+    reach again is searched once."""
+    found: list[os.DirEntry[str]] = []
     seen: set[tuple[int, int]] = set()
     left = [folder]
     while left:
@@ -148,51 +182,32 @@ def _walk(folder: str, apart: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
         try:
             with os.scandir(current) as files:
                 for file in sorted(files, key=lambda file: file.name):
+                    if is_hidden(file.name):
+                        continue
                     if file.is_dir():
                         if any(path.exists() and path.samefile(file.path) for path in apart):
                             log.info("%s is not searched: its images were made here", file.path)
                         else:
                             left.append(file.path)
                     elif file.is_file() or file.is_symlink():  # a link may be broken
-                        yield file
+                        found.append(file)
         except OSError as error:
             raise UserError(
                 f"data.images {current} cannot be searched: {error.strerror}."
             ) from error
+    return found
 
 
-def _text_in(file: str | None) -> tuple[str | None, str | None]:
-    """The caption in the .txt file beside an image, if there is one, and what is wrong with it."""
-    if file is None:
-        return None, None
-    path = Path(file)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return None, f"caption {printable(path.name)} cannot be read: {error.strerror}"
-    return decode_caption(content, path.name)
-
-
-def _metadata(path: str, caption_column: str) -> dict[str, str | None]:
-    """Captions by path from one metadata file, whose names are relative to its folder."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if path.endswith(".csv"):
-            rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        folder = Path(path).parent
-        captions: dict[str, str | None] = {}
-        for number, row in enumerate(rows, start=1):
-            for column in ("file_name", caption_column):
-                if column not in row:
-                    raise UserError(
-                        f"{path}: row {number} has no {column!r}, but {', '.join(map(repr, row))}. "
-                        "Name the images in file_name, and the captions' column in "
-                        "data.caption_column."
-                    )
-            image = os.path.normpath(folder / str(row["file_name"]))
-            captions[image] = clean_caption(row[caption_column])
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}. Correct or remove it.") from error
-    return captions
+def _caption_on_disk(files: dict[str, os.DirEntry[str]], column: str) -> Caption:
+    """The caption in the files beside an image: of the first that has one, or is damaged."""
+    for file in (files[suffix] for suffix in BESIDE if suffix in files):
+        try:
+            size = file.stat().st_size
+            if size > MOST_BYTES:
+                return too_large(file.name, size)
+            caption, problem = caption_beside(Path(file.path).read_bytes(), file.name, column)
+        except OSError as error:
+            return None, f"caption {printable(file.name)} cannot be read: {error.strerror}"
+        if caption is not None or problem is not None:
+            return caption, problem
+    return None, None

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from tarfile import (  # type: ignore[attr-defined]
@@ -23,14 +22,17 @@ from typing import IO, Any, Self
 import braceexpand
 
 from flux2_ds.config.recipe import is_url
-from flux2_ds.data.images import UnreadableImageError, image_size, is_image, why_unread
+from flux2_ds.data.images import UnreadableImageError, image_size, is_image
 from flux2_ds.data.storage import Blob, file_system, tried_again
 from flux2_ds.errors import UserError
+from flux2_ds.prepare.caption_text import BESIDE, MOST_BYTES, Caption, caption_beside, too_large
 from flux2_ds.prepare.source_images import (
+    Found,
     SourceImage,
-    clean_caption,
-    decode_caption,
+    Unused,
+    is_hidden,
     printable,
+    problem_of,
     stem,
 )
 from flux2_ds.run.atomic import atomic_write_text
@@ -58,73 +60,99 @@ def _listed(name: str) -> list[str]:
     return tried_again(name, found)
 
 
-def read_tar(source: str, location: str, caption_column: str, scratch: Path) -> list[SourceImage]:
-    """The images of one tar with their captions."""
-    stamp = _stamp(location)
-    name = hashlib.sha256(f"{location}|{stamp}|{caption_column}".encode()).hexdigest()[:24]
-    note = scratch / f"{name}.json"
+def read_tar(source: str, location: str, column: str, scratch: Path) -> Found:
+    """The images of one tar with their captions, and its other members."""
+    key = f"{_VERSION}|{location}|{_stamp(location)}|{column}"
+    note = scratch / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if note.is_file():
-        return [
-            SourceImage.of(values | {"source": source}) for values in json.loads(note.read_text())
-        ]
+        values = json.loads(note.read_text())
+        images = [SourceImage.of(each | {"source": source}) for each in values["images"]]
+        files = {suffix: (count, first) for suffix, (count, first) in values["unused"].items()}
+        return Found(images, Unused(files))
 
-    def scan() -> list[SourceImage]:
+    def scan() -> Found:
         try:
             with _stream(location) as stream:
-                return list(_scan(source, location, stream, caption_column))
+                return _scan(source, location, stream, column)
         except tarfile.TarError as error:
             raise UserError(f"{location} cannot be read as a tar ({error}).") from error
 
-    source_images = tried_again(location, scan) if is_url(location) else scan()
+    found = tried_again(location, scan) if is_url(location) else scan()
     scratch.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(note, json.dumps([asdict(image) for image in source_images]))
-    return source_images
+    values = {"images": [asdict(image) for image in found.images], "unused": found.unused.files}
+    atomic_write_text(note, json.dumps(values))
+    return found
 
 
-def _scan(
-    source: str, location: str, stream: IO[bytes], caption_column: str
-) -> Iterator[SourceImage]:
-    images: dict[str, SourceImage] = {}
-    texts: dict[str, tuple[str | None, str | None]] = {}
+def _scan(source: str, location: str, stream: IO[bytes], column: str) -> Found:
+    found, images = Found(), dict[str, SourceImage]()
+    captions: dict[str, dict[str, Caption]] = {}  # by name without suffix, by that
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
-            if content is None:  # a folder, link or device
-                continue
             name = printable(member.name)
+            parts = PurePosixPath(name).parts
+            if content is None or any(is_hidden(part) for part in parts if part != ".."):
+                continue  # a folder, link or device, or hidden
             suffix = PurePosixPath(name).suffix.lower()
-            if suffix == ".txt":
-                texts[stem(name)] = decode_caption(content.read(), name)
-            elif suffix == ".json":
-                texts.setdefault(stem(name), _from_json(content.read(), name, caption_column))
-            elif is_image(name):
-                image = SourceImage(
-                    source,
-                    f"{PurePosixPath(location).name}/{name}",
-                    f"{member.size}:{member.mtime:.0f}",
-                    None,
-                    Blob(location, member.offset_data, member.size),
+            if suffix in BESIDE:
+                large = member.size > MOST_BYTES
+                captions.setdefault(stem(name), {})[suffix] = (
+                    too_large(name, member.size)
+                    if large
+                    else caption_beside(content.read(), name, column)
                 )
-                problem = _problem(name, known=name in images)
-                if problem:
-                    key = f"{image.key}@{member.offset_data}"
-                    yield replace(image, key=key, problem=problem)
-                elif problem := why_unread(name):
-                    images[name] = replace(image, problem=problem)
-                else:
-                    images[name] = _measured(image, content.read())
+                continue
+            if not is_image(name):
+                found.unused.add(f"{location}/{name}")
+                continue
+            image = SourceImage(
+                source,
+                f"{PurePosixPath(location).name}/{name}",
+                f"{member.size}:{member.mtime:.0f}",
+                None,
+                Blob(location, member.offset_data, member.size),
+            )
+            if problem := _problem(name, known=name in images):
+                key = f"{image.key}@{member.offset_data}"
+                found.images.append(replace(image, key=key, problem=problem))
+                continue
+            problem = problem_of(name, member.size)
+            if member.issparse():
+                problem = "it is stored in the tar with holes (sparse): pack it anew"
+            if problem:
+                images[name] = replace(image, problem=problem)
+            else:
+                images[name] = _measured(image, content.read())
         _check_rest(tar)
+    stems = {stem(name) for name in images}
+    for name, files in captions.items():
+        if name not in stems:
+            for suffix in files:
+                found.unused.add(f"{location}/{name}{suffix}")
     for name, image in images.items():
-        caption, problem = texts.get(stem(name), (None, None))
-        yield replace(image, caption=caption, problem=image.problem or problem)
+        files = captions.get(stem(name), {})
+        known = (files[suffix] for suffix in BESIDE if suffix in files)
+        caption, problem = next((each for each in known if each != (None, None)), (None, None))
+        found.images.append(replace(image, caption=caption, problem=image.problem or problem))
+    return found
 
 
+_VERSION = 3
+"""Of what is kept in `scratch`."""
+_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+"""Types of members that tarfile reads into memory at once."""
 _RECORD = 1 << 20
 """More than writers fill up with zeros: 10 KiB, unless they are told another length."""
 
 
 class _Member(tarfile.TarInfo):
     """A member whose header is what it should be: with another one tarfile takes the archive to end there."""
+
+    def _proc_member(self, tarfile: tarfile.TarFile) -> Any:
+        if self.type in _NAMES and self.size > MOST_BYTES:
+            raise ReadError(f"a name of {self.size} bytes at byte {tarfile.offset}")
+        return super()._proc_member(tarfile)  # type: ignore[misc]
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
@@ -158,15 +186,6 @@ def _problem(name: str, known: bool) -> str | None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         return "its name in the tar points outside (absolute or with ..)"
     return "the tar has another image of this name" if known else None
-
-
-def _from_json(content: bytes, name: str, caption_column: str) -> tuple[str | None, str | None]:
-    try:
-        facts: Any = json.loads(content)
-        value = facts.get(caption_column, facts.get("caption"))
-    except (ValueError, AttributeError) as error:
-        return None, f"{name} is not a JSON object ({error})"
-    return clean_caption(value), None
 
 
 def _stream(location: str) -> IO[bytes]:

@@ -63,6 +63,16 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["a.MASK", "a-masklabel", "a-MaskLabel", "a.Mask"])
+def test_masks_go_by_several_names(photos: Path, tmp_path: Path, name: str) -> None:
+    (photos / "a.mask.png").rename(photos / f"{name}.png")
+    (photos / "b.reference.png").rename(photos / "b.Reference.PNG")
+    found, _ = find_images(str(photos), "text", tmp_path / "scratch")
+    source_images = {Path(image.key).stem: image for image in found}
+    assert source_images.keys() == {"a", "b", "c", "d"}
+    assert source_images["a"].mask and len(source_images["b"].references) == 1
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_companions_are_found_beside_their_pictures(
     photos: Path, tmp_path: Path, packed: bool
@@ -75,7 +85,7 @@ def test_companions_are_found_beside_their_pictures(
             for path in sorted(photos.iterdir()):
                 tar.add(path, path.name)
     for _ in range(2):  # what was found in tars is remembered
-        found = find_images(location, "text", tmp_path / "scratch")
+        found, _ = find_images(location, "text", tmp_path / "scratch")
         source_images = {Path(image.key).stem: image for image in found}
         assert source_images.keys() == {"a", "b", "c", "d", "other.mask"}
         assert [name for name in source_images if source_images[name].mask] == ["a", "c"]
@@ -89,7 +99,7 @@ def test_companions_are_found_beside_their_pictures(
 
 def test_two_masks_are_one_too_many(photos: Path, tmp_path: Path) -> None:
     Image.new("L", (96, 64), 255).save(photos / "a.mask.jpg")
-    source_images = {e.key: e for e in find_images(str(photos), "text", tmp_path / "scratch")}
+    source_images = {e.key: e for e in find_images(str(photos), "text", tmp_path / "scratch")[0]}
     assert "two masks or references of one name: a.mask.jpg, a.mask.png" in str(
         source_images["a.png"].problem
     )

@@ -35,6 +35,7 @@ from flux2_ds.prepare import __main__ as root
 from flux2_ds.prepare import folder as rules
 from flux2_ds.prepare import images as images_module
 from flux2_ds.prepare import plan
+from flux2_ds.prepare.plan import CROPPED, ENLARGED
 from flux2_ds.prepare.report import REPORT_NAME
 from flux2_ds.prepare.source_images import SourceImage
 
@@ -44,7 +45,8 @@ CROP = {
     "resolution": 64,
     "bucket_step": 16,
     "max_aspect": 2.0,
-    "max_upscale": 1.0,
+    "max_upscale": 1.05,
+    "max_crop": 0.5,
     "validation_fraction": 0.0,
 }
 
@@ -208,21 +210,33 @@ def test_what_there_is_to_say_of_used_images_is_in_the_report(model, photos, tmp
 
 
 def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
-    shutil.copy(photos / "a.png", photos / "phone.HEIC")
+    shutil.copy(photos / "a.png", photos / "phone.gif")
     (photos / "phone.txt").write_text("a phone's picture")
     (photos / "a.png.txt").write_text("misnamed")
-    add_photo(photos, "wide", (640, 80), "a panorama")
+    add_photo(photos, "wide", (240, 80), "a panorama")
+    add_photo(photos, "longer", (640, 80), "a longer panorama")
+    add_photo(photos, "small", (62, 62), "nearly large enough")
     shards = tmp_path / "shards"
     index = run(recipe_for(model, photos, shards))
-    assert index.samples == 5
+    assert index.samples == 6
     said = (shards / "report.txt").read_text()
     assert report(shards)["skipped"] == {
-        "images/phone.HEIC": ".heic is not read: convert it to JPEG or PNG"
+        "images/phone.gif": ".gif is not read: convert it to JPEG or PNG",
+        "images/longer.png": "of 640x80 px the crop to bucket 80x48 would cut away 79%; data.max_crop is 0.5",
     }
-    assert re.search(r"1 \.txt files belong to no image, the first is .*a\.png\.txt", caplog.text)
-    wide = next(shard.bucket for shard in index.shards if shard.bucket.aspect > 1.5)
-    assert report(shards)["cropped_much"] == {"images/wide.png": round(1 - wide.aspect / 8, 3)}
-    assert "1 images lose more than 30% to the crop" in said and "images/wide.png (7" in said
+    named = r"1 other files are not used: 1 \.txt \(of no image; the first is .*a\.png\.txt\)"
+    assert re.search(named, caplog.text) and re.search(named, said)
+    assert list(report(shards)["unused_files"]) == [".txt"]
+    assert report(shards)["notes"] == {
+        CROPPED: {"images/wide.png": "44%"}, ENLARGED: {"images/small.png": "1.03×"}
+    }  # fmt: skip
+    assert "1 images with a crop that cuts away more than 30%: images/wide.png (44%)" in said
+    assert (
+        "1 images with fewer pixels than their bucket, enlarged: images/small.png (1.03×)" in said
+    )
+    assert "1 too long or too high for their bucket (data.max_crop): images/longer.png" in said
+    run(recipe_for(model, photos, shards))
+    assert (shards / "report.txt").read_text().splitlines()[1:] == said.splitlines()[1:]
 
 
 def test_pictures_without_captions_are_named(model, photos, tmp_path):

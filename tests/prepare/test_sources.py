@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import pytest
 from PIL import Image
 
 from flux2_ds.config.recipe import Data
+from flux2_ds.data.images import _FORMATS, UnreadableImageError, load_upright
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.plan import with_captions
 from flux2_ds.prepare.source_images import Skipped, SourceImage
 from flux2_ds.prepare.sources import find_images
 
 
-def images_of(images, scratch: Path, column: str = "text") -> list[SourceImage]:
-    return find_images(images if isinstance(images, dict) else str(images), column, scratch)
+def images_of(images, scratch: Path, column: str | dict[str, str] = "text") -> list[SourceImage]:
+    return find_images(images if isinstance(images, dict) else str(images), column, scratch)[0]
 
 
 def picture(path: Path, side: int = 32) -> Path:
@@ -112,25 +114,250 @@ def test_metadata_of_an_imagefolder(folder, tmp_path, kind):
         "train/x.png": "",
     }
     problems = {image.key: image.problem for image in found if image.problem}
-    assert problems == {"train/x.png": "named in the metadata, but there is no such image"}
+    assert problems == {"train/x.png": "named in the metadata, but not there"}
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("name", "content", "faults"),
     [
-        ('{"file_name": "a.png"}', "row 1 has no 'text', but 'file_name'"),
-        ('{"file": "a.png", "text": "x"}', "row 1 has no 'file_name'"),
-        ('{"file_name": "a.png", "te', r"metadata\.jsonl cannot be read"),
-        ("[1, 2]", "row 1 has no 'file_name'"),
-        (b"\xff\xfe", r"metadata\.jsonl cannot be read"),
+        ("metadata.jsonl", '{"file_name": "a.png"}', ["row 1: has no 'text', but 'file_name'"]),
+        (
+            "metadata.jsonl",
+            '{"file": "a.png", "text": "x"}',
+            ["row 1: has no 'file_name', but 'file'"],
+        ),
+        ("metadata.jsonl", '{"file_name": "a.png", "te', ["row 1: is not JSON"]),
+        ("metadata.jsonl", "[1, 2]", ["row 1: is not a JSON object"]),
+        ("metadata.jsonl", b"\xff\xfe\x00", ["metadata.jsonl: is not UTF-16"]),
+        ("metadata.jsonl", b"caf\xe9", ["metadata.jsonl: is not UTF-8"]),
+        ("metadata.jsonl", '{"file_name": 7, "text": "x"}', ["row 1: has the file_name 7"]),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": {}}',
+            ["row 1: column 'text' is an object"],
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": true}',
+            ["row 1: column 'text' is true"],
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": 3}',
+            ["row 1: column 'text' is a number"],
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": ["a"]}',
+            ["row 1: column 'text' is a list"],
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "a\\u0000b"}',
+            ["row 1: column 'text' holds a NUL"],
+        ),
+        (
+            "metadata.csv",
+            "file_name,text\na.png,red, blue\n",
+            ["row 1: has 3 fields and the header 2"],
+        ),
+        (
+            "metadata.csv",
+            "file_name,text\nb.png,x\na.png\n",
+            ["row 2: has 1 fields and the header 2"],
+        ),
+        ("metadata.csv", "file_name,text,text\na.png,x,y\n", ["metadata.csv: has a column twice"]),
+        (
+            "metadata.csv",
+            'file_name,text\na.png,"x\n',
+            ["row 1: is no CSV (unexpected end of data)"],
+        ),
+        (
+            "metadata.csv",
+            "file_name,text\na.png,x\n./a.png,y\n",
+            ["row 2: names ./a.png again, after", "row 1"],
+        ),
+        (
+            "metadata.csv",
+            "file_name,text\na.png,red, blue\nb.png,x\nb.png,y\nc.png,1,2\n",
+            [
+                "row 1: has 3 fields and the header 2",
+                "(and 1 more such rows)",
+                "row 3: names b.png again",
+            ],
+        ),
     ],
 )
-def test_broken_metadata_is_refused(folder, tmp_path, content, reason):
+def test_all_faults_of_metadata_are_named_together(folder, tmp_path, name, content, faults):
     picture(folder / "a.png")
     data = content if isinstance(content, bytes) else content.encode()
-    (folder / "metadata.jsonl").write_bytes(data)
-    with pytest.raises(UserError, match=reason):
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
         images_of(folder, tmp_path)
+    for fault in faults:
+        assert fault in str(caught.value)
+
+
+def test_an_image_that_two_files_name_is_refused(folder, tmp_path):
+    picture(folder / "b" / "a.png")
+    (folder / "metadata.csv").write_text("file_name,text\nb/a.png,one\n")
+    (folder / "b" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "two"}')
+    with pytest.raises(
+        UserError, match=r"metadata\.jsonl, row 1: names a\.png again, after .*csv, row 1"
+    ):
+        images_of(folder, tmp_path)
+
+
+CAPTIONS_BESIDE = {
+    "windows.txt": (b"one\r\ntwo\rthree\r\n", "one\ntwo\nthree"),
+    "utf16.txt": ("une été".encode("utf-16"), "une été"),
+    "mark.txt": (b"\xef\xbb\xbf  marked \t", "marked"),
+    "other.caption": (b"a caption\r\n", "a caption"),
+    "text.json": (b'{"width": 3, "text": "from text"}', "from text"),
+    "caption.json": (b'{"text": null, "caption": "from caption"}', "from caption"),
+    "prompt.json": (b'{"text": NaN, "prompt": "from prompt"}', "from prompt"),
+    "column.json": (b'{"text": "not this", "tags": "from the column"}', "from the column"),
+    "nothing.json": (b'{"width": 3}', None),
+    "null.json": (b'{"text": null}', None),
+}
+NO_CAPTIONS = {
+    "nul.txt": (b"a\0b", "caption nul.txt holds a NUL character"),
+    "latin.caption": (b"caf\xe9", "caption latin.caption is not UTF-8"),
+    "list.json": (b'{"text": ["a", "b"]}', "caption list.json: 'text' is a list, not a text"),
+    "flag.json": (
+        b'{"caption": true}',
+        "caption flag.json: 'caption' is true or false, not a text",
+    ),
+    "text_only.json": (b'"a text"', "caption text_only.json is not a JSON object"),
+    "cut.json": (b'{"text": "', "caption cut.json is not a JSON object"),
+    "long.txt": (b"x" * 1_500_000, "caption long.txt has 1.5 MB"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_captions_beside_images(folder, tmp_path, packed):
+    """The same of a folder and of a tar."""
+    for name, (content, _) in {**CAPTIONS_BESIDE, **NO_CAPTIONS}.items():
+        picture(folder / f"{Path(name).stem}.jpg")
+        (folder / name).write_bytes(content)
+    location = folder
+    if packed:
+        location = tmp_path / "photos.tar"
+        with tarfile.open(location, "w") as out:
+            for path in sorted(folder.iterdir()):
+                out.add(path, f"./{path.name}")
+    for _ in range(2):  # what was found in tars is remembered
+        found = {
+            Path(image.key).stem: image for image in images_of(location, tmp_path / "s", "tags")
+        }
+        for name, (_, caption) in CAPTIONS_BESIDE.items():
+            image = found.pop(Path(name).stem)
+            assert (image.caption, image.problem) == (caption, None)
+        for name, (_, problem) in NO_CAPTIONS.items():
+            image = found.pop(Path(name).stem)
+            assert image.caption is None and str(image.problem).startswith(problem)
+        assert not found
+
+
+def test_what_csv_leaves_out_is_a_missing_caption(folder, tmp_path):
+    for name in "abcd":
+        picture(folder / f"{name}.png")
+    (folder / "metadata.csv").write_bytes(
+        "file_name,text\r\na.png,NaN\r\nb.png,\r\n\r\nc.png,null\r\nd.png,\"a, \"\"b\"\"\r\nc\"\r\n"
+        .encode("utf-16")
+    )  # fmt: skip
+    expected = {"a.png": None, "b.png": None, "c.png": None, "d.png": 'a, "b"\nc'}
+    assert captions(images_of(folder, tmp_path)) == expected
+
+
+def test_a_source_may_have_a_caption_column_of_its_own(folder, tmp_path):
+    for name, column in (("one", "text"), ("two", "prompt_de")):
+        picture(folder / name / "a.png")
+        (folder / name / "metadata.csv").write_text(f"file_name,{column}\na.png,of {name}\n")
+    sources = {name: str(folder / name) for name in ("one", "two")}
+    found = images_of(sources, tmp_path, {"two": "prompt_de"})
+    assert [image.caption for image in found] == ["of one", "of two"]
+    with pytest.raises(UserError, match=r"data\.caption_column\.three: there is no such source"):
+        images_of(sources, tmp_path, {"three": "x"})
+
+
+HIDDEN = (".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png/SYNOFILE_THUMB.png", "__MACOSX/._a.png",
+          "deep/.thumbnails/a.png", "deep/__MACOSX/b.png", ".hidden.png")  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_hidden_or_a_programs_own_is_ignored_and_other_files_are_counted(
+    folder, tmp_path, packed
+):
+    location = folder
+    for name in ("a.png", "deep/b.jfif", "deep/c.JPE", *HIDDEN):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path, "PNG" if name.endswith("png") else "JPEG")
+    (folder / "a.txt").write_text("a")
+    for name in (
+        "x.zip",
+        "deep/y.zip",
+        "alone.txt",
+        "deep/film.MP4",
+        "noext",
+        ".hidden.zip",
+        "z.json",
+    ):
+        (folder / name).write_text("{}")
+    if packed:
+        location = tmp_path / "photos.tar"
+        with tarfile.open(location, "w") as out:
+            out.add(folder, ".")
+    for _ in range(2):
+        images, unused = find_images(str(location), "text", tmp_path / "s")
+        keys = {image.key.removeprefix("photos.tar/").removeprefix("./") for image in images}
+        assert keys == {"a.png", "deep/b.jfif", "deep/c.JPE"}
+        assert not any(image.problem for image in images)
+        counts = {suffix: count for suffix, (count, _) in unused.files.items()}
+        assert counts == {".zip": 2, ".txt": 1, ".mp4": 1, "without a suffix": 1, ".json": 1}
+    line = unused.line()
+    assert "6 other files are not used: 2 .zip (unpack it; the first is " in line
+    assert "1 .txt (of no image; the first is " in line and "alone.txt" in line
+
+
+def test_what_is_too_large_is_not_read(folder, tmp_path):
+    """A tar's members say their size, however little there is of them."""
+    picture(folder / "a.png")
+    with (folder / "b.png").open("wb") as file:
+        file.truncate(40 << 30)
+    with (folder / "a.txt").open("wb") as file:
+        file.truncate(15_000_000)
+    found = {image.key: image for image in images_of(folder, tmp_path)}
+    assert found["b.png"].problem == "42.9 GB: no image that is read is so large"
+    assert found["a.png"].problem == "caption a.txt has 15.0 MB, and captions at most 1"
+
+    for form in ("gnu", "pax"):
+        location = tmp_path / f"{form}.tar"
+        tar = [
+            "tar",
+            "-C",
+            str(folder),
+            f"--format={form}",
+            "-Scf",
+            str(location),
+            "a.png",
+            "b.png",
+        ]
+        subprocess.run(tar, check=True)
+        found = {image.key: image for image in images_of(location, tmp_path / "s")}
+        assert "sparse" in str(found[f"{form}.tar/b.png"].problem)
+        assert found[f"{form}.tar/a.png"].problem is None
+
+
+def test_no_program_is_started_to_read_an_image(folder, tmp_path, monkeypatch):
+    """Pillow reads EPS by Ghostscript, whatever the file's name."""
+    (folder / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
+    )
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    with pytest.raises(UnreadableImageError, match="not an image that is read"):
+        load_upright(str(folder / "a.png"))
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -180,8 +407,11 @@ def test_a_tar_of_raw_pictures(tar, tmp_path):
     }
     assert good["00000.tar/001.jpg"].blob.read() == encoded(40)
     problems = {key.split("@")[0]: e.problem for key, e in found.items() if e.problem}
-    assert problems.pop("00000.tar/002.jpg").startswith("unreadable: not a picture")
-    assert problems.pop("00000.tar/004.HEIC") == ".heic is not read: convert it to JPEG or PNG"
+    assert problems.pop("00000.tar/002.jpg").startswith("unreadable: not an image")
+    assert problems.pop("00000.tar/004.HEIC") in (  # with and without its plugin
+        ".heic is not read: install pillow-heif, or convert it to JPEG or PNG",
+        f"unreadable: not an image that is read ({', '.join(_FORMATS)})",
+    )
     outside = "its name in the tar points outside (absolute or with ..)"
     assert problems == {
         "00000.tar//etc/abs.jpg": outside,

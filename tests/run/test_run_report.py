@@ -86,7 +86,7 @@ def write_run(root: Path, name: str = "cats", steps: int = 40, **changes: Any) -
     (run / "export/cats.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     Image.new("RGB", (120, 90), "white").save(shards / "contact_sheets/64x64.jpg")
     report = {"samples": 9, "held_out": 1, "captions": 9, "buckets": {"64x64": 8, "96x48": 1},
-              "skipped": {"b.jpg": "unreadable: truncated"}, "cropped_much": {"c.jpg": 0.41}}  # fmt: skip
+              "skipped": {"b.jpg": "unreadable: truncated"}, "notes": {"a large crop": {"c.jpg": "41%"}}}  # fmt: skip
     (shards / "report.json").write_text(json.dumps(report))
     return run
 

@@ -76,7 +76,7 @@ def recipe_for(folder: Path, **changes: Any) -> Recipe:
             {"settings": {"resolution": 512}},
             "data.resolution is 1024, but data.shards shards .* 512",
         ),
-        ({"settings": {"max_upscale": 1.5}}, r"data.max_upscale is 1.0, .* prepared with 1\.5"),
+        ({"settings": {"max_upscale": 1.5}}, r"data.max_upscale is 1.05, .* prepared with 1\.5"),
         ({"text_width": 48}, "text width 48"),
         ({"fingerprint": {"vae": "0"}}, "made by another model"),
         ({"fingerprint": {"padding": "none"}}, "their padding is none"),
