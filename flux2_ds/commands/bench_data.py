@@ -32,16 +32,17 @@ from safetensors.torch import load
 from flux2_ds.commands.loopback import Server, served
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS
-from flux2_ds.data.index import Index, Part, Shard, parse_index
+from flux2_ds.data.index import FORMAT, Index, Part, Shard, parse_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import LATENT, TEXT, Record, write_shard
+from flux2_ds.data.shards import LATENT, TEXT, Record, unpack_text, write_shard
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import run_root
 
 BUCKET = Bucket(1024, 1024)
-MODELS = {"dev": (15360, 0.80), "klein-9b": (12288, 0.24), "klein-4b": (7680, 0.13)}
-"""Text width, and the seconds that a GPU takes for a sample."""
+MODELS = {"dev": (15360, 160, 0.80), "klein-9b": (12288, 512, 0.24), "klein-4b": (7680, 512, 0.13)}
+"""Text width, rows of a caption that are stored (dev's padding is not), and the seconds that a GPU takes for a
+sample."""
 _SAMPLES_PER_SHARD, _WAITED_STEPS, _SHARD_OF_INDEX = 16, 24, 256
 Values = dict[str, object]
 
@@ -69,8 +70,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         for model in options.model:
-            text_width, pace = MODELS[model]
-            index = make_shards(Path(work) / model, text_width, int(options.gb * 1e9))
+            text_width, rows, pace = MODELS[model]
+            index = make_shards(Path(work) / model, text_width, rows, int(options.gb * 1e9))
             for kind in options.kinds:
                 report(
                     f"{model} from {kind}", measure(kind, Path(work) / model, index, options, pace)
@@ -81,19 +82,25 @@ def main() -> None:
         print(json.dumps(results, indent=1))
 
 
-def make_shards(folder: Path, text_width: int, size: int) -> Index:
-    """Shards of about `size` bytes of random samples."""
+def make_shards(folder: Path, text_width: int, rows: int, size: int) -> Index:
+    """Shards of about `size` bytes of random samples, whose captions have `rows` rows and padding."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     latent = torch.randn(32, BUCKET.height // 8, BUCKET.width // 8)
     text = torch.randn(TEXT_TOKENS, text_width).bfloat16()
-    samples = max(2, size // (latent.nbytes + text.nbytes))
+    samples = max(2, size // (latent.nbytes + text[:rows].nbytes))
+
+    def text_of(caption: str) -> torch.Tensor:
+        rolled = text.roll(int(caption))
+        rolled[: TEXT_TOKENS - rows] = rolled[TEXT_TOKENS - rows]
+        return rolled
+
     shards = []
     for first in range(0, samples, _SAMPLES_PER_SHARD):
         numbers = range(first, min(samples, first + _SAMPLES_PER_SHARD))
         records = (Record(f"{n}.jpg", str(n), latent.roll(n)) for n in numbers)
         path = folder / f"{first:06d}.tar"
-        shards.append(write_shard(path, BUCKET, records, lambda caption: text.roll(int(caption))))
+        shards.append(write_shard(path, BUCKET, records, text_of))
     return Index("dev", text_width, {}, {}, shards)
 
 
@@ -183,7 +190,7 @@ def plain_pipeline(location: str, index: Index) -> Iterator[tuple[torch.Tensor, 
     """What one writes without this loader: stream the tars, decode the tensors, in shard order."""
     urls = [join(location, shard.name) for shard in index.shards]
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
-        yield load(sample[LATENT])["latent"], load(sample[TEXT])["text"]
+        yield load(sample[LATENT])["latent"], unpack_text(load(sample[TEXT]))
 
 
 def waits(loader: Loader, pace: float) -> tuple[float, float]:
@@ -209,7 +216,7 @@ def measure_index(samples: int) -> Values:
               f"{number:064x}", "photos", [], toc=Part(1 << 30, 60_000, f"{number:032x}"))
         for number in range(count)
     ]  # fmt: skip
-    content = json.dumps({"format": 2, **asdict(Index("dev", 15360, {}, {}, shards))}).encode()
+    content = json.dumps({"format": FORMAT, **asdict(Index("dev", 15360, {}, {}, shards))}).encode()
     del shards
     process, clock = psutil.Process(), time.perf_counter
     before, started = process.memory_info().rss, clock()

@@ -11,7 +11,7 @@ from safetensors.torch import save as save_tensors
 
 from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.shards import ShardReader
+from flux2_ds.data.shards import ShardReader, pack_text, unpack_text
 from flux2_ds.errors import UserError
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.folder import text_weights
@@ -31,13 +31,13 @@ class CaptionFiles:
 
     def read(self, caption: str) -> torch.Tensor:
         """[512, text width]."""
-        return load_file(self._path(caption))["text"]
+        return unpack_text(load_file(self._path(caption)))
 
     def write(self, caption: str, embedding: torch.Tensor) -> None:
         """Store an embedding, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._path(caption)) as partial:
-            partial.write_bytes(save_tensors({"text": embedding.contiguous()}))
+            partial.write_bytes(save_tensors(pack_text(embedding)))
 
     def copy_from_shards(self, captions: set[str], folder: Path, manifests: list[Manifest]) -> None:
         """Take the embeddings of captions that a finished shard holds from there."""

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolutions, upscale_factor
-from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
+from flux2_ds.config.model_spec import PADDING_SIDES, PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import Data, Recipe
 from flux2_ds.data.images import UnreadableImageError, image_size
 from flux2_ds.errors import UserError
@@ -257,28 +257,42 @@ def bucket_lines(buckets: Iterable[Bucket]) -> list[str]:
 
 
 def check_disk(folder: Path, jobs: list[ShardJob], spec: Spec, recipe: Recipe) -> None:
-    """Log how much will be written, and refuse what cannot fit."""
-    text = text_bytes(spec, recipe)
+    """Log how much will be written, at least, and refuse what cannot fit."""
+
+    def text(captions: set[str]) -> int:
+        return (
+            sum(_least_rows(each, spec) for each in captions)
+            * text_bytes(spec, recipe)
+            // TEXT_TOKENS
+        )
+
     shards = sum(
         sum(4 * 128 * _tokens(planned, recipe) for planned in job.images)
-        + text * len({planned.caption for planned in job.images})
+        + text({planned.caption for planned in job.images})
         for job in jobs
     )
-    waiting = text * len({planned.caption for job in jobs for planned in job.images})
+    waiting = text({planned.caption for job in jobs for planned in job.images})
     needed = shards + min(waiting, recipe.prepare.scratch_gb * 1e9)
     free = shutil.disk_usage(folder).free
     if jobs:
-        log.info("%.2f GB of shards to write, %.2f GB free", shards / 1e9, free / 1e9)
+        log.info("at least %.2f GB of shards to write, %.2f GB free", shards / 1e9, free / 1e9)
     if needed > free:
         raise UserError(
-            f"data.shards {folder} needs {needed / 1e9:.2f} GB more, of which "
+            f"data.shards {folder} needs at least {needed / 1e9:.2f} GB more, of which "
             f"{(needed - shards) / 1e9:.2f} GB for the time of encoding (prepare.scratch_gb is "
             f"{recipe.prepare.scratch_gb:g}), and its disk has {free / 1e9:.2f} GB free."
         )
 
 
+def _least_rows(caption: str, spec: Spec) -> int:
+    """Rows of a caption that are stored, at least: dev's padding is one, and a word at least another."""
+    if PADDING_SIDES[spec.pipeline] == "right":
+        return TEXT_TOKENS
+    return min(TEXT_TOKENS, 1 + len(caption.split()))
+
+
 def text_bytes(spec: Spec, recipe: Recipe) -> int:
-    """Size of one encoded caption."""
+    """Size of one encoded caption, at most."""
     return TEXT_TOKENS * spec.text_width * (4 if text_weights(recipe) == "fp32" else 2)
 
 

@@ -103,6 +103,7 @@ class Report:
             "encoded": self.encoded,
             "dropped": self.dropped,
             "images_per_second": round(self.encoded / self.seconds, 3) if self.encoded else None,
+            "bytes_a_sample": round(sum(shard.size for shard in index.shards) / index.samples),
             "held_out": index.part(held_out=True).samples,
             "sources": dict(Counter(each.image.source for each in images)),
             "buckets": {str(bucket): count for bucket, count in index.bucket_counts().items()},

@@ -14,7 +14,7 @@ from flux2_ds.commands import bench_data
 
 
 def test_the_report(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench_data, "MODELS", {"tiny": (16, 0.001)})
+    monkeypatch.setattr(bench_data, "MODELS", {"tiny": (16, 160, 0.001)})
     monkeypatch.setattr(bench_data, "_SHARD_OF_INDEX", 100_000)
     asked = f"--json --gb 0.01 --rounds 1 --model tiny --from disk http s3 --work {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["bench-data", *asked.split()])
@@ -33,7 +33,7 @@ def test_the_report(monkeypatch, capsys, tmp_path):
 
 
 def test_a_reading_that_misses_samples_is_no_figure(monkeypatch, tmp_path):
-    index = bench_data.make_shards(tmp_path / "x", 16, 1)
+    index = bench_data.make_shards(tmp_path / "x", 16, 160, 1)
     monkeypatch.setattr(bench_data, "plain_pipeline", lambda *_: iter([1]))
     with pytest.raises(RuntimeError, match="1 samples read of 2"):
         bench_data.measure("disk", tmp_path / "x", index, Namespace(num_workers=1, rounds=1), 0.0)

@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, Shard, read_index, write_index
-from flux2_ds.data.shards import Record, ShardReader, write_shard
+from flux2_ds.data.shards import Record, ShardReader, pack_text, write_shard
 from flux2_ds.errors import UserError
 
 BUCKET = Bucket(height=32, width=48)
@@ -64,6 +64,30 @@ def test_what_is_written_is_read_back_bit_for_bit(shard, written):
             **{"caption": record.caption, "source": record.source, "height": 32, "width": 48},
             "text_key": f"{first:08d}",
         }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("left", "right", "kept"),
+    [(0, 0, 512), (400, 0, 112), (0, 30, 482), (100, 100, 312), (511, 0, 1)],
+)
+def test_rows_that_repeat_at_the_ends_of_a_text_are_stored_once(tmp_path, dtype, left, right, kept):
+    text = text_of("a").to(dtype)
+    text[:left], text[512 - right :] = text[left], text[511 - right]
+    text[left, 0] = float("nan")  # bits count, not values
+    text[:left, 0] = float("nan")
+    facts = write_shard(tmp_path / "x.tar", BUCKET, make_records()[:1], lambda _: text)
+    reader = ShardReader(tmp_path / "x.tar", facts)
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    for found in (reader.text(0), reader.sample(0)[1]):
+        assert torch.equal(found.view(bits), text.view(bits)) and found.dtype == dtype
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        member = tar.extractfile("00000000.text.safetensors")
+        assert member is not None
+        stored = load(member.read())
+    assert stored["text"].shape == (kept, 8) and ("padding" in stored) == (kept < 512)
+    zeros = torch.tensor([[0.0], [-0.0]]).expand(2, 8)  # equal, but not to the last bit
+    assert pack_text(zeros.to(dtype))["text"].shape == (2, 8)
 
 
 def test_facts_of_a_shard_are_those_of_its_file(tmp_path):

@@ -26,14 +26,13 @@ from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
 
 from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.commands.loopback import CREDENTIALS, served
-from flux2_ds.config.recipe import is_url
 from flux2_ds.data import storage
 from flux2_ds.data.cache import FOLDER, Cache
 from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import EXIT_USER_ERROR, OutageError, UserError
-from flux2_ds.prepare.sources import find_entries
+from flux2_ds.prepare.sources import find_images
 
 __all__ = ["prepared"]  # the fixture
 STORES = ["http", "s3"]
@@ -391,26 +390,6 @@ def test_files_on_disk_are_not_cached(folder, tmp_path):
     assert not list((tmp_path / "cache" / FOLDER).iterdir())
 
 
-@pytest.mark.parametrize("kind", STORES)
-def test_tars_of_raw_pictures_in_a_store(tmp_path, kind):
-    import test_sources
-
-    tar = test_sources.tar.__wrapped__(tmp_path)
-    local = find_entries(str(tar), "text", tmp_path / "one")
-    with served(kind, tar.parent) as server:
-        remote = find_entries(f"{server.url}/{{00000..00000}}.tar", "text", tmp_path / "two")
-        assert [(e.key, e.caption, e.size) for e in remote] == [
-            (e.key, e.caption, e.size) for e in local
-        ]
-        for one, other in zip(local, remote, strict=True):
-            assert is_url(other.blob.location)
-            assert one.blob.read() == other.blob.read()
-        if kind == "s3":
-            assert find_entries(f"{server.url}/0*.tar", "text", tmp_path / "two") == remote
-            with pytest.raises(UserError, match=r"there is no file s3://data/1\*\.tar"):
-                find_entries(f"{server.url}/1*.tar", "text", tmp_path / "two")
-
-
 @pytest.mark.parametrize(
     ("location", "reason"),
     [
@@ -420,6 +399,6 @@ def test_tars_of_raw_pictures_in_a_store(tmp_path, kind):
 )
 def test_an_unknown_kind_of_store(tmp_path, monkeypatch, location, reason):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # wherever it is installed
-    for read in (Blob(location).read, lambda: find_entries(location, "text", tmp_path)):
+    for read in (Blob(location).read, lambda: find_images(location, "text", tmp_path)):
         with pytest.raises(UserError, match=f"{location} {reason}"):
             read()

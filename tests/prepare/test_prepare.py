@@ -481,6 +481,25 @@ def test_rounds_keep_the_scratch_space_small(model, photos, tmp_path, encoded):
     assert shard_bytes(tmp_path / "rounds") == shard_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_padding_of_devs_captions_is_stored_once(photos, tmp_path, weights):
+    make_tiny(tmp_path / "dev", "dev")
+    spec = read_spec(tmp_path / "dev")
+    recipe = recipe_for(
+        tmp_path / "dev", photos, tmp_path / "s", prepare=Prepare(text_weights=weights)
+    )
+    index, dtype = run(recipe), {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    encoder = TextEncoder(tmp_path / "dev", spec, dtype, torch.device("cpu"))
+    batch = sorted({"", *CAPTIONS.values()})
+    expected = dict(zip(batch, encoder.encode(batch), strict=True))
+    for shard in index.shards:
+        reader = ShardReader(tmp_path / "s" / shard.name, shard)
+        for row in range(shard.samples):
+            assert torch.equal(reader.text(row), expected[reader.meta(row)["caption"]])
+    text = 512 * spec.text_width * dtype.itemsize
+    assert report(tmp_path / "s")["bytes_a_sample"] < 0.5 * text
+
+
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_ds.config.recipe import Data
+from flux2_ds.commands.loopback import served
+from flux2_ds.config.recipe import Data, is_url
 from flux2_ds.data.images import _FORMATS, UnreadableImageError, load_upright
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.plan import with_captions
@@ -450,6 +451,23 @@ def test_what_a_tar_holds_is_remembered_until_it_changes(tar, tmp_path, monkeypa
     with tarfile.open(tar, "a") as out:
         add(out, "009.jpg", encoded())
     assert len(images_of(tar, tmp_path / "s")) == len(first) + 1
+
+
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_tars_of_raw_images_in_a_store(tar, tmp_path, kind):
+    local = images_of(tar, tmp_path / "one")
+    with served(kind, tar.parent) as server:
+        remote = images_of(f"{server.url}/{{00000..00000}}.tar", tmp_path / "two")
+        assert [(e.key, e.caption, e.size) for e in remote] == [
+            (e.key, e.caption, e.size) for e in local
+        ]
+        for one, other in zip(local, remote, strict=True):
+            assert is_url(other.blob.location)
+            assert one.blob.read() == other.blob.read()
+        if kind == "s3":
+            assert images_of(f"{server.url}/0*.tar", tmp_path / "two") == remote
+            with pytest.raises(UserError, match=r"there is no file s3://data/1\*\.tar"):
+                images_of(f"{server.url}/1*.tar", tmp_path / "two")
 
 
 def test_patterns_name_several_tars(tar, tmp_path):
