@@ -1,6 +1,10 @@
-"""Sample: render the recipe's preview prompts without and with what was trained, side by side.
+"""Render the recipe's preview prompts without and with what was trained, side by side.
 
     flux2-ds sample --config RECIPE [--step N] [--weights ema] [--base_weights nf4] [--output FILE]
+    flux2-ds sample --config RECIPE --adapter FILE --strengths '[0.5, 1]' --seeds '[0, 1]'
+
+The grid is RUN_DIR/samples/step_N.png, its images and what they are of in the folder step_N beside it. Images of other
+prompts, seeds or settings are not written over: a number is added to the name.
 
 The prompts are encoded first, as `prepare` encodes captions, and the text encoder is freed. Then the
 transformer is loaded as it was trained, over the recipe's `base_weights` and with the exported adapter in the
@@ -13,20 +17,23 @@ from __future__ import annotations
 
 import gc
 import glob
+import itertools
+import json
 import logging
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
+from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from flux2_ds.config.memory import (
     GIB,
@@ -45,12 +52,15 @@ from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.images import check_format
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
+from flux2_ds.model.adapter_layouts import Adapter, linear_shapes
+from flux2_ds.model.adapter_programs import read_by_diffusers
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights
-from flux2_ds.model.lora import exported_name, exported_settings
+from flux2_ds.model.lora import ADAPTER, LoraLinear, add_lora
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.captions import text_precision
+from flux2_ds.run.atomic import atomic_write_text
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, export_path, trained_recipe
 from flux2_ds.training.previews import Prompt, as_prompt, grid, open_reference, render
@@ -76,16 +86,39 @@ def main() -> None:
                         help="The export of the trained weights, or of their moving average.")  # fmt: skip
     parser.add_argument("--output", type=str | None, default=None,
                         help="Picture to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
+    parser.add_argument("--adapter", type=str | None, default=None,
+                        help="Adapter file to render, of any run and layout that diffusers reads.")  # fmt: skip
+    parser.add_argument("--strengths", type=list[float], default=[1.0],
+                        help="Of the adapter; a column each.")  # fmt: skip
+    parser.add_argument("--seeds", type=list[int], default=[],
+                        help="Of the starting noise; a row each. Default: preview.seed.")  # fmt: skip
     recipe, options = parse_recipe(parser)
     if options.output is not None:
         check_format("--output", Path(options.output))
-    recipe = trained_recipe(recipe)
     check_recipe(recipe)
-    trained = choose_export(recipe, options.step, options.weights)
-    step = step_of(trained)
-    average = options.weights == "ema"
-    name = f"step_{step:08d}{'-ema' if average else ''}.png"
-    output = Path(options.output or Path(recipe.run_dir) / "samples" / name)
+    seeds, strengths = options.seeds or [recipe.preview.seed], options.strengths
+    for each in seeds:
+        if not 0 <= each < 2**63:
+            raise UserError(f"--seeds has {each}; a seed is between 0 and 2⁶³ - 1.")
+    if not strengths or not all(map(math.isfinite, strengths)):
+        raise UserError(f"--strengths is {strengths}; it must be numbers.")
+    if options.adapter is None:
+        recipe = trained_recipe(recipe)
+        trained = choose_export(recipe, options.step, options.weights)
+        name = f"step_{step_of(trained):08d}{'-ema' if options.weights == 'ema' else ''}"
+        output = Path(options.output or Path(recipe.run_dir) / "samples" / f"{name}.png")
+        title = f"{recipe.method}, step {step_of(trained)}{', ema' * (options.weights == 'ema')}"
+    else:
+        if options.step is not None or options.weights != "trained":
+            raise UserError(
+                "--adapter is beside --step or --weights, which name an export. Give one."
+            )
+        recipe = replace(recipe, method="lora")
+        trained = Path(options.adapter)
+        output = Path(options.output or trained.parent / "samples" / f"{trained.stem}.png")
+        title = trained.stem
+    if recipe.method == "full" and strengths != [1.0]:
+        raise UserError("--strengths is for adapters; method is full. Remove it.")
     references = [open_reference(path, recipe.preview) for path in recipe.preview.references]
     directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
     spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
@@ -95,6 +128,7 @@ def main() -> None:
             "launch.accelerator is cuda, and no GPU is visible here. Use a machine with one, or add "
             "--launch.accelerator cpu."
         )
+    adapter = {} if recipe.method == "full" else read_adapter(trained, spec)
     text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
     check_card(recipe.base_weights, device)
     check_backend(recipe, device)
@@ -103,27 +137,70 @@ def main() -> None:
     check_room(recipe, MODEL, sizes["weights"], free)
     check_room(recipe, PICTURE, sizes["weights"] + sizes["picture"], free)
 
+    output = free_output(output, given=options.output is not None, settings={
+        "model": recipe.model.path, "base_weights": recipe.base_weights or recipe.precision,
+        "trained": str(trained), "preview": asdict(recipe.preview), "seeds": seeds,
+        "strengths": strengths,
+    })  # fmt: skip
     with enough_memory(recipe, TEXT):
         prompts = encode_prompts(recipe, spec, directory, text_device)
     with enough_memory(recipe, MODEL):
         model = load_transformer(recipe, directory, device)
         pipeline = load_image_pipeline(directory, spec, model, device)
     del model
+
+    def column() -> list[Image.Image]:
+        previews = [replace(recipe.preview, seed=seed) for seed in seeds]
+        return [
+            render(pipeline, each, prompt, references) for prompt in prompts for each in previews
+        ]
+
+    held = recipe.base_weights or recipe.precision
     with enough_memory(recipe, PICTURE):
-        before = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
+        columns = {f"base model, {held}": column()}
         if recipe.method == "full":
             # Two of them need not fit into memory.
             pipeline.transformer = None
             pipeline.transformer = load_transformer(recipe, trained.parent, device)
+            columns[title] = column()
         else:
-            put_adapter(pipeline.transformer, recipe, spec, trained)
-        after = [render(pipeline, recipe.preview, prompt, references) for prompt in prompts]
+            put_adapter(pipeline.transformer, adapter)
+            for strength in strengths:
+                set_strength(pipeline.transformer, strength)
+                columns[title if strengths == [1.0] else f"{title} × {strength:g}"] = column()
+    rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
+    for number, images in enumerate(columns.values()):
+        kind = f"x{strengths[number - 1]:g}" if number else "base"
+        for (prompt, seed), image in zip(rows, images, strict=True):
+            image.save(output.with_suffix("") / f"{prompt}-seed{seed}-{kind}.png")
+    texts = [recipe.preview.prompts[prompt] for prompt, _ in rows]
+    if len(seeds) > 1:
+        texts = [f"{text} (seed {seed})" for text, (_, seed) in zip(texts, rows, strict=True)]
+    grid(texts, tuple(columns), tuple(columns.values())).save(output)
+    log.info(
+        "rendered %d images over %s with %s: %s", len(rows) * len(columns), held, trained, output
+    )
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    held = recipe.base_weights or recipe.precision
-    titles = (f"base model, {held}", f"{recipe.method}, step {step}{', ema' if average else ''}")
-    grid(recipe.preview.prompts, titles, (before, after)).save(output)
-    log.info("rendered %d prompts over %s with %s: %s", len(before), held, trained, output)
+
+def free_output(output: Path, settings: dict[str, Any], *, given: bool) -> Path:
+    """`output`, or with a number the first name whose images are of these settings, or that is free.
+
+    `given`: by name, so that another name is no answer.
+    """
+    text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    for number in itertools.count(1):
+        path = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
+        folder = path.with_suffix("")
+        told = folder / "settings.json"
+        if told.is_file() and told.read_text(encoding="utf-8") == text:
+            return path
+        if not path.exists() and not folder.exists():
+            folder.mkdir(parents=True)
+            atomic_write_text(told, text)
+            return path
+        if given:
+            raise UserError(f"--output {output} has images of other settings. Give another name.")
+    raise AssertionError
 
 
 def part_bytes(
@@ -270,28 +347,61 @@ def load_transformer(
     return model.eval()
 
 
-@torch.no_grad()
-def put_adapter(model: Flux2Transformer2DModel, recipe: Recipe, spec: Spec, exported: Path) -> None:
-    """Add the exported adapter, in the layers that it was trained in.
-
-    Raises:
-        UserError: it is not one of this recipe's.
-    """
-    exported_recipe = replace(recipe, lora=exported_settings(recipe.lora))
-    transformer.make_trainable(model, spec, exported_recipe)
-    model.eval()
-    own = {
-        f"transformer.{exported_name(name)}": parameter
-        for name, parameter in transformer.trainable(model).items()
-    }
-    stored = load_file(exported)
-    if {n: t.shape for n, t in stored.items()} != {n: p.shape for n, p in own.items()}:
+def read_adapter(path: Path, spec: Spec) -> Adapter:
+    """An adapter file, as diffusers reads it; refused if it is damaged or not one of this model."""
+    shapes = linear_shapes(spec)
+    try:
+        with safe_open(path, framework="pt"):  # diffusers reads pickles, too
+            reading = read_by_diffusers(path, spec)
+    except Exception as error:  # whatever diffusers does with a file that is none
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{exported} is not an adapter of the run in {recipe.run_dir}: it has other tensors. Run "
-            "`flux2-ds export` again."
+            f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
+        ) from error
+    wrong = [f"it has nothing for {name}" for name in reading.ignored]
+    for name, (down, up, magnitude) in reading.adapter.items():
+        rows, columns = shapes.get(name, (0, 0))
+        if (up.shape[0], down.shape[1]) != (rows, columns) or up.shape[1] != down.shape[0]:
+            wrong.append(f"{name} has another shape")
+        if not all(x.isfinite().all() for x in (down, up, magnitude) if x is not None):
+            wrong.append(f"{name} is not finite")
+    if wrong or not reading.adapter:
+        reason = wrong[0] if wrong else "it adapts no linear"
+        raise UserError(
+            f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
         )
-    for name, parameter in own.items():
-        parameter.copy_(stored[name])
+    return reading.adapter
+
+
+@torch.no_grad()
+def put_adapter(model: Flux2Transformer2DModel, adapter: Adapter) -> None:
+    """Add an adapter, in the layers in which one is trained."""
+    ranks = {name: update.down.shape[0] for name, update in adapter.items()}
+    rank = max(ranks.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern={name: each for name, each in ranks.items() if each != rank},
+        alpha_pattern={name: each for name, each in ranks.items() if each != rank},
+        target_modules=list(adapter),
+        init_lora_weights="gaussian",
+        use_dora=any(update.magnitude is not None for update in adapter.values()),
+    )
+    add_lora(model, config, seed=0)
+    model.eval()
+    for name, update in adapter.items():
+        layer: Any = model.get_submodule(name)
+        layer.lora_A[ADAPTER].weight.copy_(update.down)
+        layer.lora_B[ADAPTER].weight.copy_(update.up)
+        if update.magnitude is not None:
+            layer.lora_magnitude_vector[ADAPTER].weight.copy_(update.magnitude)
+
+
+def set_strength(model: Flux2Transformer2DModel, strength: float) -> None:
+    """Multiply the adapter's update."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.set_scale(ADAPTER, strength)
 
 
 if __name__ == "__main__":

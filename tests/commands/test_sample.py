@@ -13,6 +13,7 @@ from diffusers import Flux2Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from factories import load_pipeline
 from PIL import Image
+from safetensors import torch as safetensors
 from test_export import export_as, recipe_for, save, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,7 +93,7 @@ def test_both_columns_are_diffusers_own(
     if method == "full":
         pipeline.transformer = sample.load_transformer(recipe, file.parent, CPU)
     else:
-        sample.put_adapter(model, recipe, tiny_spec, file)
+        sample.put_adapter(model, sample.read_adapter(file, tiny_spec))
     after = pictures(pipeline, recipe, prompts, references)
 
     reference = unrounded(load_pipeline(tiny_model, tiny_spec, torch.float32))
@@ -114,17 +115,57 @@ def pictures(
     return torch.stack([render(pipeline, recipe.preview, p, references) for p in prompts])
 
 
-def test_an_adapter_of_another_run_is_refused(
+def test_an_adapter_of_any_run_and_every_strength(
     tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
 ) -> None:
     recipe = previewed(tiny_model, tmp_path / "run")
     file = exported(recipe, tiny_spec, write_checkpoint)
-    other = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, rank=5))
-    model = sample.load_transformer(other, tiny_model, CPU)
-    with pytest.raises(
-        UserError, match=r"step_00000007-diffusers\.safetensors is not an adapter of the run"
-    ):
-        sample.put_adapter(model, other, tiny_spec, file)
+    model = sample.load_transformer(recipe, tiny_model, CPU)
+    inputs = noise(tiny_spec, 24)
+    with attention_backend("native"), torch.no_grad():
+        base = model(**inputs).sample
+        sample.put_adapter(model, sample.read_adapter(file, tiny_spec))
+        full = model(**inputs).sample
+        sample.set_strength(model, 0)
+        torch.testing.assert_close(model(**inputs).sample, base)
+        sample.set_strength(model, 0.5)
+        half = model(**inputs).sample
+        sample.set_strength(model, 1)
+        assert torch.equal(model(**inputs).sample, full)
+    assert min((half - base).abs().max(), (full - half).abs().max()) > 1e-3
+
+
+def test_a_damaged_adapter_is_refused(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Callable[..., Path]
+) -> None:
+    file = exported(previewed(tiny_model, tmp_path / "run"), tiny_spec, write_checkpoint)
+    tensors = safetensors.load_file(file)
+    name = next(iter(tensors))
+    broken = {
+        "cut": file.read_bytes()[:-100],
+        "none": b"not an adapter",
+        "nan": safetensors.save({**tensors, name: tensors[name] * float("nan")}),
+        "other": safetensors.save(
+            {key: tensor[:, :-1].contiguous() for key, tensor in tensors.items()}
+        ),
+        "empty": safetensors.save({}),
+    }
+    for kind, content in broken.items():
+        path = tmp_path / f"{kind}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{kind}\.safetensors cannot be used as an adapter"):
+            sample.read_adapter(path, tiny_spec)
+
+
+def test_images_of_other_settings_are_not_written_over(tmp_path: Path) -> None:
+    first, again, other = (
+        sample.free_output(tmp_path / "samples/a.png", {"prompts": prompts}, given=False)
+        for prompts in (["a cat"], ["a cat"], ["a dog"])
+    )
+    assert (first, again) == (tmp_path / "samples/a.png",) * 2
+    assert other == tmp_path / "samples/a-2.png"
+    with pytest.raises(UserError, match="--output"):
+        sample.free_output(tmp_path / "samples/a.png", {"prompts": ["a dog"]}, given=True)
 
 
 @pytest.mark.parametrize(
