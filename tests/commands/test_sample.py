@@ -363,5 +363,5 @@ def test_the_newest_export_of_the_weights_asked_for_is_chosen(tmp_path: Path, me
 def test_an_output_that_is_no_picture_is_refused() -> None:
     check_format("--output", Path("a.PNG"))
     for name in ("a", "a.txt"):
-        with pytest.raises(UserError, match=rf"--output {name}: no picture format"):
+        with pytest.raises(UserError, match=rf"--output {name}: no image format"):
             check_format("--output", Path(name))
