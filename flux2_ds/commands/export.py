@@ -49,7 +49,7 @@ from flux2_ds.model.adapter_layouts import (
     kohya_tensors,
 )
 from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
-from flux2_ds.model.lora import ADAPTER, exported_settings, lora_config
+from flux2_ds.model.lora import ADAPTER, exported_magnitude, exported_settings, lora_config
 from flux2_ds.model.merge import BaseWeights, dora_scale
 from flux2_ds.model.merge_files import write_bfl_transformer
 from flux2_ds.model.safetensors_file import write_all, write_safetensors
@@ -261,10 +261,13 @@ def stored_adapter(store: TensorStore, recipe: Recipe) -> Adapter:
         linear, found, _ = name.partition(f".lora_A.{ADAPTER}.weight")
         if found:
             magnitude = f"{linear}.lora_magnitude_vector.{ADAPTER}.weight"
+            lora_a = store.tensor(name) * scale
+            lora_b = store.tensor(f"{linear}.lora_B.{ADAPTER}.weight")
+            dora = magnitude in store.shapes
             adapter[linear] = Update(
-                store.tensor(name) * scale,
-                store.tensor(f"{linear}.lora_B.{ADAPTER}.weight"),
-                store.tensor(magnitude) if magnitude in store.shapes else None,
+                lora_a,
+                lora_b,
+                exported_magnitude(store.tensor(magnitude), lora_a, lora_b) if dora else None,
             )
     return adapter
 

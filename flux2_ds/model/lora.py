@@ -15,13 +15,14 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig
 from peft.tuners import lora
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn import functional
 
 from flux2_ds.config.model_spec import Spec, target_modules
 from flux2_ds.config.recipe import Lora
 from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
-from flux2_ds.ops.quantized_linear import QuantizedLinear
+from flux2_ds.ops.quantized_linear import QuantizedLinear, dequantize
 
 ADAPTER = "default"
 
@@ -63,7 +64,8 @@ def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> N
 class LoraLinear(lora.Linear):
     """y = x Wᵀ + s·(x Aᵀ)Bᵀ; with DoRA (arXiv 2402.09353), rows scaled by m / ‖W + s·B·A‖.
 
-    A [r, K], B [N, r] and m [N] are fp32 parameters, cast to x's dtype where they multiply it.
+    A [r, K], B [N, r] and m [N] are fp32 parameters, cast to x's dtype where they multiply it. m starts
+    at the norms of W's rows. A row of zeros has none to scale: it keeps a gain of 1, and m stays 0 there.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -74,8 +76,8 @@ class LoraLinear(lora.Linear):
             base_layer.values, "ds_id"
         )
         if adapter_name in self.lora_magnitude_vector:
-            # B is zero now, so PEFT has just computed the norms of W's rows.
-            norm = self.lora_magnitude_vector[adapter_name].weight.detach().float().clone()
+            norm = _row_norms(base_layer)  # PEFT's own are in W's dtype
+            self.lora_magnitude_vector[adapter_name].weight.data = norm.clone()
             self.register_buffer("base_norm", norm, persistent=False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,8 +89,9 @@ class LoraLinear(lora.Linear):
         lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling, gain = self.scaling[adapter], None
         if adapter in self.lora_magnitude_vector:
-            magnitude = self.lora_magnitude_vector[adapter].weight
-            gain = magnitude / self._weight_norm(lora_a, lora_b, scaling, x.dtype)
+            magnitude, nonzero = self.lora_magnitude_vector[adapter].weight, self.base_norm > 0
+            norm = self._weight_norm(lora_a, lora_b, scaling, x.dtype)
+            gain = torch.where(nonzero, magnitude / torch.where(nonzero, norm, 1.0), 1.0)
         dropped = self.lora_dropout[adapter](x)
         if self._fused and dropped is x:
             scale = self.base_layer.scale
@@ -127,7 +130,14 @@ class LoraLinear(lora.Linear):
         projected = self.base_layer(lora_a.to(dtype)).float().t()
         cross = (projected * lora_b).sum(-1)
         square = ((lora_b @ (lora_a @ lora_a.t())) * lora_b).sum(-1)
-        return (self.base_norm**2 + 2 * scaling * cross + scaling**2 * square).sqrt()
+        return (self.base_norm.float() ** 2 + 2 * scaling * cross + scaling**2 * square).sqrt()
+
+
+def _row_norms(base: nn.Module) -> torch.Tensor:
+    """‖W‖ by rows, [N] fp32, of the weight as it is stored."""
+    with gather_params_ctx(base.parameters()), torch.no_grad():
+        weight = dequantize(base.quantized()) if isinstance(base, QuantizedLinear) else base.weight
+        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
 def _add(base: torch.Tensor, x_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
@@ -139,6 +149,17 @@ def _add(base: torch.Tensor, x_a: torch.Tensor, lora_b: torch.Tensor) -> torch.T
 def exported_name(name: str) -> str:
     """A parameter's name in an adapter file: PEFT's, without the adapter's own name."""
     return name.replace(f".{ADAPTER}.weight", ".weight")
+
+
+def exported_magnitude(
+    magnitude: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> torch.Tensor:
+    """A DoRA's magnitudes [N] for programs that compute m / ‖W + B·A‖ for every row.
+
+    Where W's row is zero m is 0 and the gain in training was 1; ‖B·A‖ gives that gain.
+    """
+    update = ((lora_b @ (lora_a @ lora_a.t())) * lora_b).sum(-1).clamp(min=0).sqrt()
+    return torch.where(magnitude == 0, update, magnitude)
 
 
 def exported_settings(settings: Lora) -> Lora:

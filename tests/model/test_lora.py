@@ -8,8 +8,8 @@ from torch import nn
 
 from flux2_ds.config.recipe import Lora
 from flux2_ds.model import transformer
-from flux2_ds.model.lora import LoraLinear, add_lora, lora_config
-from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.model.lora import LoraLinear, add_lora, exported_magnitude, lora_config
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, dequantize
 
 IN, OUT, RANK, ALPHA = 64, 48, 5, 8
 
@@ -23,8 +23,10 @@ def base(dtype: torch.dtype = torch.float32) -> nn.Linear:
     return linear
 
 
-def adapted(linear: nn.Module, *, ours: bool, dora: bool, dropout: float = 0.0) -> nn.Module:
-    """`linear` with an adapter in the middle of its training: B is not zero, DoRA's m not ‖W‖."""
+def adapted(
+    linear: nn.Module, *, ours: bool, dora: bool, dropout: float = 0.0, begun: bool = True
+) -> nn.Module:
+    """`linear` with an adapter, in the middle of its training if `begun`: B is not zero, m not ‖W‖."""
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=["linear"], use_dora=dora
     )
@@ -35,6 +37,8 @@ def adapted(linear: nn.Module, *, ours: bool, dora: bool, dropout: float = 0.0) 
     with torch.no_grad():
         for seed, parameter in enumerate(trained(layer).values(), start=10):
             parameter.data = parameter.data.float()
+            if not begun:
+                continue
             if parameter.ndim == 1:
                 parameter *= 1 + 0.3 * gaussian(OUT, seed=seed)
             else:
@@ -89,35 +93,75 @@ def test_a_bf16_input_is_computed_in_bf16(dora: bool) -> None:
     assert all(found[name].dtype == torch.float32 for name in trained(layer))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    # Of a bf16 weight PEFT gives ‖W‖ in bf16, whose rounding is up to 1/512.
-    [(torch.float32, 1e-5), (torch.bfloat16, 0.004)],
-)
-def test_the_norms_of_dora(dtype: torch.dtype, tolerance: float) -> None:
-    """‖W + s·B·A‖ by rows, without a matrix of the weight's size."""
-    layer = adapted(base(dtype), ours=True, dora=True)
-    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    scaling = layer.scaling["default"]
-    assert scaling == ALPHA / RANK
-    whole = layer.base_layer.weight.float() + scaling * lora_b @ lora_a
-    expected = torch.linalg.norm(whole, dim=1)
-    found = layer._weight_norm(lora_a, lora_b, scaling, dtype)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
-    assert not found.requires_grad and found.dtype == torch.float32
+EMPTY_ROW = 7
+
+
+def dora_base(mode: str | None, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    """A base with a row of zeros, and W as it is stored, in float64."""
+    linear = base(dtype)
+    linear.weight.data[EMPTY_ROW] = 0
+    if mode is None:
+        return linear, linear.weight.detach().double()
+    quantized = QuantizedLinear(linear.weight, *BASE_WEIGHTS[mode])
+    return quantized, dequantize(quantized.quantized()).double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_dora_is_the_base_exactly(dtype: torch.dtype) -> None:
-    """m is ‖W‖ as the layer itself computes it, so that the gain is one to the last bit."""
-    layer = adapted(base(dtype), ours=True, dora=True)
+@pytest.mark.parametrize("mode", [None, *BASE_WEIGHTS])
+def test_magnitudes_start_at_the_norms_of_w(mode: str | None, dtype: torch.dtype) -> None:
+    """To fp32, whatever W is stored in; so the gain is one, to the last bit, and the base unchanged."""
+    linear, weight = dora_base(mode, dtype)
+    layer = adapted(linear, ours=True, dora=True, begun=False)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    assert magnitude.dtype == torch.float32
+    torch.testing.assert_close(magnitude.double(), weight.norm(dim=1), rtol=1e-6, atol=0)
     with torch.no_grad():
-        layer.lora_B["default"].weight.zero_()
-        layer.lora_magnitude_vector["default"].weight.copy_(layer.base_norm)
         x = gaussian(3, IN, seed=1).to(dtype)
         assert torch.equal(layer(x), layer.base_layer(x))
-    expected = torch.linalg.norm(layer.base_layer.weight.float(), dim=1)
-    torch.testing.assert_close(layer.base_norm, expected, rtol=0.004, atol=0)
+
+
+@pytest.mark.parametrize("mode", [None, *BASE_WEIGHTS])
+def test_dora_is_the_formula_in_float64(mode: str | None) -> None:
+    """y = g ∘ (x Wᵀ + s·(x Aᵀ)Bᵀ), g = m / ‖W + s·B·A‖, whose norm has no gradient; where W's row is
+    zero, g is 1 and m stays 0. Over all bases, with every gradient."""
+    linear, weight = dora_base(mode, torch.float32)
+    layer = adapted(linear, ours=True, dora=True)
+    x = gaussian(2, 7, IN, seed=1).double().requires_grad_()
+    lora_a, lora_b, m = (
+        p.detach().double().requires_grad_()
+        for p in (
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+            layer.lora_magnitude_vector["default"].weight,
+        )
+    )
+    assert m[EMPTY_ROW] == 0 and layer.scaling["default"] == ALPHA / RANK
+    changed = weight + ALPHA / RANK * lora_b @ lora_a
+    gain = torch.where(weight.any(1), m / changed.detach().norm(dim=1), 1.0)
+    y = x @ changed.t() * gain
+    y.backward(gaussian(2, 7, OUT, seed=2).double())
+    expected = {"y": y, "x": x.grad, "A": lora_a.grad, "B": lora_b.grad, "magnitude": m.grad}
+    found = run(layer)
+    tolerance = {None: 2e-6, "nf4": 0.005, "int8": 0.02, "nf4_int8": 0.02}.get(mode, 0.06)
+    for (name, value), (key, wanted) in zip(found.items(), expected.items(), strict=True):
+        assert key in name and value.isfinite().all() and error(value, wanted) < tolerance, name
+    (of_magnitudes,) = (value for name, value in found.items() if "magnitude" in name)
+    assert of_magnitudes[EMPTY_ROW] == 0
+
+
+def test_an_exported_magnitude_gives_other_programs_the_gain_that_was_trained() -> None:
+    """They compute m / ‖W + ΔW‖ for every row, with alpha / rank multiplied into A."""
+    linear, weight = dora_base(None, torch.float32)
+    layer = adapted(linear, ours=True, dora=True)
+    lora_a = layer.lora_A["default"].weight.detach() * ALPHA / RANK
+    lora_b = layer.lora_B["default"].weight.detach()
+    m = layer.lora_magnitude_vector["default"].weight.detach()
+    exported = exported_magnitude(m, lora_a, lora_b)
+    changed = weight + lora_b.double() @ lora_a.double()
+    theirs = gaussian(2, 7, IN, seed=1).double() @ (exported / changed.norm(dim=1) * changed.t())
+    assert error(run(layer)["y"], theirs) < 2e-6
+    live = torch.arange(OUT) != EMPTY_ROW
+    assert torch.equal(exported[live], m[live])
 
 
 @pytest.mark.parametrize("dora", [False, True])
