@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -75,3 +76,15 @@ def _nobody_reads() -> bool:
     for descriptor in gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return bool(gone)
+
+
+def shown(value: str) -> str:
+    """A value as an error repeats it: short, and on one line."""
+    text = value if value.isprintable() else ascii(value)[1:-1]
+    return f"{text[:60]}..." if len(text) > 64 else text or "''"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name what `word` may have been meant to be."""
+    near = difflib.get_close_matches(word[:100], known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""

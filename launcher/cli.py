@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.metadata
 import json
 import os
@@ -19,13 +18,13 @@ from typing import Any, NoReturn
 
 from flux2_ds.config import bench_options
 from flux2_ds.config.model_spec import planned_spec, spec_here
-from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.config.parse import parse_recipe, recipe_lines, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
 from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.dataset import build_order, check_run, read_data
 from flux2_ds.data.index import Index, is_prepared
-from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_root
+from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean, run_root
 from launcher.commands import BENCH, start_commands
 from launcher.doctor import check_zero, examine
 from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
@@ -51,8 +50,7 @@ def run_command(argv: list[str]) -> None:
     elif name in COMMANDS:
         COMMANDS[name][1](arguments)
     else:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        meant = f" Did you mean {near[0]}?" if near else ""
+        meant = did_you_mean(name, COMMANDS)
         raise UserError(
             f"there is no command {name!r}.{meant} The commands: {', '.join(COMMANDS)}."
         )
@@ -314,6 +312,12 @@ def read(
     return recipe, options, own.parse_known_args(argv)[1]
 
 
+def recipes(argv: list[str]) -> None:
+    """List the shipped recipes, which `--config` takes by name."""
+    argparse.ArgumentParser("flux2-ds recipes").parse_args(argv)
+    print("\n".join(recipe_lines()))
+
+
 def run_module(module: str, argv: list[str], **variables: str) -> NoReturn:
     """Become another command, which imports torch; signals and exit code are its own."""
     sys.stdout.flush()  # what is buffered would be lost
@@ -322,6 +326,7 @@ def run_module(module: str, argv: list[str], **variables: str) -> NoReturn:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "recipes": ("list the recipes that come with flux2-ds", recipes),
     "prepare": ("encode photographs and captions into shards", prepare),
     "inspect": (
         "show what will be trained on: prompt, latents, timesteps, targets",

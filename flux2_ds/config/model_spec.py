@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, shown
 
 TEXT_TOKENS = 512
 """Length to which both pipelines pad and truncate the prompt; nothing is trimmed or masked."""
@@ -84,6 +84,17 @@ RELEASED = {
 _DISTILLED = ("black-forest-labs/FLUX.2-klein-9B", "black-forest-labs/FLUX.2-klein-4B")
 
 
+_SIZES = {
+    "num_layers": (8, 0, 1000),
+    "num_single_layers": (48, 0, 1000),
+    "num_attention_heads": (48, 1, 1000),
+    "attention_head_dim": (128, 1, 10_000),
+    "joint_attention_dim": (15360, 1, 1_000_000),
+}
+"""Key of a transformer's config -> its default in Flux2Transformer2DModel, which is dev's (the released dev
+config leaves out guidance_embeds), and what it may be."""
+
+
 def planned_spec(path: str) -> Spec:
     """The dimensions of `model.path`, a directory here or the id of a released model.
 
@@ -136,7 +147,7 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
     pipeline = str(index.get("_class_name"))
     if pipeline not in _PIPELINES:
         raise UserError(
-            f"model.path {directory} holds a {pipeline}; a Flux2Pipeline (dev) or Flux2KleinPipeline "
+            f"model.path {directory} holds a {shown(pipeline)}; a Flux2Pipeline (dev) or Flux2KleinPipeline "
             "(klein) can be trained. Give the directory or hub id of such a model."
         )
     variant, encoder_class = _PIPELINES[pipeline]
@@ -150,23 +161,21 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
     for part, (wanted, found) in expected.items():
         if found != wanted:
             raise UserError(
-                f"{directory}/{part} is a {found}; {pipeline} needs a {wanted}. Download the model "
+                f"{directory}/{part} is a {shown(str(found))}; {pipeline} needs a {wanted}. Download the model "
                 "again or correct model_index.json."
             )
     if index.get("is_distilled") and not allow_distilled:
         raise _distilled(directory)
-    # Keys that a config leaves out have the defaults of Flux2Transformer2DModel, which are dev's; the
-    # released dev config leaves out guidance_embeds.
-    spec = Spec(
-        variant=variant,
-        pipeline=pipeline,
-        double_blocks=config.get("num_layers", 8),
-        single_blocks=config.get("num_single_layers", 48),
-        heads=config.get("num_attention_heads", 48),
-        head_dim=config.get("attention_head_dim", 128),
-        text_width=config.get("joint_attention_dim", 15360),
-        guidance=config.get("guidance_embeds", True),
-    )
+    sizes = [config.get(key, default) for key, (default, _, _) in _SIZES.items()]
+    for size, (key, (_, low, high)) in zip(sizes, _SIZES.items(), strict=True):
+        if type(size) is not int or not low <= size <= high:
+            raise UserError(
+                f"{directory}/transformer/config.json: {key} is {shown(str(size))}, which no FLUX.2 has. "
+                "Download the model again."
+            )
+    double, single, heads, head_dim, text_width = sizes
+    guidance = bool(config.get("guidance_embeds", True))
+    spec = Spec(variant, pipeline, double, single, heads, head_dim, text_width, guidance)
     if spec.guidance != (variant == "dev"):
         raise UserError(
             f"{directory}/transformer/config.json: guidance_embeds is {spec.guidance}, which does "
@@ -188,7 +197,9 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist: model.path must be a model directory in diffusers' layout "
             "(model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}). Download the model again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object. Download the model again.")

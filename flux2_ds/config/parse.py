@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
+import re
 import sys
 from collections.abc import Iterable
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
 
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.errors import UserError
+from flux2_ds.config.settings import settings_of
+from flux2_ds.errors import UserError, did_you_mean, shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -52,8 +55,18 @@ GONE = {"launch.over": "ssh is the one transport"}
 """Settings that there are no more, and why."""
 
 
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 16, 10_000, 100
+"""Of a recipe, whose reading must not take longer than a moment."""
+_SECTIONS = {name.partition(".")[0]: name for name in reversed(settings_of(Recipe)) if "." in name}
+"""Each section, and its first setting."""
+
+
 class RecipeParser(ArgumentParser):
     """A parser whose `--print_config` prints a recipe: the settings that every command takes."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuse in one line, in words that a setting's type has for people."""
+        raise UserError(_in_one_line(message, self))
 
     def dump(self, cfg: Namespace, **options: Any) -> str:
         """The settings in YAML."""
@@ -94,11 +107,13 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
         UserError: a file that is no recipe, or a setting without its value.
     """
     argv = sys.argv[1:] if argv is None else argv
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    for file in map(Path, finder.parse_known_args(argv)[0].config):
-        if file.is_file():  # jsonargparse says if not
-            _check_file(file)
+    for word in argv:
+        if "\0" in word or (not word.isascii() and re.search("[\ud800-\udfff]", word)):
+            raise UserError(f"{shown(word)} has a character that no text may have.")
+    argv = _with_files(argv)
+    for word in argv:
+        if word.startswith("--config="):
+            _check_file(Path(word.removeprefix("--config=")))
     _refuse_renamed(
         (word[2:].partition("=")[0] for word in argv if word[:2] == "--"), "the command line"
     )
@@ -110,7 +125,108 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     return Recipe(**{name: values[name] for name in names}), options
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def _with_files(argv: list[str]) -> list[str]:
+    """Put `--config=FILE` for each `--config NAME`, before all settings, which override it."""
+    files, others, words = [], [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config" and (equals or (value := next(words, ""))):
+            files.append(f"--config={find_recipe(value)}")
+        else:
+            others.append(word)
+    others = [_readable(name, word) for name, word in pairwise(["", *others])]
+    if (
+        not files
+        and not any(word.startswith("--model.path") for word in others)
+        and not ({"-h", "--help"} & set(others))
+    ):
+        raise UserError(
+            f"no recipe: give --config FILE, or a shipped one by its name: {', '.join(shipped_recipes())}."
+        )
+    return files + others
+
+
+def _readable(option: str, word: str) -> str:
+    """`1e3` for a whole number, and one text for a list of them, as jsonargparse reads them."""
+    name, equals, value = word.partition("=") if word.startswith("--") else (option, "", word)
+    setting = settings_of(Recipe).get(name.removeprefix("--"))
+    if setting is None or (word.startswith("--") and not equals):
+        return word
+    if re.fullmatch(r"\d+(\.\d*)?[eE]\d{1,2}", value) and setting.hint in (int, int | None):
+        number = float(value)
+        value = str(int(number)) if number.is_integer() else value
+    elif setting.hint == list[str] and not value.startswith("["):
+        value = json.dumps([value])
+    return f"{name}={value}" if equals else value
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `--config` means: one of the user's, or a shipped one by its name."""
+    if max(len(part.encode()) for part in name.split("/")) > 255 or not name.isprintable():
+        raise UserError(f"--config {shown(name)} is no path.")
+    path, shipped = Path(name).expanduser(), shipped_recipes()
+    if path.is_file():
+        return path
+    if name in shipped:
+        return shipped[name]
+    what = "is a directory" if path.is_dir() else "does not exist"
+    near = did_you_mean(path.stem, shipped)
+    raise UserError(
+        f"--config {shown(name)}: {path.absolute()} {what}. By name there are {', '.join(shipped)}.{near}"
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the project, by name."""
+    return {path.stem: path for path in sorted(shipped_directory("recipes").glob("*.yaml"))}
+
+
+def recipe_lines() -> list[str]:
+    """What each shipped recipe is for: the first sentence of its file."""
+    lines = []
+    for name, path in shipped_recipes().items():
+        comments = takewhile(lambda line: line.startswith("# "), path.read_text().splitlines())
+        text = " ".join(line.removeprefix("# ") for line in comments)
+        lines.append(f"{name:24} {text.partition('. ')[0]}")
+    return [*lines, f"The files are in {shipped_directory('recipes')}."]
+
+
+_WORDS = {
+    "Expected a <class 'int'>": "it must be a whole number",
+    "Expected a <class 'float'>": "it must be a number",
+    "Expected a <class 'bool'>": "it must be true or false",
+    "Expected a <class 'str'>": "it must be text",
+    "Expected a <class 'list'>": "it must be a list",
+    "Expected a <class 'dict'>": "it must be names with values",
+    "Expected a <class 'NoneType'>": "it must be null",
+}
+
+
+def _in_one_line(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message without Python's words, and what may have been meant."""
+    for python, words in _WORDS.items():
+        message = message.replace(python, words)
+    message = re.sub(
+        r"Expected a typing\.Literal\[(.*?)\]",
+        lambda found: f"it must be {found[1].replace(chr(39), '')}",
+        message,
+    )
+    line = " ".join(message.split())
+    value = re.search(r'Parser key "(.*?)":? .*(?:Got|Given) value: (.*)', line)
+    rules = re.findall(r"it must be (.*?)(?= - |\. Got| Given|$)", line)
+    if value and rules:
+        line = f"{value[1]} is {shown(value[2])}; it must be {' or '.join(rules)}."
+        line += did_you_mean(value[2], " ".join(rules).replace(",", "").split())
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    if found := re.search(r"unrecognized arguments: --([\w.]+)", line):
+        line = f"there is no option --{found[1]}.{did_you_mean(f'--{found[1]}', known)}"
+    elif found := re.search(r"(?:Group '(\w+)' does|does) not accept option '([\w.]+)'", line):
+        name = f"{found[1]}.{found[2]}" if found[1] else found[2]
+        line = f"there is no setting {name}.{did_you_mean(name, settings_of(Recipe))}"
+    return line if len(line) < 900 else f"{line[:900]}..."
+
+
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """Read one recipe file, with dotted overrides such as `["--steps=10"]`."""
     parser = recipe_parser("recipe", "")
     return parse_recipe(parser, ["--config", str(path), *(overrides or [])])[0]
@@ -123,7 +239,14 @@ def _check_file(path: Path) -> None:
         UserError: naming the file, and the place.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1).decode("utf-8-sig")
+        if len(text) > _MAX_BYTES:
+            raise UserError(f"{path} has more than {_MAX_BYTES >> 10} KiB. A recipe has some.")
+        depth = max(accumulate(((c in "[{") - (c in "]}") for c in text), initial=0))
+        if depth > _MAX_DEPTH or re.search(rf"([-?:][ \t]+){{{_MAX_DEPTH}}}", text):
+            raise UserError(f"{path} is nested too deep.")
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
     except OSError as error:
@@ -136,25 +259,49 @@ def _check_file(path: Path) -> None:
     if not isinstance(root, yaml.MappingNode):
         what = "is empty" if root is None else "holds no settings"
         raise UserError(f"{path} {what}. A recipe has lines such as `steps: 1000`.")
+    _check_nodes(root, path)
     settings = [(key.value, value) for key, value in root.value]
+    for name, value in settings:
+        if name in _SECTIONS and not isinstance(value, yaml.MappingNode):
+            what = "is empty (null)" if value.tag.endswith(":null") else "is no section"
+            raise UserError(
+                f"{name} {what} ({path}). It holds settings, such as {_SECTIONS[name]}."
+            )
     inside = [
         (name, value.value) for name, value in settings if isinstance(value, yaml.MappingNode)
     ]
     nested = [f"{name}.{key.value}" for name, pairs in inside for key, _ in pairs]
     _refuse_renamed([name for name, _ in settings] + nested, str(path))
-    nodes: list[yaml.Node] = [root]
+
+
+def _check_nodes(root: yaml.Node, path: Path) -> None:
+    """Refuse a name given twice, and aliases that make too much."""
+    nodes, count = [root], 0
     while nodes:
-        node = nodes.pop()
+        node, count = nodes.pop(), count + 1
+        if count > _MAX_VALUES:
+            raise UserError(f"{path} holds more than {_MAX_VALUES} values.")
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if lines.setdefault(str(key.value), line) != line:
+        elif isinstance(node, yaml.ScalarNode):
+            if "\0" in node.value or re.search("[\ud800-\udfff]", node.value):
                 raise UserError(
-                    f"{path} has {key.value} twice, at lines {lines[key.value]} and {line}. Put both into one."
+                    f"{path} has {shown(node.value)}, a character that no text may have."
+                )
+            if node.tag.endswith(":int") and len(node.value) > 100:
+                raise UserError(
+                    f"{path} has {shown(node.value)}, which is no number for a setting."
+                )
+        lines: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(
+                    f"{path} has something else than a name before the colon at line {line}."
+                )
+            if lines.setdefault(key.value, line) != line:
+                raise UserError(
+                    f"{path} has {shown(key.value)} twice, at lines {lines[key.value]} and {line}. Put both into one."
                 )
             nodes.append(value)
 

@@ -78,6 +78,11 @@ KLEIN_ENCODER = MODELS["klein"][1]
         ({"vae": None}, {}, "/vae is a None"),
         ({}, {"_class_name": "FluxTransformer2DModel"}, "/transformer is a FluxTransformer2DModel"),
         ({}, {"guidance_embeds": False}, "guidance_embeds is False"),
+        *(
+            ({}, {"num_layers": wrong}, "num_layers is .*, which no FLUX.2 has")
+            for wrong in (10**9, -1, "8", None, [8], 8.0, True)
+        ),
+        ({}, {"attention_head_dim": 0}, "attention_head_dim is 0"),
         ({"is_distilled": True}, {}, r"model\.allow_distilled: true"),
     ],
 )

@@ -11,10 +11,21 @@ import pytest
 import yaml
 
 from flux2_ds.config import recipe as module
-from flux2_ds.config.parse import GONE, RENAMED, load_recipe, parse_recipe, recipe_parser
+from flux2_ds.config.parse import (
+    GONE,
+    RENAMED,
+    load_recipe,
+    parse_recipe,
+    recipe_lines,
+    recipe_parser,
+    shipped_recipes,
+)
 from flux2_ds.config.recipe import Recipe, recipe_values
 from flux2_ds.errors import UserError
 
+ALIAS_BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (n + 1, n + 1, b", ".join([b"*%c" % n] * 9)) for n in range(97, 105)
+)
 MINIMAL = {
     "run_dir": "runs/a",
     "model": {"path": "models/klein"},
@@ -54,12 +65,12 @@ def descriptions() -> dict[tuple[str, str], str]:
     return found
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a parser says while it ends the process with code 2."""
-    with pytest.raises(SystemExit) as caught:
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
         parse_recipe(recipe_parser("test", ""), list(argv))
-    assert caught.value.code == 2
-    return capsys.readouterr().err
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1000
+    return message
 
 
 def test_the_users_home_stands_for_a_tilde_in_paths_only(tmp_path, monkeypatch):
@@ -97,7 +108,7 @@ def test_a_later_file_overrides_an_earlier_one_and_the_command_line_both(tmp_pat
     first = write_recipe(tmp_path, steps=7, batch={"global_size": 4, "micro_size": 2})
     second = tmp_path / "second.yaml"
     second.write_text("batch: {global_size: 6}\nseed: 1\n")
-    recipe = load_recipe(first, ["--config", str(second), "--seed=2", "--lora.alpha", "4"])
+    recipe = load_recipe(first, ["--seed=2", "--config", str(second), "--lora.alpha", "4"])
     assert (recipe.steps, recipe.seed, recipe.lora.alpha) == (7, 2, 4.0)
     assert (recipe.batch.global_size, recipe.batch.micro_size) == (6, 2)
 
@@ -127,11 +138,15 @@ def test_option_of_a_command_or_of_deepspeeds_launcher_is_not_in_the_recipe(tmp_
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
         ({"data": {"images": "photos"}}, "data.shards"),
         ({"model": {}}, "model.path"),
-        ({"launch": {"accelerator": "tpu"}}, "launch.accelerator"),
+        ({"launch": {"accelerator": "tpu"}}, "launch.accelerator is tpu; it must be cuda, cpu"),
+        ({"steps": 1.5}, "steps is 1.5; it must be a whole number"),
+        ({"method": "loar"}, "Did you mean lora?"),
+        ({"lora": {"rnak": 3}}, "Did you mean lora.rank?"),
+        ({"data": 3}, "data is no section"),
     ],
 )
-def test_wrong_file_is_refused_by_name(tmp_path, capsys, changes, named):
-    assert named in refused(capsys, "--config", str(write_recipe(tmp_path, **changes)))
+def test_wrong_file_is_refused_by_name(tmp_path, changes, named):
+    assert named in refused("--config", str(write_recipe(tmp_path, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -140,28 +155,37 @@ def test_wrong_file_is_refused_by_name(tmp_path, capsys, changes, named):
         ("--lora.rnak=3", "lora.rnak"),
         ("--lora.rank=many", "lora.rank"),
         ("--optimizer.schedule=step", "optimizer.schedule"),
-        ("--accept_changes=perhaps", "accept_changes"),
+        ("--accept_changes=perhaps", "accept_changes is perhaps; it must be true or false"),
+        ("--lora.rnak=3", "no option --lora.rnak. Did you mean --lora.rank?"),
+        ("--run_dir=a\udc80", "a character that no text may have"),
     ],
 )
-def test_wrong_override_is_refused_by_name(tmp_path, capsys, override, named):
-    message = refused(capsys, "--config", str(write_recipe(tmp_path)), override)
-    assert named in message.split("error:")[1]
+def test_wrong_override_is_refused_by_name(tmp_path, override, named):
+    message = refused("--config", str(write_recipe(tmp_path)), override)
+    assert named in message
 
 
-def test_missing_file_is_named(tmp_path, capsys):
+def test_missing_file_is_named(tmp_path):
     path = tmp_path / "broken.yaml"
-    assert str(path) in refused(capsys, "--config", str(path)).split("error:")[1]
+    assert str(path) in refused("--config", str(path))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"steps: 3\nmodel: {path: [", r"is no YAML at line 2"),
+        (b"steps: 3\nmodel: {path: [", r"is no YAML at line [23]"),
         (b"text", "holds no settings"),
         (b"[]", "holds no settings"),
         (b"# steps: 3\n", "is empty"),
         ("name: für".encode("latin-1"), "is not UTF-8"),
         (b"steps: \0", "is no YAML"),
+        (b'run_dir: "a\\0"', "has a.x00, a character that no text may have"),
+        (b"steps: " + 5000 * b"9", r"has 9+\.\.\., which is no number"),
+        (b"a: " + 101 * b"[", "is nested too deep"),
+        (101 * b"- ", "is nested too deep"),
+        (b"a: &a [1, *a]", "holds more than"),
+        (ALIAS_BOMB, "holds more than 10000 values"),
+        (b"#" * 70_000, "has more than 64 KiB"),
         (b"lora: {rank: 3}\nsteps: 4\nlora: {alpha: 3}\n", "has lora twice, at lines 1 and 3"),
         (b"data:\n  images: a\n  shards: b\n  images: c\n", "has images twice, at lines 2 and 4"),
     ],
@@ -171,6 +195,26 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"broken\.yaml {message}"):
         load_recipe(write_recipe(tmp_path), [f"--config={path}"])
+
+
+def test_recipes_by_name_and_what_is_said_without_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("h100x8").run_dir == "runs/h100x8"
+    (tmp_path / "h100x8").write_text("run_dir: mine\n")
+    assert load_recipe("h100x1", ["--config=h100x8"]).run_dir == "mine"
+    message = refused("--config", "recipes/h100x4.yaml")
+    assert f"{tmp_path}/recipes/h100x4.yaml does not exist" in message
+    assert "Did you mean h100x8?" in message
+    assert all(name in refused() for name in ("give --config", *shipped_recipes()))
+    assert len(recipe_lines()) == len(shipped_recipes()) + 1
+
+
+def test_a_whole_number_may_have_an_exponent_and_a_list_be_one_text(tmp_path):
+    path = write_recipe(tmp_path)
+    words = ["--steps", "1e3", "--preview.prompts", "a cat: asleep", "--log.every=2e1"]
+    recipe = load_recipe(path, words)
+    assert (recipe.steps, recipe.log.every) == (1000, 20)
+    assert recipe.preview.prompts == ["a cat: asleep"]
 
 
 @pytest.mark.parametrize("name", ["steps", "lora", "lora.rank", "optimizer.schedule", "log.every"])
