@@ -35,7 +35,7 @@ from launcher.supervise import Job, Stopper, prepare_job, run, supervise, train_
 
 
 def main() -> None:
-    """Entry point of `flux2-ds` and `python -m launcher`."""
+    """Run the command of the arguments."""
     run_root(lambda: run_command(sys.argv[1:]))
 
 

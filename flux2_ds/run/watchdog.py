@@ -13,11 +13,13 @@ process's own, by its monotonic clock: no host's time of day takes part in them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -34,6 +36,7 @@ from flux2_ds.run.logging import open_log
 
 log = logging.getLogger("flux2_ds")
 
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 FAILURE_NAME = "failure.json"
 _POLL = 1.0  # s between looks at the others
 _BEAT = 5.0  # s between writes of the own heartbeat, sooner when the step has changed
@@ -131,6 +134,14 @@ def this_start() -> str:
     return " ".join(environment.get(name, "") for name in names)
 
 
+def end_with_deepspeed() -> None:
+    """Have the kernel kill this process when DeepSpeed's launcher, which started it, is killed: a rank that
+    nobody supervises holds its GPU and the run directory. Under `flux2-ds` the reaper does so, too."""
+    with contextlib.suppress(OSError):
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Watchdog:
     """This rank's heartbeat, and its eye on the others; a context around all that may fail.
 
@@ -161,6 +172,7 @@ class Watchdog:
         self._console = keep_output(self._log(rank), rank)
 
     def __enter__(self) -> Watchdog:
+        end_with_deepspeed()
         self._write()
         threading.Thread(target=self._watch, daemon=True).start()
         return self

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,25 @@ def test_unknown_command_is_named_with_what_was_meant(monkeypatch, capsys):
     assert "bench-data, tiny" in error
     assert call(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"flux2-ds {importlib.metadata.version('flux2-ds')}\n"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
+def test_ctrl_c_is_one_line_at_any_moment(recipe, delay):
+    program = f"import sys; from launcher.__main__ import main\nsys.argv = ['flux2-ds', 'plan', '--config', {recipe!r}]\n"
+    started = subprocess.Popen(
+        [sys.executable, "-c", f"{program}print('in', flush=True)\nmain()"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert started.stdout is not None
+    while started.stdout.readline() != "in\n":
+        pass
+    time.sleep(delay)
+    started.send_signal(signal.SIGINT)
+    _, error = started.communicate(timeout=30)
+    assert (started.returncode, error) in ((-signal.SIGINT, "interrupted\n"), (0, ""))
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["plan", "--config", "cats.yaml"]])

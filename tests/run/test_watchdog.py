@@ -9,11 +9,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flux2_ds.run import watchdog
 from flux2_ds.run.watchdog import Failure, Heartbeat, diagnose, first_failure, forget
 
+ROOT = Path(watchdog.__file__).parents[2]
 PROCESS = """\
 import sys, time
 from pathlib import Path
@@ -244,3 +246,21 @@ def test_an_earlier_start_is_forgotten(tmp_path):
     assert first_failure(tmp_path) == old
     forget(tmp_path, 1)
     assert {path.name for path in tmp_path.iterdir()} == {"rank_0.json", "rank_0.log"}
+
+
+@pytest.mark.parametrize(("name", "ends"), [("deepspeed.launcher.launch", True), ("sh", False)])
+def test_a_rank_goes_with_deepspeeds_launcher_but_not_with_a_shell(tmp_path, name, ends):
+    rank = (
+        "import sys, time; from pathlib import Path; from flux2_ds.run.watchdog import Watchdog\n"
+        "with Watchdog(Path(sys.argv[1]), 0, 1, hang_timeout_s=0):\n    time.sleep(4)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[2:]])"
+    launcher = subprocess.Popen([sys.executable, "-c", parent, name, rank, str(tmp_path)], cwd=ROOT)
+    while not (tmp_path / "rank_0.json").exists():
+        time.sleep(0.05)
+    pid = json.loads((tmp_path / "rank_0.json").read_text())["pid"]
+    launcher.kill()
+    launcher.wait()
+    time.sleep(1)
+    alive = psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    assert alive != ends
