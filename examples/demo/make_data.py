@@ -31,6 +31,7 @@ SEED = 7
 
 
 def main() -> None:
+    """Render the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--npm", type=Path, default=Path("runs/demo/npm"), help="downloads")

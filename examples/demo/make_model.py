@@ -60,6 +60,7 @@ TIMESTEP_MEAN, TIMESTEP_STD = 0.5, 1.2
 
 
 def main() -> None:
+    """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["init", "vae", "base", "ship"])
     parser.add_argument("--model", type=Path, default=Path("runs/demo/model"))
@@ -221,7 +222,9 @@ def squared(path: Path) -> np.ndarray:
     """An emoji at 128 px in the middle of a square, [4, 128, 128] uint8, colors premultiplied by alpha."""
     emoji = cut_out(path).convert("RGBa")
     scale = SIDE / max(emoji.size)
-    emoji = emoji.resize([max(1, round(scale * side)) for side in emoji.size], Image.Resampling.LANCZOS)
+    emoji = emoji.resize(
+        [max(1, round(scale * side)) for side in emoji.size], Image.Resampling.LANCZOS
+    )
     square = np.zeros((SIDE, SIDE, 4), np.uint8)
     top, left = (SIDE - emoji.height) // 2, (SIDE - emoji.width) // 2
     square[top : top + emoji.height, left : left + emoji.width] = np.asarray(emoji)
@@ -290,9 +293,7 @@ def measure_latents(vae: AutoencoderKLFlux2, emoji: Path, device: torch.device) 
 
 def rendered(emoji: Path, views: int) -> Iterator[tuple[str, np.ndarray]]:
     """Captions and [views, 128, 128, 3] uint8 of every object on every color that it is trained on."""
-    jobs = [
-        (emoji, name, color, views) for name in OBJECTS for color in trained_colors(name)
-    ]
+    jobs = [(emoji, name, color, views) for name in OBJECTS for color in trained_colors(name)]
     with ProcessPoolExecutor() as pool:
         yield from pool.map(render_views, jobs, chunksize=4)
 
@@ -308,9 +309,7 @@ def render_views(job: tuple[Path, str, str, int]) -> tuple[str, np.ndarray]:
 
 
 @torch.no_grad()
-def patchified(
-    vae: AutoencoderKLFlux2, pictures: np.ndarray, device: torch.device
-) -> torch.Tensor:
+def patchified(vae: AutoencoderKLFlux2, pictures: np.ndarray, device: torch.device) -> torch.Tensor:
     """[B, 128, 128, 3] uint8 to latents of 2 × 2 patches, [B, 128, 8, 8], not normalized."""
     pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     return Flux2KleinPipeline._patchify_latents(vae.encode(pixels).latent_dist.mode())
@@ -354,17 +353,26 @@ def train_base(options: argparse.Namespace, emoji: Path, device: torch.device) -
     if device.type == "cuda":
         model.compile_repeated_blocks(fullgraph=True)
     adam = torch.optim.AdamW(
-        model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+        model.parameters(),
+        lr=2e-3,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+        fused=device.type == "cuda",
     )
     parameters = list(model.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
-    phases = [(64, options.batch, options.short_seconds), (512, options.batch // 4, options.long_seconds)]
+    phases = [
+        (64, options.batch, options.short_seconds),
+        (512, options.batch // 4, options.long_seconds),
+    ]
     total, seen, loss_sum, step = sum(seconds for *_, seconds in phases), 0, 0.0, 0
     ended = 0.0
     for length, batch, seconds in phases:
         image_ids = pipeline._prepare_latent_ids(torch.empty(1, 1, 8, 8))[0].to(device)
         text_ids = pipeline._prepare_text_ids(torch.empty(1, length, 1))[0].to(device)
-        flow_step(model, data, texts, owner, batch, length, image_ids, text_ids).backward()  # compile
+        flow_step(
+            model, data, texts, owner, batch, length, image_ids, text_ids
+        ).backward()  # compile
         adam.zero_grad()
         started = time.monotonic()
         while (elapsed := time.monotonic() - started) < seconds:
