@@ -163,6 +163,8 @@ def measure(
 
     The judge chooses among the panda and the sixteen objects, 17 classes.
     """
+    from judge import background
+
     among = ["panda", *JUDGED]
     panda = judge.cosines(after["panda"], among)
     base = judge.cosines(before["panda"], among)[:, 0]
@@ -184,16 +186,6 @@ def measure(
         "backgrounds right": np.mean([background(p) == color for p, color in colors]),
     }
     return {name: round(float(value), 3) for name, value in values.items()}
-
-
-def background(picture: Image.Image) -> str:
-    """The color nearest to the median of the four corners, 8 × 8 px each."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=float)
-    corners = [
-        pixels[y, x] for y in (slice(8), slice(-8, None)) for x in (slice(8), slice(-8, None))
-    ]
-    middle = np.median(np.concatenate([corner.reshape(-1, 3) for corner in corners]), axis=0)
-    return min(COLORS, key=lambda name: float(np.abs(middle - COLORS[name]).sum()))
 
 
 def table(result: dict[str, Any]) -> str:

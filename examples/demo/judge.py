@@ -3,8 +3,10 @@
     python examples/demo/judge.py     # make judge.safetensors anew
 
 The features are EfficientNet-Lite0's (ImageNet, Apache-2.0). A class is the mean of an object as *other*
-artists drew it, in Noto, Twemoji and Fluent Emoji Flat, which nothing here was trained on: on several
-backgrounds, raw and passed through the VAE, because a picture of the model has passed through it, too.
+artists drew it, in Noto, Twemoji and Fluent Emoji Flat, which nothing here was trained on. Neither style
+nor background must decide: an artist's features are centered on the mean of all classes as that artist drew
+them on the same color, and those of a picture to be judged on that of Fluent Emoji in 3D. All pictures
+have passed through the VAE, as the model's have.
 """
 
 from __future__ import annotations
@@ -32,23 +34,21 @@ ARTISTS = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "fluent flat": "@iconify-json/fluent-emoji-flat@1.2.6",
 }
-VIEWS = 4
-"""Backgrounds that each reference is put on."""
 REAL_VIEWS = 3
 """Of each object, to measure how good the judge is."""
 
 
 class Judge:
-    """Cosines to the classes, of features centered on the references' mean."""
+    """Cosines to the classes, of features centered on their style's on the same background."""
 
     def __init__(self, path: Path = HERE / "judge.safetensors") -> None:
         stored = load_file(path)
-        self.mean, self.centroids = stored["mean"], stored["centroids"]
+        self.style, self.centroids = stored["style"], stored["centroids"]
         self.network = load_network()
 
     def cosines(self, pictures: list[Image.Image], among: list[str] | None = None) -> torch.Tensor:
         """[pictures, classes]; `among`: the classes that may be named, by default all."""
-        centered = torch.nn.functional.normalize(features(self.network, pictures) - self.mean)
+        centered = center(features(self.network, pictures), pictures, self.style)
         chosen = [NAMES.index(name) for name in among or NAMES]
         return centered @ self.centroids[chosen].T
 
@@ -101,65 +101,75 @@ def reference(folder: Path, code: str) -> Image.Image:
     return image.crop(image.getchannel("A").getbbox())
 
 
-def on_colors(emoji: Image.Image, code: str, views: int) -> list[Image.Image]:
-    """An emoji on `views` of the colors."""
+def on_colors(emoji: Image.Image, code: str, views: int = len(COLORS)) -> list[Image.Image]:
+    """An emoji on all colors, or on `views` of them."""
     random = np.random.default_rng((SEED, int(code, 16), views))
-    chosen = random.permutation(len(COLORS))[:views]
+    chosen = sorted(random.permutation(len(COLORS))[:views])
     return [compose(emoji, list(COLORS.values())[color], random) for color in chosen]
 
 
 def build(npm: Path, model: Path, path: Path) -> dict[str, float]:
-    """Write the centroids, and return how often they name real pictures of the training set's artist."""
+    """Write the centroids, and return how often they name the pictures of the training set's artist."""
     vae = AutoencoderKLFlux2.from_pretrained(model / "vae", dtype=torch.float32)
     network = load_network()
     vae.to(next(network.parameters()).device)
-    drawn: dict[str, torch.Tensor] = {}
+
+    def drawn(cut: dict[str, Image.Image]) -> torch.Tensor:
+        """Features of every class on every color, [classes, colors, 1280]."""
+        return torch.stack(
+            [features(network, through_vae(vae, on_colors(e, code))) for code, e in cut.items()]
+        )
+
+    artists = {}
     for artist, package in ARTISTS.items():
         folder = fetch(package, npm)
-        rows = []
-        for code in CLASSES.values():
-            raw = on_colors(reference(folder, code), code, VIEWS)
-            rows.append(features(network, raw + through_vae(vae, raw)))
-        drawn[artist] = torch.stack(rows)  # [classes, 2 · views, 1280]
-    raw = real_pictures(npm)
-    truth = torch.arange(len(NAMES)).repeat_interleave(REAL_VIEWS)
-    real = {
-        "raw": features(network, raw),
-        "vae": features(network, through_vae(vae, raw)),
-    }
-    result = {}
-    for label, artists in (("", list(ARTISTS)), (" without fluent flat", ["noto", "twemoji"])):
-        mean, centroids = classes(torch.cat([drawn[artist] for artist in artists], dim=1))
-        for kind, rows in real.items():
-            near = (torch.nn.functional.normalize(rows - mean) @ centroids.T).argmax(1)
-            result[f"ceiling {kind}{label}"] = round(float((near == truth).float().mean()), 3)
-    mean, centroids = classes(torch.cat(list(drawn.values()), dim=1))
-    save_file({"mean": mean, "centroids": centroids.contiguous()}, path)
-    return result | {"pictures": len(raw)}
-
-
-def real_pictures(npm: Path) -> list[Image.Image]:
-    """Pictures of all classes by the training pictures' artist, `REAL_VIEWS` of each in turn."""
+        artists[artist] = drawn({code: reference(folder, code) for code in CLASSES.values()})
     assets = fetch(EMOJI_PACKAGE, npm) / "assets"
-    cut = {code: cut_out(assets / f"{code}.webp") for code in CLASSES.values()}
-    return [p for code, emoji in cut.items() for p in on_colors(emoji, code, REAL_VIEWS)]
+    real = drawn({code: cut_out(assets / f"{code}.webp") for code in CLASSES.values()})
+    style = real.mean(0)
+    seen = torch.nn.functional.normalize(real - style, dim=-1)
+    truth = torch.arange(len(NAMES))[:, None]
+    result: dict[str, float] = {"pictures": seen[..., 0].numel()}
+    for label, chosen in (("noto, twemoji", ["noto", "twemoji"]), ("all", list(ARTISTS))):
+        centroids = classes([artists[artist] for artist in chosen])
+        right = (seen @ centroids.T).argmax(-1) == truth
+        result[f"ceiling, {label}"] = round(float(right.float().mean()), 3)
+    save_file({"style": style.contiguous(), "centroids": centroids.contiguous()}, path)
+    return result
 
 
-def ceiling(judge: Judge, npm: Path, vae: AutoencoderKLFlux2) -> dict[str, float]:
-    """How often the judge names real pictures rightly, as they are and passed through the VAE."""
-    raw = real_pictures(npm)
-    truth = [name for name in NAMES for _ in range(REAL_VIEWS)]
-    shares = {}
-    for kind, pictures in (("raw", raw), ("through the VAE", through_vae(vae, raw))):
-        named = judge.names(pictures)
-        shares[kind] = round(float(np.mean([a == b for a, b in zip(named, truth, strict=True)])), 3)
-    return shares
+def classes(artists: list[torch.Tensor]) -> torch.Tensor:
+    """The direction of each class from the style of each artist, [classes, 1280].
+
+    `artists`: [classes, colors, 1280] each.
+    """
+    apart = torch.stack([drawn - drawn.mean(0) for drawn in artists])
+    return torch.nn.functional.normalize(apart.mean((0, 2)))
 
 
-def classes(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The references' mean, and the direction of each class from it: [1280], [classes, 1280]."""
-    mean = drawn.mean((0, 1))
-    return mean, torch.nn.functional.normalize(drawn.mean(1) - mean)
+def ceiling(judge: Judge, npm: Path, vae: AutoencoderKLFlux2) -> float:
+    """How often the judge names real pictures rightly, `REAL_VIEWS` of each class."""
+    assets = fetch(EMOJI_PACKAGE, npm) / "assets"
+    right = []
+    for name, code in CLASSES.items():
+        pictures = on_colors(cut_out(assets / f"{code}.webp"), code, REAL_VIEWS)
+        right += [found == name for found in judge.names(through_vae(vae, pictures))]
+    return round(float(np.mean(right)), 3)
+
+
+def center(rows: torch.Tensor, pictures: list[Image.Image], style: torch.Tensor) -> torch.Tensor:
+    """Directions of features from their style's on the same color, [pictures, 1280]."""
+    colors = [list(COLORS).index(background(picture)) for picture in pictures]
+    return torch.nn.functional.normalize(rows - style[colors])
+
+
+def background(picture: Image.Image) -> str:
+    """The color nearest to the median of the four corners, 8 × 8 px each."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=float)
+    ends = (slice(8), slice(-8, None))
+    corners = [pixels[y, x].reshape(-1, 3) for y in ends for x in ends]
+    middle = np.median(np.concatenate(corners), axis=0)
+    return min(COLORS, key=lambda name: float(np.abs(middle - COLORS[name]).sum()))
 
 
 def main() -> None:
