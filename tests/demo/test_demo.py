@@ -31,17 +31,19 @@ def test_base_model_draws_its_objects_and_no_panda(result: dict[str, Any]) -> No
     assert base["objects named"] >= 0.8
     assert base["backgrounds right"] >= 0.9
     assert base["panda named"] <= 0.1
+    assert base["panda rank"] >= 10
 
 
 @pytest.mark.parametrize("variant", ["pandas alone", "pandas and prior pictures"])
 def test_adapter_draws_pandas(result: dict[str, Any], variant: str) -> None:
     (adapter,) = result["adapters"][variant]
     assert adapter["pairs won"] >= 0.85
-    assert adapter["mean gain"] >= 0.1
+    assert adapter["mean gain"] >= 0.15
+    assert adapter["panda rank"] <= 6
+    assert adapter["objects named panda"] <= 0.15
     assert adapter["backgrounds right"] >= 0.9
 
 
 def test_prior_pictures_preserve_the_objects(result: dict[str, Any]) -> None:
     (adapter,) = result["adapters"]["pandas and prior pictures"]
     assert adapter["objects named"] >= result["base"]["objects named"] - 0.2
-    assert adapter["objects named panda"] <= 0.15
