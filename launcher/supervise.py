@@ -318,7 +318,7 @@ def _judge(job: Job, code: int, failure: Failure | None, *, shared: bool) -> int
 def what_ended(code: int, logs: Path | None = None) -> str:
     """Say what a command's exit code means of whose failure no rank has left a record."""
     # 256 - N comes from DeepSpeed's launcher, which saw a rank end by signal N; 128 + N from the reaper.
-    of_rank = code > 192
+    of_rank = 192 < code < _EXIT_SSH
     number = 256 - code if of_rank else code - 128
     if number not in {*signal.Signals}:
         return f"code {code}, without a record of it" + (f"; the logs: {logs}" if logs else "")

@@ -269,6 +269,20 @@ def test_restarts_are_counted_from_the_last_progress(start, tmp_path, plan, rest
     assert (code, len(list(tmp_path.glob("up.*")))) == expected, job.out()
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (247, "a rank: killed by SIGKILL (out of memory? see dmesg)"),
+        (245, "a rank: killed by SIGSEGV"),
+        (137, "DeepSpeed's launcher: killed by SIGKILL (out of memory? see dmesg)"),
+        (255, "code 255, without a record of it"),  # ssh's
+        (3, "code 3, without a record of it"),
+    ],
+)
+def test_an_exit_code_is_put_into_words(code, said):
+    assert supervise.what_ended(code) == said
+
+
 @pytest.fixture
 def stopper(tmp_path: Path) -> Stopper:
     """Without its handlers, which are for the whole process."""
