@@ -25,6 +25,7 @@ pytestmark = [
 def moved_share(folder: Path, method: str, precision: str, accelerator: str = "cuda") -> float:
     """Train 50 steps at a learning rate of 1e-4; the share of the trained elements that changed."""
     settings = ["--model.path", str(folder / "model"), "--data.shards", str(folder / "shards"),
+                "--data.images", "examples/photos", "--data.resolution", "160",
                 "--run_dir", str(folder / method), "--method", method, "--precision", precision,
                 "--steps", "50", "--lora.rank", "4", "--optimizer.learning_rate", "1e-4",
                 "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0",

@@ -44,6 +44,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("train")
     settings = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(folder / "model"),
                 "--data.shards", str(folder / "shards"), "--data.validation_fraction", "0.2",
+                "--data.images", "examples/photos", "--data.resolution", "160",
                 "--validation.every", "3", "--checkpoint.every", "6", "--log.every", "1",
                 "--log.wandb", "disabled", "--launch.processes", "1"]  # fmt: skip
     run("launcher", "tiny", "--variant", "klein", "--out", str(folder / "model"))
