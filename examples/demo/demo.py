@@ -91,7 +91,7 @@ def train(recipe: str, seed: int, out: Path) -> Path:
         print(f"$ flux2-ds {command} {' '.join(arguments)}", flush=True)
         program = Path(sys.executable).with_name("flux2-ds")
         subprocess.run([program, command, *arguments], check=True)
-    return sorted((run / "export").glob("*.safetensors"))[-1]
+    return sorted((run / "export").glob("*-diffusers.safetensors"))[-1]
 
 
 def panda_colors() -> list[str]:
