@@ -40,11 +40,13 @@ _OWNED_BY_RECIPE = {
     "activation_checkpointing": "activation_checkpointing",
     "wandb": "log.wandb",
 }
-_SIZES = (
-    *("reduce_bucket_size", "sub_group_size", "stage3_max_live_parameters"),
-    "stage3_param_persistence_threshold",
-)
-"""Numbers of zero_optimization that the memory plan reads."""
+_SIZES = {
+    "reduce_bucket_size": 1,
+    "sub_group_size": 1,
+    "stage3_max_live_parameters": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+"""Numbers of zero_optimization that the memory plan reads -> the least that each may be."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -117,6 +119,7 @@ def _problems(config: Any) -> Iterator[str]:
             yield f"is wrong: {key} is {value!r}, which is no value for it."
     if '"auto"' in json.dumps(config):
         yield 'uses "auto"; write the value.'
-    for key in _SIZES:
-        if key in zero and not (isinstance(zero[key], int | float) and 1 <= zero[key] < 1e18):
-            yield f"is wrong: zero_optimization.{key} is {zero[key]!r}; it must be a number of at least 1."
+    for key, least in _SIZES.items():
+        value = zero.get(key, least)
+        if not (isinstance(value, int | float) and least <= value < 1e18):
+            yield f"is wrong: zero_optimization.{key} is {value!r}; it must be a number of at least {least}."

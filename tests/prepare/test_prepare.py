@@ -547,7 +547,7 @@ def test_a_full_disk_is_said_and_survived(model, photos, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(UserError, match=r"needs \d\.\d\d GB more.* has 0\.00 GB free"):
+        with pytest.raises(UserError, match=r"needs at least \d\.\d\d GB more.* has 0\.00 GB free"):
             run(recipe)
 
     class FullFile(io.FileIO):

@@ -227,7 +227,10 @@ def test_a_refused_start_leaves_the_run_directory_as_it_was(
     start(recipe)
     save(write_checkpoint, recipe, 10)
     written = {path: path.read_text() for path in (tmp_path / "run").glob("*.*")}
-    assert {path.name for path in written} == {"recipe.yaml", "deepspeed.json", "versions.json"}
+    assert {path.name for path in written} == {
+        *("recipe.yaml", "deepspeed.json", "versions.json"),
+        "report.html",
+    }
     changed = recipe_for(tmp_path, lora=Lora(rank=8), accept_changes=True)
     train.build_engine().state.load.side_effect = UserError("does not fit")  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="does not fit"):
