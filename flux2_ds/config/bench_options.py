@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--profile",
         type=str,
         default=None,
-        help="Write a trace of the first process here; list its costliest kernels.",
+        help="Write a trace of rank 0 here; list its costliest kernels.",
     )
     add("--json", action="store_true", help="Print one JSON object.")
 

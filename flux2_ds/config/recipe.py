@@ -333,7 +333,7 @@ class Recipe:
     """Share of the blocks that recompute their activations in the backward pass, 0..1: less memory,
     slower. `none` is 0, `full` is 1, `auto` as few as the card has room for (on the CPU: none)."""
     offload_activations: Annotated[bool, MAY_CHANGE] = False
-    """Keep what the blocks that recompute need, their inputs, in page-locked host memory until the
+    """Keep what the blocks that recompute need, their inputs, in pinned host memory until the
     backward pass: less memory on the card, for larger pictures and micro-batches."""
     deepspeed: Annotated[str | dict[str, Any], PATH, MAY_CHANGE] = "zero2"
     """DeepSpeed config: the name of a shipped file (zero0, zero1, zero2, zero2_offload, zero3,
