@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup check test test-multinode test-gpu smoke-test demo test-demo clean
+.PHONY: help setup check test test-fast test-multinode test-gpu smoke-test demo test-demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,10 @@ check: $(INSTALLED) ## formatting, lint, types and layering
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layering.py
+
+test-fast: $(INSTALLED) ## layering, config, checkpoint, data and the loop: for every edit
+	$(OFFLINE) $(BIN)/pytest -q tests/test_layering.py tests/config tests/checkpoint tests/data tests/training/test_cadence.py \
+		tests/training/test_loop.py
 
 test: $(INSTALLED) ## all tests that need no GPU
 	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode and not demo'
