@@ -146,11 +146,6 @@ def _add(base: torch.Tensor, x_a: torch.Tensor, lora_b: torch.Tensor) -> torch.T
     return rows.view_as(base)
 
 
-def exported_name(name: str) -> str:
-    """A parameter's name in an adapter file: PEFT's, without the adapter's own name."""
-    return name.replace(f".{ADAPTER}.weight", ".weight")
-
-
 def exported_magnitude(
     magnitude: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> torch.Tensor:

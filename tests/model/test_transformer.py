@@ -9,7 +9,7 @@ from torch import nn
 from flux2_ds.config.model_spec import Spec, target_modules
 from flux2_ds.config.recipe import Lora
 from flux2_ds.model import transformer
-from flux2_ds.model.lora import add_lora, exported_name, lora_config
+from flux2_ds.model.lora import add_lora, lora_config
 
 
 def inputs(spec: Spec, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | None]:
@@ -160,11 +160,3 @@ def test_what_overflows_fp16_is_clamped() -> None:
             assert model(**inputs(spec)).sample.isfinite().all()
         largest[dtype] = outputs[0].abs().max()
     assert largest[torch.float32] > 65504 == largest[torch.float16]
-
-
-def test_exported_names_are_those_of_peft() -> None:
-    assert exported_name("blocks.0.to_q.lora_A.default.weight") == "blocks.0.to_q.lora_A.weight"
-    assert (
-        exported_name("blocks.0.to_q.lora_magnitude_vector.default.weight")
-        == "blocks.0.to_q.lora_magnitude_vector.weight"
-    )
