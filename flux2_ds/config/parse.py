@@ -53,6 +53,14 @@ RENAMED = {
 """Settings that had another name once."""
 GONE = {"launch.over": "ssh is the one transport"}
 """Settings that there are no more, and why."""
+RENAMED_RECIPES = {
+    "rtx4090": "gpu24gb-dev",
+    "rtx4090-zero3-offload": "gpu24gb-dev-bf16",
+    "rtx4090-klein9b": "gpu24gb-klein9b",
+    "rtx4090-klein4b": "gpu24gb-klein4b",
+    "rtx4090-klein4b-full": "gpu24gb-klein4b-full",
+}
+"""Shipped recipes that had another name once."""
 
 
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 16, 10_000, 100
@@ -169,6 +177,8 @@ def find_recipe(name: str) -> Path:
         return path
     if name in shipped:
         return shipped[name]
+    if path.stem in RENAMED_RECIPES:
+        raise UserError(f"--config {name} is called {RENAMED_RECIPES[path.stem]} now.")
     what = "is a directory" if path.is_dir() else "does not exist"
     near = did_you_mean(path.stem, shipped)
     raise UserError(

@@ -14,6 +14,7 @@ from flux2_ds.config import recipe as module
 from flux2_ds.config.parse import (
     GONE,
     RENAMED,
+    RENAMED_RECIPES,
     load_recipe,
     parse_recipe,
     recipe_lines,
@@ -207,6 +208,10 @@ def test_recipes_by_name_and_what_is_said_without_one(tmp_path, monkeypatch):
     assert "Did you mean h100x8?" in message
     assert all(name in refused() for name in ("give --config", *shipped_recipes()))
     assert len(recipe_lines()) == len(shipped_recipes()) + 1
+    assert RENAMED_RECIPES.keys().isdisjoint(shipped_recipes())
+    for old, new in RENAMED_RECIPES.items():
+        message = refused("--config", f"recipes/{old}.yaml")
+        assert f"is called {new} now" in message and new in shipped_recipes()
 
 
 def test_a_whole_number_may_have_an_exponent_and_a_list_be_one_text(tmp_path):

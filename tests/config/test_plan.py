@@ -392,7 +392,7 @@ def processes_of(path: Path, recipe: Recipe) -> int:
     """Processes on all machines that a shipped recipe is for, by its settings or its name."""
     if recipe.launch.processes is not None:
         return recipe.launch.processes
-    for pattern, processes in ((r"x1\b|rtx", 1), ("multinode|x16", 16), ("x8", 8)):
+    for pattern, processes in ((r"x1\b|gpu\d+gb", 1), ("multinode|x16", 16), ("x8", 8)):
         if re.search(pattern, path.stem):
             return processes
     raise AssertionError(f"{path.name} does not say in its name how many processes it is for")
