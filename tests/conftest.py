@@ -1,5 +1,6 @@
 """One thread, Ctrl-C, and what many tests share: tiny models and checkpoints without processes."""
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell starts what runs in its background with SIGINT ignored, which the launcher would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """What a command sets up in this process ends with the test."""
+    logger = logging.getLogger("flux2_ds")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session", params=["klein", "dev"])
