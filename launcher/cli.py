@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from flux2_ds.config import bench_options
@@ -31,7 +32,17 @@ from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
 from launcher.plan_report import plan_memory
 from launcher.slurm import add_options as add_slurm_options
 from launcher.slurm import batch_script, slurm_job
-from launcher.supervise import Job, Stopper, prepare_job, run, supervise, train_job, what_ended
+from launcher.supervise import (
+    ENDED_EARLY,
+    Job,
+    Stopper,
+    modified,
+    prepare_job,
+    run,
+    supervise,
+    train_job,
+    what_ended,
+)
 
 
 def main() -> None:
@@ -244,12 +255,18 @@ def bench(argv: list[str]) -> None:
     bench_options.check_options(options, make_plan(recipe, hosts.processes))
     if launch.accelerator == "cuda":
         check_gpus(hosts)
-    commands = start_commands(BENCH, launch, hosts, arguments)
-    print(*commands, file=sys.stderr, flush=True)  # what is measured has the output to itself
-    with Stopper() as stopper:
+    with TemporaryDirectory(prefix="flux2-ds-bench-") as folder, Stopper() as stopper:
+        result = Path(options.result or Path(folder, "result.json"))
+        if options.result is None:
+            arguments += ["--result", str(result)]
+        before = modified(result)
+        commands = start_commands(BENCH, launch, hosts, arguments)
+        print(*commands, file=sys.stderr, flush=True)  # what is measured has the output to itself
         code = run(commands, stopper)
-    if code not in (0, EXIT_USER_ERROR, stopper.code):
-        print(f"error: {what_ended(code)}", file=sys.stderr)
+        unfinished = code == 0 and modified(result) == before
+    if unfinished or code not in (0, EXIT_USER_ERROR, stopper.code):
+        why = f"{ENDED_EARLY}: there is no result" if unfinished else what_ended(code)
+        print(f"error: {why}", file=sys.stderr)
         code = EXIT_FAILURE
     sys.exit(code)
 

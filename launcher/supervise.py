@@ -34,6 +34,7 @@ from launcher.hosts import Hosts, on_hosts
 
 PATIENCE = 15.0  # s that the other hosts get to end by themselves after the first has failed
 _PAUSE = 5.0  # s before a restart, for ports and GPU memory to be free again
+ENDED_EARLY = "DeepSpeed's launcher ended too early, perhaps killed"
 _POLL = 0.2  # s between looks at the commands
 _EXIT_SSH = 255
 _FAREWELL = 5.0  # s for a reaper to end its command; over a link that is cut it never hears of it
@@ -229,11 +230,7 @@ def prepare_job(recipe: Recipe) -> Job:
     """Return the job that prepares: done with an index that it has written."""
     folder = check_folder(recipe.data.shards)
     index = folder / INDEX_NAME
-
-    def written() -> int:
-        return index.stat().st_mtime_ns if index.exists() else 0
-
-    before = written()  # every start that is not refused writes the index anew
+    before = modified(index)  # every start that is not refused writes the index anew
     return Job(
         PREPARE,
         prepare_logs_directory(recipe),
@@ -241,8 +238,13 @@ def prepare_job(recipe: Recipe) -> Job:
         partial(lock_folder, folder),
         lambda: len(manifest_paths(folder)),
         "{} shards",
-        lambda: "" if written() != before else f"{index} has not been written",
+        lambda: "" if modified(index) != before else f"{index} has not been written",
     )
+
+
+def modified(path: Path) -> int:
+    """When a file was last written, in ns; 0 if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def supervise(
@@ -309,7 +311,7 @@ def _judge(job: Job, code: int, failure: Failure | None, *, shared: bool) -> int
             time.sleep(_POLL)
         if not missing:
             return 0
-        print_line(f"error: DeepSpeed's launcher ended too early, perhaps killed: {missing}")
+        print_line(f"error: {ENDED_EARLY}: {missing}")
     else:
         print_line(f"error: {what_ended(code, job.logs)}")
     return EXIT_FAILURE

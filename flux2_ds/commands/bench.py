@@ -1,6 +1,6 @@
 """Time the recipe's own training step, on random weights of the true shapes.
 
-    flux2-ds bench --config RECIPE [--width 768 --height 1344] [--against diffusers] [--json]
+    flux2-ds bench --config RECIPE [--width 768 --height 1344] [--against diffusers] [--json] [--result FILE]
 
 The image is the recipe's largest unless `--width` and `--height` say otherwise.
 """
@@ -55,7 +55,7 @@ from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.load import fill_randomly
-from flux2_ds.run.atomic import make_private
+from flux2_ds.run.atomic import atomic_write_text, make_private
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
 from flux2_ds.run.watchdog import Watchdog
@@ -102,7 +102,12 @@ def main() -> None:
             log.setLevel(logging.WARNING)
         result = bench(recipe, options)
         if rank == 0:
-            print(json.dumps(result, indent=2) if options.json else "\n".join(lines(result)))
+            text = json.dumps(result, indent=2)
+            print(text if options.json else "\n".join(lines(result)), flush=True)
+            if options.result is not None:  # last: the launcher takes it for the end
+                path = Path(options.result)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write_text(path, text + "\n")
 
 
 @contextmanager

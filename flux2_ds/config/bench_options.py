@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Write a trace of rank 0 here; list its costliest kernels.",
     )
     add("--json", action="store_true", help="Print one JSON object.")
+    add("--result", type=str, default=None, help="Write that JSON object here, too.")
 
 
 def bench_bucket(options: Any, recipe: Recipe) -> Bucket:

@@ -306,21 +306,46 @@ def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, ca
     assert call(monkeypatch, "plan", *argv) == 0
 
 
-def test_bench_starts_as_train_does(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("code", "measures", "expected", "said"),
+    [
+        (247, False, 1, "error: a rank: killed by SIGKILL"),
+        (2, False, 2, ""),
+        (0, True, 0, ""),
+        (0, False, 1, "error: DeepSpeed's launcher ended too early, perhaps killed: there is no result"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [[], ["--result", "result.json"]])
+def test_bench_starts_as_train_does_and_is_done_with_a_result(
+    recipe, tmp_path, monkeypatch, capsys, code, measures, expected, said, given
+):
     started = []
-    monkeypatch.setattr(cli, "run", lambda commands, stopper: started.append(commands) or 247)
-    argv = ["bench", "--config", recipe, "--measure", "5", "--json"]
-    assert call(monkeypatch, *argv, "--gpus", "2") == 1
-    ((command,),) = started
+    (tmp_path / "result.json").write_text("an earlier one")
+    os.utime(tmp_path / "result.json", (0, 0))
+
+    def run(commands, stopper):
+        started.extend(commands)
+        if measures:
+            Path(commands[0].argv[-1]).write_text("{}")
+        return code
+
+    monkeypatch.setattr(cli, "run", run)
+    argv = ["bench", "--config", recipe, "--measure", "5", "--json", *given]
+    assert call(monkeypatch, *argv, "--gpus", "2") == expected
+    (command,) = started
     assert command.argv[3:5] == ["--num_gpus", "2"]
-    end = ["--no_local_rank", "--module", "flux2_ds.commands.bench", *argv[1:]]
-    assert command.argv[-len(end) :] == end
+    start = ["--no_local_rank", "--module", "flux2_ds.commands.bench", *argv[1:6], "--result"]
+    assert command.argv[-1 - len(start) : -1] == start
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert str(command) in captured.err and "a rank: killed by SIGKILL" in captured.err
+    assert str(command) in captured.err
+    assert (said in captured.err) if said else ("error" not in captured.err)
+
+
+def test_bench_refuses_a_hostfile(recipe, tmp_path, monkeypatch, capsys):
     write_hostfile(tmp_path, "node01 slots=2\n")
     elsewhere = ["--launch.hostfile", "hostfile", "--launch.processes", "null"]
-    assert call(monkeypatch, *argv, *elsewhere) == 2
+    assert call(monkeypatch, "bench", "--config", recipe, *elsewhere) == 2
     assert "launch.hostfile is hostfile, and bench times this machine" in capsys.readouterr().err
 
 
