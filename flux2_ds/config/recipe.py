@@ -307,7 +307,7 @@ class Recipe:
     base_weights: Literal["bf16", "fp8", "int8", "nf4", "nf4_fp8", "nf4_int8"] | None = None
     """How an adapter's frozen base is held and multiplied. `fp8`, `int8`: both in 8 bits. `nf4`: held
     in 4 bits, multiplied in `precision`; `nf4_fp8`, `nf4_int8`: held in 4, multiplied in 8. `bf16`:
-    neither, with `precision: bf16`. Default: as `precision`. docs/performance.md says what each
+    neither, with `precision: bf16`. Default: as `precision`. docs/memory-and-speed.md says what each
     costs."""
     attention: Annotated[
         Literal["auto", "native", "cudnn", "flash", "efficient", "math", "flash_attn", "xformers"],

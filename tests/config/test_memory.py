@@ -134,7 +134,7 @@ def test_quantised_weights_take_what_is_planned(name):
 
 @pytest.mark.parametrize(
     ("model", "tokens", "settings", "measured"),
-    [  # GiB on an H100 or H200, from docs/performance.md; 4096, 3952 and 1024 tokens are 1024², 1216×832, 512²
+    [  # GiB on an H100 or H200, from docs/benchmarks.md; 4096, 3952 and 1024 tokens are 1024², 1216×832, 512²
         (DEV, 4096, {"base_weights": "fp8"}, 65.9),
         (DEV, 3952, {"base_weights": "fp8"}, 64.9),
         (DEV, 1024, {"base_weights": "fp8"}, 43.5),

@@ -1,0 +1,101 @@
+"""docs/recipes.md: every setting, from the dataclasses. `make docs` writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from docstring_parser import parse_from_object
+
+from flux2_ds.config.parse import shipped_recipes
+from flux2_ds.config.recipe import Recipe
+from flux2_ds.config.settings import MayChange, Range, Setting, settings_of
+
+_INTRO = """\
+# Recipes
+
+A recipe is a YAML file with what differs from the defaults below. `--config` takes a file or the name of a
+shipped recipe; a second `--config` is laid over the first; every setting is also an option:
+`--lora.rank 64`. `flux2-ds train --config R --print_config` prints a recipe with every default written out.
+
+**\\*** A run may continue with another value of the setting. Any other change needs `accept_changes: true`.
+
+(`make docs` writes this page from `flux2_ds/config/recipe.py` and `recipes/`.)
+
+## Shipped recipes
+
+| name | for |
+|---|---|
+"""
+_WORDS = {bool: "true, false", int: "integer", float: "number", str: "text", type(None): "null"}
+
+
+def page() -> str:
+    """The page in Markdown."""
+    text = _INTRO
+    for name, path in shipped_recipes().items():
+        comment = re.match(r"(?:# .*\n)+", path.read_text())
+        first = comment[0].replace("# ", "").replace("\n", " ") if comment else ""
+        text += f"| [`{name}`](../recipes/{name}.yaml) | {first.partition('. ')[0].strip().rstrip('.')} |\n"
+    section = None
+    for setting in sorted(settings_of(Recipe).values(), key=lambda s: "." in s.name):
+        if setting.owner is not section:
+            section = setting.owner
+            name = setting.name.rpartition(".")[0]
+            title = f"`{name}`" if name else "Top level"
+            text += f"\n## {title}\n\n{section.__doc__}\n\n| setting | value | default | |\n|---|---|---|---|\n"
+        text += f"| {' | '.join(_cell(value) for value in _row(setting))} |\n"
+    return text
+
+
+def _row(setting: Setting) -> tuple[str, str, str, str]:
+    short = setting.name.rpartition(".")[2]
+    star = "*" if any(isinstance(mark, MayChange) for mark in setting.marks) else ""
+    ranges = [mark.rule for mark in setting.marks if isinstance(mark, Range)]
+    return f"`{short}`{star}", ", ".join([_words(setting.hint), *ranges]), _default(setting), _help(setting)
+
+
+def _help(setting: Setting) -> str:
+    for param in parse_from_object(setting.owner).params:
+        if param.arg_name == setting.field.name:
+            return " ".join((param.description or "").split())
+    return ""
+
+
+def _default(setting: Setting) -> str:
+    field = setting.field
+    if field.default is not dataclasses.MISSING:
+        value: Any = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    value = list(value) if isinstance(value, tuple) else value
+    shown = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n")
+    return f"`{shown.strip()}`"
+
+
+def _words(hint: Any) -> str:
+    """A type in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(each) for each in args)
+    if origin in (list, tuple):
+        return f"list of {_words(args[0])}"
+    if origin is dict:
+        return "values by name"
+    return _WORDS[hint]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path("docs/recipes.md").write_text(page(), encoding="utf-8")
