@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup check test test-fast test-multinode test-gpu smoke-test demo test-demo clean
+.PHONY: help setup check test test-fast test-multinode test-gpu smoke-test demo test-demo docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ demo: $(INSTALLED) ## teach a small model a panda on two CPU cores, and let a ju
 test-demo: $(INSTALLED) ## the demo with its limits; needs npm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(JUDGE)
 	$(OFFLINE) $(BIN)/pytest -m demo tests/demo
+
+docs: $(INSTALLED) ## write docs/recipes.md from the dataclasses
+	$(BIN)/python -m flux2_ds.config.reference
 
 clean: ## remove the environment and everything the targets made
 	rm -rf $(VENV) smoke build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

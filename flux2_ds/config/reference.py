@@ -56,7 +56,12 @@ def _row(setting: Setting) -> tuple[str, str, str, str]:
     short = setting.name.rpartition(".")[2]
     star = "*" if any(isinstance(mark, MayChange) for mark in setting.marks) else ""
     ranges = [mark.rule for mark in setting.marks if isinstance(mark, Range)]
-    return f"`{short}`{star}", ", ".join([_words(setting.hint), *ranges]), _default(setting), _help(setting)
+    return (
+        f"`{short}`{star}",
+        ", ".join([_words(setting.hint), *ranges]),
+        _default(setting),
+        _help(setting),
+    )
 
 
 def _help(setting: Setting) -> str:
