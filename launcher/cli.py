@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def plan(argv: list[str]) -> None:
     """Print the arithmetic of a run, and the memory it takes."""
-    recipe, options, _ = read(argv, "plan", add_plan_options)
+    recipe, options, arguments = read(argv, "plan", add_plan_options)
     if options.host and not options.gpu:
         raise UserError(
             f"--host is {options.host}, but only beside --gpu is it used. Add --gpu SIZE."
@@ -110,19 +111,29 @@ def plan(argv: list[str]) -> None:
     hosts = hosts_of(recipe, options)
     the_plan = make_plan(recipe, hosts.processes)
     data = read_data(recipe) if is_prepared(recipe.data.shards) else None
+    spec, memory, problems = None, None, []
     try:
         memory = plan_memory(the_plan, hosts, data and data[0], options.gpu, options.host)
+        spec = planned_spec(recipe.model.path)
     except UserError as error:
-        if options.gpu or options.host or options.json:
-            raise
-        lines = [*the_plan.lines(), f"memory     not known: {error}", *data_lines(recipe, data)]
-    else:
-        lines = [*the_plan.lines(planned_spec(recipe.model.path)), *memory.lines()]
-        lines += data_lines(recipe, data)
-        if options.json:
-            lines = [json.dumps(memory.values(), indent=2)]
-    print("\n".join(lines))
-    check_inputs(recipe, data)  # last: the figures are of use all the same
+        problems.append(str(error))
+    if not options.json:
+        lines = [*the_plan.lines(spec), *(memory.lines() if memory else [])]
+        print("\n".join([*lines, *data_lines(recipe, data)]))
+    elif memory:
+        print(json.dumps(memory.values(), indent=2))
+    # Last, because the figures are of use all the same: what `train` would refuse.
+    if memory and (reason := memory.refusal()):
+        problems.append(reason)
+    if data is None:
+        command = f"flux2-ds prepare {shlex.join(arguments)}"
+        problems.append(f"data.shards {recipe.data.shards} is not prepared. Run: {command}")
+    try:
+        check_inputs(recipe, data)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\nerror: ".join(dict.fromkeys(problems)))
 
 
 def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class MemoryPlan:
     memory: Memory
     fits: bool | None
     others: list[Choice]
+    recipe: Recipe
+    asked: str
+    """The options that say how much there is."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -55,16 +59,43 @@ class MemoryPlan:
         found.append(f"fits       {'yes' if self.fits else 'no'}")
         if not self.others:
             return [*found, "           nothing does: more or larger GPUs, or a smaller model"]
-        found.append("what fits, fastest first:")
-        found.append(f"  {'deepspeed':23}  base      ckpt  inputs  GPU GiB  host GiB")
+        found.append("what fits, fastest first, with the flags that make it so:")
+        found.append("  GPU GiB  host GiB")
         found += [
-            f"  {choice.deepspeed:23}  {choice.base_weights or '-':8}  {choice.activation_checkpointing:4.0%}"
-            f"  {'host' if choice.offload_activations else 'card':6}"
-            f"  {choice.memory.on_card / GIB:7.1f}"
-            f"  {choice.memory.on_host * self.per_host / GIB:8.1f}"
+            f"  {choice.memory.on_card / GIB:7.1f}  {choice.memory.on_host * self.per_host / GIB:8.1f}"
+            f"  {self.flags(choice)}"
             for choice in self.others
         ]
         return found
+
+    def flags(self, choice: Choice) -> str:
+        """The settings in which a choice differs from the recipe, for a command line."""
+        wanted = {
+            "deepspeed": choice.deepspeed,
+            "base_weights": choice.base_weights,
+            "activation_checkpointing": choice.activation_checkpointing,
+            "offload_activations": choice.offload_activations,
+            "cache_transposed_base": self.recipe.cache_transposed_base and None,
+        }
+        changed = {
+            name: value for name, value in wanted.items() if value != getattr(self.recipe, name)
+        }
+        words = [f"--{name} {json.dumps(value).strip(chr(34))}" for name, value in changed.items()]
+        return " ".join(words) or "(the recipe as it is)"
+
+    def refusal(self) -> str | None:
+        """Why a start with this memory would not end well; None if it would, or nobody has asked."""
+        if self.fits is not False:
+            return None
+        needs = f"{self.memory.on_card / GIB:.1f} GiB of each GPU"
+        if self.memory.host:
+            needs += f" and {self.memory.on_host * self.per_host / GIB:.1f} GiB of each host"
+        remedy = (
+            f"add {self.flags(self.others[0])}"
+            if self.others
+            else "with no settings it does: more or larger GPUs, or a smaller model"
+        )
+        return f"the plan takes {needs}, which {self.asked} does not have; {remedy}."
 
     def values(self) -> dict[str, Any]:
         """For programs; bytes."""
@@ -85,6 +116,7 @@ class MemoryPlan:
                     "offload_activations": choice.offload_activations,
                     "gpu_total": choice.memory.on_card,
                     "host_total": choice.memory.on_host * self.per_host,
+                    "flags": self.flags(choice),
                 }
                 for choice in self.others
             ],
@@ -110,11 +142,14 @@ def plan_memory(
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept, card_bytes or 0)
     checkpointed = 1 - kept / spec.blocks
-    if card_bytes is None:
-        return MemoryPlan(plan.processes, per_host, tokens, checkpointed, memory, None, [])
-    fits = memory.fits(card_bytes, host_bytes)
-    others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
-    return MemoryPlan(plan.processes, per_host, tokens, checkpointed, memory, fits, others)
+    fits, others = None, []
+    if card_bytes is not None:
+        fits = memory.fits(card_bytes, host_bytes)
+        others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
+    asked = f"--gpu {card}" + (f" --host {host}" if host else "")
+    return MemoryPlan(
+        plan.processes, per_host, tokens, checkpointed, memory, fits, others, plan.recipe, asked
+    )
 
 
 def size(option: str, text: str) -> float:

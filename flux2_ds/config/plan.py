@@ -13,6 +13,7 @@ from flux2_ds.config.validate import (
     check_recipe,
     check_training,
     compiles,
+    doubtful_settings,
     ignored_settings,
     why_no_cuda_graphs,
     why_not_transposed,
@@ -65,6 +66,7 @@ class Plan:
             + (", optimizer offloaded to the CPU" if self.offloads("offload_optimizer") else "")
             + f", activation checkpointing: {recipe.activation_checkpointing}, attention: {recipe.attention}",
             *(f"ignored    {setting}" for setting in ignored_settings(recipe, spec)),
+            *(f"warning    {setting}" for setting in doubtful_settings(recipe)),
         ]
 
 

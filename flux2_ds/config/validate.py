@@ -266,6 +266,27 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
         yield "log.project", "log.wandb is disabled"
 
 
+_USUAL_RATES = {"prodigy": (0.1, 10.0), "muon": (1e-5, 1.0)}
+_USUAL_OF_METHOD = {"lora": (1e-7, 0.01), "dora": (1e-7, 0.01), "full": (1e-8, 1e-3)}
+"""Learning rates that are in use, with a factor of ten above and below; outside of them is a slip."""
+
+
+def doubtful_settings(recipe: Recipe) -> Iterator[str]:
+    """Find what is possible and can hardly be meant."""
+    adam, steps = recipe.optimizer, recipe.steps
+    low, high = _USUAL_RATES.get(adam.name, _USUAL_OF_METHOD[recipe.method])
+    if not low <= adam.learning_rate <= high:
+        yield (
+            f"optimizer.learning_rate is {adam.learning_rate:g}; with {adam.name} and method "
+            f"{recipe.method} it is between {low:g} and {high:g}"
+        )
+    if adam.warmup_steps > steps / 2:
+        reached = "never reached" if adam.warmup_steps > steps else "hardly used"
+        yield (
+            f"optimizer.warmup_steps is {adam.warmup_steps} and steps {steps}; the learning rate is {reached}"
+        )
+
+
 def _given(section: Any, name: str) -> bool:
     """Whether the setting is not its default."""
     return bool(getattr(section, name) != getattr(type(section), name))

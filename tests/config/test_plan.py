@@ -381,6 +381,32 @@ def test_settings_without_effect_are_named_in_the_plan(changes, ignored):
     assert said == ignored
 
 
+@pytest.mark.parametrize(
+    ("changes", "doubted"),
+    [
+        ({}, []),
+        ({"optimizer.learning_rate": 0.5}, ["learning_rate is 0.5; with adamw and method lora"]),
+        ({"optimizer.learning_rate": 2e-3, "method": "full"}, ["learning_rate is 0.002"]),
+        ({"optimizer.learning_rate": 1e-9}, ["learning_rate is 1e-09"]),
+        ({"optimizer.learning_rate": 1.0, "optimizer.name": "prodigy"}, []),
+        ({"optimizer.warmup_steps": 500, "steps": 1000}, []),
+        ({"optimizer.warmup_steps": 900, "steps": 1000}, ["warmup_steps is 900 .* hardly used"]),
+        (
+            {"optimizer.warmup_steps": 1001, "steps": 1000},
+            ["warmup_steps is 1001 .* never reached"],
+        ),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named_in_the_plan(changes, doubted):
+    lines = make_plan(
+        make_recipe(deepspeed="zero1" if "method" in changes else "zero0", **changes), 1
+    ).lines()
+    said = [line for line in lines if line.startswith("warning")]
+    assert len(said) == len(doubted)
+    for line, expected in zip(said, doubted, strict=True):
+        assert re.match(rf"warning    optimizer\.{expected}", line)
+
+
 def test_guidance_is_named_for_a_model_without_an_input_for_it():
     recipe = make_recipe(**{"objective.guidance": 3.5})
     klein, dev = (RELEASED[f"black-forest-labs/FLUX.2-{name}"] for name in ("klein-base-4B", "dev"))

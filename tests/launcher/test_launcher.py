@@ -37,6 +37,7 @@ model: {path: models/klein}
 data: {images: photos, shards: shards}
 launch: {accelerator: cpu, processes: 2}
 """
+KLEIN = "black-forest-labs/FLUX.2-klein-base-4B"
 ROOT = Path(cli.__file__).parents[1]
 
 
@@ -214,19 +215,15 @@ def test_train_checks_what_it_reads_before_it_starts(
     else:
         assert message in captured.err
         assert call(monkeypatch, "train", "--config", recipe, "--dry-run") == 0
-        refused = bool(
-            list(tmp_path.glob("shards/index.json"))
-        )  # or there is nothing to look at yet
-        assert call(monkeypatch, "plan", "--config", recipe) == 2 * refused
-        captured = capfd.readouterr()
-        assert (message in captured.err) == refused
+        assert call(monkeypatch, "plan", "--config", recipe) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_keys_that_deepspeed_does_not_know_are_refused(recipe, tmp_path, monkeypatch, capsys):
     """Of a config of the user's own, which no shipped one is."""
     prepare(tmp_path)
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "typo": 1}}')
-    argv = ["plan", "--config", recipe, "--deepspeed"]
+    argv = ["plan", "--config", recipe, "--model.path", KLEIN, "--deepspeed"]
     assert call(monkeypatch, *argv, str(tmp_path / "mine.json")) == 2
     assert "typo: Extra inputs are not permitted" in capsys.readouterr().err
     assert call(monkeypatch, *argv, "{zero_optimization: {stage: 2, overlap_comm: false}}") == 0
@@ -238,7 +235,8 @@ def test_previews_of_prompts_that_nobody_encoded_are_refused(
 ):
     prepare(tmp_path)
     monkeypatch.setattr("launcher.supervise.run", lambda *call: 75)
-    argv = [command, "--config", recipe, "--preview.prompts=[a cat]", "--preview.every"]
+    argv = [command, "--config", recipe, "--model.path", KLEIN, "--preview.prompts=[a cat]"]
+    argv.append("--preview.every")
     assert call(monkeypatch, *argv, "5") == 2
     assert "prompts.safetensors has no prompt 'a cat'" in capsys.readouterr().err
     assert call(monkeypatch, *argv, "null") == (75 if command == "train" else 0)
@@ -303,7 +301,8 @@ def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, ca
     assert "2 processes (launch.processes or --gpus) need as many GPUs" in capsys.readouterr().err
     # To look at a plan for another machine is fine.
     assert call(monkeypatch, "train", *argv, "--dry-run") == 0
-    assert call(monkeypatch, "plan", *argv) == 0
+    assert call(monkeypatch, "plan", *argv) == 2
+    assert "need as many GPUs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -350,15 +349,51 @@ def test_bench_refuses_a_hostfile(recipe, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("prepared", "words"), [(True, "3 samples, 1 steps an epoch"), (False, "is not prepared yet")]
+    ("options", "prepared", "code", "errors"),
+    [
+        ([], True, 0, []),
+        (["--steps=9"], False, 2, ["shards is not prepared. Run: flux2-ds prepare .* --steps=9$"]),
+        (["--model.path=models/none"], True, 2, ["model.path 'models/none' is neither"]),
+        (
+            ["--gpu", "24GiB", "--host=99GiB", "--model.path=black-forest-labs/FLUX.2-dev"],
+            False,
+            2,
+            ["takes .* which --gpu 24GiB --host 99GiB does not have; add --deepspeed", "prepared"],
+        ),
+    ],
 )
-def test_plan_prints_the_arithmetic(recipe, tmp_path, monkeypatch, capsys, prepared, words):
+def test_plan_prints_the_arithmetic_and_refuses_what_train_would(
+    recipe, tmp_path, monkeypatch, capsys, options, prepared, code, errors
+):
     if prepared:
         prepare(tmp_path)
-    assert call(monkeypatch, "plan", "--config", recipe) == 0
-    out = capsys.readouterr().out
+    argv = ["plan", "--config", recipe, "--model.path", KLEIN]
+    assert call(monkeypatch, *argv, *options) == code
+    out, err = capsys.readouterr()
     assert "4 global = 2 micro × 1 accumulation × 2 processes" in out
-    assert words in out
+    assert ("3 samples, 1 steps an epoch" if prepared else "is not prepared yet") in out
+    lines = err.splitlines()
+    assert len(lines) == len(errors)
+    for line, expected in zip(lines, errors, strict=True):
+        assert re.match(f"error: .*{expected}", line)
+
+
+def test_what_plan_offers_is_flags_that_fit(recipe, tmp_path, monkeypatch, capsys):
+    argv = ["plan", "--config", recipe, "--model.path", "black-forest-labs/FLUX.2-dev",
+            "--base_weights", "fp8", "--cache_transposed_base", "true",
+            "--gpu", "24GiB", "--host", "128GiB"]  # fmt: skip
+    assert call(monkeypatch, *argv) == 2
+    out, err = capsys.readouterr()
+    _, _, listed = out.partition("host GiB\n")
+    offers = [line for line in listed.splitlines() if "--" in line]
+    assert len(offers) > 5
+    for line in (offers[0], offers[-1]):
+        card, _, *flags = line.split()
+        assert ("; add " + " ".join(flags) in err) == (line is offers[0])
+        assert call(monkeypatch, *argv, "--json", *flags) == 2  # nothing is prepared
+        out, again = capsys.readouterr()
+        assert "which --gpu" not in again
+        assert f"{json.loads(out)['gpu_total'] / 2**30:.1f}" == card
 
 
 SLURM = ["--nodes", "2", "--gpus-per-node=1", "--time", "1:00:00", "--account", "lab"]
