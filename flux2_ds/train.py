@@ -22,7 +22,7 @@ from flux2_ds.config.memory import out_of_memory
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import captures, learning_rate
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import recordable
+from flux2_ds.data.dataset import in_steps, recordable
 from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
 from flux2_ds.errors import EXIT_STOPPED, OutageError, run_root
 from flux2_ds.run.environment import rank_and_world_size
@@ -51,6 +51,7 @@ log = logging.getLogger("flux2_ds")
 def main() -> None:
     """Entry point of `flux2_ds.train`, one call in each process."""
     recipe, _ = parse_recipe(recipe_parser("flux2_ds.train", "Train FLUX.2 on prepared shards."))
+    recipe = in_steps(recipe)
     check_run_dir(recipe)
     stop = StopRequest(stop_file(recipe))
     stop.listen()
@@ -132,6 +133,11 @@ def run_steps(run: Run) -> bool:
     # A start that was killed after a checkpoint may have left its previews unmade.
     if run.previews and run.cadence.due(first).preview and not run.previews.made(first):
         run.previews.render(first)
+    if run.validation and recipe.validation.at_start and first == 0:
+        before = run.validation.loss(0)
+        log.info("step 0 | held-out loss %.4f", before)
+        if run.metrics is not None:
+            run.metrics.write(0, {"validation_loss": before})
 
     run.progress.start()
     for step, micro_batches in run.steps():

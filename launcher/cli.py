@@ -24,7 +24,7 @@ from flux2_ds.config.parse import parse_recipe, recipe_lines, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
 from flux2_ds.config.validate import check_recipe
-from flux2_ds.data.dataset import build_order, check_run, read_data
+from flux2_ds.data.dataset import build_order, check_run, in_steps, length_line, read_data
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean, run_root
 from launcher.commands import BENCH, start_commands
@@ -109,8 +109,10 @@ def plan(argv: list[str]) -> None:
             f"--host is {options.host}, but only beside --gpu is it used. Add --gpu SIZE."
         )
     hosts = hosts_of(recipe, options)
+    data = None
+    if is_prepared(recipe.data.shards):
+        recipe, data = in_steps(recipe), read_data(recipe)
     the_plan = make_plan(recipe, hosts.processes)
-    data = read_data(recipe) if is_prepared(recipe.data.shards) else None
     spec, memory, problems = None, None, []
     try:
         memory = plan_memory(the_plan, hosts, data and data[0], options.gpu, options.host)
@@ -142,8 +144,7 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
         return [f"data       {recipe.data.shards} is not prepared yet"]
     index, validation = data
     order = build_order(recipe, index)
-    steps = round(order.steps_per_epoch, 2)
-    lines = [f"data       {index.samples} samples, {steps} steps an epoch", *order.warnings()]
+    lines = [f"data       {index.samples} samples, {length_line(recipe, order)}", *order.warnings()]
     return lines + [f"held out   {validation.samples} samples"] * bool(validation.samples)
 
 
@@ -190,6 +191,8 @@ def train(argv: list[str]) -> None:
     """Check the recipe, print the exact command, run it and pass its exit code on."""
     recipe, options, arguments = read(argv, "train", add_start_options)
     hosts = start_hosts(recipe, options)
+    if not options.dry_run or is_prepared(recipe.data.shards):
+        recipe = in_steps(recipe)
     plan = make_plan(recipe, hosts.processes)
     if not options.dry_run:
         check_inputs(recipe, read_data(recipe))

@@ -30,7 +30,7 @@ from flux2_ds.config.model_spec import RELEASED, Spec, spec_here
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import read_data, run_checks
+from flux2_ds.data.dataset import in_steps, read_data, run_checks
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.run.run_dir import (
     checkpoint_steps,
@@ -185,9 +185,10 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     elif len(findings.lines) == before:  # the id of a model
         check_cache(findings, recipe)
         spec = RELEASED.get(recipe.model.path)
-    check_disk(findings, recipe, spec, token)
-
     data = refuses("shards", lambda: read_data(recipe))
+    if data is not None:
+        recipe = in_steps(recipe)
+    check_disk(findings, recipe, spec, token)
     if data is not None:
         findings.facts["shards"] = data[0].digest
     for name, check in run_checks(recipe, data, spec, directory).items():

@@ -28,7 +28,7 @@ from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import learning_rate, make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import build_order, check_shards, read_data
+from flux2_ds.data.dataset import build_order, check_shards, in_steps, read_data
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.shards import read_conditioning
 from flux2_ds.distributed import Process, destroy_process_group, init_process_group
@@ -154,7 +154,7 @@ def main() -> None:
         raise UserError(f"--batches is {options.batches}; it must be at least 1.")
     if recipe.method == "full":
         raise UserError("method is full, which trains the base itself. Set method: lora.")
-    results = compare(recipe, options.modes, options.batches)
+    results = compare(in_steps(recipe), options.modes, options.batches)
     if options.image is not None:
         draw(results, Path(options.image))
     if options.json:

@@ -250,7 +250,7 @@ def _cuda_graphs(run: _Run, memory: Memory) -> float:
     others: list[float] = [0]
     if recipe.data.validation_fraction:
         others.append(memory.card["working"])
-    if recipe.preview.every:
+    if recipe.preview.in_training:
         pixels = recipe.preview.height * recipe.preview.width
         tokens, base = pixels // PIXELS_PER_TOKEN**2, recipe.base_weights
         others.append(

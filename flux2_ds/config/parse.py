@@ -14,8 +14,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
 
-from flux2_ds.config.recipe import Recipe
-from flux2_ds.config.settings import settings_of
+from flux2_ds.config.recipe import IN_EPOCHS, Recipe
+from flux2_ds.config.settings import flat, settings_of
 from flux2_ds.errors import UserError, did_you_mean, shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -127,10 +127,43 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     )
     options = parser.parse_args(argv)
     _refuse_empty(options, Recipe)
+    _choose_length(options, given_settings(argv))
     _expand_home(options)
     names = [item.name for item in dataclasses.fields(Recipe)]
     values = parser.instantiate(options)
     return Recipe(**{name: values[name] for name in names}), options
+
+
+def given_settings(argv: list[str]) -> dict[str, str]:
+    """Each setting that `argv`, as `_with_files` gives it, or one of its files has, and where it is given
+    last: the file's name, or "the command line". Those that are given last come last."""
+    given: dict[str, str] = {}
+    for word in argv:
+        name, _, value = word.partition("=")
+        names, where = [name[2:]] if name.startswith("--") else [], "the command line"
+        if name == "--config":
+            with Path(value).open(encoding="utf-8-sig") as file:
+                names, where = list(flat(yaml.safe_load(file), Recipe)), value
+        for setting in names:
+            if setting in settings_of(Recipe):
+                given.pop(setting, None)
+                given[setting] = where
+    return given
+
+
+def _choose_length(options: Namespace, given: dict[str, str]) -> None:
+    """Of a setting in epochs and the same one in steps keep the one that is given last; both in one place are refused."""
+    order = list(given)
+    for epochs, steps in IN_EPOCHS.items():
+        if {epochs, steps} - given.keys() or None in (options[epochs], options[steps]):
+            continue
+        if given[epochs] == given[steps]:
+            raise UserError(
+                f"{steps} is {options[steps]} and {epochs} is {options[epochs]:g}, both in {given[steps]}. "
+                "Leave out one of them."
+            )
+        earlier = min(epochs, steps, key=order.index)
+        options[earlier] = settings_of(Recipe)[earlier].field.default
 
 
 def _with_files(argv: list[str]) -> list[str]:

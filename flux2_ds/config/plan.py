@@ -58,7 +58,9 @@ class Plan:
             f"base {recipe.base_weights or recipe.precision}",
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",
-            f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples",
+            f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples"
+            if recipe.epochs is None
+            else f"steps      of {recipe.epochs:g} epochs, once the data is prepared",
             f"optimizer  {adam.name}, lr {adam.learning_rate:g} {adam.schedule}, "
             f"warm-up {adam.warmup_steps}, clipping {adam.max_grad_norm:g}"
             + (f", EMA {adam.ema_decay:g}" if adam.ema_decay is not None else ""),

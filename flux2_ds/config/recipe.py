@@ -244,6 +244,10 @@ class Validation:
 
     every: Annotated[int, at_least(1)] = 500
     """Steps between evaluations; the first comes after so many, one more at the end."""
+    every_epochs: Annotated[float | None, POSITIVE] = None
+    """The same in epochs, rounded to steps, in place of `every`."""
+    at_start: bool = False
+    """Evaluate before step 1 as well."""
     samples: Annotated[int, at_least(1)] = 64
     """Largest number of held-out samples that are used, from all buckets in proportion, each once."""
 
@@ -255,6 +259,8 @@ class Preview:
     every: Annotated[int | None, at_least(1)] = None
     """Steps between previews while training: the prompts are rendered before step 1, after each so many steps
     and at the end, into RUN_DIR/previews and W&B. `prepare` encodes the prompts. Default: none."""
+    every_epochs: Annotated[float | None, POSITIVE] = None
+    """The same in epochs, rounded to steps, in place of `every`."""
     prompts: list[str] = field(default_factory=lambda: ["a photograph"])
     """Prompts; one row of the grid each."""
     references: Annotated[list[str], PATH] = field(default_factory=list)
@@ -269,6 +275,11 @@ class Preview:
     """Guidance scale."""
     seed: Annotated[int, SEED] = 0
     """Seed of the starting noise."""
+
+    @property
+    def in_training(self) -> bool:
+        """Whether training renders any."""
+        return self.every is not None or self.every_epochs is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +311,9 @@ class Recipe:
         int, at_least(1), MayChange(if_=lambda new: new["optimizer.schedule"] == "constant")
     ] = 1000
     """Optimizer steps."""
+    epochs: Annotated[float | None, POSITIVE] = None
+    """Length in epochs of the prepared data, in place of `steps`; with `data.weights` an epoch serves
+    each source as often as its weight says. A run keeps the steps that this came to."""
     method: Literal["lora", "dora", "full"] = "lora"
     """Train a LoRA or DoRA adapter, or all weights."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -364,6 +378,14 @@ class Recipe:
     """Pictures of what is trained."""
     launch: Annotated[Launch, MAY_CHANGE] = field(default_factory=Launch)
     """Where the recipe runs."""
+
+
+IN_EPOCHS = {
+    "epochs": "steps",
+    "validation.every_epochs": "validation.every",
+    "preview.every_epochs": "preview.every",
+}
+"""Setting in epochs -> the one in steps that it stands for; `data.dataset.in_steps` replaces it."""
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

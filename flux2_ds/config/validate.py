@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.deepspeed_config import OFFLOADS, offload_device
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import Lora, Recipe, Validation, is_url
-from flux2_ds.config.settings import check_ranges
+from flux2_ds.config.recipe import IN_EPOCHS, Lora, Recipe, Validation, is_url
+from flux2_ds.config.settings import check_ranges, settings_of
 from flux2_ds.errors import USER_INFO, UserError
 
 
@@ -44,6 +45,12 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield (
                 f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
                 "bucket. The step must not be larger than a resolution."
+            )
+    for names in IN_EPOCHS.items():  # the parser keeps the one that is given last
+        in_epochs, in_steps = (attrgetter(name)(recipe) for name in names)
+        if in_epochs is not None and in_steps != settings_of(Recipe)[names[1]].field.default:
+            yield (
+                f"{names[0]} is {in_epochs:g} and {names[1]} is {in_steps}. Leave out one of them."
             )
     if data.missing_caption == "fixed" and not data.fixed_caption:
         yield "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, captures
@@ -76,6 +77,34 @@ def build_order(recipe: Recipe, index: Index) -> Order:
     """The order of the samples."""
     data = recipe.data
     return Order(index, recipe.batch.global_size, recipe.seed, data.shuffle_window, data.weights)
+
+
+def in_steps(recipe: Recipe) -> Recipe:
+    """`recipe` with what it gives in epochs counted in steps of its prepared data."""
+    validation, preview = recipe.validation, recipe.preview
+    if (recipe.epochs, validation.every_epochs, preview.every_epochs) == (None, None, None):
+        return recipe
+    order = build_order(recipe, read_data(recipe)[0])
+
+    def period(section: Any) -> Any:
+        if section.every_epochs is None:
+            return section
+        every = max(1, round(section.every_epochs * order.steps_per_epoch))
+        return replace(section, every=every, every_epochs=None)
+
+    return replace(
+        recipe,
+        steps=recipe.steps if recipe.epochs is None else order.length(recipe.epochs),
+        epochs=None,
+        validation=period(validation),
+        preview=period(preview),
+    )
+
+
+def length_line(recipe: Recipe, order: Order) -> str:
+    """The length of an epoch and of the run, for people; `recipe` counts in steps."""
+    epochs = recipe.steps / order.steps_per_epoch
+    return f"{round(order.steps_per_epoch, 2)} steps an epoch, {epochs:.4g} epochs in all"
 
 
 def check_run(

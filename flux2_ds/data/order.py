@@ -141,6 +141,12 @@ class Order:
         """The step with which an epoch starts; a short one may have none."""
         return int(self._done(epoch).sum())
 
+    def length(self, epochs: float) -> int:
+        """Steps of so many epochs from the first on, of a part of one its share rounded; at least 1."""
+        whole = int(epochs)
+        first, end = self.first_step(whole), self.first_step(whole + 1)
+        return max(1, first + round((epochs - whole) * (end - first)))
+
     def _find_epoch(self, step: int) -> int:
         """The epoch of a step; epochs without a step are passed over."""
         most = int((step + len(self._small) + 1) / self.steps_per_epoch) + 2

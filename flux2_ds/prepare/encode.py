@@ -196,7 +196,7 @@ def empty_cache(encoding: Encoding) -> None:
 def new_prompts(encoding: Encoding) -> set[str]:
     """The prompts of previews in training that the folder of shards has not yet."""
     preview = encoding.recipe.preview
-    if preview.every is None:
+    if not preview.in_training:
         return set()
     return set(preview.prompts) - encoded_prompts(encoding.folder).keys()
 

@@ -207,9 +207,9 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drop records after `step`: those steps are done again."""
+    """Drop records after `step`, of step 0 with it: they are made again."""
     if path.exists():
-        kept = [line for line, record in _records(path) if record["step"] <= step]
+        kept = [line for line, record in _records(path) if step and record["step"] <= step]
         atomic_write_text(path, "".join(kept))
 
 
@@ -234,10 +234,10 @@ def draw_loss(run_dir: Path) -> Path:
     """Plot metrics.jsonl in loss.png: each record, and a running mean over the last tenth."""
     from matplotlib.figure import Figure  # half a second, not needed until the end
 
+    records = read_metrics(run_dir / METRICS_NAME)
     # Between two log lines every step may have been skipped.
-    records = [r for r in read_metrics(run_dir / METRICS_NAME) if r.get("loss") is not None]
-    steps = [record["step"] for record in records]
-    losses = [record["loss"] for record in records]
+    points = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
     window = max(1, len(losses) // 10)
     means = [
         sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))

@@ -13,7 +13,13 @@ from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import build_order, check_run, mask_and_reference_lines, read_data
+from flux2_ds.data.dataset import (
+    build_order,
+    check_run,
+    length_line,
+    mask_and_reference_lines,
+    read_data,
+)
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning
@@ -89,10 +95,10 @@ def log_plan(inputs: Inputs) -> None:
     for line in [f"variant    {inputs.spec}", *plan.lines(inputs.spec)]:
         log.info(line)
     log.info(
-        "data       %d samples in %d shards, %s steps an epoch",
+        "data       %d samples in %d shards, %s",
         index.samples,
         len(index.shards),
-        round(order.steps_per_epoch, 2),
+        length_line(plan.recipe, order),
     )
     for line in mask_and_reference_lines(plan.recipe, index):
         log.info("           %s", line)

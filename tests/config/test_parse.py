@@ -286,3 +286,34 @@ def test_an_old_name_is_refused_with_the_new_one(tmp_path, old, typed):
     now = f"called {re.escape(RENAMED[old])} now" if old in RENAMED else f"gone: {GONE[old]}"
     with pytest.raises(UserError, match=f"^{old}, in .* is {now}"):
         load_recipe(path, [f"--{old}=1"] if typed else [])
+
+
+LENGTHS = [
+    # recipe, options, steps, epochs
+    ({"steps": 9}, [], 9, None),
+    ({"epochs": 2}, [], 1000, 2.0),
+    ({"steps": 9}, ["--epochs", "3"], 1000, 3.0),
+    ({"epochs": 3}, ["--steps=9"], 9, None),
+    ({"steps": 9, "epochs": None}, [], 9, None),
+    ({"steps": 9, "epochs": 3}, ["--epochs", "null"], 9, None),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options", "steps", "epochs"), LENGTHS)
+def test_the_length_that_is_given_last_counts(tmp_path, recipe, options, steps, epochs):
+    found = load_recipe(write_recipe(tmp_path, **recipe), options)
+    assert (found.steps, found.epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ({"steps": 9, "epochs": 3}, [], r"steps is 9 and epochs is 3, both in .*recipe.yaml\. Leave"),
+        ({}, ["--steps", "9", "--epochs", "3"], "steps is 9 and epochs is 3, both in the command"),
+        ({"validation": {"every": 9, "every_epochs": 3}}, [], "validation.every is 9 and validation"),
+        ({"preview": {"every": 9, "every_epochs": 3}}, [], "preview.every is 9 and preview"),
+    ],
+)  # fmt: skip
+def test_two_lengths_in_one_place_are_refused(tmp_path, recipe, options, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write_recipe(tmp_path, **recipe), options)

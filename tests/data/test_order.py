@@ -204,6 +204,30 @@ def test_weights_say_how_often_a_sample_is_served(chance):
     assert [plain.batch(s) for s in range(40)] == [one.batch(s) for s in range(40)]
 
 
+@pytest.mark.parametrize(
+    ("weights", "global_batch", "epochs", "steps"),
+    [
+        ({}, 4, 3, 9),  # 10 samples are 3 batches
+        ({"a": 2.0}, 4, 3, 12),  # of a 6 of 3, and of b 7
+        ({"a": 2.0, "b": 0.1}, 1, 10, 70),
+        ({}, 4, 0.5, 2),
+        ({}, 4, 2.3, 7),
+        ({}, 64, 0.01, 1),
+    ],
+)
+def test_the_length_of_epochs_counts_what_weights_serve(weights, global_batch, epochs, steps):
+    sizes = [("a", 3), ("b", 7)]
+    shards = [Shard(name, BUCKETS[0], samples, 0, "", name) for name, samples in sizes]
+    order = Order(Index("klein", 8, {}, {}, shards), global_batch, 0, window=2, weights=weights)
+    assert order.length(epochs) == steps
+
+
+def test_the_length_of_whole_epochs_is_where_the_next_one_starts(case):
+    index, arguments = case
+    order = Order(index, **arguments)
+    assert [order.length(n) for n in (5, 9)] == [max(1, order.first_step(n)) for n in (5, 9)]
+
+
 def test_epochs_longer_than_a_block_of_turns(monkeypatch):
     index = make_index([(BUCKETS[0], 500), (BUCKETS[1], 61), (BUCKETS[2], 3)])
     whole = Order(index, 2, 0, window=2)

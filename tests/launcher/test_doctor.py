@@ -96,7 +96,7 @@ def test_a_recipe_that_nothing_is_there_for(recipe, tmp_path, monkeypatch):
         "shards": "failure",
         "wandb": "warning",
     }
-    assert "put run_dir on a file system that all hosts share" in str(findings.lines[2])
+    assert "put run_dir on a file system that all hosts share" in str(findings.lines)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
     findings = Findings()

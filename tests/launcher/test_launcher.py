@@ -378,6 +378,21 @@ def test_plan_prints_the_arithmetic_and_refuses_what_train_would(
         assert re.match(f"error: .*{expected}", line)
 
 
+@pytest.mark.parametrize(
+    ("prepared", "options", "words"),
+    [
+        (True, ["--steps", "7"], "3 samples, 1 steps an epoch, 7 epochs in all"),
+        (True, ["--epochs", "5"], "steps      5 = 20 samples"),
+        (False, ["--epochs", "5"], "steps      of 5 epochs, once the data is prepared"),
+    ],
+)
+def test_plan_prints_the_length(recipe, tmp_path, monkeypatch, capsys, prepared, options, words):
+    if prepared:
+        prepare(tmp_path)
+    call(monkeypatch, "plan", "--config", recipe, *options)
+    assert words in capsys.readouterr().out
+
+
 def test_what_plan_offers_is_flags_that_fit(recipe, tmp_path, monkeypatch, capsys):
     argv = ["plan", "--config", recipe, "--model.path", "black-forest-labs/FLUX.2-dev",
             "--base_weights", "fp8", "--cache_transposed_base", "true",

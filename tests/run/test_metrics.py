@@ -72,9 +72,10 @@ def test_a_record_is_on_disk_at_once(run_dir):
 )
 def test_records_after_the_step_of_the_checkpoint_are_cut(run_dir, resumed_at, left):
     metrics = start(run_dir)
-    record(metrics, 10, 20, 30)
+    record(metrics, 0, 10, 20, 30)
     metrics.close()
     resumed = start(run_dir, resumed_at=resumed_at)
+    left = [0, *left] if left else []  # what is measured before step 1 is measured again
     assert steps_in(run_dir) == left
     record(resumed, 100)
     resumed.close()

@@ -16,7 +16,7 @@ import torch
 from flux2_ds.checkpoint import manager
 from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.recipe import Checkpoint, Data, Model, Recipe
+from flux2_ds.config.recipe import Checkpoint, Data, Model, Recipe, Validation
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.distributed import Process
@@ -83,9 +83,11 @@ def run_loop(
     log_every: int = 1,
     save_every: int = 100,
     first_step: int = 0,
+    at_start: bool = False,
 ) -> bool:
     recipe = Recipe(
         run_dir=str(folder),
+        validation=Validation(at_start=at_start),
         model=Model(path="model"),
         data=Data(images="photos", shards="shards"),
         steps=steps,
@@ -142,6 +144,16 @@ def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(
     validation.loss = Mock(side_effect=AssertionError)
     metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGTERM")
     assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation)
+
+
+@pytest.mark.parametrize(("at_start", "first", "found"), [(True, 0, [0, 2]), (False, 0, [2]), (True, 1, [2])])  # fmt: skip
+def test_an_evaluation_comes_before_step_1_where_it_is_asked_for(tmp_path, at_start, first, found):
+    metrics, validation = Mock(), SimpleNamespace(loss=lambda done: 0.5 - done)
+    engine = StandIn([1.0] * 2)
+    options = {"validation": validation, "at_start": at_start, "first_step": first}
+    assert run_loop(tmp_path, engine, 2, metrics, log_every=2, **options)
+    written = {call.args[0]: call.args[1]["validation_loss"] for call in metrics.write.mock_calls}
+    assert written == {step: 0.5 - step for step in found}
 
 
 def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):

@@ -18,9 +18,18 @@ from flux2_ds.config.model_files import fingerprint, part_digest
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import load_recipe
 from flux2_ds.config.plan import make_plan
-from flux2_ds.config.recipe import Data, Lora, Model, Optimizer, Recipe, recipe_values
-from flux2_ds.data.dataset import check_shards
-from flux2_ds.data.index import Index, Shard
+from flux2_ds.config.recipe import (
+    Data,
+    Lora,
+    Model,
+    Optimizer,
+    Preview,
+    Recipe,
+    Validation,
+    recipe_values,
+)
+from flux2_ds.data.dataset import check_shards, in_steps
+from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
 from flux2_ds.distributed import Process
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.metrics import metrics_digest
@@ -57,6 +66,26 @@ def test_processes_that_read_different_indexes_are_refused(monkeypatch):
     monkeypatch.setattr(inputs, "broadcast_from_rank0", lambda value, device: value + 1)
     with pytest.raises(UserError, match=r"index of data.shards s on .* is not rank 0's"):
         inputs.check_same(INDEX, recipe, ALONE)
+
+
+def test_epochs_become_steps_of_the_prepared_data(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"12345")
+    (tmp_path / CONDITIONING_NAME).touch()
+    write_index(tmp_path, Index("klein", 32, {}, {}, [Shard("x.tar", Bucket(32, 32), 40, 5, "ab")]))
+    recipe = Recipe(
+        run_dir="r",
+        epochs=10,
+        model=Model(path="m"),
+        data=Data(images="i", shards=str(tmp_path), weights={"": 2.0}),
+        validation=Validation(every_epochs=0.5),
+        preview=Preview(every_epochs=1.26),
+    )
+    found = in_steps(recipe)  # an epoch is 10 batches of 8
+    assert (found.steps, found.validation.every, found.preview.every) == (100, 5, 13)
+    assert in_steps(found) is found  # what the run directory holds, and a resume compares with
+    assert recipe.preview.in_training and found.preview.in_training
+    with pytest.raises(UserError, match=r"epochs is 10 and steps is 5\. Leave out one"):
+        make_plan(dataclasses.replace(recipe, steps=5), 1)
 
 
 def recipe_for(folder: Path, **changes: Any) -> Recipe:
