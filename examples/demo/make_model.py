@@ -11,6 +11,8 @@
 
 Most of the transformer's training is in `base`: with 64 text tokens in place of the pipeline's 512 a
 sample takes a fifth of the work. flux2-ds, which never trims the text, finishes it at 512.
+
+`init --size mid` and `base --learning-rate 3e-4` make one of 238 million parameters for `flux2-ds quality`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
     "{% endif %}{% endif %}"
 )
+SIZES = {"shipped": (1, 5, 6, 32), "mid": (4, 8, 8, 128)}
+"""Of the transformer: double blocks, single blocks, heads, width of a head."""
 LATENT_NOISE = 0.05
 """Added to the latents in VAE training, so that their scale matters."""
 HELD_OUT_SHARE = 12
@@ -65,6 +69,8 @@ def main() -> None:
     parser.add_argument("step", choices=["init", "vae", "base", "ship"])
     parser.add_argument("--model", type=Path, default=Path("runs/demo/model"))
     parser.add_argument("--npm", type=Path, default=Path("runs/demo/npm"), help="downloads")
+    parser.add_argument("--size", choices=SIZES, default="shipped", help="of the transformer")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the transformer")
     parser.add_argument("--vae-seconds", type=float, default=110)
     parser.add_argument("--short-seconds", type=float, default=190, help="at 64 text tokens")
     parser.add_argument("--long-seconds", type=float, default=45, help="at 512 text tokens")
@@ -78,7 +84,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match options.step:
         case "init":
-            make_random(options.model)
+            make_random(options.model, options.size)
         case "vae":
             emoji = fetch(EMOJI_PACKAGE, options.npm) / "assets"
             train_vae(options.model, emoji, options.vae_seconds, options.batch // 8, device)
@@ -89,8 +95,9 @@ def main() -> None:
             ship(options.model, options.trained, options.ship)
 
 
-def make_random(directory: Path) -> None:
+def make_random(directory: Path, size: str) -> None:
     """Write the whole pipeline: the text encoder as it will be shipped, VAE and transformer at random."""
+    double_blocks, single_blocks, heads, head_dim = SIZES[size]
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=train_tokenizer(),
         eos_token="<|im_end|>",
@@ -130,12 +137,12 @@ def make_random(directory: Path) -> None:
             block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
         ),
         transformer=Flux2Transformer2DModel(
-            num_layers=1,
-            num_single_layers=5,
-            num_attention_heads=6,
-            attention_head_dim=32,
+            num_layers=double_blocks,
+            num_single_layers=single_blocks,
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
             joint_attention_dim=3 * WIDTH,
-            axes_dims_rope=(8, 8, 8, 8),
+            axes_dims_rope=(head_dim // 4,) * 4,
             guidance_embeds=False,
         ),
         text_encoder=text_encoder.bfloat16().float(),  # as it will be shipped
@@ -354,7 +361,7 @@ def train_base(options: argparse.Namespace, emoji: Path, device: torch.device) -
         model.compile_repeated_blocks(fullgraph=True)
     adam = torch.optim.AdamW(
         model.parameters(),
-        lr=2e-3,
+        lr=options.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=0.0,
         fused=device.type == "cuda",
@@ -376,7 +383,7 @@ def train_base(options: argparse.Namespace, emoji: Path, device: torch.device) -
         adam.zero_grad()
         started = time.monotonic()
         while (elapsed := time.monotonic() - started) < seconds:
-            rate = learning_rate((ended + elapsed) / total, step)
+            rate = options.learning_rate * schedule((ended + elapsed) / total, step)
             for group in adam.param_groups:
                 group["lr"] = rate
             loss = flow_step(model, data, texts, owner, batch, length, image_ids, text_ids)
@@ -402,10 +409,10 @@ def train_base(options: argparse.Namespace, emoji: Path, device: torch.device) -
     (options.model / "base.json").write_text(json.dumps(result) + "\n")
 
 
-def learning_rate(done: float, step: int) -> float:
-    """2e-3 after a warm-up, falling to a fifth along a cosine from two fifths of the time on."""
+def schedule(done: float, step: int) -> float:
+    """1 after a warm-up, falling to a fifth along a cosine from two fifths of the time on."""
     fall = max(0.0, (done - 0.4) / 0.6)
-    return 2e-3 * min(1, (step + 1) / 200) * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * fall)))
+    return min(1, (step + 1) / 200) * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * fall)))
 
 
 def flow_step(

@@ -1,17 +1,16 @@
-"""Make tiny FLUX.2 model directories, offline: what tests and the smoke test train.
+"""Make tiny FLUX.2 model directories with random weights, offline, for tests.
 
-flux2-ds tiny --out DIR [--variant dev] [--photos FOLDER] [--size mid]
+flux2-ds tiny --out DIR [--variant dev] [--size mid]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
@@ -20,12 +19,8 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
-from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from torch import nn
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -35,9 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flux2_ds.data.images import UnreadableImageError, load_upright
 from flux2_ds.errors import UserError, run_root
-from flux2_ds.model import flow, latents
 
 POSTERIOR_STD = 0.05
 """Of the VAE's latents, whatever the image."""
@@ -63,18 +56,16 @@ MISTRAL_TEMPLATE = (
 
 
 class Size(NamedTuple):
-    """Of the transformer, and how it is fitted."""
+    """Of the transformer."""
 
     double_blocks: int
     single_blocks: int
     heads: int
     head_dim: int
-    steps: int
-    learning_rate: float
 
 
-SIZES = {"tiny": Size(2, 3, 4, 32, 250, 2e-3), "mid": Size(4, 8, 8, 128, 1000, 3e-4)}
-"""Widths of 128 and 1024: 2 and 238 million parameters. The second wants a GPU."""
+SIZES = {"tiny": Size(2, 3, 4, 32), "mid": Size(4, 8, 8, 128)}
+"""Widths of 128 and 1024: 2 and 238 million parameters."""
 
 
 def main() -> None:
@@ -84,10 +75,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="of the transformer")
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--photos", type=Path, help="folder of images to fit the model to")
     options = parser.parse_args()
     try:
-        make_tiny(options.out, options.variant, options.seed, options.photos, options.size)
+        make_tiny(options.out, options.variant, options.seed, options.size)
     except OSError as error:
         raise UserError(f"--out {options.out} cannot be written ({error.strerror}).") from error
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
@@ -98,7 +88,6 @@ def make_tiny(
     directory: Path,
     variant: Literal["klein", "dev"],
     seed: int = 0,
-    photos: Path | None = None,
     size: str = "tiny",
 ) -> None:
     """Write a complete model directory.
@@ -108,18 +97,13 @@ def make_tiny(
     """
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"--out {directory} is not empty. Give a new directory.")
-    images = [] if photos is None else load_photos(photos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = (_klein if variant == "klein" else _dev)(SIZES[size])
         vae = pipeline.vae
         with torch.no_grad():  # a narrow posterior of fixed width: its mean carries the image
             vae.quant_conv.weight[32:].zero_()
-            vae.quant_conv.bias[32:].fill_(2 * np.log(POSTERIOR_STD))
-        if images:
-            fit_vae(vae, images)
-            fit_transformer(pipeline.transformer, vae, images, *SIZES[size][-2:])
-        else:
+            vae.quant_conv.bias[32:].fill_(2 * math.log(POSTERIOR_STD))
             vae.bn.running_mean.normal_(0, 0.5)
             vae.bn.running_var.uniform_(0.5, 2)
     pipeline.save_pretrained(directory, safe_serialization=True)
@@ -245,147 +229,6 @@ def _byte_level_bpe(special: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return tokenizer
-
-
-def fit_vae(vae: AutoencoderKLFlux2, photos: list[torch.Tensor], steps: int = 200) -> None:
-    """Fit a small VAE to photographs ([3, H, W] in [-1, 1]) and measure its latent statistics.
-
-    Plain reconstruction of random 64 px crops, with a little noise on the latents so that their scale
-    matters.
-    """
-    _start_as_average_colors(vae)
-
-    def loss() -> torch.Tensor:
-        crops = _crops(photos, 2, 64)
-        mean = vae.encode(crops).latent_dist.mode()
-        error = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample - crops
-        return error.abs().mean() + error.square().mean()
-
-    _fit(vae, loss, steps, 1e-3, (0.9, 0.95))
-    patches = Flux2Pipeline._patchify_latents(_encode(vae, _crops(photos, 32, 128)))
-    vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
-    vae.bn.running_var.copy_(patches.var((0, 2, 3)))
-
-
-def fit_transformer(
-    transformer: Flux2Transformer2DModel,
-    vae: AutoencoderKLFlux2,
-    photos: list[torch.Tensor],
-    steps: int,
-    learning_rate: float,
-) -> None:
-    """Teach a small transformer to denoise the photographs in black and white, without any text; on a
-    GPU if there is one.
-
-    An adapter needs a base that denoises, and something to add to it: here, color.
-    """
-    device, batch = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 8
-    transformer.to(device)
-    gray = [photo.mean(0, keepdim=True).expand(3, -1, -1) for photo in photos]
-    encoded = torch.cat([_encode(vae, _crops(gray, 16, 128)) for _ in range(16)])
-    tokens = latents.to_tokens(encoded, *latents.statistics(vae)).to(device)
-    text = torch.zeros(batch, 4, transformer.config.joint_attention_dim, device=device)
-    guided = transformer.config.guidance_embeds
-
-    def loss() -> torch.Tensor:
-        x0 = tokens[torch.randint(len(tokens), (batch,))]
-        noise, t = torch.randn_like(x0), torch.rand(batch, device=device)
-        prediction = transformer(
-            hidden_states=flow.interpolate(x0, noise, t),
-            encoder_hidden_states=text,
-            timestep=t,
-            img_ids=latents.image_ids(128, 128, device),
-            txt_ids=latents.text_ids(text.shape[1], device),
-            guidance=torch.ones(batch, device=device) if guided else None,
-        ).sample
-        return flow.flow_loss(prediction, flow.velocity(x0, noise))
-
-    _fit(transformer, loss, steps, learning_rate, (0.9, 0.999))
-    transformer.to("cpu")
-
-
-def _fit(
-    model: nn.Module,
-    loss: Callable[[], torch.Tensor],
-    steps: int,
-    learning_rate: float,
-    betas: tuple[float, float],
-) -> None:
-    adam = torch.optim.AdamW(model.parameters(), learning_rate, betas, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        adam, learning_rate, total_steps=steps, pct_start=0.1
-    )
-    for _ in range(steps):
-        value = loss()
-        adam.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        schedule.step()
-
-
-@torch.no_grad()
-def _encode(vae: AutoencoderKLFlux2, images: torch.Tensor) -> torch.Tensor:
-    return vae.encode(images).latent_dist.mode()
-
-
-@torch.no_grad()
-def _start_as_average_colors(vae: AutoencoderKLFlux2) -> None:
-    """Let the fit begin as a codec of average colors: 22.1 dB on its photographs after 200 steps,
-    where the usual random start gives some gray 18 dB after 300.
-
-    Residual branches begin at zero and every convolution as the identity, except the encoder's three
-    downsampling ones: these average R, G and B and fill the other channels with orthogonal mixtures.
-    """
-    encoder, decoder = vae.encoder, vae.decoder
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.conv2.weight.zero_()
-            if module.conv_shortcut is not None:
-                nn.init.dirac_(module.conv_shortcut.weight)
-        elif isinstance(module, Attention):
-            module.to_out[0].weight.zero_()
-    for conv in (
-        *(encoder.conv_in, encoder.conv_out, vae.quant_conv, vae.post_quant_conv),
-        *(decoder.conv_in, decoder.conv_out),
-        *(block.upsamplers[0].conv for block in decoder.up_blocks[:3]),
-    ):
-        nn.init.dirac_(conv.weight)
-    for block in encoder.down_blocks[:3]:
-        weight = block.downsamplers[0].conv.weight
-        kernel = nn.init.orthogonal_(torch.empty_like(weight[..., :2, :2]), gain=2**0.5)
-        kernel[:3] = 0
-        kernel[range(3), range(3)] = 1 / 4
-        weight.zero_()[..., :2, :2] = kernel
-
-
-def load_photos(folder: Path) -> list[torch.Tensor]:
-    """Photographs at two sizes, [3, H, W] in [-1, 1]."""
-    photos = []
-    for path in sorted(folder.glob("*.[jp][pn]g")):
-        try:
-            image = load_upright(str(path))
-        except UnreadableImageError as error:
-            raise UserError(f"--photos: {path} cannot be read ({error}).") from error
-        for short in (128, 256):
-            scale = short / min(image.size)
-            size = (round(image.width * scale), round(image.height * scale))
-            pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
-            photos.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
-    if not photos:
-        raise UserError(f"--photos {folder} holds no .jpg or .png images. Give another folder.")
-    return photos
-
-
-def _crops(photos: list[torch.Tensor], count: int, side: int) -> torch.Tensor:
-    """Random square crops, [count, 3, side, side]."""
-    crops = []
-    for number in torch.randint(len(photos), (count,)):
-        photo = photos[int(number)]
-        top = int(torch.randint(photo.shape[1] - side + 1, ()))
-        left = int(torch.randint(photo.shape[2] - side + 1, ()))
-        crops.append(photo[:, top : top + side, left : left + side])
-    return torch.stack(crops)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,9 @@ pytestmark = [
 def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings of a run whose adapter is trained and exported."""
     folder = tmp_path_factory.mktemp("sample")
-    settings = ["--config", "recipes/smoke-cpu.yaml", "--model.path", str(folder / "model"),
-                "--data.shards", str(folder / "shards"),
-                "--data.images", "examples/photos", "--data.resolution", "160", "--run_dir", str(folder / "run"),
-                "--steps", "20", "--preview.steps", "4", "--log.wandb", "disabled",
-                "--launch.processes", "1"]  # fmt: skip
-    run("launcher", "tiny", "--variant", "klein", "--out", str(folder / "model"),
-        "--photos", "examples/photos")  # fmt: skip
+    settings = ["--config", "recipes/smoke-cpu.yaml", "--data.shards", str(folder / "shards"),
+                "--run_dir", str(folder / "run"), "--steps", "60", "--preview.steps", "4",
+                "--log.wandb", "disabled", "--launch.processes", "1"]  # fmt: skip
     for command in ("prepare", "train", "export"):
         run("launcher", command, *settings)
     return settings
