@@ -145,6 +145,7 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
     index, validation = data
     order = build_order(recipe, index)
     lines = [f"data       {index.samples} samples, {length_line(recipe, order)}", *order.warnings()]
+    lines += [f"           {line}" for line in index.text_lines()]
     return lines + [f"held out   {validation.samples} samples"] * bool(validation.samples)
 
 

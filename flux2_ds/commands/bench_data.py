@@ -98,7 +98,7 @@ def make_shards(folder: Path, text_width: int, rows: int, size: int) -> Index:
     shards = []
     for first in range(0, samples, _SAMPLES_PER_SHARD):
         numbers = range(first, min(samples, first + _SAMPLES_PER_SHARD))
-        records = (Record(f"{n}.jpg", str(n), latent.roll(n)) for n in numbers)
+        records = (Record(f"{n}.jpg", (str(n),), latent.roll(n)) for n in numbers)
         path = folder / f"{first:06d}.tar"
         shards.append(write_shard(path, BUCKET, records, text_of))
     return Index("dev", text_width, {}, {}, shards)

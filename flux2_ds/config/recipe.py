@@ -31,6 +31,8 @@ from flux2_ds.config.settings import (
 
 _PIXELS = multiple_of(PIXELS_PER_TOKEN, 16384)
 _THREADS = between(1, 1024)
+DEFAULT_SOURCE = "images"
+"""Name of the source where `data.images` is one place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,37 @@ class Data:
     so that every epoch reads everything again."""
     cache_gb: Annotated[float, POSITIVE, MAY_CHANGE] = 50.0
     """Largest size of `cache`; what was used least recently goes first. In GB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """The texts that `prepare` makes of the captions and encodes. Training draws one of an image's texts each
+    time that it serves it. Changed: `prepare` encodes what differs, and a run goes on with its own shards only."""
+
+    one_per_line: bool = False
+    """Each line of a caption is a caption of its own. A list of texts in metadata or JSON is several captions,
+    too."""
+    trigger_word: str | dict[str, str] = ""
+    """Word that stands for what is trained, or one for each source by its name in `data.images`; must be in
+    captions, in which `[trigger]` stands for it. Exports name it."""
+    add_trigger_word: bool = False
+    """Put the trigger word, with a comma, before each text that lacks it."""
+    prefix: str | dict[str, str] = ""
+    """Text before each caption, as it is, so end it with a blank; or one for each source by its name."""
+    suffix: str | dict[str, str] = ""
+    """Text behind each caption, as it is; or one for each source by its name."""
+    shuffle_tags: bool = False
+    """Shuffle the tags of a caption behind the first `keep_tags`; with `variants`."""
+    keep_tags: Annotated[int, NOT_NEGATIVE] = 1
+    """First tags of a caption that stay where they are, and are not dropped."""
+    tag_dropout: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the tags behind the first `keep_tags` that a text lacks; one with the trigger word stays. 0..1; with
+    `variants`."""
+    tag_separator: Annotated[str, Range("not empty", bool)] = ","
+    """What stands between tags."""
+    variants: Annotated[int, between(1, 1000)] = 1
+    """Texts made of each caption, with `shuffle_tags` or `tag_dropout`: each is encoded and stored. Held-out
+    images have one, with all tags in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +391,8 @@ class Recipe:
     """The FLUX.2 model to start from."""
     data: Data
     """Photographs and the shards made of them."""
+    captions: Annotated[Captions, MAY_CHANGE] = field(default_factory=Captions)
+    """The texts that are made of the captions."""
     prepare: Annotated[Prepare, MAY_CHANGE] = field(default_factory=Prepare)
     """How `prepare` encodes."""
     lora: Lora = field(default_factory=Lora)

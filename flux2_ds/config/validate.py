@@ -11,7 +11,7 @@ from typing import Any
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.deepspeed_config import OFFLOADS, offload_device
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import IN_EPOCHS, Lora, Recipe, Validation, is_url
+from flux2_ds.config.recipe import DEFAULT_SOURCE, IN_EPOCHS, Lora, Recipe, Validation, is_url
 from flux2_ds.config.settings import check_ranges, settings_of
 from flux2_ds.errors import USER_INFO, UserError
 
@@ -54,6 +54,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             )
     if data.missing_caption == "fixed" and not data.fixed_caption:
         yield "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
+    yield from _caption_problems(recipe)
     if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
         yield (
             f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
@@ -74,6 +75,35 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f"base_weights is {base} with precision fp16, whose engine would round the weights' scales. "
             "Set precision: bf16."
+        )
+
+
+def _caption_problems(recipe: Recipe) -> Iterator[str]:
+    captions, images = recipe.captions, recipe.data.images
+    sources = {DEFAULT_SOURCE} if isinstance(images, str) else images.keys()
+    for name, value in (
+        ("data.caption_column", recipe.data.caption_column),
+        ("captions.trigger_word", captions.trigger_word),
+        ("captions.prefix", captions.prefix),
+        ("captions.suffix", captions.suffix),
+    ):
+        if isinstance(value, dict) and (unknown := value.keys() - sources):
+            yield (
+                f"{name}.{min(unknown)}: there is no such source in data.images; there are "
+                f"{', '.join(sorted(sources))}."
+            )
+    if captions.add_trigger_word and not captions.trigger_word:
+        yield "captions.add_trigger_word is true, and there is no captions.trigger_word. Give the word."
+    drawn = captions.shuffle_tags or captions.tag_dropout > 0
+    if drawn and captions.variants == 1:
+        yield (
+            "captions.variants is 1, and captions.shuffle_tags or tag_dropout is set: every epoch would have the same "
+            "tags in the same order. Set captions.variants to 4, say: so many texts of each caption are encoded."
+        )
+    if captions.variants > 1 and not drawn:
+        yield (
+            f"captions.variants is {captions.variants}, and all would be the same text. Set captions.shuffle_tags: "
+            "true or captions.tag_dropout, or remove it."
         )
 
 
@@ -267,6 +297,9 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
         yield "data.cache_gb", "there is no data.cache"
     if data.fixed_caption and data.missing_caption != "fixed":
         yield "data.fixed_caption", f"missing_caption is {data.missing_caption}"
+    for name in ("keep_tags", "tag_separator"):
+        if _given(recipe.captions, name) and recipe.captions.variants == 1:
+            yield f"captions.{name}", "tags are neither shuffled nor dropped"
     if recipe.model.revision and Path(recipe.model.path).is_dir():
         yield "model.revision", f"model.path {recipe.model.path} is a directory"
     if _given(recipe.log, "project") and recipe.log.wandb == "disabled":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, captures
-from flux2_ds.config.recipe import Recipe, is_url
+from flux2_ds.config.recipe import Captions, Recipe, is_url
 from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import join
@@ -33,6 +33,9 @@ def recordable(plan: Plan, index: Index) -> Plan:
 
 
 log = logging.getLogger("flux2_ds")
+
+CAPTIONS = "captions"
+"""In an index's settings: those of this section of the recipe that are not the default, if there are any."""
 
 
 def read_data(recipe: Recipe) -> tuple[Index, Index]:
@@ -183,9 +186,25 @@ def check_previews(recipe: Recipe, directory: Path | None, *, prepared: bool) ->
             )
 
 
+def given_captions(recipe: Recipe) -> dict[str, Any]:
+    """The settings of `captions` that are not the default."""
+    default = asdict(Captions())
+    return {name: v for name, v in asdict(recipe.captions).items() if v != default[name]}
+
+
 def check_settings(recipe: Recipe, index: Index) -> None:
     """Refuse shards that were prepared with other settings."""
+    captions, given = index.settings.get(CAPTIONS, {}), given_captions(recipe)
+    for name in sorted({*captions, *given}):
+        wanted, prepared = (each.get(name, getattr(Captions, name)) for each in (given, captions))
+        if wanted != prepared:
+            raise UserError(
+                f"captions.{name} is {wanted!r}, but data.shards {recipe.data.shards} were prepared with "
+                f"{prepared!r}. Run `flux2-ds prepare` again, which encodes what differs, or set it back."
+            )
     for name, prepared in index.settings.items():
+        if name == CAPTIONS:
+            continue
         wanted = getattr(recipe.data, name)
         if wanted != prepared:
             raise UserError(

@@ -1,8 +1,8 @@
 """Read a rank's part of every global batch, ahead of the step.
 
 The loader has no state but the step: iterating from step n gives what an uninterrupted run would
-have got, whatever the number of ranks or restarts. Noise, the normal deviate behind t, and the
-caption drop of a sample are functions of (seed, position).
+have got, whatever the number of ranks or restarts. Noise, the normal deviate behind t, the caption
+drop and the text of a sample are functions of (seed, position).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _OPEN_SHARDS = 256
 one small read."""
 _TEXTS_KEPT = 8
 """Shared captions kept in memory, so that one caption of all images is not read with each."""
-_STREAM = 2  # keeps these random streams apart from those of data/order.py
+_STREAM = 2  # keeps these random streams apart from those of data/order.py and training/step.py
+_VARIANT_STREAM = 4
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,12 @@ class Loader:
         reader = self._reader(sample.shard)
         if drawn.drop < self._caption_dropout:
             latent, text = reader.latent(sample.row), self._empty_text
-        elif reader.own_text(sample.row):
-            latent, text = reader.sample(sample.row)
         else:
-            latent, text = reader.latent(sample.row), self._shared_text(reader, sample.row)
+            number = draw_variant(self._seed, sample.position, reader.texts(sample.row))
+            if number == 0 and reader.own_text(sample.row):
+                latent, text = reader.sample(sample.row)
+            else:
+                latent, text = reader.latent(sample.row), self._text(reader, sample.row, number)
         mask = self._mask(reader, sample.row, bucket) if self._masked else None
         return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(sample.row))
 
@@ -202,12 +205,12 @@ class Loader:
             return torch.ones(bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN)
         return mask
 
-    def _shared_text(self, reader: ShardReader, row: int) -> torch.Tensor:
-        digest = reader.text_digest(row)
+    def _text(self, reader: ShardReader, row: int, number: int) -> torch.Tensor:
+        digest = reader.text_digest(row, number)
         with self._lock:
             text = self._texts.pop(digest, None)
         if text is None:
-            text = reader.text(row)
+            text = reader.text(row, number)
         with self._lock:
             self._texts[digest] = text
             if len(self._texts) > _TEXTS_KEPT:
@@ -285,6 +288,14 @@ def draw(seed: int, position: int, tokens: int) -> Draw:
     deviate, drop = generator.standard_normal(), generator.random()
     noise = torch.from_numpy(normals(bits, tokens * 128)).view(tokens, 128)
     return Draw(noise, deviate, drop)
+
+
+def draw_variant(seed: int, position: int, count: int) -> int:
+    """Which of `count` texts the sample at `position` gets."""
+    if count == 1:
+        return 0
+    words = np.random.Philox(np.random.SeedSequence((_VARIANT_STREAM, seed, position)))
+    return int(words.random_raw()) % count
 
 
 def normals(bits: np.random.BitGenerator, count: int) -> NDArray[np.float32]:

@@ -11,8 +11,9 @@ Members of a sample, with the key as stem:
     references.safetensors  `0`, `1`, ...: reference images as latents, each of its own size, if any
     json                caption, source file, bucket, and `text_key`: the sample whose text it shares
 
-A caption that recurs in a shard is stored once, with its first sample: text is most of a sample's
-bytes. FLUX.2-dev pads captions on the left, and all padding has one embedding, so that it is stored once:
+A sample with several texts has `text1.safetensors`, `text2.safetensors`, ... as well, and in its JSON `captions` and
+`text_keys`, the names of their members without the suffix. A text that recurs in a shard is stored once, with its first
+sample: text is most of a sample's bytes. FLUX.2-dev pads captions on the left, and all padding has one embedding, so that it is stored once:
 5 MB of 15.7 for a caption of 160 tokens. Every shard stands alone. Latents stay fp32 because they
 are small beside the text.
 
@@ -55,11 +56,11 @@ Fetch = Callable[[Blob, Callable[[memoryview], None]], memoryview]
 
 @dataclass(frozen=True)
 class Record:
-    """One sample on its way into a shard. `latent`, `references`: [32, H/8, W/8] fp32.
+    """One sample on its way into a shard. `texts`: at least one. `latent`, `references`: [32, H/8, W/8] fp32.
     `mask`: [H/16, W/16] fp32 in [0, 1]."""
 
     source: str
-    caption: str
+    texts: tuple[str, ...]
     latent: torch.Tensor
     mask: torch.Tensor | None = None
     references: Sequence[torch.Tensor] = ()
@@ -89,33 +90,49 @@ def _write_tar(
 ) -> dict[str, Any]:
     """Write a tar; returns the facts of `Shard` that its contents decide."""
     toc: list[dict[str, Part]] = []
-    first: dict[str, int] = {}
+    text_bytes = 0
+    first: dict[str, tuple[int, str]] = {}  # row and member by text
     references = set()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, record in enumerate(records):
             members = {LATENT: save_tensors({"latent": record.latent.contiguous()})}
-            if first.setdefault(record.caption, row) == row:
-                members[TEXT] = save_tensors(pack_text(text_of(record.caption)))
+            names = {variant(TEXT, number): text for number, text in enumerate(record.texts)}
+            for name, text in names.items():
+                if first.setdefault(text, (row, name)) == (row, name):
+                    members[name] = save_tensors(pack_text(text_of(text)))
+                    text_bytes += len(members[name])
             members |= _companions(record)
             meta = {
-                "caption": record.caption,
+                "caption": record.texts[0],
                 "source": record.source,
                 "height": bucket.height,
                 "width": bucket.width,
-                "text_key": _key(first[record.caption]),
+                "text_key": _key(first[record.texts[0]][0]),
             }
+            if len(names) > 1:
+                homes = (first[text] for text in record.texts)
+                keys = [f"{_key(row)}.{name.partition('.')[0]}" for row, name in homes]
+                meta |= {"captions": record.texts, "text_keys": keys}
             members[META] = json.dumps(meta, ensure_ascii=False).encode()
             parts = {name: _add(tar, f"{_key(row)}.{name}", data) for name, data in members.items()}
-            if TEXT not in parts:
-                parts[TEXT] = toc[first[record.caption]][TEXT]
             toc.append(parts)
+            for name, text in names.items():
+                home, member = first[text]
+                parts[name] = toc[home][member]
             references.add(_sizes(record.references))
         return {
             "samples": len(toc),
             "masks": sum(MASK in parts for parts in toc),
             "references": references.pop() if len(references) == 1 else "several" if toc else "",
             "toc": _add(tar, _TOC, _toc_json(toc)),
+            "texts": len(first),
+            "text_bytes": text_bytes,
         }
+
+
+def variant(name: str, number: int) -> str:
+    """The member of the `number`-th variant of what is in member `name`, which is the first."""
+    return name.replace(".", f"{number}.", 1) if number else name
 
 
 def _companions(record: Record) -> dict[str, bytes]:
@@ -188,9 +205,13 @@ class ShardReader:
         """[32, H/8, W/8] fp32."""
         return tensors_in(self.members(row, [LATENT])[0])["latent"]
 
-    def text(self, row: int) -> torch.Tensor:
-        """[512, text width]."""
-        return unpack_text(tensors_in(self.members(row, [TEXT])[0]))
+    def texts(self, row: int) -> int:
+        """How many texts a sample has."""
+        return sum(name.startswith("text") for name in self._rows[row])
+
+    def text(self, row: int, number: int = 0) -> torch.Tensor:
+        """One of the sample's texts; [512, text width]."""
+        return unpack_text(tensors_in(self.members(row, [variant(TEXT, number)])[0]))
 
     def mask(self, row: int) -> torch.Tensor | None:
         """[H/16, W/16] fp32 in [0, 1], or None if the sample has none."""
@@ -206,16 +227,16 @@ class ShardReader:
         return [tensors[str(k)] for k in range(len(tensors))]
 
     def sample(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latent and text; they lie side by side unless the text is another sample's, too."""
+        """Latent and first text; they lie side by side unless the text is another sample's, too."""
         latent, text = self.members(row, [LATENT, TEXT])
         return tensors_in(latent)["latent"], unpack_text(tensors_in(text))
 
-    def text_digest(self, row: int) -> str:
-        """Names the text of a sample, whatever the shard."""
-        return self._rows[row][TEXT].xxh3
+    def text_digest(self, row: int, number: int = 0) -> str:
+        """Names a text of a sample, whatever the shard."""
+        return self._rows[row][variant(TEXT, number)].xxh3
 
     def own_text(self, row: int) -> bool:
-        """Whether the text lies beside the latent."""
+        """Whether the first text lies beside the latent."""
         latent, text = self._rows[row][LATENT], self._rows[row][TEXT]
         return 0 <= text.offset - latent.end <= _GAP
 

@@ -34,29 +34,35 @@ _KINDS = {
     bool: "true or false",
     int: "a number",
     float: "a number",
-    list: "a list",
+    list: "a list in a list",
     dict: "an object",
 }
 _NAMED = 10
 
-Caption = tuple[str | None, str | None]
-"""The text, and what is wrong with it; neither if it is missing."""
+Captions = tuple[tuple[str, ...], str | None]
+"""The texts, none if they are missing, and what is wrong with them."""
 
 
 class CaptionError(ValueError):
     """What is there is no caption; the message completes "it"."""
 
 
-def caption_of(value: object) -> str | None:
-    """The caption that a value is; None if it is missing. Lone surrogates become question marks."""
+def captions_of(value: object) -> tuple[str, ...]:
+    """The captions that a value is: a text or a list of them, without those that are missing."""
+    found = map(_caption_of, value if isinstance(value, list) else [value])
+    return tuple(caption for caption in found if caption)
+
+
+def _caption_of(value: object) -> str:
+    """The caption that a value is; "" if it is missing. Lone surrogates become question marks."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
+        return ""
     if not isinstance(value, str):
         raise CaptionError(f"is {_KINDS.get(type(value), type(value).__name__)}, not a text")
     if "\0" in value:
         raise CaptionError("holds a NUL character")
     text = value.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
-    return text.encode("utf-8", "replace").decode() or None
+    return text.encode("utf-8", "replace").decode()
 
 
 def decode_text(content: bytes) -> str:
@@ -72,34 +78,34 @@ def decode_text(content: bytes) -> str:
         ) from error
 
 
-def caption_beside(content: bytes, name: str, column: str) -> Caption:
-    """The caption in the contents of a file beside an image."""
+def captions_beside(content: bytes, name: str, column: str) -> Captions:
+    """The captions in the contents of a file beside an image."""
     name = printable(PurePosixPath(name).name)
     try:
         text = decode_text(content)
         if not name.lower().endswith(".json"):
-            return caption_of(text), None
+            return captions_of(text), None
         facts = json.loads(text)
         if not isinstance(facts, dict):
             raise CaptionError("is not a JSON object")
         for key in (column, *_KEYS):
             try:
-                found = caption_of(facts.get(key))
+                found = captions_of(facts.get(key))
             except CaptionError as error:
-                return None, f"caption {name}: {key!r} {error}"
-            if found is not None:
+                return (), f"caption {name}: {key!r} {error}"
+            if found:
                 return found, None
     except CaptionError as error:
-        return None, f"caption {name} {error}"
+        return (), f"caption {name} {error}"
     except (ValueError, RecursionError) as error:
-        return None, f"caption {name} is not a JSON object ({error})"
-    return None, None
+        return (), f"caption {name} is not a JSON object ({error})"
+    return (), None
 
 
-def too_large(name: str, size: int) -> Caption:
+def too_large(name: str, size: int) -> Captions:
     """What is wrong with a caption of so many bytes."""
     return (
-        None,
+        (),
         f"caption {printable(PurePosixPath(name).name)} has {size / 1e6:.1f} MB, and captions at most 1",
     )
 
@@ -109,7 +115,7 @@ class Metadata:
     """The captions in the metadata files of a source, by the image's path, and all that is wrong with them."""
 
     column: str
-    captions: dict[str, str | None] = field(default_factory=dict)
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _named_in: dict[str, str] = field(default_factory=dict)
     _faults: dict[str, list[str]] = field(default_factory=dict)
     """Places by what is wrong there."""
@@ -143,9 +149,9 @@ class Metadata:
             if image in self._named_in:
                 raise CaptionError(f"names {name} again, after {self._named_in[image]}")
             self._named_in[image] = place
-            self.captions[image] = None
+            self.captions[image] = ()
             try:
-                self.captions[image] = caption_of(row[self.column])
+                self.captions[image] = captions_of(row[self.column])
             except CaptionError as error:
                 raise CaptionError(f"column {self.column!r} {error}") from error
         except CaptionError as error:

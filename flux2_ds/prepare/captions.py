@@ -40,17 +40,22 @@ class CaptionFiles:
             partial.write_bytes(save_tensors(pack_text(embedding)))
 
     def copy_from_shards(self, captions: set[str], folder: Path, manifests: list[Manifest]) -> None:
-        """Take the embeddings of captions that a finished shard holds from there."""
+        """Take the embeddings of captions that a finished shard holds from there, also of rows that are dropped."""
         wanted = {caption_digest(caption): caption for caption in captions if not self.has(caption)}
         for manifest in manifests:
-            rows = [number for number, row in enumerate(manifest.rows) if row.caption in wanted]
-            if not rows:
+            places = [
+                (number, variant, digest)
+                for number, row in enumerate(manifest.rows)
+                for variant, digest in enumerate(row.texts.split(","))
+                if digest in wanted
+            ]
+            if not places:
                 continue
             reader = ShardReader(folder / manifest.shard.name, manifest.shard)
-            for number in rows:
-                caption = wanted.pop(manifest.rows[number].caption, None)
+            for number, variant, digest in places:
+                caption = wanted.pop(digest, None)
                 if caption is not None:
-                    self.write(caption, reader.text(number))
+                    self.write(caption, reader.text(number, variant))
 
     def _path(self, caption: str) -> Path:
         return self.folder / f"{caption_digest(caption)}.safetensors"

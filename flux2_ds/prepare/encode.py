@@ -22,7 +22,7 @@ from flux2_ds.model import latents
 from flux2_ds.prepare.captions import CaptionEncoder, CaptionFiles
 from flux2_ds.prepare.images import ShardWriter, in_chunks, load_vae
 from flux2_ds.prepare.manifest import Manifest
-from flux2_ds.prepare.plan import ShardJob, text_bytes
+from flux2_ds.prepare.plan import ShardJob, text_bytes, texts_in
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.environment import given_ranks
 
@@ -86,7 +86,7 @@ def rounds(jobs: list[ShardJob], captions: int) -> Iterator[list[ShardJob]]:
     round_: list[ShardJob] = []
     distinct: set[str] = set()
     for job in jobs:
-        own = {planned.caption for planned in job.images}
+        own = texts_in([job])
         if round_ and len(distinct | own) > captions:
             yield round_
             round_, distinct = [], set()
@@ -100,7 +100,7 @@ def missing_captions(
     encoding: Encoding, jobs: list[ShardJob], finished: list[Manifest]
 ) -> list[str]:
     """The captions and prompts that have yet to be encoded, after those in finished shards were copied."""
-    captions = {planned.caption for job in jobs for planned in job.images}
+    captions = texts_in(jobs)
     if not (encoding.folder / CONDITIONING_NAME).is_file():
         captions.add("")
     captions |= new_prompts(encoding)

@@ -26,7 +26,7 @@ from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
 from flux2_ds.prepare.captions import CaptionFiles
-from flux2_ds.prepare.manifest import Manifest, Row, caption_digest, write_manifest
+from flux2_ds.prepare.manifest import Manifest, Row, texts_digest, write_manifest
 from flux2_ds.prepare.plan import ShardJob
 from flux2_ds.prepare.source_images import PlannedImage
 
@@ -84,7 +84,7 @@ class ShardWriter:
                 if decoded.pixels is None:
                     skipped[image.key] = ("" if decoded.may_pass else image.stamp, decoded.reason)
                     continue
-                digest = caption_digest(decoded.planned.caption)
+                digest = texts_digest(image.captions)
                 rows.append(Row(image.key, image.stamp, decoded.sha256, digest, decoded.notes))
                 readable.append(decoded)
             pixels = [each.pixels for each in readable if each.pixels is not None]
@@ -92,7 +92,7 @@ class ShardWriter:
             for decoded, latent in zip(readable, encoded, strict=True):
                 yield Record(
                     decoded.planned.image.key,
-                    decoded.planned.caption,
+                    decoded.planned.image.captions,
                     latent,
                     None if decoded.mask is None else torch.from_numpy(decoded.mask),
                     [self._encode([reference])[0] for reference in decoded.references],

@@ -22,13 +22,13 @@ MANIFESTS = "prepared"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The image that one sample of a shard was made of. `sha256` is of its bytes, `caption` a digest.
-    `notes` are for the report."""
+    """The image that one sample of a shard was made of. `sha256` is of its bytes, `texts` are digests, joined by
+    commas. `notes` are for the report."""
 
     key: str
     stamp: str
     sha256: str
-    caption: str
+    texts: str
     notes: tuple[str, ...] = ()
 
 
@@ -56,8 +56,13 @@ class Comparison:
     skipped: dict[str, str]
 
 
+def texts_digest(texts: tuple[str, ...]) -> str:
+    """Names the texts of an image."""
+    return ",".join(map(caption_digest, texts))
+
+
 def caption_digest(caption: str) -> str:
-    """Names a caption."""
+    """Names a text."""
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -88,7 +93,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def compare(images: list[SourceImage], manifests: list[Manifest]) -> Comparison:
     """Sort the images into those that are encoded, those that are not, and rows without one.
 
-    An image is unchanged if its caption is, and its stamp or, failing that, its bytes.
+    An image is unchanged if its texts are, and its stamp or, failing that, its bytes.
     """
     wanted = {(image.source, image.key): image for image in images}
     kept: list[PlannedImage] = []
@@ -100,7 +105,7 @@ def compare(images: list[SourceImage], manifests: list[Manifest]) -> Comparison:
             image = wanted.get((source, row.key))
             if image is not None and _is_unchanged(image, row):
                 del wanted[source, row.key]
-                kept.append(PlannedImage(image, image.caption or "", manifest.shard.bucket))
+                kept.append(PlannedImage(image, manifest.shard.bucket))
             else:
                 dropped.setdefault(name, []).append(number)
         for key, (stamp, reason) in manifest.skipped.items():
@@ -119,7 +124,7 @@ def made_of_others(images: list[SourceImage], manifests: list[Manifest]) -> bool
 
 
 def _is_unchanged(image: SourceImage, row: Row) -> bool:
-    if caption_digest(image.caption or "") != row.caption:
+    if texts_digest(image.captions) != row.texts:
         return False
     if image.stamp.partition("|")[2] != row.stamp.partition("|")[2]:  # of mask and references
         return False

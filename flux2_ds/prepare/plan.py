@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolutions, upscale_factor
 from flux2_ds.config.model_spec import PADDING_SIDES, PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
-from flux2_ds.config.recipe import Data, Recipe
+from flux2_ds.config.recipe import DEFAULT_SOURCE, Data, Recipe
 from flux2_ds.data.images import UnreadableImageError, image_size
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.folder import (
@@ -36,6 +36,7 @@ from flux2_ds.prepare.manifest import (
 )
 from flux2_ds.prepare.source_images import PlannedImage, Skipped, SourceImage, Unused
 from flux2_ds.prepare.sources import find_images
+from flux2_ds.prepare.texts import check_trigger_words, texts_of
 
 log = logging.getLogger("flux2_ds")
 
@@ -84,7 +85,7 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
     )
     if unused.files:
         log.warning(unused.line().strip())
-    found = with_captions(found, data, skipped)
+    found = with_texts(with_captions(found, data, skipped), recipe)
     manifests = read_manifests(folder)
     comparison = compare(found, manifests)
     if not comparison.kept and made_of_others(found, manifests):
@@ -94,8 +95,12 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
         )
     skipped.reasons |= comparison.skipped
     images = choose_buckets(comparison.new, data, skipped)
-    if not images and not comparison.kept:
-        raise nothing_usable(recipe)
+    usable = {planned.image.source for planned in (*images, *comparison.kept)}
+    for source in {DEFAULT_SOURCE: ""} if isinstance(data.images, str) else data.images:
+        if source not in usable:
+            raise nothing_usable(
+                data.images if isinstance(data.images, str) else data.images[source]
+            )
     claim_contents(folder, contents)
     plan = Plan(
         group_into_shards(images, manifests, data), manifests, images, comparison, skipped, unused
@@ -111,11 +116,9 @@ def own_folders(recipe: Recipe) -> list[Path]:
     return [Path(each) for each in (data.shards, *data.more_shards.values(), recipe.run_dir)]
 
 
-def nothing_usable(recipe: Recipe) -> UserError:
+def nothing_usable(images: str) -> UserError:
     """The error that no image is left."""
-    return UserError(
-        f"none of the images in data.images {recipe.data.images} can be used; see above."
-    )
+    return UserError(f"none of the images in data.images {images} can be used; see above.")
 
 
 def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> list[SourceImage]:
@@ -124,14 +127,14 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
     for image in found:
         # A caption of an image that cannot be used anyway is not asked for.
         broken = image.problem is not None and not image.problem.startswith("caption ")
-        if image.caption is None and data.missing_caption == "error" and not broken:
+        if not image.captions and data.missing_caption == "error" and not broken:
             bare.append(image)
         elif image.problem is not None:
             skipped.add(image.name, image.problem)
-        elif image.caption is None and data.missing_caption == "skip":
+        elif not image.captions and data.missing_caption == "skip":
             skipped.add(image.name, "no caption")
         else:
-            usable.append(replace(image, caption=image.caption or data.fixed_caption))
+            usable.append(replace(image, captions=image.captions or (data.fixed_caption,)))
     if bare:
         named = [each.name + f" ({each.problem})" * bool(each.problem) for each in bare[:_NAMED]]
         more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
@@ -141,6 +144,17 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
             "data.missing_caption to skip or fixed."
         )
     return usable
+
+
+def with_texts(images: list[SourceImage], recipe: Recipe) -> list[SourceImage]:
+    """The images with the texts that they are trained with; refuse a trigger word that is in none of them."""
+    fraction = recipe.data.validation_fraction
+    found = [
+        replace(i, captions=texts_of(i, recipe.captions, held_out=is_held_out(i, fraction)))
+        for i in images
+    ]
+    check_trigger_words(found, recipe.captions)
+    return found
 
 
 def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> list[PlannedImage]:
@@ -179,7 +193,7 @@ def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> l
                 notes.append(f"{CROPPED}: {lost:.0%}")
             if factor > 1:
                 notes.append(f"{ENLARGED}: {factor:.3g}×")
-            planned.append(PlannedImage(image, image.caption or "", bucket, tuple(notes)))
+            planned.append(PlannedImage(image, bucket, tuple(notes)))
     return planned
 
 
@@ -267,21 +281,29 @@ def check_disk(folder: Path, jobs: list[ShardJob], spec: Spec, recipe: Recipe) -
         )
 
     shards = sum(
-        sum(4 * 128 * _tokens(planned, recipe) for planned in job.images)
-        + text({planned.caption for planned in job.images})
+        sum(4 * 128 * _tokens(planned, recipe) for planned in job.images) + text(texts_in([job]))
         for job in jobs
     )
-    waiting = text({planned.caption for job in jobs for planned in job.images})
+    texts = texts_in(jobs)
+    waiting = text(texts)
     needed = shards + min(waiting, recipe.prepare.scratch_gb * 1e9)
     free = shutil.disk_usage(folder).free
     if jobs:
-        log.info("at least %.2f GB of shards to write, %.2f GB free", shards / 1e9, free / 1e9)
+        log.info(
+            "at least %.2f GB of shards to write, %.2f GB of them %d texts; %.2f GB free", shards / 1e9,
+            waiting / 1e9, len(texts), free / 1e9,
+        )  # fmt: skip
     if needed > free:
         raise UserError(
             f"data.shards {folder} needs at least {needed / 1e9:.2f} GB more, of which "
             f"{(needed - shards) / 1e9:.2f} GB for the time of encoding (prepare.scratch_gb is "
             f"{recipe.prepare.scratch_gb:g}), and its disk has {free / 1e9:.2f} GB free."
         )
+
+
+def texts_in(jobs: list[ShardJob]) -> set[str]:
+    """The distinct texts of some shards."""
+    return {text for job in jobs for planned in job.images for text in planned.image.captions}
 
 
 def _least_rows(caption: str, spec: Spec) -> int:

@@ -16,7 +16,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.contact_sheet import contact_sheet
-from flux2_ds.data.dataset import build_order
+from flux2_ds.data.dataset import CAPTIONS, build_order, given_captions
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.shards import full_part, tensors_in
 from flux2_ds.prepare.folder import CONTENTS_NAME
@@ -47,18 +47,19 @@ def finish(
         for key, (_, reason) in manifest.skipped.items():
             plan.skipped.add(f"{manifest.shard.source}/{key}", reason)
     contents = json.loads((folder / CONTENTS_NAME).read_text())
+    given = given_captions(recipe)
     conditioning = (folder / CONDITIONING_NAME).read_bytes()
     index = Index(
         spec.variant,
         spec.text_width,
         contents["model"],
-        contents["settings"],
+        contents["settings"] | ({CAPTIONS: given} if given else {}),
         indexed_shards([*plan.manifests, *written], plan.comparison.dropped),
         full_part(conditioning),
         str(tensors_in(memoryview(conditioning))["empty_text"].dtype).removeprefix("torch."),
     )
     if not index.samples:
-        raise nothing_usable(recipe)
+        raise nothing_usable(str(recipe.data.images))
     encoded = sum(len(manifest.rows) for manifest in written)
     images = [*plan.comparison.kept, *plan.images]
     images = [each for each in images if each.image.name not in plan.skipped.reasons]
@@ -109,7 +110,8 @@ class Report:
             "buckets": {str(bucket): count for bucket, count in index.bucket_counts().items()},
             "with_mask": sum(each.image.mask is not None for each in images),
             "with_references": sum(bool(each.image.references) for each in images),
-            "captions": len({each.caption for each in images}),
+            "texts": len({text for each in images for text in each.image.captions}),
+            "text_bytes": sum(shard.text_bytes for shard in index.shards),
             "notes": self.notes,
             "warnings": self.warnings,
             "captions_cut": self.long_captions,
@@ -126,6 +128,7 @@ class Report:
             f"{self.encoded} encoded, {self.dropped} dropped because their image is gone or changed",
             f"{index.part(held_out=True).samples} of them held out for validation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
+            *index.text_lines(),
             *self.warnings,
         ]
         lines += [
@@ -198,6 +201,6 @@ def write_contact_sheets(folder: Path, images: list[PlannedImage]) -> None:
                 small = Image.fromarray(decoded.pixels)
                 small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
                 shown.append(np.asarray(small))
-                captions.append(members[place].caption)
+                captions.append(members[place].image.captions[0])
         if shown:
             contact_sheet(shown, captions).save(folder / f"{bucket}.jpg", quality=88)

@@ -22,14 +22,15 @@ class SourceImage:
     """An image of a source.
 
     `key` names it within the source and `stamp` changes when the file does. `problem` is the reason
-    why it cannot be used, `caption` None if it has none. `size` (width, height) is known of images
+    why it cannot be used. `captions` are those that were found; once the image is planned, the texts
+    that it is trained with. `size` (width, height) is known of images
     in tars, where finding out means reading them. `mask` and `references` belong to the image.
     """
 
     source: str
     key: str
     stamp: str
-    caption: str | None
+    captions: tuple[str, ...]
     blob: Blob
     problem: str | None = None
     size: tuple[int, int] | None = None
@@ -41,6 +42,7 @@ class SourceImage:
         """An image that has no mask and references yet, from its JSON values."""
         size = values["size"] and tuple(values["size"])
         parts = {"blob": Blob(**values["blob"]), "size": size, "references": ()}
+        parts["captions"] = tuple(values["captions"])
         return SourceImage(**(values | parts))
 
     @property
@@ -51,10 +53,9 @@ class SourceImage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """An image to be encoded: its caption in training, how it is cropped, and notes for the report."""
+    """An image to be encoded: with its texts in training, how it is cropped, and notes for the report."""
 
     image: SourceImage
-    caption: str
     bucket: Bucket
     notes: tuple[str, ...] = ()
 

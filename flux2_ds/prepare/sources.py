@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from flux2_ds.config.recipe import is_url
+from flux2_ds.config.recipe import DEFAULT_SOURCE, is_url
 from flux2_ds.data.images import SUFFIXES, is_image
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
@@ -23,9 +23,9 @@ from flux2_ds.prepare.caption_text import (
     BESIDE,
     METADATA,
     MOST_BYTES,
-    Caption,
+    Captions,
     Metadata,
-    caption_beside,
+    captions_beside,
     refuse_faults,
     too_large,
 )
@@ -43,7 +43,6 @@ from flux2_ds.prepare.tars import expand, read_tar
 
 log = logging.getLogger("flux2_ds")
 
-DEFAULT_SOURCE = "images"
 DEFAULT_COLUMN = "text"
 
 
@@ -61,11 +60,6 @@ def find_images(
     sources = {DEFAULT_SOURCE: images} if isinstance(images, str) else images
     if not sources:
         raise UserError("data.images is empty. Give the folder of your images.")
-    if isinstance(caption_column, dict) and (unknown := caption_column.keys() - sources.keys()):
-        raise UserError(
-            f"data.caption_column.{min(unknown)}: there is no such source in data.images; there are "
-            f"{', '.join(sorted(sources))}."
-        )
     found, unused, faults = list[SourceImage](), Unused(), list[str]()
     for name, location in sorted(sources.items()):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -152,17 +146,17 @@ def _read_folder(
             facts = file.stat()
         except OSError as error:
             why = f"cannot be read: {error.strerror}"
-            found.images.append(SourceImage(source, key, "", "", Blob(file.path), why))
+            found.images.append(SourceImage(source, key, "", (), Blob(file.path), why))
             continue
         stamp = f"{facts.st_size}:{facts.st_mtime_ns}"
-        caption, problem = listed.pop(os.path.normpath(file.path), None), None
-        if caption is None:
-            caption, problem = _caption_on_disk(beside.get(stem(file.path), {}), column)
+        captions, problem = listed.pop(os.path.normpath(file.path), ()), None
+        if not captions:
+            captions, problem = _captions_on_disk(beside.get(stem(file.path), {}), column)
         problem = problem_of(file.name, facts.st_size) or problem
-        found.images.append(SourceImage(source, key, stamp, caption, Blob(file.path), problem))
+        found.images.append(SourceImage(source, key, stamp, captions, Blob(file.path), problem))
     for path in listed:
         key, why = printable(os.path.relpath(path, folder)), "named in the metadata, but not there"
-        found.images.append(SourceImage(source, key, "", "", Blob(path), why))
+        found.images.append(SourceImage(source, key, "", (), Blob(path), why))
     return found, metadata.faults()
 
 
@@ -198,16 +192,16 @@ def _walk(folder: str, apart: Sequence[Path]) -> list[os.DirEntry[str]]:
     return found
 
 
-def _caption_on_disk(files: dict[str, os.DirEntry[str]], column: str) -> Caption:
-    """The caption in the files beside an image: of the first that has one, or is damaged."""
+def _captions_on_disk(files: dict[str, os.DirEntry[str]], column: str) -> Captions:
+    """The captions in the files beside an image: of the first that has any, or is damaged."""
     for file in (files[suffix] for suffix in BESIDE if suffix in files):
         try:
             size = file.stat().st_size
             if size > MOST_BYTES:
                 return too_large(file.name, size)
-            caption, problem = caption_beside(Path(file.path).read_bytes(), file.name, column)
+            captions, problem = captions_beside(Path(file.path).read_bytes(), file.name, column)
         except OSError as error:
-            return None, f"caption {printable(file.name)} cannot be read: {error.strerror}"
-        if caption is not None or problem is not None:
-            return caption, problem
-    return None, None
+            return (), f"caption {printable(file.name)} cannot be read: {error.strerror}"
+        if captions or problem is not None:
+            return captions, problem
+    return (), None

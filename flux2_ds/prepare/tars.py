@@ -25,7 +25,7 @@ from flux2_ds.config.recipe import is_url
 from flux2_ds.data.images import UnreadableImageError, image_size, is_image
 from flux2_ds.data.storage import Blob, file_system, tried_again
 from flux2_ds.errors import UserError
-from flux2_ds.prepare.caption_text import BESIDE, MOST_BYTES, Caption, caption_beside, too_large
+from flux2_ds.prepare.caption_text import BESIDE, MOST_BYTES, Captions, captions_beside, too_large
 from flux2_ds.prepare.source_images import (
     Found,
     SourceImage,
@@ -86,7 +86,7 @@ def read_tar(source: str, location: str, column: str, scratch: Path) -> Found:
 
 def _scan(source: str, location: str, stream: IO[bytes], column: str) -> Found:
     found, images = Found(), dict[str, SourceImage]()
-    captions: dict[str, dict[str, Caption]] = {}  # by name without suffix, by that
+    captions: dict[str, dict[str, Captions]] = {}  # by name without suffix, by that
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
@@ -100,7 +100,7 @@ def _scan(source: str, location: str, stream: IO[bytes], column: str) -> Found:
                 captions.setdefault(stem(name), {})[suffix] = (
                     too_large(name, member.size)
                     if large
-                    else caption_beside(content.read(), name, column)
+                    else captions_beside(content.read(), name, column)
                 )
                 continue
             if not is_image(name):
@@ -110,7 +110,7 @@ def _scan(source: str, location: str, stream: IO[bytes], column: str) -> Found:
                 source,
                 f"{PurePosixPath(location).name}/{name}",
                 f"{member.size}:{member.mtime:.0f}",
-                None,
+                (),
                 Blob(location, member.offset_data, member.size),
             )
             if problem := _problem(name, known=name in images):
@@ -133,12 +133,12 @@ def _scan(source: str, location: str, stream: IO[bytes], column: str) -> Found:
     for name, image in images.items():
         files = captions.get(stem(name), {})
         known = (files[suffix] for suffix in BESIDE if suffix in files)
-        caption, problem = next((each for each in known if each != (None, None)), (None, None))
-        found.images.append(replace(image, caption=caption, problem=image.problem or problem))
+        texts, problem = next((each for each in known if each != ((), None)), ((), None))
+        found.images.append(replace(image, captions=texts, problem=image.problem or problem))
     return found
 
 
-_VERSION = 3
+_VERSION = 4
 """Of what is kept in `scratch`."""
 _NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 """Types of members that tarfile reads into memory at once."""

@@ -179,6 +179,33 @@ def test_fixed_caption_must_be_given():
     make_plan(make_recipe(**{"data.missing_caption": "fixed", "data.fixed_caption": "a"}), 1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_trigger_word": True}, "there is no captions.trigger_word"),
+        ({"shuffle_tags": True}, "captions.variants is 1, and captions.shuffle_tags"),
+        ({"tag_dropout": 0.1}, "captions.variants is 1, and captions.shuffle_tags or tag_dropout"),
+        ({"variants": 3}, "captions.variants is 3, and all would be the same text"),
+        ({"tag_separator": ""}, "captions.tag_separator is ; it must be not empty"),
+        ({"trigger_word": {"you": "x"}}, "captions.trigger_word.you: there is no such source"),
+        ({"prefix": {"you": "x"}}, "captions.prefix.you: there is no such source"),
+        ({"suffix": {"you": "x"}}, "captions.suffix.you: there is no such source"),
+    ],
+)
+def test_captions_that_contradict_each_other_are_refused(changes, message):
+    settings = {f"captions.{name}": value for name, value in changes.items()}
+    with pytest.raises(UserError) as caught:
+        make_plan(make_recipe(**settings), 1)
+    assert message in str(caught.value)
+
+
+def test_a_caption_column_of_no_source_is_refused():
+    for images in ("photos", {"me": "photos"}):
+        settings = {"data.images": images, "data.caption_column": {"you": "text"}}
+        with pytest.raises(UserError, match=r"data\.caption_column\.you: there is no such source"):
+            make_plan(make_recipe(**settings), 1)
+
+
 def test_fp16_on_the_cpu_is_refused():
     changes = {"precision": "fp16", "launch.accelerator": "cpu"}
     with pytest.raises(UserError, match="precision is fp16"):
@@ -364,6 +391,8 @@ def test_plan_says_the_arithmetic():
             {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 50, "steps": 50},
             ["optimizer.schedule (all 50 steps are warm-up)"],
         ),
+        ({"captions.keep_tags": 2}, ["captions.keep_tags (tags are neither shuffled nor dropped)"]),
+        ({"captions.keep_tags": 2, "captions.tag_dropout": 0.1, "captions.variants": 2}, []),
         ({"data.cache_gb": 5.0}, ["data.cache_gb (there is no data.cache)"]),
         ({"log.project": "a", "log.wandb": "disabled"}, ["log.project (log.wandb is disabled)"]),
         (

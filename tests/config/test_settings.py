@@ -27,7 +27,7 @@ MAY_CHANGE = [
     "data.cache",
     "data.cache_gb",
 ]
-SECTIONS = ("prepare.", "checkpoint.", "log.", "validation.", "preview.", "launch.")
+SECTIONS = ("captions.", "prepare.", "checkpoint.", "log.", "validation.", "preview.", "launch.")
 
 
 def test_a_run_may_go_on_with_what_does_not_change_what_is_computed():

@@ -13,7 +13,7 @@ import torch
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, normals
+from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, draw_variant, normals
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.errors import UserError
@@ -36,7 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
     for place, (bucket, samples) in enumerate(zip(BUCKETS, [5, 4, 6], strict=True)):
         shape = (32, bucket.height // 8, bucket.width // 8)
         numbers = [next(number) for _ in range(samples)]
-        records = [Record(f"{n}.jpg", str(n), torch.full(shape, float(n))) for n in numbers]
+        records = [Record(f"{n}.jpg", (str(n),), torch.full(shape, float(n))) for n in numbers]
         shards.append(write_shard(folder / f"{place}.tar", bucket, records, text_of))
     return folder, Index("klein", 2, {}, {}, shards)
 
@@ -144,7 +144,7 @@ def test_more_shards_and_texts_than_are_kept(prepared, monkeypatch):
 
 def test_one_caption_for_all_is_read_once(tmp_path):
     bucket = Bucket(32, 32)
-    records = [Record(f"{n}", "7", torch.full((32, 4, 4), float(n))) for n in range(8)]
+    records = [Record(f"{n}", ("7",), torch.full((32, 4, 4), float(n))) for n in range(8)]
     index = Index("klein", 2, {}, {}, [write_shard(tmp_path / "x.tar", bucket, records, text_of)])
     reads = []
 
@@ -158,6 +158,49 @@ def test_one_caption_for_all_is_read_once(tmp_path):
             assert (batch.text == 7).all()
     # The table, each latent twice, and the text: once alone and beside the latent of its own sample.
     assert len(reads) in (1 + 16, 1 + 16 + 1)
+
+
+def test_one_of_several_texts_is_drawn_by_position(tmp_path):
+    """Whatever the ranks; noise and latents are those of one text."""
+    bucket = Bucket(32, 32)
+
+    def written(name: str, texts: tuple[str, ...]) -> tuple[Path, Index]:
+        records = [Record(f"{n}", texts, torch.full((32, 4, 4), float(n))) for n in range(8)]
+        shard = write_shard(tmp_path / name, bucket, records, text_of)
+        return tmp_path, Index("klein", 2, {}, {}, [shard])
+
+    several = written("x.tar", ("1", "2", "2", "3"))
+    whole = [batch for step in make_loader(several).steps(0, 100) for batch in step]
+    found = torch.cat([batch.text[:, 0, 0] for batch in whole])
+    counts = [int((found == value).sum()) for value in (1, 2, 3)]
+    assert sum(counts) == 400 and all(map(lambda n, k: abs(n - 100 * k) < 45, counts, (1, 2, 1)))
+    positions = [sample.position for batch in whole for sample in batch.samples]
+    numbers = [float(("1", "2", "2", "3")[draw_variant(SEED, p, 4)]) for p in positions]
+    assert found.tolist() == numbers
+    half = make_loader(several, Share(1, 2, GLOBAL_BATCH, 1))
+    for step, batch in zip((7, 3), map(half.read, (7, 3)), strict=True):
+        assert torch.equal(torch.cat([each.text for each in batch]), whole[step].text[2:])
+    one = make_loader(written("y.tar", ("2",))).read(5)
+    for name in ("latents", "noise", "deviates"):
+        assert torch.equal(getattr(one[0], name), getattr(whole[5], name))
+
+
+def test_the_draw_of_a_variant_is_what_it_was():
+    """Golden: a run must go on with the same texts and images."""
+    assert [draw_variant(3, position, 5) for position in range(12)] == [
+        2,
+        3,
+        1,
+        0,
+        2,
+        0,
+        2,
+        3,
+        3,
+        2,
+        0,
+        0,
+    ]
 
 
 def test_draw_depends_on_seed_and_position_alone():

@@ -18,7 +18,7 @@ from flux2_ds.errors import UserError
 def make_shards(folder: Path, value: float, **facts: str) -> None:
     """One shard of two samples whose latents have one value."""
     folder.mkdir(parents=True)
-    records = [Record(f"{n}.jpg", "", torch.full((32, 4, 4), value)) for n in range(2)]
+    records = [Record(f"{n}.jpg", ("",), torch.full((32, 4, 4), value)) for n in range(2)]
     shard = write_shard(folder / "0.tar", Bucket(32, 32), records, lambda _: torch.zeros(6, 2))
     write_index(folder, Index("klein", 2, {}, {}, [shard], **facts))
     (folder / CONDITIONING_NAME).touch()

@@ -29,7 +29,7 @@ def text_of(caption: str) -> torch.Tensor:
 def make_records() -> list[Record]:
     generator = torch.Generator().manual_seed(1)
     return [
-        Record(f"photo {n}.jpg", caption, torch.randn(32, 4, 6, generator=generator))
+        Record(f"photo {n}.jpg", (caption,), torch.randn(32, 4, 6, generator=generator))
         for n, caption in enumerate(CAPTIONS)
     ]
 
@@ -58,10 +58,10 @@ def test_what_is_written_is_read_back_bit_for_bit(shard, written):
             assert torch.equal(one, both)
         assert (latent.dtype, text.dtype) == (torch.float32, torch.bfloat16)
         assert torch.equal(latent, record.latent)
-        assert torch.equal(text, text_of(record.caption))
-        first = CAPTIONS.index(record.caption)  # a caption that recurs is stored once
+        assert torch.equal(text, text_of(record.texts[0]))
+        first = CAPTIONS.index(record.texts[0])  # a caption that recurs is stored once
         assert reader.meta(row) == {
-            **{"caption": record.caption, "source": record.source, "height": 32, "width": 48},
+            **{"caption": record.texts[0], "source": record.source, "height": 32, "width": 48},
             "text_key": f"{first:08d}",
         }
 
@@ -88,6 +88,27 @@ def test_rows_that_repeat_at_the_ends_of_a_text_are_stored_once(tmp_path, dtype,
     assert stored["text"].shape == (kept, 8) and ("padding" in stored) == (kept < 512)
     zeros = torch.tensor([[0.0], [-0.0]]).expand(2, 8)  # equal, but not to the last bit
     assert pack_text(zeros.to(dtype))["text"].shape == (2, 8)
+
+
+def test_several_texts_of_a_sample_are_read_back_and_stored_once(tmp_path):
+    several = [("a cat", "x"), ("x", "été, 猫", "x"), ("x",)]
+    records = [
+        dataclasses.replace(r, texts=t) for r, t in zip(make_records(), several, strict=False)
+    ]
+    facts = write_shard(tmp_path / "x.tar", BUCKET, records, text_of)
+    reader = ShardReader(tmp_path / "x.tar", facts)
+    for row, texts in enumerate(several):
+        assert reader.texts(row) == len(texts)
+        for number, text in enumerate(texts):
+            assert torch.equal(reader.text(row, number), text_of(text))
+    assert reader.text_digest(1, 0) == reader.text_digest(1, 2) == reader.text_digest(0, 1)
+    assert reader.meta(1)["captions"] == [*several[1]]
+    assert reader.meta(1)["text_keys"] == ["00000000.text1", "00000001.text1", "00000000.text1"]
+    assert "captions" not in reader.meta(2)
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        stored = {member.name: member.size for member in tar if ".text" in member.name}
+    assert [*stored] == [f"0000000{key}.safetensors" for key in ("0.text", "0.text1", "1.text1")]
+    assert (facts.texts, facts.text_bytes) == (3, sum(stored.values()))
 
 
 def test_facts_of_a_shard_are_those_of_its_file(tmp_path):
@@ -132,7 +153,7 @@ def test_plain_webdataset_reads_it(shard):
     samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert len(samples) == len(CAPTIONS)
     for sample, record in zip(samples, make_records(), strict=True):
-        assert json.loads(sample["json"])["caption"] == record.caption
+        assert json.loads(sample["json"])["caption"] == record.texts[0]
         assert torch.equal(load(sample["latent.safetensors"])["latent"], record.latent)
     assert ["text.safetensors" in sample for sample in samples] == [True, True, False, True]
 

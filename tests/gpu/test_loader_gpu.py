@@ -22,7 +22,7 @@ NAMES = ("latents", "text", "noise", "deviates")
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_pinned_batches_are_the_same_batches(micro: int, tmp_path: Path) -> None:
-    records = [Record(f"{n}.jpg", str(n), torch.full((32, 4, 4), float(n))) for n in range(4)]
+    records = [Record(f"{n}.jpg", (str(n),), torch.full((32, 4, 4), float(n))) for n in range(4)]
     shard = write_shard(
         tmp_path / "x.tar", Bucket(32, 32), records, lambda c: torch.full((6, 2), float(c))
     )

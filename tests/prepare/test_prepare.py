@@ -23,7 +23,17 @@ from safetensors.torch import load_file
 from flux2_ds.commands.tiny import make_tiny
 from flux2_ds.config.model_files import check_fingerprint, fingerprint
 from flux2_ds.config.model_spec import read_spec
-from flux2_ds.config.recipe import Data, Launch, Model, Prepare, Preview, Recipe, recipe_values
+from flux2_ds.config.recipe import (
+    Captions,
+    Data,
+    Launch,
+    Model,
+    Prepare,
+    Preview,
+    Recipe,
+    recipe_values,
+)
+from flux2_ds.data.dataset import check_settings
 from flux2_ds.data.images import ALIGNED, DAMAGED_PROFILE, OWN_SIZE
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, read_index
 from flux2_ds.data.shards import ShardReader, read_conditioning
@@ -439,7 +449,7 @@ def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
     assert {name: held for name, held in split().items() if name in before} == before
     assert report(shards)["held_out"] == sum(split().values())
     # The share is met: a name is held out with that probability.
-    names = [SourceImage("images", f"{n}.png", "", "", Blob("")) for n in range(4000)]
+    names = [SourceImage("images", f"{n}.png", "", (), Blob("")) for n in range(4000)]
     assert abs(sum(plan.is_held_out(entry, 0.3) for entry in names) / 4000 - 0.3) < 0.03
     assert all(plan.is_held_out(e, 0.4) for e in names if plan.is_held_out(e, 0.3))
 
@@ -468,6 +478,57 @@ def test_captions_over_512_tokens_are_counted(model, photos, tmp_path):
     ((caption, tokens),) = report(tmp_path / "s")["captions_cut"].items()
     assert caption == ("red " * 600).strip() and tokens > 600
     assert "1 captions are longer than 512 tokens" in (tmp_path / "s" / "report.txt").read_text()
+
+
+def test_several_texts_are_encoded_once_and_again_only_where_settings_change_them(
+    model, photos, tmp_path, encoded
+):
+    (photos / "a.txt").write_text("ohwx, b, c, d")
+    for name in "bd":
+        (photos / f"{name}.txt").write_text("x\ny")
+    settings = Captions(
+        one_per_line=True, shuffle_tags=True, variants=3, trigger_word="ohwx", add_trigger_word=True
+    )
+    recipe = recipe_for(model, photos, tmp_path / "s", validation_fraction=0.35)  # b
+    recipe = dataclasses.replace(recipe, captions=settings)
+    index, texts = run(recipe), {}
+    for shard in index.shards:
+        reader = ShardReader(tmp_path / "s" / shard.name, shard)
+        for row in range(shard.samples):
+            meta = reader.meta(row)
+            texts[meta["source"]] = meta.get("captions", [meta["caption"]])
+            assert reader.texts(row) == len(texts[meta["source"]])
+    shuffled = texts.pop("a.png")
+    assert len(shuffled) == 3 and {"".join(sorted(t)) for t in shuffled} == {"   ,,,bcdhowx"}
+    red = "ohwx, a red square"
+    assert texts == {"b.png": ["ohwx, x"], "c.png": 3 * [red], "d.png": 3 * ["ohwx, x"] + 3 * ["ohwx, y"]}  # fmt: skip
+    different = {red, "ohwx, x", "ohwx, y", *shuffled}
+    assert sorted(e for e in encoded if not e.endswith(".png")) == sorted({"", *different})
+    assert report(tmp_path / "s")["texts"] == len(different)
+    assert f"{index.text_lines()[0]}\n" in (tmp_path / "s" / "report.txt").read_text()
+    encoded.clear()
+    run(recipe)
+    assert encoded == []
+    check_settings(recipe, index)
+    fewer = dataclasses.replace(recipe, captions=dataclasses.replace(settings, variants=2))
+    with pytest.raises(UserError, match=r"captions\.variants is 2, but .* prepared with 3"):
+        check_settings(fewer, index)
+    check_settings(fewer, run(fewer))
+    assert sorted(encoded) == ["a.png", "c.png", "d.png"]  # no text, and not what is held out
+
+
+def test_a_source_without_usable_images_and_a_trigger_word_in_no_caption_are_refused(
+    model, photos, tmp_path
+):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.png").write_text("no image")
+    (tmp_path / "other" / "x.txt").write_text("x")
+    sources = {"me": str(photos), "other": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"none of the images in data\.images .*other can be used"):
+        run(recipe_for(model, sources, tmp_path / "s"))
+    recipe = recipe_for(model, photos, tmp_path / "s")
+    with pytest.raises(UserError, match=r"'ohwx', which is in no caption of data\.images images"):
+        run(dataclasses.replace(recipe, captions=Captions(trigger_word="ohwx")))
 
 
 def test_rounds_keep_the_scratch_space_small(model, photos, tmp_path, encoded):

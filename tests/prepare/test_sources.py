@@ -30,7 +30,9 @@ def picture(path: Path, side: int = 32) -> Path:
 
 
 def captions(found: list[SourceImage]) -> dict[str, str | None]:
-    return {image.key: image.caption for image in found}
+    """The one caption of each image."""
+    assert all(len(image.captions) < 2 for image in found)
+    return {image.key: next(iter(image.captions), None) for image in found}
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_metadata_of_an_imagefolder(folder, tmp_path, kind):
         "c.png": "c has a file only",
         "train/a.png": "a, with a comma\nand a line",
         "train/b.png": separated,
-        "train/x.png": "",
+        "train/x.png": None,
     }
     problems = {image.key: image.problem for image in found if image.problem}
     assert problems == {"train/x.png": "named in the metadata, but not there"}
@@ -149,8 +151,8 @@ def test_metadata_of_an_imagefolder(folder, tmp_path, kind):
         ),
         (
             "metadata.jsonl",
-            '{"file_name": "a.png", "text": ["a"]}',
-            ["row 1: column 'text' is a list"],
+            '{"file_name": "a.png", "text": ["a", ["b"]]}',
+            ["row 1: column 'text' is a list in a list"],
         ),
         (
             "metadata.jsonl",
@@ -218,13 +220,14 @@ CAPTIONS_BESIDE = {
     "caption.json": (b'{"text": null, "caption": "from caption"}', "from caption"),
     "prompt.json": (b'{"text": NaN, "prompt": "from prompt"}', "from prompt"),
     "column.json": (b'{"text": "not this", "tags": "from the column"}', "from the column"),
-    "nothing.json": (b'{"width": 3}', None),
-    "null.json": (b'{"text": null}', None),
+    "list.json": (b'{"text": ["one", null, " ", "two", "one"]}', "one", "two", "one"),
+    "nothing.json": (b'{"width": 3}',),
+    "null.json": (b'{"text": [null, ""]}',),
 }
 NO_CAPTIONS = {
     "nul.txt": (b"a\0b", "caption nul.txt holds a NUL character"),
     "latin.caption": (b"caf\xe9", "caption latin.caption is not UTF-8"),
-    "list.json": (b'{"text": ["a", "b"]}', "caption list.json: 'text' is a list, not a text"),
+    "number.json": (b'{"text": ["a", 3]}', "caption number.json: 'text' is a number, not a text"),
     "flag.json": (
         b'{"caption": true}',
         "caption flag.json: 'caption' is true or false, not a text",
@@ -238,7 +241,7 @@ NO_CAPTIONS = {
 @pytest.mark.parametrize("packed", [False, True])
 def test_captions_beside_images(folder, tmp_path, packed):
     """The same of a folder and of a tar."""
-    for name, (content, _) in {**CAPTIONS_BESIDE, **NO_CAPTIONS}.items():
+    for name, (content, *_) in {**CAPTIONS_BESIDE, **NO_CAPTIONS}.items():
         picture(folder / f"{Path(name).stem}.jpg")
         (folder / name).write_bytes(content)
     location = folder
@@ -251,12 +254,12 @@ def test_captions_beside_images(folder, tmp_path, packed):
         found = {
             Path(image.key).stem: image for image in images_of(location, tmp_path / "s", "tags")
         }
-        for name, (_, caption) in CAPTIONS_BESIDE.items():
+        for name, (_, *expected) in CAPTIONS_BESIDE.items():
             image = found.pop(Path(name).stem)
-            assert (image.caption, image.problem) == (caption, None)
+            assert (image.captions, image.problem) == (tuple(expected), None)
         for name, (_, problem) in NO_CAPTIONS.items():
             image = found.pop(Path(name).stem)
-            assert image.caption is None and str(image.problem).startswith(problem)
+            assert not image.captions and str(image.problem).startswith(problem)
         assert not found
 
 
@@ -277,9 +280,7 @@ def test_a_source_may_have_a_caption_column_of_its_own(folder, tmp_path):
         (folder / name / "metadata.csv").write_text(f"file_name,{column}\na.png,of {name}\n")
     sources = {name: str(folder / name) for name in ("one", "two")}
     found = images_of(sources, tmp_path, {"two": "prompt_de"})
-    assert [image.caption for image in found] == ["of one", "of two"]
-    with pytest.raises(UserError, match=r"data\.caption_column\.three: there is no such source"):
-        images_of(sources, tmp_path, {"three": "x"})
+    assert [image.captions for image in found] == [("of one",), ("of two",)]
 
 
 HIDDEN = (".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png/SYNOFILE_THUMB.png", "__MACOSX/._a.png",
@@ -401,10 +402,10 @@ def tar(tmp_path: Path) -> Path:
 def test_a_tar_of_raw_pictures(tar, tmp_path):
     found = {image.key: image for image in images_of(tar.parent, tmp_path / "s")}
     good = {key: e for key, e in found.items() if e.problem is None}
-    assert {key: (e.caption, e.size) for key, e in good.items()} == {
-        "00000.tar/000.jpg": ("a caption", (32, 40)),
-        "00000.tar/001.jpg": ("from the json", (40, 48)),
-        "00000.tar/003.jpg": (None, (32, 40)),
+    assert {key: (e.captions, e.size) for key, e in good.items()} == {
+        "00000.tar/000.jpg": (("a caption",), (32, 40)),
+        "00000.tar/001.jpg": (("from the json",), (40, 48)),
+        "00000.tar/003.jpg": ((), (32, 40)),
     }
     assert good["00000.tar/001.jpg"].blob.read() == encoded(40)
     problems = {key.split("@")[0]: e.problem for key, e in found.items() if e.problem}
@@ -458,8 +459,8 @@ def test_tars_of_raw_images_in_a_store(tar, tmp_path, kind):
     local = images_of(tar, tmp_path / "one")
     with served(kind, tar.parent) as server:
         remote = images_of(f"{server.url}/{{00000..00000}}.tar", tmp_path / "two")
-        assert [(e.key, e.caption, e.size) for e in remote] == [
-            (e.key, e.caption, e.size) for e in local
+        assert [(e.key, e.captions, e.size) for e in remote] == [
+            (e.key, e.captions, e.size) for e in local
         ]
         for one, other in zip(local, remote, strict=True):
             assert is_url(other.blob.location)

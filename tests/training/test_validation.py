@@ -34,7 +34,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
     for place, (bucket, samples) in enumerate([(WIDE, 3), (SQUARE, 3), (WIDE, 1)]):
         shape = (32, bucket.height // 8, bucket.width // 8)
         records = [
-            Record(f"{n}.jpg", "", torch.full(shape, float(n)))
+            Record(f"{n}.jpg", ("",), torch.full(shape, float(n)))
             for n in itertools.islice(number, samples)
         ]
         shards.append(
