@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from flux2_ds.config.adapter import adapted_linears
 from flux2_ds.config.bench_options import add_options, bench_bucket, check_options
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import GIB, Memory, out_of_memory
@@ -37,7 +38,6 @@ from flux2_ds.config.model_spec import (
     TOKEN_CHANNELS,
     Spec,
     planned_spec,
-    target_modules,
 )
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import Plan, make_plan
@@ -281,7 +281,7 @@ def diffusers_step(spec: Spec, recipe: Recipe, bucket: Bucket, device: torch.dev
     model = transformer.empty_transformer(spec)
     fill_randomly(model, torch.bfloat16, None, device)
     model.requires_grad_(False)
-    names = target_modules(spec, recipe.lora.targets)
+    names = list(adapted_linears(spec, recipe.lora))
     rank = recipe.lora.rank
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -35,8 +35,9 @@ from flux2_ds.commands.model_card import (
     push,
     write_card,
 )
+from flux2_ds.config.adapter import adapted_linears
 from flux2_ds.config.model_files import model_directory
-from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError, run_root
@@ -44,9 +45,11 @@ from flux2_ds.model.adapter_layouts import (
     Adapter,
     Layout,
     Update,
+    bfl_place,
     bfl_tensors,
     diffusers_tensors,
     kohya_tensors,
+    parts_of,
 )
 from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
 from flux2_ds.model.lora import ADAPTER, exported_magnitude, exported_settings, lora_config
@@ -216,7 +219,7 @@ def export(
         average = "-ema" if request.weights == "ema" else ""
         folder /= f"step_{chosen.step:08d}{average}-merged"
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = {} if full else stored_adapter(store, recipe)
+    adapter = {} if full else stored_adapter(store, recipe, origin.spec)
     base = BaseWeights(directory / "transformer") if parts else None
     exports = []
     if whole:
@@ -253,15 +256,14 @@ def _export_weights(
     return Export(path, ("ComfyUI",))
 
 
-def stored_adapter(store: TensorStore, recipe: Recipe) -> Adapter:
-    """The trained adapter, alpha / rank multiplied into A."""
-    scale = 1.0 if recipe.lora.alpha is None else recipe.lora.alpha / recipe.lora.rank
-    adapter = {}
+def stored_adapter(store: TensorStore, recipe: Recipe, spec: Spec) -> Adapter:
+    """The trained adapter, its scale multiplied into A."""
+    linears, adapter = adapted_linears(spec, recipe.lora), {}
     for name in store.shapes:
         linear, found, _ = name.partition(f".lora_A.{ADAPTER}.weight")
         if found:
             magnitude = f"{linear}.lora_magnitude_vector.{ADAPTER}.weight"
-            lora_a = store.tensor(name) * scale
+            lora_a = store.tensor(name) * linears[linear].scale
             lora_b = store.tensor(f"{linear}.lora_B.{ADAPTER}.weight")
             dora = magnitude in store.shapes
             adapter[linear] = Update(
@@ -293,7 +295,8 @@ def export_adapter(
     elif base is None:
         tensors = bfl_tensors(adapter)
     else:
-        scales = {name: dora_scale(base, name, update) for name, update in adapter.items()}
+        names = [part for name in adapter for part in parts_of(bfl_place(name).module)]
+        scales = {name: dora_scale(base, name, adapter.get(name)) for name in dict.fromkeys(names)}
         tensors = bfl_tensors(adapter, scales)
     # A rank is not rounded: bf16 has no 261.
     tensors = {n: t if n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}

@@ -9,6 +9,7 @@ timesteps at each resolution. Reads configs, the tokenizer and the shards; the V
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 
+from flux2_ds.config.adapter import adapted_linears, adapter_line
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_files import model_directory
-from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, TARGETS, Spec, read_spec, target_modules
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Objective, Recipe
 from flux2_ds.config.validate import check_recipe
@@ -93,14 +95,15 @@ def target_lines(directory: Path, spec: Spec, recipe: Recipe) -> list[str]:
     count = sum(p.numel() for p in named.values())
     if recipe.method == "full":
         return [f"{count:,} parameters, all"]
-    double, single = TARGETS[recipe.lora.targets]
-    linears = len(target_modules(spec, recipe.lora.targets))
-    return [
-        f"{recipe.method} rank {recipe.lora.rank}, targets {recipe.lora.targets}: {count:,} "
-        f"parameters in {linears} linears",
-        f"{len(double)} in each of {spec.double_blocks} double blocks: {', '.join(double)}",
-        f"{len(single)} in each of {spec.single_blocks} single blocks: {', '.join(single)}",
-    ]
+    lines = [f"{recipe.method}, {adapter_line(spec, recipe)}"]
+    parts = [name.split(".", 2) for name in adapted_linears(spec, recipe.lora)]
+    for kind, blocks in (("double", spec.double_blocks), ("single", spec.single_blocks)):
+        group = f"{'single_' * (kind == 'single')}transformer_blocks"
+        counts = Counter(linear for found, _, linear in parts if found == group)
+        for count in sorted({*counts.values()}, reverse=True):
+            linears = [linear for linear, each in counts.items() if each == count]
+            lines.append(f"in {count} of {blocks} {kind} blocks: {', '.join(linears)}")
+    return lines
 
 
 def first_samples(shards: str, index: Index, count: int) -> Iterator[tuple[ShardReader, int]]:

@@ -240,7 +240,13 @@ def _table(origin: Origin) -> str:
     rows = {"base": f"{origin.base}{revision}", "method": settings["method"]}
     if settings["method"] != "full":
         alpha = adapter["rank"] if adapter["alpha"] is None else adapter["alpha"]
-        rows["rank, alpha, targets"] = f"{adapter['rank']}, {alpha:g}, {adapter['targets']}"
+        targets = adapter["targets"]
+        targets = targets if isinstance(targets, str) else ", ".join(targets)
+        scale = f"{alpha:g} / √rank" if adapter.get("rslora") else f"{alpha:g}"
+        rows["rank, alpha, targets"] = f"{adapter['rank']}, {scale}, `{targets}`"
+        for setting in ("rank_pattern", "alpha_pattern"):
+            if adapter.get(setting):
+                rows[setting] = f"`{json.dumps(adapter[setting])}`"
     rows |= {
         "steps": f"{origin.checkpoint.step}, {origin.samples_seen} samples",
         "resolution": f"{origin.resolution} px",

@@ -45,14 +45,14 @@ from flux2_ds.config.memory import (
     rendering_bytes,
 )
 from flux2_ds.config.model_files import model_directory
-from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, linear_shapes, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.images import check_format
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
-from flux2_ds.model.adapter_layouts import Adapter, linear_shapes
+from flux2_ds.model.adapter_layouts import Adapter
 from flux2_ds.model.adapter_programs import read_by_diffusers
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from flux2_ds.config.adapter import adapter_tensors
 from flux2_ds.config.model_spec import (
     DOUBLE_LINEARS,
     PIXELS_PER_TOKEN,
@@ -14,7 +15,6 @@ from flux2_ds.config.model_spec import (
     TEXT_TOKENS,
     TOKEN_CHANNELS,
     Spec,
-    target_modules,
 )
 from flux2_ds.config.plan import Plan, captures, compiles, transposable
 from flux2_ds.config.recipe import Recipe
@@ -317,18 +317,6 @@ def other_matrices(spec: Spec) -> list[int]:
     time = [width * _TIMESTEP_FREQUENCIES, width**2] * (1 + spec.guidance)
     modulation = [6 * width**2, 6 * width**2, 3 * width**2]
     return [*embedders, *time, *modulation, 2 * width**2, width * TOKEN_CHANNELS]
-
-
-def adapter_tensors(spec: Spec, recipe: Recipe) -> list[int]:
-    """Elements of each of the adapter's tensors."""
-    sizes = []
-    for name in target_modules(spec, recipe.lora.targets):
-        group, _, linear = name.split(".", 2)
-        shapes = DOUBLE_LINEARS if group == "transformer_blocks" else SINGLE_LINEARS
-        inputs, outputs = (features * spec.width for features in shapes[linear])
-        sizes += [recipe.lora.rank * inputs, recipe.lora.rank * outputs]
-        sizes += [outputs] if recipe.method == "dora" else []
-    return sizes
 
 
 def adapter_parameters(spec: Spec, recipe: Recipe) -> int:

@@ -242,3 +242,18 @@ def target_modules(spec: Spec, targets: str) -> list[str]:
     return [f"transformer_blocks.{i}.{n}" for i in range(spec.double_blocks) for n in double] + [
         f"single_transformer_blocks.{i}.{n}" for i in range(spec.single_blocks) for n in single
     ]
+
+
+def linear_shapes(spec: Spec) -> dict[str, tuple[int, int]]:
+    """All linears that an adapter may change, by diffusers' names -> (N, K)."""
+    width = spec.width
+    blocks = (
+        ("transformer_blocks", spec.double_blocks, DOUBLE_LINEARS),
+        ("single_transformer_blocks", spec.single_blocks, SINGLE_LINEARS),
+    )
+    return {
+        f"{kind}.{block}.{linear}": (rows * width, columns * width)
+        for kind, count, linears in blocks
+        for block in range(count)
+        for linear, (columns, rows) in linears.items()
+    }

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flux2_ds.config.adapter import adapter_line
 from flux2_ds.config.deepspeed_config import offload_device, read_deepspeed
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Recipe
@@ -49,13 +50,20 @@ class Plan:
         method = "full fine-tune"
         if recipe.method != "full":
             alpha = recipe.lora.rank if recipe.lora.alpha is None else recipe.lora.alpha
+            targets = recipe.lora.targets
             method = (
-                f"{recipe.method} rank {recipe.lora.rank}, alpha {alpha:g}, "
-                f"targets {recipe.lora.targets}"
+                f"{recipe.method} rank {recipe.lora.rank}, alpha {alpha:g}"
+                f"{' / √rank' * recipe.lora.rslora}, "
+                f"targets {targets if isinstance(targets, str) else ', '.join(targets)}"
             )
         return [
             f"model      {recipe.model.path}, {method}, {recipe.precision}, "
             f"base {recipe.base_weights or recipe.precision}",
+            *(
+                [f"adapter    {adapter_line(spec, recipe)}"]
+                if spec is not None and recipe.method != "full"
+                else []
+            ),
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",
             f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples"

@@ -169,9 +169,17 @@ class Lora:
     """Rank r of the update."""
     alpha: Annotated[float | None, POSITIVE] = None
     """Scale of the update is alpha / rank. Default: alpha = rank."""
-    targets: Literal["all", "attention", "diffusers"] = "all"
+    rslora: bool = False
+    """Scale by alpha / √rank instead (rank-stabilized LoRA), which lets high ranks learn as fast as low ones."""
+    targets: str | list[str] = "all"
     """`all`: every linear of both block kinds. `attention`: without the separate feed-forward
-    layers of the double blocks. `diffusers`: the default of diffusers' training script."""
+    layers of the double blocks. `diffusers`: the default of diffusers' training script. Or a regular
+    expression, or several, for the end of linears' names: `attn.to_[qkv]`,
+    `single_transformer_blocks.1\\d.attn.to_out`."""
+    rank_pattern: Annotated[dict[str, int], between(1, 65536)] = field(default_factory=dict)
+    """Other ranks, by an expression such as in `targets`: `{ff.*: 8}`; the first that matches holds."""
+    alpha_pattern: Annotated[dict[str, float], POSITIVE] = field(default_factory=dict)
+    """Other alphas, by an expression."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on the adapter's input; 0..1."""
 

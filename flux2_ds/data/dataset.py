@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.model_spec import RELEASED, Spec
 from flux2_ds.config.plan import Plan, captures
 from flux2_ds.config.recipe import Captions, Recipe, is_url
 from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
@@ -130,13 +131,16 @@ def run_checks(
     data: tuple[Index, Index] | None,
     spec: Spec | None,
     directory: Path | None,
-) -> dict[str, Callable[[], None]]:
+) -> dict[str, Callable[[], object]]:
     """The checks of `check_run` by what they look at, for those that report each."""
-    checks: dict[str, Callable[[], None]] = {
+    checks: dict[str, Callable[[], object]] = {
         "run_dir": partial(check_run_dir, recipe),
         "wandb": partial(check_wandb, recipe.log.wandb),
         "previews": partial(check_previews, recipe, directory, prepared=data is not None),
     }
+    known = spec or RELEASED.get(recipe.model.path)
+    if known is not None and recipe.method != "full":
+        checks["adapter"] = partial(adapted_linears, known, recipe.lora)
     if data is not None:
         checks["shards"] = partial(check_shards, *data, spec, directory, recipe)
     return checks

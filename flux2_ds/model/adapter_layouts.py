@@ -12,8 +12,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from flux2_ds.config.model_spec import DOUBLE_LINEARS, SINGLE_LINEARS, Spec
-
 Layout = Literal["diffusers", "bfl", "kohya"]
 
 BFL_DOUBLE = {
@@ -71,21 +69,6 @@ def bfl_place(name: str) -> Place:
     kind = "single" if single else "double"
     parts = _FUSED if inner.endswith("qkv") else 1
     return Place(f"{kind}_blocks.{block}.{inner}", part, parts)
-
-
-def linear_shapes(spec: Spec) -> dict[str, tuple[int, int]]:
-    """All linears that an adapter may change, by diffusers' names -> (N, K)."""
-    width = spec.width
-    blocks = (
-        ("transformer_blocks", spec.double_blocks, DOUBLE_LINEARS),
-        ("single_transformer_blocks", spec.single_blocks, SINGLE_LINEARS),
-    )
-    return {
-        f"{kind}.{block}.{linear}": (rows * width, columns * width)
-        for kind, count, linears in blocks
-        for block in range(count)
-        for linear, (columns, rows) in linears.items()
-    }
 
 
 def diffusers_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -18,14 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.model_spec import Spec, linear_shapes
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import (
     Adapter,
     Layout,
     Update,
     bfl_place,
-    linear_shapes,
 )
 from flux2_ds.model.merge import BaseWeights, changed_rows
 
@@ -173,15 +172,16 @@ def largest_error(reading: Reading, adapter: Adapter, base: BaseWeights | None =
 
     `base`: of a DoRA read by ComfyUI, which multiplies the base's own rows.
     """
-    if reading.ignored or reading.adapter.keys() != adapter.keys():
+    if reading.ignored or adapter.keys() - reading.adapter.keys():
         return math.inf
     errors = []
-    for name, update in adapter.items():
-        found = reading.adapter[name]
-        if update.magnitude is None or found.magnitude is not None:
-            errors.append(_update_error(found, update))
-        elif name in reading.dora_scales and base is not None:
+    for name, found in reading.adapter.items():
+        # Where q is adapted and k is not, their one module of Black Forest Labs' changes k by zero.
+        update = adapter.get(name, Update(found.down[:0], found.up[:, :0]))
+        if name in reading.dora_scales and base is not None:
             errors.append(_weight_error(base, name, found, reading.dora_scales[name], update))
+        elif update.magnitude is None or found.magnitude is not None:
+            errors.append(_update_error(found, update))
         else:
             errors.append(math.inf)
     return max(errors)

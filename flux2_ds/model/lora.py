@@ -19,7 +19,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn import functional
 
-from flux2_ds.config.model_spec import Spec, target_modules
+from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
 from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
 from flux2_ds.ops.quantized_linear import QuantizedLinear, dequantize
@@ -29,11 +30,17 @@ ADAPTER = "default"
 
 def lora_config(spec: Spec, settings: Lora, *, dora: bool) -> LoraConfig:
     """PEFT's description of the adapter; A is drawn from N(0, 1/r²), B is zero."""
+    linears = adapted_linears(spec, settings)
+    alpha = settings.rank if settings.alpha is None else settings.alpha
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
+        lora_alpha=alpha,
+        # A name is a pattern that matches itself alone.
+        rank_pattern={n: each.rank for n, each in linears.items() if each.rank != settings.rank},
+        alpha_pattern={n: each.alpha for n, each in linears.items() if each.alpha != alpha},
+        use_rslora=settings.rslora,
         lora_dropout=settings.dropout,
-        target_modules=target_modules(spec, settings.targets),
+        target_modules=list(linears),
         init_lora_weights="gaussian",
         use_dora=dora,
     )
@@ -158,7 +165,7 @@ def exported_magnitude(
 
 
 def exported_settings(settings: Lora) -> Lora:
-    """The settings that an adapter file is used with; its A has been multiplied by alpha / rank."""
+    """The settings that an adapter file is used with; its A has been multiplied by the scale."""
     # Programs that do not read the file's metadata take alpha to be the rank. And diffusers leaves an
     # adapter that it loads in training mode, where dropout is at work.
-    return replace(settings, alpha=None, dropout=0.0)
+    return replace(settings, alpha=None, alpha_pattern={}, rslora=False, dropout=0.0)

@@ -64,14 +64,19 @@ def changed_rows(weight: torch.Tensor, update: Update, rows: slice) -> torch.Ten
     return changed * _gain(changed, update.magnitude[rows].float())[:, None]
 
 
-def dora_scale(base: BaseWeights, name: str, update: Update) -> torch.Tensor:
-    """m·‖W‖/‖W + ΔW‖ by rows [N, 1], with which ComfyUI makes (W + ΔW)·dora_scale/(‖W‖ + ε)."""
+def dora_scale(base: BaseWeights, name: str, update: Update | None) -> torch.Tensor:
+    """m·‖W‖/‖W + ΔW‖ by rows [N, 1], with which ComfyUI makes (W + ΔW)·dora_scale/(‖W‖ + ε).
+
+    Without an update ‖W‖ + ε, which leaves W as it is.
+    """
     scales = []
     for rows, weight in base.rows(name):
-        assert update.magnitude is not None
-        changed = torch.addmm(weight, update.up[rows].float(), update.down.float())
-        norm = weight.norm(dim=1) + torch.finfo(torch.float32).eps
-        scales.append(_gain(changed, update.magnitude[rows].float()) * norm)
+        scale = weight.norm(dim=1) + torch.finfo(torch.float32).eps
+        if update is not None:
+            assert update.magnitude is not None
+            changed = torch.addmm(weight, update.up[rows].float(), update.down.float())
+            scale *= _gain(changed, update.magnitude[rows].float())
+        scales.append(scale)
     return torch.cat(scales)[:, None]
 
 

@@ -32,14 +32,14 @@ Tensors = dict[str, torch.Tensor]
 Write = Callable[..., Path]
 
 
-def recipe_for(model: Path, run_dir: Path, method: str, targets: str = "all") -> Recipe:
+def recipe_for(model: Path, run_dir: Path, method: str, **lora: Any) -> Recipe:
     return Recipe(
         run_dir=str(run_dir),
         method=method,  # type: ignore[arg-type]
         precision="fp32",
         model=Model(path=str(model)),
         data=Data(images="", shards=""),
-        lora=Lora(rank=4, alpha=6.0, targets=targets),  # type: ignore[arg-type]
+        lora=Lora(rank=4, alpha=6.0, **lora),
     )
 
 
@@ -134,9 +134,9 @@ def weights_after(model: Flux2Transformer2DModel, spec: Spec) -> Tensors:
         linear = name.removesuffix(".weight").removesuffix(".base_layer")
         after, down = weight.detach(), named.get(f"{linear}.lora_A.default.weight")
         if down is not None:
-            after = (
-                after + 6 / 4 * named[f"{linear}.lora_B.default.weight"].detach() @ down.detach()
-            )
+            layer: Any = model.get_submodule(linear)
+            up = named[f"{linear}.lora_B.default.weight"]
+            after = after + layer.scaling["default"] * up.detach() @ down.detach()
         magnitude = named.get(f"{linear}.lora_magnitude_vector.default.weight")
         if magnitude is not None:
             after = magnitude.detach()[:, None] * after / after.norm(dim=1, keepdim=True)
@@ -171,18 +171,29 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("targets", ["all", "attention", "diffusers"])
+PATTERNS = {
+    "targets": ["attn.to_[qv]", "0.ff.*", "attn.to_out"],
+    "rank_pattern": {"attn.to_q": 2, "linear_in": 7},
+    "alpha_pattern": {"attn.to_v": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"targets": "attention"}, {"targets": "diffusers", "rslora": True}, PATTERNS],
+    ids=["all", "attention", "rslora", "patterns"],
+)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_programs_that_a_file_is_for_load_what_was_trained(
     method: str,
-    targets: str,
+    lora: dict[str, Any],
     tiny_model: Path,
     tiny_spec: Spec,
     tmp_path: Path,
     write_checkpoint: Write,
 ) -> None:
     """And those that it is not for do not: the table says no less than what is so."""
-    recipe = recipe_for(tiny_model, tmp_path / "run", method, targets)
+    recipe = recipe_for(tiny_model, tmp_path / "run", method, **lora)
     base = Flux2Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
     before = weights_after(base, tiny_spec)
     model = trained(recipe, tiny_spec)

@@ -72,8 +72,8 @@ def test_the_report(prepared, tiny_spec, monkeypatch, capsys) -> None:
     double = 8 * (width + width) + 2 * (width + 6 * width) + 2 * (3 * width + width)
     single = (width + 9 * width) + (4 * width + width)
     parameters = 2 * (2 * double + 3 * single)
-    assert f"lora rank 2, targets all: {parameters:,} parameters in 30 linears" in out
-    assert "12 in each of 2 double blocks: attn.to_q," in out
+    assert f"lora, {parameters:,} parameters in 30 linears: 30 of rank 2" in out
+    assert "in 2 of 2 double blocks: attn.to_q," in out
     assert repr(rendered(tiny_spec, CAPTION)) in out
     layers = "9, 18, 27" if tiny_spec.variant == "klein" else "10, 20, 30"
     assert f"hidden states {layers}, stacked to width 96" in out

@@ -91,10 +91,13 @@ def test_parameters_are_counted_as_they_are(name):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("targets", ["all", "attention", "diffusers"])
-def test_adapters_are_counted_as_they_are(method, targets):
+@pytest.mark.parametrize(
+    "targets", ["all", "attention", "diffusers", ["attn.to_q", "ff.linear_.*"]]
+)
+@pytest.mark.parametrize("ranks", [{}, {"attn.to_q": 9}])
+def test_adapters_are_counted_as_they_are(method, targets, ranks):
     spec = Spec("dev", "Flux2Pipeline", 2, 3, 4, 32, 96, guidance=True)
-    recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets))
+    recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets, rank_pattern=ranks))
     model = transformer.new_transformer(spec)
     config = lora_config(spec, recipe.lora, dora=method == "dora")
     add_lora(model, config, seed=0)
