@@ -164,6 +164,14 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def all_gather_floats(values: list[float], device: torch.device) -> list[list[float]]:
+    """What each rank gives, by rank, in all of them; as many from each. Collective."""
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    gathered = own.new_empty(distributed.get_world_size() * len(values))
+    distributed.all_gather_into_tensor(gathered, own)
+    return gathered.view(-1, len(values)).tolist()
+
+
 def broadcast_object(value: Value | None) -> Value:
     """Rank 0's value, which may be of any kind, in all ranks. Collective."""
     values = [value]

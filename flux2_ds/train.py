@@ -24,7 +24,7 @@ from flux2_ds.config.plan import captures, learning_rate
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import in_steps, recordable
 from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
-from flux2_ds.errors import EXIT_STOPPED, OutageError, run_root
+from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
 from flux2_ds.run.metrics import draw_loss_if_missing
@@ -41,7 +41,7 @@ from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import Run, build_engine, build_model, build_run, log_memory
 from flux2_ds.training.checkpoints import resume
 from flux2_ds.training.inputs import log_plan, read_inputs
-from flux2_ds.training.step import seed_dropout, train_step
+from flux2_ds.training.step import StepTimer, seed_dropout, train_step
 from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.warmup import warm_up
 
@@ -99,7 +99,7 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
             log.warning("accepted: %s", change)
         write_run_dir(inputs.plan)
 
-    run = build_run(inputs, engine, first_step, stop, watchdog)
+    run = build_run(inputs, engine, memory, first_step, stop, watchdog)
     try:
         if first_step < recipe.steps:
             warm_up(run, inputs, memory)
@@ -108,6 +108,10 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
         # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
         message = out_of_memory(recipe, "step", "a step", error, memory.spare)
         raise OutageError(message) from error
+    except UserError as error:
+        if run.metrics is not None:
+            run.metrics.alert("the run has ended", str(error), last=True)
+        raise
 
     watchdog.heartbeat(0, "ending")
     if run.metrics is not None:
@@ -137,7 +141,7 @@ def run_steps(run: Run) -> bool:
         before = run.validation.loss(0)
         log.info("step 0 | held-out loss %.4f", before)
         if run.metrics is not None:
-            run.metrics.write(0, {"validation_loss": before})
+            run.metrics.write(0, {"validation/loss": before})
 
     run.progress.start()
     for step, micro_batches in run.steps():
@@ -145,17 +149,18 @@ def run_steps(run: Run) -> bool:
         stop_requested = run.stop.any_rank(run.process)  # asks now; the answer is read below
         seed_dropout(recipe.seed, step, run.process.rank)
         rate = learning_rate(recipe, step)
-        losses = train_step(run.engine, run.objective, micro_batches, rate)
+        timer = StepTimer(run.process.device)
+        losses = train_step(run.engine, run.objective, micro_batches, rate, timer)
 
         done = step + 1
-        run.progress.push(done, micro_batches, losses)  # checks the step before
+        run.progress.push(done, micro_batches, losses, timer)  # checks the step before
         run.watchdog.heartbeat(done, "agreeing")
         stopping = stop_requested()
         due = run.cadence.due(done, stopping)
         if due.log or due.checkpoint:
             values = run.progress.summary(rate)  # raises on a loss that is not finite
         if due.validation and run.validation:
-            values["validation_loss"] = run.validation.loss(done)
+            values["validation/loss"] = run.validation.loss(done)
         if due.log:
             run.progress.log(done, values)
         if due.checkpoint:

@@ -98,7 +98,7 @@ def check_results(before: list[Record]) -> None:
     # Times are among the values, so a run that began anew would not repeat them.
     expect(records[: len(before)] == before, "the resumed run has not gone on from the checkpoint")
     steps = [record["step"] for record in records]
-    losses = [record["loss"] for record in records]
+    losses = [record["train/loss"] for record in records]
     expect(steps == sorted(set(steps)) and steps[-1] == STEPS, f"steps are not one run: {steps}")
     expect(all(math.isfinite(loss) for loss in losses), f"losses are not finite: {losses}")
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5

@@ -195,7 +195,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     result["cuda_graphs"] = built.expected.records
     result["cache_transposed_base"] = built.expected.transposes
     samples = recipe.batch.global_size
-    work = useful_flops(spec, bucket, recipe.method) * samples / process.world_size
+    work = spec.step_flops(bucket.tokens, recipe.method) * samples / process.world_size
     result |= {
         "cuda_graphs": built.expected.records,
         "cache_transposed_base": built.expected.transposes,
@@ -354,16 +354,6 @@ def measure(step: Step, process: Process, warm_up: int, count: int, what: str = 
     if not alone:
         peak = max(all_gather_object(peak))
     return Timing(first, statistics.median(runs), min(runs), peak)
-
-
-def useful_flops(spec: Spec, bucket: Bucket, method: str) -> float:
-    """Floating-point operations of one sample's step in the blocks, recomputation not counted.
-
-    The backward pass of the linears takes as many as their forward pass, with method full as many
-    again for the weights' gradients; that of attention 2.5 times as many. The adapter is not counted.
-    """
-    linear, attention = spec.forward_flops(bucket.tokens)
-    return (3 if method == "full" else 2) * linear + 3.5 * attention
 
 
 def gemm_speed(process: Process) -> float:

@@ -60,6 +60,7 @@ from flux2_ds.model.transformer import compute_dtype
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, export_path
+from flux2_ds.run.wandb_run import log_export
 
 log = logging.getLogger("flux2_ds")
 
@@ -133,6 +134,7 @@ def main() -> None:
             )
         log.info("exported %s to %s, for %s%s",
                  chosen.path.name, written.path, ", ".join(written.programs), checked)  # fmt: skip
+        log_export(recipe.log, Path(recipe.run_dir), written.path, chosen.step)
     if options.push is not None:
         paths = [written.path for written in exports] + card
         message = f"step {chosen.step} of {Path(recipe.run_dir).resolve().name}"

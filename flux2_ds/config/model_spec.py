@@ -63,6 +63,15 @@ class Spec:
         linear = 2.0 * sequence * 13 * self.width**2 * self.blocks
         return linear, 4.0 * sequence**2 * self.width * self.blocks
 
+    def step_flops(self, image_tokens: int, method: str) -> float:
+        """Floating-point operations of one sample's step in the blocks, recomputation not counted.
+
+        The backward pass of the linears takes as many as their forward pass, with method full as many
+        again for the weights' gradients; that of attention 2.5 times as many. The adapter is not counted.
+        """
+        linear, attention = self.forward_flops(image_tokens)
+        return (3 if method == "full" else 2) * linear + 3.5 * attention
+
     def __str__(self) -> str:
         return (
             f"FLUX.2-{self.variant}, {self.double_blocks} double + {self.single_blocks} single "

@@ -276,12 +276,27 @@ class Log:
     """Weights & Biases mode. Without an API key `online` becomes `offline`, said in the log."""
     project: str = "flux2-ds"
     """Weights & Biases project."""
+    entity: str | None = None
+    """W&B's user or team. Default: the key's."""
+    name: str | None = None
+    """W&B's name of the run. Default: that of run_dir."""
+    group: str | None = None
+    """W&B's group, to compare runs side by side."""
+    tags: list[str] = field(default_factory=list)
+    """W&B's tags."""
+    notes: str | None = None
+    """W&B's notes."""
+    alerts: bool = False
+    """W&B's alerts, which it mails: when a step is skipped for a NaN, when a run ends by an error, and when nothing
+    has moved for half of `launch.hang_timeout_s`."""
+    artifacts: list[Literal["checkpoints", "exports"]] = field(default_factory=list)
+    """What W&B keeps a copy of, versioned. Of a full fine-tune that is tens of GB a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """The loss on pictures that are not trained on (`data.validation_fraction`), always with the same noise and
-    timesteps, in the log and the metrics as `validation_loss`."""
+    timesteps, in the log and the metrics as `validation/loss`."""
 
     every: Annotated[int, at_least(1)] = 500
     """Steps between evaluations; the first comes after so many, one more at the end."""

@@ -11,7 +11,7 @@ from typing import Any
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.deepspeed_config import OFFLOADS, offload_device
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import DEFAULT_SOURCE, IN_EPOCHS, Lora, Recipe, Validation, is_url
+from flux2_ds.config.recipe import DEFAULT_SOURCE, IN_EPOCHS, Log, Lora, Recipe, Validation, is_url
 from flux2_ds.config.settings import check_ranges, settings_of
 from flux2_ds.errors import USER_INFO, UserError
 
@@ -265,6 +265,10 @@ _TIMESTEPS = {
 """Setting of `objective` -> the `objective.timestep_sampling` that use it."""
 
 
+_OF_WANDB = ("project", "entity", "name", "group", "tags", "notes", "alerts", "artifacts")
+"""Settings of `log` that are W&B's."""
+
+
 def ignored_settings(recipe: Recipe, spec: Spec | None = None) -> list[str]:
     """The settings without effect, and why. `spec`: of the model, where it is known."""
     return [f"{setting} ({reason})" for setting, reason in _ignored(recipe, spec)]
@@ -302,8 +306,12 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
             yield f"captions.{name}", "tags are neither shuffled nor dropped"
     if recipe.model.revision and Path(recipe.model.path).is_dir():
         yield "model.revision", f"model.path {recipe.model.path} is a directory"
-    if _given(recipe.log, "project") and recipe.log.wandb == "disabled":
-        yield "log.project", "log.wandb is disabled"
+    if recipe.log.wandb == "disabled":
+        for name in _OF_WANDB:
+            if getattr(recipe.log, name) != getattr(Log(), name):
+                yield f"log.{name}", "log.wandb is disabled"
+    elif recipe.log.alerts and not recipe.launch.hang_timeout_s:
+        yield "log.alerts for stalls", "launch.hang_timeout_s is 0"
 
 
 _USUAL_RATES = {"prodigy": (0.1, 10.0), "muon": (1e-5, 1.0)}

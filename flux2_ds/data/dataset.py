@@ -17,8 +17,8 @@ from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
-from flux2_ds.run.metrics import check_wandb
 from flux2_ds.run.run_dir import check_run_dir
+from flux2_ds.run.wandb_run import check_wandb
 
 
 def recordable(plan: Plan, index: Index) -> Plan:
@@ -135,7 +135,7 @@ def run_checks(
     """The checks of `check_run` by what they look at, for those that report each."""
     checks: dict[str, Callable[[], object]] = {
         "run_dir": partial(check_run_dir, recipe),
-        "wandb": partial(check_wandb, recipe.log.wandb),
+        "wandb": partial(check_wandb, recipe.log),
         "previews": partial(check_previews, recipe, directory, prepared=data is not None),
     }
     known = spec or RELEASED.get(recipe.model.path)

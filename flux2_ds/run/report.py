@@ -42,14 +42,24 @@ _STRIP, _LARGE, _SHEET = 320, 768, 1600
 _ALIVE = 60.0
 """s since its last heartbeat after which a run is not taken for a running one."""
 
-CURVES = {
-    "loss": "Loss",
-    "learning_rate": "Learning rate",
-    "gradient_norm": "Gradient norm",
-    "seconds_per_step": "Seconds a step",
-    "samples_per_second": "Samples a second",
+CHARTS = {
+    "Loss": r"train/loss|train/loss_smoothed|validation/loss",
+    "Loss by t": r"train/loss_(t_.+)",
+    "Held-out loss by part": r"validation/(?:loss_)?(.+)",
+    "Learning rate": r"train/learning_rate",
+    "Gradient norm": r"train/gradient_norm",
+    "Seconds a step": r"perf/seconds_per_step",
+    "Where they go": r"perf/(data_wait|forward|backward|update)_seconds",
+    "Samples a second": r"perf/samples_per_second",
+    "Memory, GiB": r"memory/(.+)_gib",
 }
-"""Metrics that have a chart of their own; those whose name begins with `validation` join the loss."""
+"""Charts by title: a metric is in the first whose pattern it matches, or in one of its own. The group is its label."""
+LOSSES = {
+    "train/loss": "each record",
+    "train/loss_smoothed": "smoothed",
+    "validation/loss": "held out",
+}
+_NO_CHART = r"step|data/epoch|data/repeats|optim/skipped_steps"
 PLAN = (
     "variant",
     "model",
@@ -132,7 +142,7 @@ class RunReport:
         """Time spent in steps."""
         before, total = 0, 0.0
         for record in self.records:
-            total += (record["step"] - before) * (record.get("seconds_per_step") or 0.0)
+            total += (record["step"] - before) * (record.get("perf/seconds_per_step") or 0.0)
             before = record["step"]
         return total
 
@@ -145,12 +155,11 @@ class RunReport:
 
     def facts(self) -> dict[str, str]:
         """The numbers that a reader looks for first."""
-        losses, held_out = self.values("loss"), self.values("validation_loss")
-        paces, rates = self.values("seconds_per_step"), self.values("samples_per_second")
+        losses, held_out = self.values("train/loss_smoothed"), self.values("validation/loss")
+        paces, rates = self.values("perf/seconds_per_step"), self.values("perf/samples_per_second")
         facts = {}
         if losses:
-            means = running_means(losses)
-            facts["loss"] = f"{means[0][1]:.4f} → {means[-1][1]:.4f}"
+            facts["loss"] = f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"
         if held_out:
             step, best = min(held_out, key=lambda point: point[1])
             facts["best held-out loss"] = f"{best:.4f} at step {step:,}"
@@ -169,7 +178,7 @@ class RunReport:
         """Rows of what was planned and what was measured."""
         recipe, rows = self.recipe, []
         batch = recipe.get("batch", {}).get("global_size", 0)
-        epochs = self.values("epoch")
+        epochs = self.values("data/epoch")
         done = f"{self.step:,} steps, {self.step * batch:,} samples"
         rows.append(("steps", self.plan.get("steps", f"{recipe.get('steps', 0):,}"),
                      done + (f", {epochs[-1][1]:.3g} epochs" if epochs else "")))  # fmt: skip
@@ -180,13 +189,13 @@ class RunReport:
         every = recipe.get("checkpoint", {}).get("every")
         kept = ", ".join(map(str, self.checkpoints)) or "none"
         rows.append(("checkpoints", f"every {every} steps and at the end", f"there are: {kept}"))
-        if held_out := self.values("validation_loss"):
+        if held_out := self.values("validation/loss"):
             planned = f"every {recipe['validation']['every']} steps"
             rows.append(("held-out loss", planned, f"{len(held_out)} times"))
         if every := recipe.get("preview", {}).get("every"):
             shown = max((len(frames) for frames in self.strips.values()), default=0)
             rows.append(("previews", f"every {every} steps", f"{shown} in this page"))
-        skipped = self.values("skipped_steps")
+        skipped = self.values("optim/skipped_steps")
         if skipped:
             what = recipe.get("optimizer", {}).get("nonfinite", "stop")
             rows.append(("steps that are not finite", what, f"{int(skipped[-1][1])} skipped"))
@@ -204,16 +213,20 @@ class RunReport:
         changed = {name for name, _, _ in different}
         return different, [(name, value) for name, value in values.items() if name not in changed]
 
-    def metrics(self) -> list[str]:
-        """Names of the metrics to draw: the known ones, then whatever else is a number."""
-        known = [name for name in CURVES if self.values(name)]
-        others = dict.fromkeys(name for record in self.records for name in record)
-        passed_over = {*known, "step", "epoch", "skipped_steps"}
-        return known + [
-            name
-            for name in others
-            if name not in passed_over and not _held_out(name) and self.values(name)
-        ]
+    def charts(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
+        """Title -> label -> points, in the order of `CHARTS`, then whatever else is a number."""
+        found: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in CHARTS}
+        for name in sorted({name for record in self.records for name in record}):
+            points = self.values(name)
+            if not points or re.fullmatch(_NO_CHART, name):
+                continue
+            title, label = name, ""
+            for of_chart, pattern in CHARTS.items():
+                if match := re.fullmatch(pattern, name):
+                    title, label = of_chart, (match.groups() or (LOSSES.get(name, ""),))[0]
+                    break
+            found.setdefault(title, {})[label.replace("_", " ")] = points
+        return {title: series for title, series in found.items() if series}
 
 
 def write_report(run_dir: Path) -> Path | None:
@@ -370,42 +383,24 @@ def _local(report: RunReport, location: str) -> Path:
     return Path(location)
 
 
-def running_means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means over the last tenth of the records."""
-    window = max(1, len(points) // 10)
-    values = [value for _, value in points]
-    return [
-        (step, statistics.fmean(values[max(0, i + 1 - window) : i + 1]))
-        for i, (step, _) in enumerate(points)
-    ]
-
-
 def charts(reports: list[RunReport]) -> list[dict[str, Any]]:
-    """What the page's script draws: for each metric its series, of every run."""
-    found = []
-    for name in dict.fromkeys(name for report in reports for name in report.metrics()):
+    """What the page's script draws, of every run; of several, no chart that has parts."""
+    kinds = {"each record": "faint", "held out": "dots"}
+    of_runs = [report.charts() for report in reports]
+    found: list[dict[str, Any]] = []
+    for title in dict.fromkeys(title for of_run in of_runs for title in of_run):
         series: list[dict[str, Any]] = []
-        for number, report in enumerate(reports):
-            parts = {("", "line"): report.values(name)}
-            if name == "loss":
-                losses = report.values(name)
-                parts = {
-                    ("each record", "faint"): losses,
-                    ("running mean", "line"): running_means(losses),
-                }
-                held_out = {k for record in report.records for k in record if _held_out(k)}
-                for metric in sorted(held_out):
-                    label = "held out" if metric == "validation_loss" else metric.replace("_", " ")
-                    parts[label, "dots"] = report.values(metric)
-            for (label, kind), points in parts.items():
-                if points:
-                    words = [report.name] * (len(reports) > 1) + [label] * bool(label)
-                    thin = _evenly(points, _POINTS)
-                    series.append(
-                        {"label": ", ".join(words), "kind": kind, "run": number, "points": thin}
-                    )
-        title = CURVES.get(name, name.replace("_", " ").capitalize())
-        found.append({"name": name, "title": title, "series": series})
+        for number, (report, of_run) in enumerate(zip(reports, of_runs, strict=True)):
+            for part, (label, points) in enumerate(of_run.get(title, {}).items()):
+                words = [report.name] * (len(reports) > 1) + [label] * bool(label)
+                series.append({
+                    "label": ", ".join(words),
+                    "kind": kinds.get(label, "line"),
+                    "color": number if len(reports) > 1 else 0 if title == "Loss" else part,
+                    "points": _evenly(points, _POINTS),
+                })  # fmt: skip
+        if len(reports) == 1 or title == "Loss" or len(of_runs[0].get(title, {})) <= 1:
+            found.append({"name": f"c{len(found)}", "title": title, "series": series})
     return found
 
 
@@ -466,10 +461,6 @@ def data_uri(path: Path, side: int) -> str:
 
 
 _Item = TypeVar("_Item")
-
-
-def _held_out(metric: str) -> bool:
-    return metric.startswith("validation")
 
 
 def _evenly(items: list[_Item], count: int) -> list[_Item]:

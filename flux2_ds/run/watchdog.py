@@ -196,6 +196,10 @@ class Watchdog:
         self._own = replace(self._own, step=step, phase=phase)
         self._moved = self._clock
 
+    def stall(self) -> tuple[float, str]:
+        """Seconds without progress in a step, and where."""
+        return self._clock - self._moved if self._own.step else 0.0, str(self._own)
+
     def failure(self) -> Failure | None:
         """The first cause, if this start of the run has failed."""
         failure = first_failure(self._logs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
+from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks, trained_parameters
 from flux2_ds.config.model_files import part_digest
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles
@@ -45,7 +47,7 @@ from flux2_ds.training.inputs import Inputs
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.previews import Previews, as_prompt
-from flux2_ds.training.progress import Progress
+from flux2_ds.training.progress import Facts, Progress
 from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.validation import ValidationLoss
 
@@ -289,15 +291,47 @@ class Run:
         """Each step's number, from 0, and this rank's micro-batches, which are read ahead."""
         first, last = self.first_step, self.recipe.steps
         self.watchdog.heartbeat(first + 1, "waiting for data")
+        since = time.perf_counter()
         for step, micro_batches in enumerate(self.loader.steps(first, last), start=first):
+            self.progress.waited(time.perf_counter() - since)
             yield step, micro_batches
             self.watchdog.heartbeat(step + 2, "waiting for data")
+            since = time.perf_counter()
+
+
+def derived_facts(inputs: Inputs, expected: Memory) -> dict[str, Any]:
+    """What W&B's table of runs should have beside the recipe."""
+    plan, device = inputs.plan, inputs.process.device
+    on_card = device.type == "cuda"
+    return {
+        "variant": str(inputs.spec),
+        "trained_parameters": trained_parameters(inputs.spec, plan.recipe),
+        "world_size": plan.processes,
+        "card": torch.cuda.get_device_name(device) if on_card else "CPU",
+        "zero_stage": plan.zero_stage,
+        "accumulation": plan.accumulation,
+        "samples": inputs.index.samples,
+        "held_out": inputs.held_out.samples,
+        "buckets": {str(bucket): count for bucket, count in inputs.index.bucket_counts().items()},
+        "steps_per_epoch": inputs.order.steps_per_epoch,
+        "planned_card_gib": expected.on_card / GIB,
+        "planned_host_gib": expected.on_host / GIB,
+        "versions": versions(),
+    }
 
 
 def build_run(
-    inputs: Inputs, engine: Engine, first_step: int, stop: StopRequest, watchdog: Watchdog
+    inputs: Inputs,
+    engine: Engine,
+    expected: Memory,
+    first_step: int,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> Run:
-    """Everything that the loop needs, for the steps from `first_step` on."""
+    """Everything that the loop needs, for the steps from `first_step` on. Collective.
+
+    `expected`: the memory that this should take.
+    """
     recipe, process, conditioning = inputs.recipe, inputs.process, inputs.conditioning
     run_dir = Path(recipe.run_dir)
     loader = build_loader(recipe, inputs.index, inputs.order, process, conditioning)
@@ -306,10 +340,11 @@ def build_run(
     if process.is_rank0 and first_step < recipe.steps:
         metrics = Metrics(
             run_dir,
-            mode=recipe.log.wandb,
-            project=recipe.log.project,
-            config=recipe_values(recipe),
+            recipe.log,
+            config=recipe_values(recipe) | {"derived": derived_facts(inputs, expected)},
             resumed_at=first_step,
+            stall=watchdog.stall,
+            patience=recipe.launch.hang_timeout_s / 2,
         )
     nonfinite = NonFinite(
         run_dir / "nonfinite",
@@ -348,9 +383,15 @@ def build_run(
             metrics,
             nonfinite,
             first_step=first_step,
-            steps_per_epoch=inputs.order.steps_per_epoch,
+            facts=Facts(
+                spec=inputs.spec,
+                samples=inputs.index.samples,
+                steps_per_epoch=inputs.order.steps_per_epoch,
+                expected=expected,
+                hosts=all_gather_object(socket.gethostname()),
+            ),
         ),
-        checkpoints=Checkpoints(engine, recipe, process, run_state, watchdog.heartbeat),
+        checkpoints=Checkpoints(engine, recipe, process, run_state, metrics, watchdog.heartbeat),
         validation=validation,
         previews=build_previews(inputs, engine, metrics, watchdog.heartbeat),
         metrics=metrics,

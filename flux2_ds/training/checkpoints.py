@@ -17,7 +17,7 @@ from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.optimizers import compatible
 from flux2_ds.errors import UserError
-from flux2_ds.run.metrics import check_metrics, metrics_digest
+from flux2_ds.run.metrics import Metrics, check_metrics, metrics_digest
 from flux2_ds.run.run_dir import checkpoints_directory
 
 log = logging.getLogger("flux2_ds")
@@ -26,7 +26,7 @@ log = logging.getLogger("flux2_ds")
 class Checkpoints:
     """Saves what `engine` has trained, with `run_state`, and removes old checkpoints.
 
-    `heartbeat` is called with (step, phase) at each tensor.
+    `metrics` is None in all ranks but 0. `heartbeat` is called with (step, phase) at each tensor.
     """
 
     def __init__(
@@ -35,12 +35,13 @@ class Checkpoints:
         recipe: Recipe,
         process: Process,
         run_state: dict[str, Any],
+        metrics: Metrics | None,
         heartbeat: Callable[[int, str], None],
     ) -> None:
         self._engine, self._settings, self._process = engine, recipe.checkpoint, process
         self._root, self._run_state = checkpoints_directory(recipe), run_state
         self._run_dir = Path(recipe.run_dir)
-        self._heartbeat = heartbeat
+        self._metrics, self._heartbeat = metrics, heartbeat
 
     def save(self, step: int, *, last: bool) -> None:
         """Write a checkpoint; all ranks go on together once it is complete. Collective.
@@ -77,6 +78,8 @@ class Checkpoints:
             return
         if self._process.is_rank0:
             log.info("saved %s", path)
+            if self._metrics is not None:
+                self._metrics.saved(step, path)
             try:
                 manager.remove_old(self._root, self._settings.keep_last, self._settings.keep_every)
             except OSError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +22,46 @@ def train_step(
     objective: FlowObjective,
     micro_batches: Sequence[MicroBatch],
     learning_rate: float,
+    timer: StepTimer | None = None,
 ) -> list[torch.Tensor]:
     """Accumulate the gradients of all micro-batches and update; returns their losses, on the device."""
+    mark = timer.mark if timer else lambda part: None
     losses = []
     for micro_batch in micro_batches:
+        mark("forward")
         loss = objective.loss(engine.forward, micro_batch)
+        mark("backward")
         engine.backward(loss)
+        mark("update")
         engine.step(learning_rate)
         losses.append(loss.detach())
+    mark("end")
     return losses
+
+
+class StepTimer:
+    """Seconds of the parts of one step, by the clock of the device that computes them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_card = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, part: str) -> None:
+        """`part` begins, and the one before it ends."""
+        now: Any = torch.cuda.Event(enable_timing=True) if self._on_card else time.perf_counter()
+        if self._on_card:
+            now.record()
+        self._marks.append((part, now))
+
+    def seconds(self) -> dict[str, float]:
+        """Of all micro-batches together; waits for the step."""
+        if self._on_card and self._marks:
+            self._marks[-1][1].synchronize()
+        total: dict[str, float] = {}
+        for (part, start), (_, end) in pairwise(self._marks):
+            spent = start.elapsed_time(end) / 1000 if self._on_card else end - start
+            total[part] = total.get(part, 0.0) + spent
+        return total
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -35,7 +35,7 @@ def run(module: str, *arguments: str, accelerator: str = "cuda") -> str:
 
 def losses_of(run_dir: Path) -> list[float]:
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
+    return [record["train/loss"] for record in records if "train/loss" in record]
 
 
 @pytest.fixture(scope="module")

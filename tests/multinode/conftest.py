@@ -103,7 +103,7 @@ def read_losses(run_dir: Path) -> list[float]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    return [record["loss"] for record in records]
+    return [record["train/loss"] for record in records]
 
 
 def program() -> str:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import resource
+import struct
 import subprocess
 import sys
 import threading
@@ -10,32 +12,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from wandb.proto import wandb_internal_pb2
 
+from flux2_ds.config.recipe import Log
 from flux2_ds.errors import UserError
-from flux2_ds.run import metrics as metrics_module
+from flux2_ds.run import wandb_run
 from flux2_ds.run.metrics import (
     METRICS_NAME,
     Metrics,
     check_metrics,
-    check_wandb,
     draw_loss,
     metrics_digest,
     read_metrics,
 )
+from flux2_ds.run.wandb_run import STEP, check_wandb, log_export
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No key, an empty home, and a server address that nothing answers on."""
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "NETRC", "WANDB_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    yield
+    os.environ.pop("WANDB_DATA_DIR", None)  # which a run sets
 
 
 @pytest.fixture
@@ -45,13 +52,23 @@ def run_dir(tmp_path: Path) -> Path:
     return path
 
 
-def start(run_dir: Path, mode: str = "disabled", resumed_at: int = 0) -> Metrics:
-    return Metrics(run_dir, mode=mode, project="tests", config={"seed": 0}, resumed_at=resumed_at)
+def start(
+    run_dir: Path, mode: Any = "disabled", resumed_at: int = 0, watch: Any = None, **settings: Any
+) -> Metrics:
+    return Metrics(
+        run_dir,
+        Log(wandb=mode, **settings),
+        config={"seed": 0, "derived": {"world_size": 2}},
+        resumed_at=resumed_at,
+        **(watch or {}),
+    )
 
 
 def record(metrics: Metrics, *steps: int, loss: float = 1.0) -> None:
     for step in steps:
-        metrics.write(step, {"loss": loss, "gradient_norm": None, "bucket": "64x64"})
+        metrics.write(
+            step, {"train/loss": loss, "train/gradient_norm": None, "data/bucket": "64x64"}
+        )
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -62,7 +79,7 @@ def test_a_record_is_on_disk_at_once(run_dir):
     metrics = start(run_dir)
     record(metrics, 10, loss=0.5)
     assert read_metrics(run_dir / METRICS_NAME) == [
-        {"step": 10, "loss": 0.5, "gradient_norm": None, "bucket": "64x64"}
+        {"step": 10, "train/loss": 0.5, "train/gradient_norm": None, "data/bucket": "64x64"}
     ]
     metrics.close()
 
@@ -127,9 +144,9 @@ def test_a_full_disk_is_said_once_and_records_come_when_there_is_room(run_dir, c
 def test_nothing_is_imported_that_is_not_switched_on(run_dir):
     """wandb may be missing; matplotlib is for the end."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom flux2_ds.run.metrics import Metrics\n"
-        "m = Metrics(Path(sys.argv[1]), mode='disabled', project='', config={}, resumed_at=0)\n"
-        "m.write(1, {'loss': 1.0})\n"
+        "import sys\nfrom pathlib import Path\nfrom flux2_ds.run.metrics import Log, Metrics\n"
+        "m = Metrics(Path(sys.argv[1]), Log(wandb='disabled'), config={}, resumed_at=0)\n"
+        "m.write(1, {'train/loss': 1.0})\n"
         "print([name for name in ('wandb', 'matplotlib') if name in sys.modules])"
     )
     argv = [sys.executable, "-c", program, str(run_dir)]
@@ -139,16 +156,16 @@ def test_nothing_is_imported_that_is_not_switched_on(run_dir):
 
 
 def test_wandb_that_is_missing_is_refused_where_it_is_wanted(monkeypatch):
-    check_wandb("online")
+    check_wandb(Log(wandb="online"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_wandb("disabled")
+    check_wandb(Log(wandb="disabled"))
     with pytest.raises(UserError, match=r"log\.wandb is offline, but the package wandb is not"):
-        check_wandb("offline")
+        check_wandb(Log())
 
 
 def draw(run_dir: Path, losses: list[float]) -> np.ndarray:
     (run_dir / METRICS_NAME).write_text(
-        "".join(json.dumps({"step": n, "loss": x}) + "\n" for n, x in enumerate(losses))
+        "".join(json.dumps({"step": n, "train/loss": x}) + "\n" for n, x in enumerate(losses))
     )
     with Image.open(draw_loss(run_dir)) as image:
         assert image.format == "PNG"
@@ -170,7 +187,9 @@ def test_loss_of_a_run_without_steps_is_drawn(run_dir, count):
 
 def saved_by_wandb(run_dir: Path) -> bytes:
     """What W&B has written down, of all starts."""
-    return b"".join(path.read_bytes() for path in sorted(run_dir.glob("wandb/*/*.wandb")))
+    return b"".join(
+        path.read_bytes() for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,12 +216,12 @@ def test_wandb_that_is_not_online_keeps_everything(
     assert message in caplog.text
     assert "W&B failed" not in caplog.text
     assert steps_in(run_dir) == [10]
-    (copy,) = run_dir.glob("wandb/offline-run-*/files/media/images/*.png")
+    (copy,) = run_dir.glob("wandb/offline-run-*/files/media/images/samples/*.png")
     assert copy.read_bytes() == image.read_bytes()
     saved = saved_by_wandb(run_dir)
     for text in (b"optimizer_step", b"64x64", b"a cat on a mat"):
         assert text in saved
-    assert b"gradient_norm" not in saved  # None
+    assert b"train/gradient_norm" not in saved  # None
 
 
 def test_wandb_mode_may_disable_it(run_dir, monkeypatch):
@@ -238,7 +257,7 @@ def refusing_server() -> Iterator[str]:
 def test_wandb_that_cannot_be_reached_stays_offline_and_ends_no_run(
     run_dir, caplog, monkeypatch, refusing_server, answer
 ):
-    monkeypatch.setattr(metrics_module, "_START", 3.0)
+    monkeypatch.setattr(wandb_run, "_START", 3.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     if answer == "401":
         monkeypatch.setenv("WANDB_BASE_URL", refusing_server)
@@ -268,17 +287,17 @@ SERVICE_IS_LOST = """\
 import os, signal, sys, time
 from pathlib import Path
 import psutil
-from flux2_ds.run import metrics
-metrics._FINISH, metrics._MARGIN = 2.0, 1.0
-m = metrics.Metrics(Path(sys.argv[1]), mode="offline", project="p", config={}, resumed_at=0)
-m.write(10, {"loss": 1.0})
+from flux2_ds.run import metrics, wandb_run
+wandb_run._FINISH, wandb_run._MARGIN = 2.0, 1.0
+m = metrics.Metrics(Path(sys.argv[1]), metrics.Log(), config={}, resumed_at=0)
+m.write(10, {"train/loss": 1.0})
 while not list(Path(sys.argv[1]).glob("wandb/*/*.wandb")):
     time.sleep(0.05)
 time.sleep(0.5)
 for child in psutil.Process().children():
     child.send_signal(getattr(signal, sys.argv[2]))
 for step in range(20, 200, 10):
-    m.write(step, {"loss": 1.0})
+    m.write(step, {"train/loss": 1.0})
 m.close()
 """
 
@@ -338,3 +357,140 @@ def test_damaged_lines_are_said_and_passed_over(run_dir, caplog):
     start(run_dir, resumed_at=30).close()
     assert steps_in(run_dir) == [10, 30]
     assert "3 damaged lines are passed over" in caplog.text
+
+
+def wandb_records(run_dir: Path) -> Iterator[Any]:
+    """Every record that W&B has written down, of all starts: LevelDB's log format, of W&B's own protobuf."""
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        content, at, whole = path.read_bytes(), 7, b""
+        while at + 7 <= len(content):
+            if (left := 32768 - at % 32768) < 7:  # the end of a block has no room for a header
+                at += left
+                continue
+            _, size, kind = struct.unpack("<IHB", content[at : at + 7])
+            whole += content[at + 7 : at + 7 + size]
+            at += 7 + size
+            if kind in (1, 4):  # all of a record, or the last part of it
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(whole)
+                whole = b""
+                yield record
+
+
+def wandb_series(run_dir: Path) -> dict[str, list[tuple[int, Any]]]:
+    """Step and value of every series."""
+    series: dict[str, list[tuple[int, Any]]] = {}
+    for record in wandb_records(run_dir):
+        items = {tuple(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+        for (name, *rest), value in items.items():
+            if not name.startswith("_") and name != STEP and rest in ([], ["_type"]):
+                series.setdefault(name, []).append((items[STEP,], value))
+    return series
+
+
+def test_an_offline_run_reads_back_with_every_series(run_dir):
+    settings: dict[str, Any] = {
+        **{"project": "p", "entity": "me", "group": "g", "name": "n", "tags": ["a", "b"]},
+        **{"notes": "why", "alerts": True, "artifacts": ["checkpoints", "exports"]},
+    }
+    metrics = start(run_dir, "offline", **settings)
+    image, checkpoint = run_dir / "0.png", run_dir / "step_2"
+    Image.new("RGB", (16, 8)).save(image)
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_text("w")
+    for step in (1, 2):
+        metrics.write(step, {"train/loss": 1 / step, "data/bucket": "64x64", "perf/mfu": None})
+        metrics.show(step, [("a cat", image), ("a dog", image)])
+    metrics.saved(2, checkpoint)
+    metrics.saved(3, run_dir / "step_3")  # which retention has removed
+    metrics.alert("a step is skipped", "the gradient norm is nan at https://s.example/x?key=secret")
+    metrics.close()
+    log_export(Log(**settings), run_dir, image, 2)
+
+    series = wandb_series(run_dir)
+    assert series.pop("samples/images") == [(1, "images/separated"), (2, "images/separated")]
+    assert series.pop("samples/previews") == [(1, "table-file"), (2, "table-file")]
+    assert series == {"train/loss": [(1, 1), (2, 0.5)], "data/bucket": [(1, "64x64"), (2, "64x64")]}
+    records = list(wandb_records(run_dir))
+    run, again = [r.run for r in records if r.HasField("run")]
+    assert (run.project, run.entity, run.run_group, run.display_name) == ("p", "me", "g", "n")
+    assert (list(run.tags), run.notes, again.run_id) == (["a", "b"], "why", run.run_id)
+    config = {update.key: json.loads(update.value_json) for update in run.config.update}
+    assert (config["seed"], config["derived"]) == (0, {"world_size": 2})
+    best = {r.metric.name for r in records if r.HasField("metric") and r.metric.summary.min}
+    assert best == {"train/loss", "validation/loss"}
+    (alert,) = [r.alert for r in records if r.HasField("alert")]
+    assert alert.title == "a step is skipped" and "secret" not in alert.text
+    kinds = [
+        r.artifact for r in records if r.HasField("artifact") and r.artifact.type != "run_table"
+    ]
+    assert [(a.type, list(a.aliases), a.manifest.contents[0].path) for a in kinds] == [
+        ("checkpoint", ["latest", "step_2"], "weights"),
+        ("export", ["latest", "step_2"], "0.png"),
+    ]
+    # All that is needed to send it later is in the run directory.
+    assert all(Path(a.manifest.contents[0].local_path).is_relative_to(run_dir) for a in kinds)
+
+
+def test_alerts_and_artifacts_are_for_those_who_ask(run_dir):
+    metrics = start(run_dir, "offline", watch={"stall": lambda: (9.0, "x"), "patience": 0.0})
+    metrics.alert("a", "b")
+    metrics.saved(1, run_dir)
+    metrics.close()
+    log_export(Log(), run_dir, run_dir, 1)
+    kinds = {record.WhichOneof("record_type") for record in wandb_records(run_dir)}
+    assert "run" in kinds and not kinds & {"alert", "artifact"}
+
+
+def test_a_stall_is_told_once(run_dir, monkeypatch):
+    monkeypatch.setattr(wandb_run, "_LOOK", 0.05)
+    stalls = iter([(0.0, "")] + [(9.0, "rank 0 on node, computing in step 7")] * 3)
+    looked = threading.Event()
+
+    def stall() -> tuple[float, str]:
+        found = next(stalls, None)
+        if found is None:
+            looked.set()
+        return found or (0.0, "")
+
+    metrics = start(run_dir, "offline", watch={"stall": stall, "patience": 5.0}, alerts=True)
+    assert looked.wait(60)
+    metrics.close()
+    (alert,) = [r.alert for r in wandb_records(run_dir) if r.HasField("alert")]
+    assert alert.text == "none for 9 s: rank 0 on node, computing in step 7"
+
+
+def test_the_last_alert_of_a_run_is_sent_before_its_process_ends(run_dir):
+    metrics = start(run_dir, "offline", alerts=True)
+    metrics.alert("the run has ended", "the loss is nan at step 4", last=True)
+    records = list(wandb_records(run_dir))  # without close(), which an error leaves out
+    assert [r.alert.text for r in records if r.HasField("alert")] == ["the loss is nan at step 4"]
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [1]
+
+
+def test_records_of_an_earlier_version_are_read_and_gone_on_from(run_dir):
+    old = {"step": 10, "loss": 1.0, "validation_loss": 0.5, "seconds_per_step": 2.0, "mine": 3}
+    (run_dir / METRICS_NAME).write_text(json.dumps(old) + "\n")
+    saved = metrics_digest(run_dir)
+    metrics = start(run_dir, resumed_at=10)
+    assert metrics.smoothed(0.0) == 0.5
+    record(metrics, 20)
+    metrics.close()
+    assert metrics_digest(run_dir, saved["bytes"]) == saved
+    assert read_metrics(run_dir / METRICS_NAME)[0] == {
+        **{"step": 10, "train/loss": 1.0, "validation/loss": 0.5, "perf/seconds_per_step": 2.0},
+        "mine": 3,
+    }
+
+
+def test_the_loss_is_smoothed_over_the_last_tenth_also_after_a_resume(run_dir):
+    metrics = start(run_dir)
+    for step in range(1, 101):
+        smoothed = metrics.smoothed(float(step))
+        metrics.write(step, {"train/loss": float(step), "train/loss_smoothed": smoothed})
+    assert smoothed == pytest.approx(95.5)  # of 91 to 100
+    metrics.close()
+    resumed = start(run_dir, resumed_at=4)
+    assert resumed.smoothed(None) == 2.5
+    assert resumed.smoothed(5.0) == 3.0
+    resumed.close()

@@ -19,6 +19,7 @@ from flux2_ds.config.recipe import (
     Batch,
     Data,
     Launch,
+    Log,
     Model,
     Preview,
     Recipe,
@@ -68,13 +69,17 @@ def write_run(root: Path, name: str = "cats", steps: int = 40, **changes: Any) -
                                          f"23:59:00 warning: {SIGNED}: next try in 2 s\n")  # fmt: skip
     for rank, host in enumerate(("node01", "node02")):
         (run / f"logs/rank_{rank}.json").write_text(json.dumps({"host": host, "ended": True}))
-    metrics = Metrics(run, mode="disabled", project="", config={}, resumed_at=0)
+    metrics = Metrics(run, Log(wandb="disabled"), config={}, resumed_at=0)
     for step in range(1, steps + 1):
-        held_out = {"validation_loss": 0.9 - step / 100} if step % 20 == 0 else {}
+        held_out = {"validation/loss": 0.9 - step / 100} if step % 20 == 0 else {}
         loss = None if step == 3 else 1 / step
-        metrics.write(step, {"loss": loss, "learning_rate": 1e-4, "seconds_per_step": 2.0,
-                             "samples_per_second": 2.0, "bucket": "64x64", "epoch": step / 4,
-                             "skipped_steps": int(step > 3), **held_out})  # fmt: skip
+        smoothed = metrics.smoothed(loss)
+        metrics.write(step, {"train/loss": loss, "train/loss_smoothed": smoothed,
+                             "train/learning_rate": 1e-4, "perf/seconds_per_step": 2.0,
+                             "perf/forward_seconds": 0.5, "perf/backward_seconds": 1.4,
+                             "perf/samples_per_second": 2.0, "data/bucket": "64x64",
+                             "data/epoch": step / 4, "optim/skipped_steps": int(step > 3),
+                             **held_out})  # fmt: skip
     metrics.close()
     for step in range(0, steps + 1, 2):
         (run / f"previews/step_{step:08d}").mkdir(parents=True)

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,20 +14,24 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from flux2_ds import train
 from flux2_ds.checkpoint import manager
 from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.recipe import Checkpoint, Data, Model, Recipe, Validation
+from flux2_ds.config.memory import Memory
+from flux2_ds.config.model_spec import RELEASED
+from flux2_ds.config.recipe import Checkpoint, Data, Log, Model, Recipe, Validation
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
+from flux2_ds.run.metrics import Metrics, read_metrics
 from flux2_ds.train import run_steps
 from flux2_ds.training.build import Run
 from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints
 from flux2_ds.training.nonfinite import NonFinite
-from flux2_ds.training.progress import Progress
+from flux2_ds.training.progress import Facts, Progress
 from flux2_ds.training.step import seed_dropout
 from flux2_ds.training.stop import StopRequest
 
@@ -71,6 +76,15 @@ BATCH = MicroBatch(
 )
 
 
+FACTS = Facts(
+    spec=RELEASED["black-forest-labs/FLUX.2-dev"],
+    samples=6,
+    steps_per_epoch=3,
+    expected=Memory({}, {}),
+    hosts=["here"],
+)
+
+
 def run_loop(
     folder: Path,
     engine: StandIn,
@@ -109,9 +123,9 @@ def run_loop(
             steps, log_every, save_every, 2 if validation else None, 2 if previews else None
         ),
         progress=Progress(
-            stand_in, recipe, ALONE, metrics, nonfinite, first_step=first_step, steps_per_epoch=3
+            stand_in, recipe, ALONE, metrics, nonfinite, first_step=first_step, facts=FACTS
         ),
-        checkpoints=Checkpoints(stand_in, recipe, ALONE, {}, watchdog.heartbeat),
+        checkpoints=Checkpoints(stand_in, recipe, ALONE, {}, metrics, watchdog.heartbeat),
         validation=validation,
         previews=previews,
         metrics=metrics,
@@ -132,14 +146,18 @@ def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
     assert saved(tmp_path) == [2, 4, 6, 7]
     written = [call.args for call in metrics.write.call_args_list]
     # Means since the line before; a checkpoint in between does not shorten them.
-    assert [(step, values["loss"]) for step, values in written] == [(3, 2.0), (6, 5.0), (7, 7.0)]
+    assert [(step, values["train/loss"]) for step, values in written] == [
+        (3, 2.0),
+        (6, 5.0),
+        (7, 7.0),
+    ]
 
 
 def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
     metrics, validation = Mock(), SimpleNamespace(loss=Mock(side_effect=[0.5, 0.4, 0.3]))
     assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation, log_every=3)
     written = {call.args[0]: call.args[1] for call in metrics.write.call_args_list}
-    found = {step: values.get("validation_loss") for step, values in written.items()}
+    found = {step: values.get("validation/loss") for step, values in written.items()}
     assert found == {2: 0.5, 3: None, 4: 0.4, 5: 0.3}
     validation.loss = Mock(side_effect=AssertionError)
     metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGTERM")
@@ -152,7 +170,7 @@ def test_an_evaluation_comes_before_step_1_where_it_is_asked_for(tmp_path, at_st
     engine = StandIn([1.0] * 2)
     options = {"validation": validation, "at_start": at_start, "first_step": first}
     assert run_loop(tmp_path, engine, 2, metrics, log_every=2, **options)
-    written = {call.args[0]: call.args[1]["validation_loss"] for call in metrics.write.mock_calls}
+    written = {call.args[0]: call.args[1]["validation/loss"] for call in metrics.write.mock_calls}
     assert written == {step: 0.5 - step for step in found}
 
 
@@ -230,7 +248,7 @@ def test_skipped_steps_are_counted_and_their_losses_are_not(tmp_path, caplog):
     engine = StandIn([1.0, math.nan, 3.0, 9.0, math.nan, 5.0], norms)
     assert run_loop(tmp_path, engine, 6, metrics, policy="skip", log_every=3)
     values = [call.args[1] for call in metrics.write.call_args_list]
-    assert [(v["loss"], v["skipped_steps"]) for v in values] == [(2.0, 1), (5.0, 3)]
+    assert [(v["train/loss"], v["optim/skipped_steps"]) for v in values] == [(2.0, 1), (5.0, 3)]
     assert caplog.text.count("Skipped; ") == 3
     assert len(list(tmp_path.glob("nonfinite/*"))) == 3
 
@@ -272,7 +290,7 @@ def test_steps_that_the_loss_scaler_skips_are_no_failure(tmp_path):
     with pytest.raises(UserError, match="norm is inf at step 3"):  # but a loss that is NaN is
         run_loop(tmp_path, engine, 4, metrics)
     values = [call.args[1] for call in metrics.write.call_args_list]
-    assert [(v["loss"], v["skipped_steps"]) for v in values] == [(None, 1), (2.0, 1)]
+    assert [(v["train/loss"], v["optim/skipped_steps"]) for v in values] == [(None, 1), (2.0, 1)]
 
 
 def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog):
@@ -305,3 +323,19 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
         others = [dropped(*place) for place in ((4, 7, 1), (3, 8, 1), (3, 7, 0), (7, 3, 1))]
         assert dropped(3, 7, 1) == first
     assert first not in others
+
+
+def test_every_series_is_documented_and_has_a_prefix(tmp_path):
+    metrics = Metrics(tmp_path, Log(wandb="disabled"), config={}, resumed_at=0)
+    assert run_loop(tmp_path, StandIn([1.0] * 2), 2, metrics)
+    metrics.close()
+    first, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert (last["train/loss"], last["data/repeats"]) == (1.0, pytest.approx(2 * 8 / 6))
+    assert first["perf/tflops"] > 0 and first["perf/forward_seconds"] >= 0
+    root = Path(train.__file__).parent
+    sources = [root / "train.py", *root.glob("training/*.py"), root / "run/wandb_run.py"]
+    prefixes = "train|validation|perf|memory|data|optim|samples"
+    named = {n for p in sources for n in re.findall(rf'"((?:{prefixes})/\w+)"', p.read_text())}
+    assert first.keys() - {"step"} < named
+    page = (root.parent / "docs/watching.md").read_text()
+    assert not [name for name in sorted(named) if f"`{name}`" not in page]
