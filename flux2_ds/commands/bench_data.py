@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,7 +31,7 @@ from safetensors.torch import load
 from flux2_ds.commands.loopback import Server, served
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS
-from flux2_ds.data.index import FORMAT, Index, Part, Shard, parse_index
+from flux2_ds.data.index import Index, Part, Shard, index_json, parse_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import LATENT, TEXT, Record, unpack_text, write_shard
@@ -216,7 +215,7 @@ def measure_index(samples: int) -> Values:
               f"{number:064x}", "photos", [], toc=Part(1 << 30, 60_000, f"{number:032x}"))
         for number in range(count)
     ]  # fmt: skip
-    content = json.dumps({"format": FORMAT, **asdict(Index("dev", 15360, {}, {}, shards))}).encode()
+    content = index_json(Index("dev", 15360, {}, {}, shards)).encode()
     del shards
     process, clock = psutil.Process(), time.perf_counter
     before, started = process.memory_info().rss, clock()

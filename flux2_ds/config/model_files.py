@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -64,6 +66,31 @@ def part_digest(directory: Path, part: str) -> str:
     for file in sorted(path for path in (directory / part).glob("*") if path.is_file()):
         digest.update(f"{file.name}:".encode() + _file_digest(file))
     return digest.hexdigest()[:16]
+
+
+def file_digests(folder: Path, known: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Size, time of change (ns) and XXH3 of each safetensors file in `folder`, all of which is read; but not of
+    a file that has the size and time that `known` has of it."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        status, before = file.stat(), (known or {}).get(file.name, {})
+        facts = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        if facts.items() <= before.items():
+            found[file.name] = before
+        else:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+            found[file.name] = {**facts, "xxh3": digest}
+    return found
+
+
+def changed_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the files whose contents differ in two answers of `file_digests`, or that only one has."""
+    return [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, {}).get("xxh3") != now.get(name, {}).get("xxh3")
+    ]
 
 
 def check_fingerprint(prepared: dict[str, str], directory: Path, shards: str) -> list[str]:

@@ -146,8 +146,18 @@ class Index:
 def write_index(directory: Path, index: Index) -> Path:
     """Write `index` to `directory`/index.json, atomically."""
     path = directory / INDEX_NAME
-    atomic_write_text(path, json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
+    atomic_write_text(path, index_json(index))
     return path
+
+
+def index_json(index: Index) -> str:
+    """The contents of index.json: all fields, and the sha256 of them."""
+    values = {"format": FORMAT, **asdict(index)}
+    return json.dumps({**values, "sha256": _sha256(values)}, indent=1) + "\n"
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_prepared(folder: str) -> bool:
@@ -177,11 +187,15 @@ def encoded_prompts(folder: str) -> set[str]:
     try:
         size = int.from_bytes(Blob(path, 0, 8).read(), "little")
         header: dict[str, Any] = json.loads(Blob(path, 8, size).read())
+        return header.keys() - {"__metadata__"}
     except OutageError:
         raise
     except UserError:
         return set()
-    return header.keys() - {"__metadata__"}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
+        ) from error
 
 
 def parse_index(content: bytes, path: str) -> Index:
@@ -193,6 +207,8 @@ def parse_index(content: bytes, path: str) -> Index:
             raise UserError(
                 f"{path} has format {found}, this version reads {FORMAT}. Prepare the shards again."
             )
+        if value.pop("sha256") != _sha256(value):
+            raise ValueError("it does not have its sha256")
         shards = [Shard.of(item) for item in value["shards"]]
         index = Index(
             value["variant"],

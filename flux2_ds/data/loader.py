@@ -29,6 +29,7 @@ from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order, Sample, ValidationOrder
 from flux2_ds.data.shards import Fetch, ShardReader
 from flux2_ds.data.storage import Blob, join
+from flux2_ds.errors import UserError
 
 _STEPS_READY = 2
 _OPEN_SHARDS = 256
@@ -196,6 +197,17 @@ class Loader:
             else:
                 latent, text = reader.latent(sample.row), self._text(reader, sample.row, number)
         mask = self._mask(reader, sample.row, bucket) if self._masked else None
+        rows, columns = bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN
+        for name, tensor, shape in (
+            ("latent", latent, (32, 2 * rows, 2 * columns)),
+            ("text", text, tuple(self._empty_text.shape)),
+            ("mask", mask, (rows, columns)),
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise UserError(
+                    f"shard {self._index.shards[sample.shard].name}, sample {sample.row}: its {name} has "
+                    f"the shape {tuple(tensor.shape)}, not {shape}. Prepare the shards again."
+                )
         return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(sample.row))
 
     def _mask(self, reader: ShardReader, row: int, bucket: Bucket) -> torch.Tensor:

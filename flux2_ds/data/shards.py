@@ -39,6 +39,7 @@ import xxhash
 from safetensors.torch import save as save_tensors
 
 from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.model_spec import TEXT_TOKENS, TOKEN_CHANNELS
 from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, PROMPTS_NAME, Index, Part, Shard
 from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
@@ -292,13 +293,25 @@ def tensors_in(content: memoryview) -> dict[str, torch.Tensor]:
     if content.readonly:
         content = memoryview(bytearray(content))
     start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(bytes(content[8:start]))
+    header = _header(content)
     header.pop("__metadata__", None)
     data = torch.frombuffer(content, dtype=torch.uint8)[start:]
     return {
         name: data[slice(*facts["data_offsets"])].view(_DTYPES[facts["dtype"]]).view(facts["shape"])
         for name, facts in header.items()
     }
+
+
+def _header(content: memoryview) -> dict[str, Any]:
+    """The header of a safetensors file."""
+    header: dict[str, Any] = json.loads(
+        bytes(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    )
+    return header
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def read_conditioning(folder: str, index: Index) -> dict[str, torch.Tensor]:
@@ -308,7 +321,18 @@ def read_conditioning(folder: str, index: Index) -> dict[str, torch.Tensor]:
         if index.conditioning.xxh3 and full_part(data) != index.conditioning:
             raise DamagedError(f"it is not what {INDEX_NAME} says")
 
-    return tensors_in(Blob(join(folder, CONDITIONING_NAME)).view(check))
+    path = join(folder, CONDITIONING_NAME)
+    found = tensors_in(Blob(path).view(check))
+    channels = (TOKEN_CHANNELS,)
+    expected = {
+        "latent_mean": channels,
+        "latent_std": channels,
+        "empty_text": (TEXT_TOKENS, index.text_width),
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != expected:
+        raise UserError(f"{path} has {shapes}, not {expected}. Prepare the shards again.")
+    return found
 
 
 def full_part(data: bytes | memoryview) -> Part:
@@ -316,13 +340,28 @@ def full_part(data: bytes | memoryview) -> Part:
     return Part(0, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def read_prompts(folder: str, prompts: Sequence[str]) -> list[torch.Tensor]:
+def write_prompts(folder: Path, prompts: dict[str, torch.Tensor]) -> None:
+    """Write the encoded preview prompts of a folder of shards, and the XXH3 of each."""
+    digests = {prompt: _tensor_digest(text) for prompt, text in prompts.items()}
+    with atomic_path(folder / PROMPTS_NAME) as partial:
+        partial.write_bytes(save_tensors(prompts, {"xxh3": json.dumps(digests)}))
+
+
+def read_prompts(folder: str, prompts: Iterable[str], text_width: int) -> dict[str, torch.Tensor]:
     """The encoded preview prompts of a folder of shards, [512, text width] each."""
     path = join(folder, PROMPTS_NAME)
     try:
-        known = tensors_in(Blob(path).view())
-        return [known[prompt] for prompt in prompts]
-    except (ValueError, LookupError, RuntimeError) as error:
+        content = Blob(path).view()
+        known = tensors_in(content)
+        digests = json.loads(_header(content)["__metadata__"]["xxh3"])
+        found = {prompt: known[prompt] for prompt in prompts}
+        for prompt, text in found.items():
+            if _tensor_digest(text) != digests[prompt]:
+                raise ValueError(f"{prompt!r} is not what was written")
+            if text.shape != (TEXT_TOKENS, text_width):
+                raise ValueError(f"{prompt!r} has the shape {tuple(text.shape)}")
+        return found
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} is damaged ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
         ) from error

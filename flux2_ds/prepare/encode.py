@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME
+from flux2_ds.data.index import CONDITIONING_NAME, encoded_prompts
+from flux2_ds.data.shards import read_prompts, write_prompts
 from flux2_ds.distributed import Process, all_gather_object, barrier, broadcast_object
 from flux2_ds.model import latents
 from flux2_ds.prepare.captions import CaptionEncoder, CaptionFiles
@@ -74,7 +74,7 @@ def encode(
         long_captions |= encode_captions(encoding, broadcast_object(missing), number)
         if encoding.process.is_rank0:
             write_conditioning(encoding)
-            write_prompts(encoding)
+            add_prompts(encoding)
         written += encode_images(encoding, round_, number)
         if encoding.process.is_rank0:
             shutil.rmtree(encoding.captions.folder, ignore_errors=True)
@@ -198,21 +198,16 @@ def new_prompts(encoding: Encoding) -> set[str]:
     preview = encoding.recipe.preview
     if not preview.in_training:
         return set()
-    return set(preview.prompts) - encoded_prompts(encoding.folder).keys()
+    return set(preview.prompts) - encoded_prompts(str(encoding.folder))
 
 
-def encoded_prompts(folder: Path) -> dict[str, torch.Tensor]:
-    """The encoded prompts in a folder of shards."""
-    path = folder / PROMPTS_NAME
-    return load_file(path) if path.is_file() else {}
-
-
-def write_prompts(encoding: Encoding) -> None:
+def add_prompts(encoding: Encoding) -> None:
     """Add the encoded prompts that are new to the folder of shards."""
     new = {prompt: encoding.captions.read(prompt) for prompt in new_prompts(encoding)}
     if new:
-        tensors = encoded_prompts(encoding.folder) | new
-        atomic_write_tensors(encoding.folder / PROMPTS_NAME, tensors)
+        folder, known = str(encoding.folder), encoded_prompts(str(encoding.folder))
+        old = read_prompts(folder, known, encoding.spec.text_width) if known else {}
+        write_prompts(encoding.folder, old | new)
 
 
 def write_conditioning(encoding: Encoding) -> None:

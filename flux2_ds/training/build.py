@@ -42,7 +42,7 @@ from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.run_dir import versions
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.cadence import Cadence
-from flux2_ds.training.checkpoints import Checkpoints
+from flux2_ds.training.checkpoints import Checkpoints, note_base_files
 from flux2_ds.training.inputs import Inputs
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.nonfinite import NonFinite
@@ -260,8 +260,8 @@ def build_previews(
     if preview.every is None:
         return None
     empty = inputs.conditioning["empty_text"][None]
-    texts = read_prompts(recipe.data.shards, preview.prompts)
-    prompts = [as_prompt(spec, text[None], empty) for text in texts]
+    texts = read_prompts(recipe.data.shards, preview.prompts, spec.text_width)
+    prompts = [as_prompt(spec, texts[prompt][None], empty) for prompt in preview.prompts]
     folder = Path(recipe.run_dir) / "previews"
     return Previews(
         engine, preview, spec, inputs.directory, folder, inputs.process, prompts, metrics, heartbeat
@@ -361,6 +361,8 @@ def build_run(
         "base": part_digest(inputs.directory, "transformer") if process.is_rank0 else None,
         "processes": process.world_size,
     }
+    if process.is_rank0 and first_step < recipe.steps:
+        note_base_files(run_state, recipe, first_step, inputs.directory)
     validation = build_validation(inputs, engine, objective, watchdog.heartbeat)
     return Run(
         recipe=recipe,

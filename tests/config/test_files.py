@@ -1,4 +1,6 @@
-"""What is said of a model that the hub does not serve."""
+"""What is said of a model that the hub does not serve, and which files a model has."""
+
+import os
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -33,3 +35,21 @@ def test_where_the_hub_sends_us_is_said_without_its_signature(monkeypatch):
 )  # fmt: skip
 def test_secrets_are_cut(text, expected):
     assert without_secrets(text) == expected == str(UserError(text))
+
+
+def test_files_of_a_known_size_and_time_are_not_read_again(tmp_path):
+    file = tmp_path / "a.safetensors"
+
+    def write(content: bytes, time: int) -> None:
+        file.write_bytes(content)
+        os.utime(file, ns=(time, time))
+
+    write(b"weights", 5)
+    known = files.file_digests(tmp_path)
+    write(b"Weights", 5)
+    assert files.file_digests(tmp_path, known) == known
+    assert files.changed_files(known, files.file_digests(tmp_path)) == [file.name]
+    write(b"Weights", 6)
+    assert files.changed_files(known, files.file_digests(tmp_path, known)) == [file.name]
+    write(b"weights", 7)
+    assert files.changed_files(known, files.file_digests(tmp_path, known)) == []

@@ -307,6 +307,31 @@ def test_error_in_the_reading_thread_is_raised_at_its_step(prepared, tmp_path, d
     assert wait_for_threads_to_end()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent": torch.zeros(32, 4, 5)}, r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)"),
+        ({"mask": torch.zeros(3, 2)}, r"its mask has the shape \(3, 2\), not \(2, 2\)"),
+        ({"caption": "short"}, r"its text has the shape \(5, 2\), not \(6, 2\)"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused_though_its_checksum_is_right(
+    tmp_path, changes, message
+):
+    record = Record(
+        **{"source": "a.jpg", "caption": "1", "latent": torch.zeros(32, 4, 4)} | changes
+    )
+    shard = write_shard(
+        tmp_path / "0.tar",
+        BUCKETS[1],
+        [record] * 4,
+        lambda text: torch.arange(12.0).view(6, 2)[text == "short" :],
+    )
+    loader = make_loader((tmp_path, Index("klein", 2, {}, {}, [shard])), masked=True)
+    with pytest.raises(UserError, match=message):
+        loader.read(0)
+
+
 def test_abandoned_iterator_ends_its_thread(prepared):
     steps = make_loader(prepared).steps(0, 10**6)
     next(steps)

@@ -274,7 +274,9 @@ def test_shard_that_is_missing_or_of_another_size(shard, index, size):
     ("change", "message"),
     [
         ({"format": 99}, "format 99"),
-        ({"shards": []}, "lists no samples"),
+        ({"shards": []}, "does not have its sha256"),
+        ({"text_width": 9}, "does not have its sha256"),
+        ({"sha256": None}, "does not have its sha256"),
         ({"shards": [{"name": "x.tar"}]}, "damaged"),
         ({"shards": None}, "damaged"),
     ],
@@ -283,6 +285,12 @@ def test_index_that_this_version_does_not_read(shard, index, change, message):
     path = shard.parent / INDEX_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
+        read_index(shard.parent)
+
+
+def test_index_without_samples_is_refused(shard, index):
+    write_index(shard.parent, dataclasses.replace(index, shards=[]))
+    with pytest.raises(UserError, match="lists no samples"):
         read_index(shard.parent)
 
 

@@ -21,8 +21,9 @@ from unittest.mock import Mock
 
 import fsspec
 import pytest
+import torch
 from huggingface_hub import HfFileSystem, constants
-from test_loader import EMPTY_TEXT, assert_same, make_loader, prepared
+from test_loader import assert_same, make_loader, prepared
 
 from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.commands.loopback import CREDENTIALS, served
@@ -36,6 +37,11 @@ from flux2_ds.prepare.sources import find_images
 
 __all__ = ["prepared"]  # the fixture
 STORES = ["http", "s3"]
+CONDITIONING = {
+    "latent_mean": torch.arange(128.0),
+    "latent_std": torch.ones(128),
+    "empty_text": torch.arange(1024.0).view(512, 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def folder(prepared) -> Path:
     """Shards with an index, as `prepare` leaves them."""
     path, index = prepared
     write_index(path, index)
-    write_tensors(path / CONDITIONING_NAME, {"empty_text": EMPTY_TEXT})
+    write_tensors(path / CONDITIONING_NAME, CONDITIONING)
     (path / "whole.bin").write_bytes(bytes(range(256)) * 40)
     return path
 
@@ -54,7 +60,8 @@ def test_training_batches_are_those_from_disk(folder, kind):
     with served(kind, folder) as server:
         index = read_index(server.url)
         assert index == read_index(folder)
-        assert (read_conditioning(server.url, index)["empty_text"] == EMPTY_TEXT).all()
+        found = read_conditioning(server.url, index)
+        assert all((found[name] == CONDITIONING[name]).all() for name in CONDITIONING)
         remote = make_loader((server.url, index))
         for step, batches in enumerate(remote.steps(3, 12), start=3):
             assert_same(batches, local.read(step))

@@ -36,7 +36,7 @@ from flux2_ds.config.recipe import (
 from flux2_ds.data.dataset import check_settings
 from flux2_ds.data.images import ALIGNED, DAMAGED_PROFILE, OWN_SIZE
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, read_index
-from flux2_ds.data.shards import ShardReader, read_conditioning
+from flux2_ds.data.shards import ShardReader, read_conditioning, read_prompts
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
@@ -381,6 +381,18 @@ def test_preview_prompts_are_encoded_with_the_captions_or_later(model, photos, t
     for prompt, text in found.items():
         torch.testing.assert_close(text, expected.encode([prompt])[0], rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "shards" / ".texts").exists()
+    path, width = tmp_path / "shards" / PROMPTS_NAME, read_spec(model).text_width
+    read = read_prompts(str(path.parent), found, width)
+    assert all(torch.equal(read[prompt], found[prompt]) for prompt in found)
+    with pytest.raises(UserError, match=r"prompts\.safetensors is damaged .* has the shape"):
+        read_prompts(str(path.parent), found, width + 1)
+    whole = path.read_bytes()
+    for at in (len(whole) - 1, len(whole) // 2, whole.index(b'"shape"') + 2, whole.index(b"xxh3")):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"prompts\.safetensors is damaged"):
+            read_prompts(str(path.parent), found, width)
+    with pytest.raises(UserError, match=r"prompts\.safetensors is damaged"):
+        prepared("a bird")  # it is not written again under new digests
 
 
 def test_what_is_gone_or_changed_is_dropped_but_no_shard_is_rewritten(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +37,7 @@ from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.metrics import metrics_digest
 from flux2_ds.run.run_dir import lock_run_dir
 from flux2_ds.training import checkpoints, inputs
-from flux2_ds.training.checkpoints import resume
+from flux2_ds.training.checkpoints import note_base_files, resume
 from flux2_ds.training.stop import StopRequest
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -124,12 +126,14 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
             check_shards(index, index, spec, tiny_model, recipe)
 
 
-def save(write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX) -> Path:
+def save(
+    write: Callable[..., Path], recipe: Recipe, step: int, index: Index = INDEX, **more: Any
+) -> Path:
     tensor_shards = [(kind, "a", torch.full((2,), float(step))) for kind in KINDS]
     state = {"updates": step - 1, "index": index.digest, "recipe": recipe_values(recipe)}
     run_dir = Path(recipe.run_dir)
     state |= {"metrics": metrics_digest(run_dir), "base": part_digest(run_dir, "transformer")}
-    return write(Path(recipe.run_dir) / "checkpoints", step, tensor_shards, state)
+    return write(Path(recipe.run_dir) / "checkpoints", step, tensor_shards, state | more)
 
 
 def test_a_new_run_starts_at_the_beginning(tmp_path):
@@ -186,6 +190,45 @@ def test_a_base_that_has_changed_is_refused(tmp_path, write_checkpoint, caplog):
     accepting = recipe_for(tmp_path, accept_changes=True)
     assert resume(Mock(), accepting, INDEX, ALONE, tmp_path) == 10
     assert "accepted: another transformer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda file: None, False),
+        (os.utime, False),  # another time of change, the same contents
+        (lambda file: flip(file, 100_000), True),  # where no probe looks
+        (lambda file: file.with_name("more.safetensors").write_bytes(b"x"), True),
+        (lambda file: file.unlink(), True),
+    ],
+)
+def test_a_byte_of_the_base_that_has_changed_is_refused(
+    tmp_path, write_checkpoint, change, refused
+):
+    recipe = recipe_for(tmp_path)
+    file = tmp_path / "transformer" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(bytes(range(256)) * 4096)
+    os.utime(file, ns=(5, 5))
+    state: dict[str, Any] = {}
+    note_base_files(state, recipe, 0, tmp_path)
+    while state["base_files"] is None:
+        time.sleep(0.01)
+    base = part_digest(tmp_path, "transformer")
+    save(write_checkpoint, recipe, 10, base=base, **state)
+    change(file)
+    if refused:
+        named = "more.safetensors" if len(list(file.parent.iterdir())) > 1 else file.name
+        with pytest.raises(UserError, match=rf"is not the one .*; {named} differs\)"):
+            resume(Mock(), recipe, INDEX, ALONE, tmp_path)
+    else:
+        assert resume(Mock(), recipe, INDEX, ALONE, tmp_path) == 10
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
 
 
 def test_eight_bit_adamw_may_be_paged_from_a_checkpoint_on(tmp_path, write_checkpoint):
