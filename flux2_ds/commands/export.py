@@ -36,7 +36,7 @@ from flux2_ds.commands.model_card import (
     write_card,
 )
 from flux2_ds.config.adapter import adapted_linears
-from flux2_ds.config.model_files import model_directory
+from flux2_ds.config.model_files import DIGESTS, file_digests, model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
@@ -57,7 +57,7 @@ from flux2_ds.model.merge import BaseWeights, dora_scale
 from flux2_ds.model.merge_files import write_bfl_transformer
 from flux2_ds.model.safetensors_file import write_all, write_safetensors
 from flux2_ds.model.transformer import compute_dtype
-from flux2_ds.run.atomic import atomic_path
+from flux2_ds.run.atomic import PARTIAL, atomic_path
 from flux2_ds.run.logging import set_up_console
 from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, export_path
 from flux2_ds.run.wandb_run import log_export
@@ -245,8 +245,8 @@ def _export_weights(
     """Write all weights in the layout that was asked for, by default diffusers'."""
     if request.layout != "bfl":
         path = folder / "transformer"
-        export_transformer(shapes, weight, path, request.dtype)
-        shutil.copy(origin.directory / "transformer" / "config.json", path)
+        config = origin.directory / "transformer" / "config.json"
+        export_transformer(shapes, weight, path, request.dtype, config)
         return Export(path, ("diffusers",))
     run = Path(origin.settings["run_dir"]).resolve().name
     dtype = {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -336,11 +336,13 @@ def export_transformer(
     weight: Callable[[str], torch.Tensor],
     path: Path,
     dtype: torch.dtype,
+    config: Path,
 ) -> None:
-    """Write all weights in diffusers' layout, one in memory at a time."""
-    path.mkdir(exist_ok=True)
-    for old in path.glob("diffusion_pytorch_model*.safetensors*"):
-        old.unlink()
+    """Write all weights in diffusers' layout, one in memory at a time: a directory that appears complete, with
+    the model's config and the files' XXH3."""
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     split = split_torch_state_dict_into_shards(
         {n: torch.empty(s, dtype=dtype, device="meta") for n, s in shapes.items()},
         filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
@@ -348,11 +350,16 @@ def export_transformer(
     )
     for file, names in split.filename_to_tensors.items():
         kinds = {name: (dtype, tuple(shapes[name])) for name in names}
-        write_safetensors(path / file, kinds, lambda n: weight(n).to(dtype), {"format": "pt"})
+        write_safetensors(partial / file, kinds, lambda n: weight(n).to(dtype), {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         name = "diffusion_pytorch_model.safetensors.index.json"
-        (path / name).write_text(json.dumps(index, indent=2) + "\n")
+        (partial / name).write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copy(config, partial)
+    digests = {name: {"xxh3": facts["xxh3"]} for name, facts in file_digests(partial).items()}
+    (partial / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
 
 
 if __name__ == "__main__":

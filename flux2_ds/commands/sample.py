@@ -44,7 +44,7 @@ from flux2_ds.config.memory import (
     out_of_memory,
     rendering_bytes,
 )
-from flux2_ds.config.model_files import model_directory
+from flux2_ds.config.model_files import DIGESTS, changed_files, file_digests, model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, linear_shapes, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
@@ -58,6 +58,7 @@ from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights
 from flux2_ds.model.lora import ADAPTER, LoraLinear, add_lora
 from flux2_ds.model.pipeline import load_image_pipeline
+from flux2_ds.model.safetensors_file import stored_digest
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.captions import text_precision
 from flux2_ds.run.atomic import atomic_write_text
@@ -128,7 +129,11 @@ def main() -> None:
             "launch.accelerator is cuda, and no GPU is visible here. Use a machine with one, or add "
             "--launch.accelerator cpu."
         )
-    adapter = {} if recipe.method == "full" else read_adapter(trained, spec)
+    if recipe.method == "full":
+        adapter: Adapter = {}
+        check_transformer(trained)
+    else:
+        adapter = read_adapter(trained, spec)
     text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
     check_card(recipe.base_weights, device)
     check_backend(recipe, device)
@@ -351,8 +356,12 @@ def read_adapter(path: Path, spec: Spec) -> Adapter:
     """An adapter file, as diffusers reads it; refused if it is damaged or not one of this model."""
     shapes = linear_shapes(spec)
     try:
-        with safe_open(path, framework="pt"):  # diffusers reads pickles, too
-            reading = read_by_diffusers(path, spec)
+        with safe_open(path, framework="pt") as file:  # diffusers reads pickles, too
+            told = file.metadata() or {}
+        digest = told.get("modelspec.hash_sha256")
+        if "flux2_ds.checked_for" in told and digest != f"0x{stored_digest(path)}":
+            raise ValueError("it does not have its sha256")
+        reading = read_by_diffusers(path, spec)
     except Exception as error:  # whatever diffusers does with a file that is none
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -371,6 +380,18 @@ def read_adapter(path: Path, spec: Spec) -> Adapter:
             f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
         )
     return reading.adapter
+
+
+def check_transformer(folder: Path) -> None:
+    """Refuse an exported transformer whose files are not what was written; without digests nothing is known."""
+    try:
+        changed = changed_files(json.loads((folder / DIGESTS).read_text()), file_digests(folder))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / DIGESTS} is damaged ({error}). Export it again.") from error
+    if changed:
+        raise UserError(f"{folder / changed[0]} is not what was exported. Export it again.")
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from flux2_ds.config.model_spec import PADDING_SIDES
 from flux2_ds.errors import UserError, without_secrets
 
+DIGESTS = "digests.json"
+"""In the directory of an exported transformer: name of a file -> its XXH3."""
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
 _PROBES, _PROBE_BYTES = 8, 1 << 16
 

@@ -66,6 +66,13 @@ def content_digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def stored_digest(path: Path) -> str:
+    """The sha256 of what comes after the header of a file."""
+    with path.open("rb") as stream:
+        stream.seek(int.from_bytes(stream.read(8), "little") + 8)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _order(shapes: Shapes) -> Iterable[str]:
     """Large elements first, so that each tensor starts at a multiple of its element's size."""
     return sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))

@@ -108,6 +108,15 @@ def test_both_columns_are_diffusers_own(
     torch.testing.assert_close(after, theirs(reference, references), rtol=0, atol=1e-3)
     assert (before - after).abs().max() > 5e-2
 
+    if method == "full":
+        sample.check_transformer(file)
+        assert not list(file.parent.glob("*.partial")) and (file / "config.json").is_file()
+        (weights,) = file.glob("*.safetensors")
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(UserError, match=rf"{weights.name} is not what was exported"):
+            sample.check_transformer(file)
+
 
 def pictures(
     pipeline: Any, recipe: Recipe, prompts: list[Prompt], references: list[Image.Image]
@@ -144,6 +153,7 @@ def test_a_damaged_adapter_is_refused(
     broken = {
         "cut": file.read_bytes()[:-100],
         "none": b"not an adapter",
+        "flipped": (whole := file.read_bytes())[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
         "nan": safetensors.save({**tensors, name: tensors[name] * float("nan")}),
         "other": safetensors.save(
             {key: tensor[:, :-1].contiguous() for key, tensor in tensors.items()}

@@ -310,7 +310,10 @@ def test_error_in_the_reading_thread_is_raised_at_its_step(prepared, tmp_path, d
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent": torch.zeros(32, 4, 5)}, r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)"),
+        (
+            {"latent": torch.zeros(32, 4, 5)},
+            r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)",
+        ),
         ({"mask": torch.zeros(3, 2)}, r"its mask has the shape \(3, 2\), not \(2, 2\)"),
         ({"caption": "short"}, r"its text has the shape \(5, 2\), not \(6, 2\)"),
     ],
