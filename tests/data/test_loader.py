@@ -315,14 +315,14 @@ def test_error_in_the_reading_thread_is_raised_at_its_step(prepared, tmp_path, d
             r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)",
         ),
         ({"mask": torch.zeros(3, 2)}, r"its mask has the shape \(3, 2\), not \(2, 2\)"),
-        ({"caption": "short"}, r"its text has the shape \(5, 2\), not \(6, 2\)"),
+        ({"texts": ("short",)}, r"its text has the shape \(5, 2\), not \(6, 2\)"),
     ],
 )
 def test_a_tensor_of_another_shape_is_refused_though_its_checksum_is_right(
     tmp_path, changes, message
 ):
     record = Record(
-        **{"source": "a.jpg", "caption": "1", "latent": torch.zeros(32, 4, 4)} | changes
+        **{"source": "a.jpg", "texts": ("1",), "latent": torch.zeros(32, 4, 4)} | changes
     )
     shard = write_shard(
         tmp_path / "0.tar",
