@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 
 from flux2_ds.distributed import all_gather_object, destroy_process_group, init_process_group
-from flux2_ds.engine.engine import build_cpu_adam
+from flux2_ds.engine.engine import cpu_adam
 from flux2_ds.engine.zero3 import check_zero
 from flux2_ds.errors import run_root
 
@@ -76,7 +76,7 @@ def examine_cpu_adam() -> Finding:
     """Whether DeepSpeed's CPU Adam builds here."""
     started = time.perf_counter()
     try:
-        build_cpu_adam()
+        cpu_adam([torch.nn.Parameter(torch.zeros(1))])
     except Exception as error:  # whatever compiler and linker do wrong
         reason = str(error).strip().splitlines()[0]
         text = f"does not build: {reason}"

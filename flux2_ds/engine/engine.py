@@ -6,18 +6,24 @@ state by parameter name, whatever the ZeRO stage and the world size.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
@@ -25,10 +31,41 @@ from flux2_ds.engine.host_memory import pin_in_place
 from flux2_ds.engine.state import TrainingState
 from flux2_ds.engine.zero3 import pins_parameters
 
+log = logging.getLogger("flux2_ds")
 
-def build_cpu_adam() -> None:
-    """Compile and load DeepSpeed's CPU Adam, which its first use would do otherwise."""
-    DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
+
+_ABANDONED_AFTER_S = 120
+
+
+def cpu_adam(parameters: list[nn.Parameter], **settings: Any) -> DeepSpeedCPUAdam:
+    """DeepSpeed's CPU Adam, which is compiled at its first use on a machine."""
+    wait_for_build(Path(_get_build_directory("cpu_adam", verbose=False)) / "lock")
+    return DeepSpeedCPUAdam(parameters, **settings)
+
+
+def wait_for_build(lock: Path) -> None:
+    """Wait for the process that builds an extension. Torch would wait forever if that one was killed; its lock is
+    removed here once no process of this machine has it open, nor one of another machine can be at work."""
+    for waited in count():
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if age > _ABANDONED_AFTER_S and not _is_open(lock):
+            log.warning("%s was left by a build that was killed: it is removed.", lock)
+            lock.unlink(missing_ok=True)
+            return
+        if waited == 5:
+            log.info("waiting for another process that compiles CPU Adam (%s)", lock)
+        time.sleep(1)
+
+
+def _is_open(path: Path) -> bool:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(file.path == str(path) for file in process.open_files()):
+                return True
+    return False
 
 
 class Engine:
@@ -53,7 +90,7 @@ class Engine:
         if offload_optimizer:
             adam = {"betas": settings.betas, "eps": settings.eps}
             decay = settings.weight_decay
-            self._optimizer = DeepSpeedCPUAdam(parameters, **adam, weight_decay=decay)
+            self._optimizer = cpu_adam(parameters, **adam, weight_decay=decay)
         else:
             fused = get_accelerator().device_name() == "cuda"
             self._optimizer = optimizers.build(settings, parameters, fused=fused)
