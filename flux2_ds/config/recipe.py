@@ -268,12 +268,14 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """Console, metrics.jsonl and Weights & Biases."""
+    """Console, metrics.jsonl, Weights & Biases and TensorBoard."""
 
     every: Annotated[int, at_least(1)] = 10
     """Steps between log lines."""
     wandb: Literal["online", "offline", "disabled"] = "offline"
     """Weights & Biases mode. Without an API key `online` becomes `offline`, said in the log."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard, too, into RUN_DIR/tensorboard. Needs `flux2-ds[tensorboard]`."""
     project: str = "flux2-ds"
     """Weights & Biases project."""
     entity: str | None = None
@@ -429,7 +431,7 @@ class Recipe:
     checkpoint: Annotated[Checkpoint, MAY_CHANGE] = field(default_factory=Checkpoint)
     """Checkpoints."""
     log: Annotated[Log, MAY_CHANGE] = field(default_factory=Log)
-    """Console, metrics.jsonl and Weights & Biases."""
+    """Console, metrics.jsonl, Weights & Biases and TensorBoard."""
     validation: Annotated[Validation, MAY_CHANGE] = field(default_factory=Validation)
     """The loss on pictures that are not trained on."""
     preview: Annotated[Preview, MAY_CHANGE] = field(default_factory=Preview)

@@ -18,7 +18,7 @@ from flux2_ds.data.order import Order
 from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
 from flux2_ds.run.run_dir import check_run_dir
-from flux2_ds.run.wandb_run import check_wandb
+from flux2_ds.run.wandb_run import check_trackers
 
 
 def recordable(plan: Plan, index: Index) -> Plan:
@@ -135,7 +135,7 @@ def run_checks(
     """The checks of `check_run` by what they look at, for those that report each."""
     checks: dict[str, Callable[[], object]] = {
         "run_dir": partial(check_run_dir, recipe),
-        "wandb": partial(check_wandb, recipe.log),
+        "trackers": partial(check_trackers, recipe.log),
         "previews": partial(check_previews, recipe, directory, prepared=data is not None),
     }
     known = spec or RELEASED.get(recipe.model.path)

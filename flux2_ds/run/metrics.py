@@ -1,6 +1,6 @@
-"""Where numbers go beside the console: metrics.jsonl, Weights & Biases and a plot of the loss.
+"""Where numbers go beside the console: metrics.jsonl, Weights & Biases, TensorBoard and a plot of the loss.
 
-W&B gets what metrics.jsonl gets; docs/watching.md has all names. Nothing here decides whether a run goes on: what
+The trackers get what metrics.jsonl gets; docs/watching.md has all names. Nothing here decides whether a run goes on: what
 fails is said, and training continues without it.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from flux2_ds.config.recipe import Log
 from flux2_ds.run.atomic import atomic_path, atomic_write_text
 from flux2_ds.run.logging import open_log
+from flux2_ds.run.tensorboard import TensorBoard
 from flux2_ds.run.wandb_run import WANDB_ID, Stall, WandbRun
 
 log = logging.getLogger("flux2_ds")
@@ -65,6 +66,8 @@ class Metrics:
         self._wandb = None
         if settings.wandb != "disabled":
             self._wandb = WandbRun(run_dir, settings, config, stall, patience)
+        board = TensorBoard(run_dir, config, resumed_at) if settings.tensorboard else None
+        self._trackers = [tracker for tracker in (self._wandb, board) if tracker is not None]
 
     def smoothed(self, loss: float | None) -> float | None:
         """Mean of the losses on record, `loss` being the next: of the last tenth, and at least five."""
@@ -83,13 +86,13 @@ class Metrics:
             if not self._full:
                 log.warning("%s cannot be written (%s); training goes on", self._stream.name, error)
             self._full = True
-        if self._wandb is not None:
-            self._wandb.log(step, {n: value for n, value in values.items() if value is not None})
+        for tracker in self._trackers:
+            tracker.log(step, {n: value for n, value in values.items() if value is not None})
 
     def show(self, step: int, images: list[tuple[str, Path]]) -> None:
         """Give the trackers images that are on disk, each with its prompt."""
-        if self._wandb is not None and images:
-            self._wandb.log_previews(step, images)
+        for tracker in self._trackers:
+            tracker.log_previews(step, images)
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """Give W&B a checkpoint, if it is to have them."""
@@ -108,8 +111,8 @@ class Metrics:
         except OSError as error:
             log.warning("%s: the last records cannot be written: %s", self._stream.name, error)
         _try_to_draw_loss(self._run_dir)
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

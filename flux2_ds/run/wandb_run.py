@@ -35,13 +35,18 @@ Stall = Callable[[], tuple[float, str]]
 """Seconds without progress, and where."""
 
 
-def check_wandb(settings: Log) -> None:
-    """Refuse W&B where it is not installed."""
-    if settings.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"log.wandb is {settings.wandb}, but the package wandb is not installed. Install it, or set "
-            "log.wandb: disabled."
-        )
+def check_trackers(settings: Log) -> None:
+    """Refuse W&B and TensorBoard where they are wanted and not installed."""
+    wanted = {
+        "wandb": (settings.wandb != "disabled", settings.wandb, "it", "disabled"),
+        "tensorboard": (settings.tensorboard, "true", "flux2-ds[tensorboard]", "false"),
+    }
+    for package, (asked, value, install, without) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"log.{package} is {value}, but the package {package} is not installed. Install {install}, "
+                f"or set log.{package}: {without}."
+            )
 
 
 class WandbRun:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
 from flux2_ds.config.recipe import Log
@@ -30,7 +31,7 @@ from flux2_ds.run.metrics import (
     metrics_digest,
     read_metrics,
 )
-from flux2_ds.run.wandb_run import STEP, check_wandb, log_export
+from flux2_ds.run.wandb_run import STEP, check_trackers, log_export
 
 
 @pytest.fixture(autouse=True)
@@ -155,12 +156,14 @@ def test_nothing_is_imported_that_is_not_switched_on(run_dir):
     assert done.stdout == "[]\n"
 
 
-def test_wandb_that_is_missing_is_refused_where_it_is_wanted(monkeypatch):
-    check_wandb(Log(wandb="online"))
+def test_trackers_that_are_missing_are_refused_where_they_are_wanted(monkeypatch):
+    check_trackers(Log(tensorboard=True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_wandb(Log(wandb="disabled"))
+    check_trackers(Log(wandb="disabled"))
     with pytest.raises(UserError, match=r"log\.wandb is offline, but the package wandb is not"):
-        check_wandb(Log())
+        check_trackers(Log())
+    with pytest.raises(UserError, match=r"log\.tensorboard is true, .*flux2-ds\[tensorboard\]"):
+        check_trackers(Log(wandb="disabled", tensorboard=True))
 
 
 def draw(run_dir: Path, losses: list[float]) -> np.ndarray:
@@ -460,7 +463,8 @@ def test_a_stall_is_told_once(run_dir, monkeypatch):
     assert alert.text == "none for 9 s: rank 0 on node, computing in step 7"
 
 
-def test_the_last_alert_of_a_run_is_sent_before_its_process_ends(run_dir):
+def test_the_last_alert_of_a_run_is_sent_before_its_process_ends(run_dir, monkeypatch):
+    monkeypatch.setattr(wandb_run, "_ALERT", 60.0)  # W&B has only just been asked to start
     metrics = start(run_dir, "offline", alerts=True)
     metrics.alert("the run has ended", "the loss is nan at step 4", last=True)
     records = list(wandb_records(run_dir))  # without close(), which an error leaves out
@@ -494,3 +498,47 @@ def test_the_loss_is_smoothed_over_the_last_tenth_also_after_a_resume(run_dir):
     assert resumed.smoothed(None) == 2.5
     assert resumed.smoothed(5.0) == 3.0
     resumed.close()
+
+
+def tensorboard(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+
+
+def test_tensorboard_has_every_point_once_also_after_a_resume(run_dir):
+    image = run_dir / "0.png"
+    Image.new("RGB", (16, 8)).save(image)
+    for resumed_at, steps in ((0, (10, 20, 30)), (20, (30, 40))):  # killed after 30, saved at 20
+        metrics = start(run_dir, resumed_at=resumed_at, tensorboard=True)
+        if resumed_at == 0:
+            metrics.show(0, [("a cat", image)])
+        record(metrics, *steps, loss=float(resumed_at))
+        metrics.close()
+    found = tensorboard(run_dir)
+    points = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    assert points == [(10, 0.0), (20, 0.0), (30, 20.0), (40, 20.0)]
+    assert found.Tags()["scalars"] == ["train/loss"]  # no text, and nothing that is None
+    assert [event.step for event in found.Images("samples/0: a cat")] == [0]
+    record(start(run_dir, resumed_at=0, tensorboard=True), 1)  # from the beginning
+    again = tensorboard(run_dir)
+    assert [event.step for event in again.Scalars("train/loss")] == [1]
+    assert again.Images("samples/0: a cat") == []
+
+
+def test_a_tensorboard_that_fails_ends_no_run(run_dir, caplog):
+    (run_dir / "tensorboard").touch()  # no folder can be made
+    metrics = start(run_dir, tensorboard=True)
+    record(metrics, 10, 20)
+    metrics.close()
+    assert caplog.text.count("TensorBoard failed") == 1
+    assert steps_in(run_dir) == [10, 20]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_tensorboard_ends_no_run(run_dir, caplog):
+    metrics = start(run_dir, tensorboard=True)
+    record(metrics, 10)
+    with files_of_at_most(0):
+        record(metrics, 20, 30)
+    metrics.close()
+    assert caplog.text.count("TensorBoard failed") == 1
+    assert steps_in(run_dir) == [10, 20, 30]
