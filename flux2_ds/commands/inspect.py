@@ -34,6 +34,7 @@ from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.flow import shift_of, timesteps
+from flux2_ds.model.pipeline import load_vae
 from flux2_ds.model.text_encoder import read_prompt
 from flux2_ds.run.logging import set_up_console
 
@@ -73,9 +74,7 @@ def main() -> None:
     counts = index.bucket_counts()
     print_part("timesteps", [timestep_line(recipe.objective, *each) for each in counts.items()])
     if options.image:
-        vae = AutoencoderKLFlux2.from_pretrained(
-            directory, subfolder="vae", dtype=torch.float32, use_safetensors=True
-        ).to(recipe.launch.accelerator)
+        vae = load_vae(directory, torch.float32).to(recipe.launch.accelerator)
         write_image(Path(options.image), vae, shards, index, options.samples)
         print_part("image", [options.image])
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +23,26 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from flux2_ds.config.model_spec import PADDING_SIDES, Spec
+from flux2_ds.errors import UserError
 
 log = logging.getLogger("flux2_ds")
 
 _NF4_INPUTS, _NF4_OUTPUTS = 64, 32
 """A linear's features come in multiples of these where bitsandbytes 0.50 packs nf4 for a CPU with AVX-512."""
+
+
+@contextmanager
+def loading(part: Path) -> Iterator[None]:
+    """Refuse a part of a model that its library cannot load, whatever that does with it."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{part} cannot be loaded ({type(error).__name__}: {reason[:200]}). Download the model again."
+        ) from error
 
 
 def load_text_pipeline(
@@ -45,21 +62,30 @@ def load_text_pipeline(
     if quantization == "int8":
         placed["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif quantization == "nf4":
+        with loading(directory / "text_encoder"):
+            narrow = _too_narrow(encoder_class, directory)
         placed["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", *_too_narrow(encoder_class, directory)],
+            llm_int8_skip_modules=["lm_head", *narrow],
         )
-    encoder = encoder_class.from_pretrained(
-        directory / "text_encoder", dtype=dtype, use_safetensors=True, **placed
-    )
+    with loading(directory / "text_encoder"):
+        encoder = encoder_class.from_pretrained(
+            directory / "text_encoder",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **placed,
+        )
     return _build(directory, spec, text_encoder=encoder, tokenizer=load_tokenizer(directory, spec))
 
 
 def _too_narrow(encoder_class: Any, directory: Path) -> list[str]:
     """The encoder's linears that nf4 cannot hold: none of the released encoders'."""
-    config = transformers.AutoConfig.from_pretrained(directory / "text_encoder")
+    config = transformers.AutoConfig.from_pretrained(
+        directory / "text_encoder", trust_remote_code=False
+    )
     with torch.device("meta"):
         linears = [
             (name, module)
@@ -86,11 +112,20 @@ def load_image_pipeline(
     device: torch.device,
 ) -> Any:
     """The pipeline around a transformer, without text encoder: it renders from `prompt_embeds`."""
-    vae = AutoencoderKLFlux2.from_pretrained(
-        directory, subfolder="vae", dtype=transformer.dtype, use_safetensors=True
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
+    vae = load_vae(directory, transformer.dtype)
+    with loading(directory / "scheduler"):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            directory, subfolder="scheduler"
+        )
     return _build(directory, spec, transformer=transformer, vae=vae.to(device), scheduler=scheduler)
+
+
+def load_vae(directory: Path, dtype: torch.dtype) -> AutoencoderKLFlux2:
+    """The VAE alone."""
+    with loading(directory / "vae"):
+        return AutoencoderKLFlux2.from_pretrained(
+            directory, subfolder="vae", dtype=dtype, use_safetensors=True
+        )
 
 
 def _build(directory: Path, spec: Spec, **given: Any) -> Any:
@@ -109,6 +144,9 @@ def load_tokenizer(directory: Path, spec: Spec) -> Any:
     of transformers load it as a generic tokenizer, which pads right. Padding is attended to, so it
     matters.
     """
-    return transformers.AutoTokenizer.from_pretrained(
-        directory / "tokenizer", padding_side=PADDING_SIDES[spec.pipeline]
-    )
+    with loading(directory / "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(
+            directory / "tokenizer",
+            padding_side=PADDING_SIDES[spec.pipeline],
+            trust_remote_code=False,  # without it transformers asks on the terminal
+        )

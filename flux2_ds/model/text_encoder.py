@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, Literal
 
 import diffusers
@@ -13,7 +16,25 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import nn
 
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.model.pipeline import load_text_pipeline, load_tokenizer
+from flux2_ds.model.pipeline import load_text_pipeline, load_tokenizer, loading
+
+_TEMPLATE_LIMIT = 10.0  # s for a chat template, which is a program of the model's author
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise a `TimeoutError` in the block after so long. For the main thread."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class TextEncoder:
@@ -30,7 +51,8 @@ class TextEncoder:
         self._pipeline = load_text_pipeline(directory, spec, dtype, device, quantization)
         self._device = device
         self._dtype = dtype
-        self._template_tokens = self._count_template(spec)
+        with loading(directory / "tokenizer"), time_limit(_TEMPLATE_LIMIT):
+            self._template_tokens = self._count_template(spec)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
@@ -78,7 +100,8 @@ def read_prompt(directory: Path, spec: Spec, caption: str) -> Prompt:
     pipeline = getattr(diffusers, spec.pipeline)(
         text_encoder=encoder, tokenizer=tokenizer, **absent
     )
-    pipeline.encode_prompt(caption)
+    with loading(directory / "tokenizer"), time_limit(_TEMPLATE_LIMIT):
+        pipeline.encode_prompt(caption)
     row, seen = encoder.given["input_ids"][0], encoder.given["attention_mask"][0].bool()
     ids = row[seen].tolist()
     return Prompt(ids, tokenizer.decode(ids), len(row), tokenizer.padding_side, encoder.layers)

@@ -24,7 +24,7 @@ from flux2_ds.data.images import (
 )
 from flux2_ds.data.shards import Record, write_shard
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.model import latents
+from flux2_ds.model import latents, pipeline
 from flux2_ds.prepare.captions import CaptionFiles
 from flux2_ds.prepare.manifest import Manifest, Row, texts_digest, write_manifest
 from flux2_ds.prepare.plan import ShardJob
@@ -150,9 +150,7 @@ def decode(planned: PlannedImage, reference_resolution: int | None = None) -> De
 def load_vae(directory: Path, settings: Prepare, device: torch.device) -> AutoencoderKLFlux2:
     """The VAE with the recipe's precision, slicing and tiling."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.vae_precision]
-    vae = AutoencoderKLFlux2.from_pretrained(
-        directory, subfolder="vae", dtype=dtype, use_safetensors=True
-    ).to(device)
+    vae = pipeline.load_vae(directory, dtype).to(device)
     if settings.vae_slicing:
         vae.enable_slicing()
     if settings.vae_tiling:

@@ -1,5 +1,7 @@
 """Captions become what the pipelines' own `encode_prompt` makes of them: nothing lost, nothing ours."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from bitsandbytes.nn import Linear4bit
 from factories import rendered
 
 from flux2_ds.config.model_spec import Spec
+from flux2_ds.errors import UserError
+from flux2_ds.model import text_encoder
 from flux2_ds.model.pipeline import load_text_pipeline
-from flux2_ds.model.text_encoder import TextEncoder
+from flux2_ds.model.text_encoder import TextEncoder, read_prompt
 
 CAPTIONS = ["A cat on a red mat.", "", "[IMG] An old lighthouse at dusk, seen from the sea."]
 
@@ -100,3 +104,45 @@ def test_nf4_leaves_what_it_cannot_hold(
     difference = encoder.encode(CAPTIONS).float() - expected
     # Thirty random layers make 0.3 % of a product's rounding as much; over weights of their own, 1.
     assert difference.norm() < 0.15 * expected.norm()
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_model, model)
+    for part, file, names in (
+        ("text_encoder", "config.json", {"AutoConfig": "own.Config", "AutoModel": "own.Model"}),
+        ("tokenizer", "tokenizer_config.json", {"AutoTokenizer": ["own.Tokenizer", None]}),
+    ):
+        (model / part / "own.py").write_text(f"open({str(ran)!r}, 'w')")
+        path = model / part / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for quantization in ("nf4", None):
+        encoder = TextEncoder(model, tiny_spec, torch.float32, torch.device("cpu"), quantization)
+    expected = TextEncoder(tiny_model, tiny_spec, torch.float32, torch.device("cpu"))
+    assert torch.equal(encoder.encode(CAPTIONS), expected.encode(CAPTIONS))
+    # A class that transformers does not have, so that there is nothing but the model's own code.
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("Qwen2Tokenizer", "OwnTokenizer"))
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
+        TextEncoder(model, tiny_spec, torch.float32, torch.device("cpu"))
+    assert not ran.exists()
+
+
+def test_a_template_that_does_not_end_is_refused(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    loop = "".join(f"{{% for x{n} in range(99999) %}}" for n in range(3)) + "{% endfor %}" * 3
+    for path in (tmp_path / "model" / "tokenizer").glob("*.jinja"):
+        path.write_text(loop)
+    monkeypatch.setattr(text_encoder, "_TEMPLATE_LIMIT", 0.3)
+    for read in (
+        lambda: TextEncoder(tmp_path / "model", tiny_spec, torch.float32, torch.device("cpu")),
+        lambda: read_prompt(tmp_path / "model", tiny_spec, "a cat"),
+    ):
+        with pytest.raises(UserError, match=r"tokenizer cannot be loaded .* longer than 0.3 s"):
+            read()
