@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from flux2_ds.run.report import write_report
 from flux2_ds.run.run_dir import (
     changed_settings,
     check_run_dir,
+    is_finished,
     lock_run_dir,
     logs_directory,
     stop_file,
@@ -43,6 +45,7 @@ from flux2_ds.training.checkpoints import resume
 from flux2_ds.training.inputs import log_plan, read_inputs
 from flux2_ds.training.step import StepTimer, seed_dropout, train_step
 from flux2_ds.training.stop import StopRequest
+from flux2_ds.training.validation import LOSS
 from flux2_ds.training.warmup import warm_up
 
 log = logging.getLogger("flux2_ds")
@@ -90,8 +93,11 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
     watchdog.heartbeat(0, "reading the checkpoint")
     first_step = resume(engine, recipe, inputs.index, process, inputs.directory)
     barrier()  # nothing refuses any more: the run directory may say what it holds now
-    if first_step >= recipe.steps:
+    if is_finished(recipe, first_step):
         log_nothing_to_do(recipe, first_step)
+        if first_step < recipe.steps:  # ended by its held-out loss
+            recipe = replace(recipe, steps=first_step)
+            inputs = replace(inputs, plan=replace(inputs.plan, recipe=recipe))
         if process.is_rank0:
             draw_loss_if_missing(Path(recipe.run_dir))
     elif process.is_rank0:
@@ -138,10 +144,10 @@ def run_steps(run: Run) -> bool:
     if run.previews and run.cadence.due(first).preview and not run.previews.made(first):
         run.previews.render(first)
     if run.validation and recipe.validation.at_start and first == 0:
-        before = run.validation.loss(0)
-        log.info("step 0 | held-out loss %.4f", before)
+        values = run.validation.losses(0)
+        log.info("step 0 | held-out loss %.4f", values[LOSS])
         if run.metrics is not None:
-            run.metrics.write(0, {"validation/loss": before})
+            run.metrics.write(0, values)
 
     run.progress.start()
     for step, micro_batches in run.steps():
@@ -160,21 +166,35 @@ def run_steps(run: Run) -> bool:
         if due.log or due.checkpoint:
             values = run.progress.summary(rate)  # raises on a loss that is not finite
         if due.validation and run.validation:
-            values["validation/loss"] = run.validation.loss(done)
+            values |= run.validation.losses(done)
+            if run.validation.stale():
+                log.info("the held-out loss has no new lowest value: the run ends at step %d", done)
+                due = run.cadence.due(done, stopping, ended=True)
         if due.log:
             run.progress.log(done, values)
         if due.checkpoint:
-            run.checkpoints.save(done, last=due.last)
+            history = run.validation.history if run.validation else []
+            run.checkpoints.save(done, last=due.last, validation=history)
         if due.preview and run.previews:
             run.previews.render(done)
         if stopping and done < recipe.steps:
             log.info("stopped by %s after step %d", run.stop.reason or "another rank", done)
             return False
+        if due.last:
+            return True
     return True
 
 
 def log_nothing_to_do(recipe: Recipe, first_step: int) -> None:
-    """Say that the newest checkpoint is past the last step, and what would go on from it."""
+    """Say that the newest checkpoint is past the end, and what would go on from it."""
+    if first_step < recipe.steps:
+        log.info(
+            "nothing to do: the held-out loss ended the run at step %d. To go on, raise "
+            "validation.patience, which is %d",
+            first_step,
+            recipe.validation.patience,
+        )
+        return
     changed = recipe.optimizer.schedule != "constant"
     also = " and set accept_changes: true, because the schedule depends on it" if changed else ""
     log.info(

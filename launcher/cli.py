@@ -24,7 +24,14 @@ from flux2_ds.config.parse import parse_recipe, recipe_lines, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
 from flux2_ds.config.validate import check_recipe
-from flux2_ds.data.dataset import build_order, check_run, in_steps, length_line, read_data
+from flux2_ds.data.dataset import (
+    build_order,
+    check_run,
+    in_steps,
+    length_line,
+    read_data,
+    validation_line,
+)
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean, run_root
 from launcher.commands import BENCH, start_commands
@@ -146,7 +153,7 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
     order = build_order(recipe, index)
     lines = [f"data       {index.samples} samples, {length_line(recipe, order)}", *order.warnings()]
     lines += [f"           {line}" for line in index.text_lines()]
-    return lines + [f"held out   {validation.samples} samples"] * bool(validation.samples)
+    return lines + [f"held out   {validation_line(recipe, validation)}"] * bool(validation.samples)
 
 
 def doctor(argv: list[str]) -> None:

@@ -22,6 +22,7 @@ from flux2_ds.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserErr
 from flux2_ds.prepare.folder import check_folder, lock_folder
 from flux2_ds.prepare.manifest import manifest_paths
 from flux2_ds.run.run_dir import (
+    is_finished,
     lock_run_dir,
     logs_directory,
     newest_step,
@@ -210,7 +211,7 @@ def train_job(recipe: Recipe) -> Job:
 
     def missing() -> str:
         newest = newest_step(recipe)
-        if newest >= recipe.steps:
+        if is_finished(recipe, newest):
             return ""
         return f"the newest checkpoint in {recipe.run_dir} is of step {newest}, steps is {recipe.steps}"
 

@@ -23,9 +23,8 @@ from safetensors import SafetensorError
 from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore, write
 from flux2_ds.distributed import Process, all_gather_object
 from flux2_ds.errors import UserError
-from flux2_ds.run.run_dir import checkpoint_steps
+from flux2_ds.run.run_dir import STATE_NAME, checkpoint_steps
 
-STATE_NAME = "state.json"
 _READERS = 8
 
 
@@ -210,10 +209,17 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def remove_old(root: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the last `keep_last` checkpoints and the multiples of `keep_every`."""
+def best_step(root: Path, history: Iterable[tuple[int, float]]) -> int | None:
+    """The checkpoint with the lowest validation loss; None if none has one."""
+    losses = dict(history)
+    known = [checkpoint.step for checkpoint in find(root) if checkpoint.step in losses]
+    return min(known, key=losses.__getitem__, default=None)
+
+
+def remove_old(root: Path, keep_last: int, keep_every: int | None, best: int | None = None) -> None:
+    """Remove all but the last `keep_last` checkpoints, the multiples of `keep_every` and that of step `best`."""
     for checkpoint in find(root)[:-keep_last]:
-        if keep_every is None or checkpoint.step % keep_every:
+        if checkpoint.step != best and (keep_every is None or checkpoint.step % keep_every):
             # Renamed first: a removal that is cut short leaves no directory that looks complete.
             doomed = root / f".{checkpoint.path.name}.removed"
             shutil.rmtree(doomed, ignore_errors=True)

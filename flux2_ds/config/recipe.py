@@ -264,6 +264,8 @@ class Checkpoint:
     """Checkpoints kept; older ones are removed."""
     keep_every: Annotated[int | None, at_least(1)] = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +308,12 @@ class Validation:
     """The same in epochs, rounded to steps, in place of `every`."""
     at_start: bool = False
     """Evaluate before step 1 as well."""
+    against_base: bool = False
+    """Evaluate the model without its adapter as well, once in each start: how much lower the loss is than
+    there, on the same noise, is `validation/gain`, from which it is gone how hard the images are."""
+    patience: Annotated[int | None, at_least(1)] = None
+    """End the run, with a checkpoint, after so many evaluations in a row without a new lowest loss. Default:
+    it goes on to the last step."""
     samples: Annotated[int, at_least(1)] = 64
     """Largest number of held-out samples that are used, from all buckets in proportion, each once."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from operator import attrgetter
@@ -39,6 +40,18 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f"checkpoint.keep_every is {recipe.checkpoint.keep_every}; it must be a multiple of "
             f"checkpoint.every, which is {every}."
+        )
+    period = recipe.validation.every
+    in_epochs = recipe.validation.every_epochs is not None  # is counted in steps later
+    if recipe.checkpoint.keep_best and every % period and not in_epochs:
+        yield (
+            f"checkpoint.keep_best is true, checkpoint.every {every} and validation.every {period}: not every "
+            f"checkpoint has a validation loss. Set checkpoint.every to {math.ceil(every / period) * period}."
+        )
+    if recipe.validation.against_base and recipe.method == "full":
+        yield (
+            "validation.against_base is true, but method full has no adapter to switch off. Set "
+            "validation.at_start: true, which evaluates the model before it is trained."
         )
     for resolution in resolutions(data.resolution) or [0]:
         if not bucket_table(resolution, data.bucket_step, data.max_aspect):
@@ -295,6 +308,8 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
         )
     if recipe.validation != Validation() and not data.validation_fraction and not data.more_shards:
         yield "validation", "data.validation_fraction is 0"
+    if recipe.checkpoint.keep_best and not data.validation_fraction and not data.more_shards:
+        yield "checkpoint.keep_best", "data.validation_fraction is 0"
     if data.cache and not any(map(is_url, (data.shards, *data.more_shards.values()))):
         yield "data.cache", f"data.shards {data.shards} is on disk"
     if _given(data, "cache_gb") and not data.cache:

@@ -111,6 +111,14 @@ def length_line(recipe: Recipe, order: Order) -> str:
     return f"{round(order.steps_per_epoch, 2)} steps an epoch, {epochs:.4g} epochs in all"
 
 
+def validation_line(recipe: Recipe, held_out: Index) -> str:
+    """What is held out and when its loss is computed, for people."""
+    validation = recipe.validation
+    used = min(validation.samples, held_out.samples)
+    line = f"{held_out.samples} samples, the loss of {used} every {validation.every} steps"
+    return line + ", once without the adapter" * validation.against_base
+
+
 def check_run(
     recipe: Recipe,
     data: tuple[Index, Index] | None,

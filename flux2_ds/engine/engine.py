@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.utils import set_z3_leaf_module
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
@@ -86,6 +87,7 @@ class Engine:
         compiled: Sequence[nn.Module] = (),
     ) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         parameters = list(self._named.values())
         if offload_optimizer:
             adam = {"betas": settings.betas, "eps": settings.eps}
@@ -132,6 +134,21 @@ class Engine:
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The transformer's prediction."""
         return self._predict(self._engine, inputs)
+
+    def forward_base(self, **inputs: Any) -> torch.Tensor:
+        """The prediction of the plain model, its adapter switched off and without dropout; no gradient."""
+        # Not by PEFT's own switch, which makes the adapter's weights need no gradient.
+        for layer in self._adapted:
+            layer._disable_adapters = True
+        training = self._engine.training
+        try:
+            self._engine.eval()
+            with torch.no_grad():
+                return self._predict(self._engine, inputs)
+        finally:
+            self._engine.train(training)
+            for layer in self._adapted:
+                layer._disable_adapters = False
 
     def _predict(self, module: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if self._gathers_modules:

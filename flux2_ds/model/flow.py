@@ -23,16 +23,17 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 def flow_loss(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean squared error in fp32, a scalar: over all elements, unweighted.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error in fp32 and that of each sample [B]: over all elements, unweighted.
 
     With `mask` [B, N] in [0, 1], not all 0: each sample's mean weighted by its mask, then the mean of the
     samples, so that a sample counts the same however much of it is masked out.
     """
     errors = (prediction.float() - target.float()).square()
     if mask is None:
-        return errors.mean()
-    return ((errors.mean(-1) * mask).sum(1) / mask.sum(1)).mean()
+        return errors.mean(), errors.detach().mean((1, 2))
+    each = (errors.mean(-1) * mask).sum(1) / mask.sum(1)
+    return each.mean(), each
 
 
 def timesteps(z: torch.Tensor, settings: Objective, image_tokens: int) -> torch.Tensor:

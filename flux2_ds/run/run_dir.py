@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from flux2_ds.run.atomic import PARTIAL, atomic_write_text, no_follow
 
 log = logging.getLogger("flux2_ds")
 
+STATE_NAME = "state.json"
+"""In a checkpoint: what is no tensor."""
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
 _BEFORE_A_RUN = {
@@ -144,6 +146,31 @@ def stop_file(recipe: Recipe) -> Path:
 def newest_step(recipe: Recipe) -> int:
     """Step of the newest checkpoint; 0 without one."""
     return max(checkpoint_steps(checkpoints_directory(recipe)), default=0)
+
+
+def validation_history(recipe: Recipe, step: int) -> list[tuple[int, float]]:
+    """(step, loss) of the evaluations before the checkpoint of `step`, oldest first; none without one."""
+    path = checkpoint_steps(checkpoints_directory(recipe)).get(step)
+    if path is None:
+        return []
+    with _reading(path / STATE_NAME):
+        state = json.loads((path / STATE_NAME).read_text())
+        return [(int(at), float(loss)) for at, loss in state.get("validation", [])]
+
+
+def stale(history: Sequence[tuple[int, float]], patience: int) -> bool:
+    """Whether the last `patience` evaluations brought no new lowest loss."""
+    losses = [loss for _, loss in history]
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def is_finished(recipe: Recipe, step: int) -> bool:
+    """Whether nothing is left to train after the checkpoint of `step`: it is the last one, or its losses are
+    stale."""
+    patience = recipe.validation.patience
+    if step >= recipe.steps or patience is None:
+        return step >= recipe.steps
+    return stale(validation_history(recipe, step), patience)
 
 
 def checkpoints_directory(recipe: Recipe) -> Path:

@@ -39,7 +39,7 @@ from flux2_ds.model.cuda_graphs import use_cuda_graphs
 from flux2_ds.model.load import check_card, read_partitioned, read_weights
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.metrics import Metrics
-from flux2_ds.run.run_dir import versions
+from flux2_ds.run.run_dir import validation_history, versions
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints, note_base_files
@@ -233,7 +233,11 @@ def log_memory(expected: Memory, device: torch.device) -> None:
 
 
 def build_validation(
-    inputs: Inputs, engine: Engine, objective: FlowObjective, heartbeat: Callable[[int, str], None]
+    inputs: Inputs,
+    engine: Engine,
+    objective: FlowObjective,
+    first_step: int,
+    heartbeat: Callable[[int, str], None],
 ) -> ValidationLoss | None:
     """The loss on what is held out, with every caption; None if nothing is."""
     recipe, held_out, process = inputs.recipe, inputs.held_out, inputs.process
@@ -246,7 +250,17 @@ def build_validation(
     loader = build_loader(recipe, held_out, order, process, inputs.conditioning)
     # Strata are those of a full global batch, which the held-out samples are not.
     objective = replace(objective, settings=replace(objective.settings, stratified=False))
-    return ValidationLoss(engine, loader, objective, order, heartbeat)
+    return ValidationLoss(
+        engine,
+        loader,
+        objective,
+        order,
+        [shard.source for shard in held_out.shards],
+        against_base=recipe.validation.against_base,
+        patience=recipe.validation.patience,
+        history=validation_history(recipe, first_step),
+        heartbeat=heartbeat,
+    )
 
 
 def build_previews(
@@ -363,7 +377,7 @@ def build_run(
     }
     if process.is_rank0 and first_step < recipe.steps:
         note_base_files(run_state, recipe, first_step, inputs.directory)
-    validation = build_validation(inputs, engine, objective, watchdog.heartbeat)
+    validation = build_validation(inputs, engine, objective, first_step, watchdog.heartbeat)
     return Run(
         recipe=recipe,
         process=process,

@@ -28,13 +28,13 @@ class Cadence:
     validation: int | None
     preview: int | None
 
-    def due(self, done: int, stopping: bool = False) -> Due:
-        """What is due after `done` steps, all of it at the end.
+    def due(self, done: int, stopping: bool = False, ended: bool = False) -> Due:
+        """What is due after `done` steps, all of it at the end, which may have `ended` the run early.
 
         A run that is asked to stop saves and logs, but takes no time for validation and previews. Both come
         with a log line, so that their seconds are in no step's.
         """
-        last = stopping or done == self.steps
+        last = stopping or ended or done == self.steps
 
         def every(period: int | None) -> bool:
             return period is not None and (last or done % period == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -44,8 +44,10 @@ class Checkpoints:
         self._run_dir = Path(recipe.run_dir)
         self._metrics, self._heartbeat = metrics, heartbeat
 
-    def save(self, step: int, *, last: bool) -> None:
+    def save(self, step: int, *, last: bool, validation: Sequence[tuple[int, float]] = ()) -> None:
         """Write a checkpoint; all ranks go on together once it is complete. Collective.
+
+        `validation`: the step and loss of every evaluation until now.
 
         A run that goes on survives one that cannot be written: stopping would lose what it has trained.
 
@@ -67,6 +69,7 @@ class Checkpoints:
                 {
                     **self._run_state,
                     **state.counters(),
+                    "validation": validation,
                     "metrics": metrics_digest(self._run_dir) if self._process.is_rank0 else None,
                 },
                 self._process,
@@ -81,8 +84,12 @@ class Checkpoints:
             log.info("saved %s", path)
             if self._metrics is not None:
                 self._metrics.saved(step, path)
+            settings = self._settings
+            best = manager.best_step(self._root, validation) if settings.keep_best else None
+            if best is not None:
+                log.info("best       step %d, held-out loss %.4f", best, dict(validation)[best])
             try:
-                manager.remove_old(self._root, self._settings.keep_last, self._settings.keep_every)
+                manager.remove_old(self._root, settings.keep_last, settings.keep_every, best)
             except OSError as error:
                 log.warning("old checkpoints cannot be removed (%s); training goes on", error)
         barrier()

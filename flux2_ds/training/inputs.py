@@ -19,6 +19,7 @@ from flux2_ds.data.dataset import (
     length_line,
     mask_and_reference_lines,
     read_data,
+    validation_line,
 )
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
@@ -114,4 +115,4 @@ def log_plan(inputs: Inputs) -> None:
     for line in order.warnings():
         log.warning(line)
     if inputs.held_out.samples:
-        log.info("held out   %d samples", inputs.held_out.samples)
+        log.info("held out   %s", validation_line(plan.recipe, inputs.held_out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,17 @@ from flux2_ds.model import flow, latents
 from flux2_ds.model.flow import stratified, timesteps
 
 Forward = Callable[..., torch.Tensor]
+
+
+class Losses(NamedTuple):
+    """The loss of a micro-batch."""
+
+    mean: torch.Tensor
+    """A scalar in fp32, for the backward pass."""
+    each: torch.Tensor
+    """Of each sample, [B] fp32, without gradient."""
+    t: torch.Tensor
+    """Its timestep, [B] fp32."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,12 @@ class FlowObjective:
     global_batch: int
     device: torch.device
 
-    def loss(self, forward: Forward, batch: MicroBatch, counted: int | None = None) -> torch.Tensor:
-        """Mean flow-matching loss of a micro-batch, or of its first `counted` samples; a scalar in fp32.
+    def loss(self, forward: Forward, batch: MicroBatch) -> torch.Tensor:
+        """Mean flow-matching loss of a micro-batch; a scalar in fp32."""
+        return self.losses(forward, batch).mean
+
+    def losses(self, forward: Forward, batch: MicroBatch) -> Losses:
+        """Flow-matching loss of a micro-batch and of its samples.
 
         Tokens and t enter the model in fp32, text as it was stored; `keep_timestep_exact` casts them
         behind t's sinusoids. No text token is trimmed or masked, because the model is used that way.
@@ -57,9 +73,10 @@ class FlowObjective:
             img_ids=torch.cat(ids),
             txt_ids=latents.text_ids(batch.text.shape[1], self.device),
             guidance=t.new_full((size,), settings.guidance) if self.guidance else None,
-        )[:counted, : x0.shape[1]]
-        mask = None if batch.masks is None else self._here(batch.masks[:counted]).flatten(1)
-        return flow.flow_loss(prediction, flow.velocity(x0, noise)[:counted], mask)
+        )[:, : x0.shape[1]]
+        mask = None if batch.masks is None else self._here(batch.masks).flatten(1)
+        mean, each = flow.flow_loss(prediction, flow.velocity(x0, noise), mask)
+        return Losses(mean, each.detach(), t)
 
     def _deviates(self, batch: MicroBatch) -> torch.Tensor:
         deviates = self._here(batch.deviates)

@@ -72,8 +72,12 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
             if purpose == _VALIDATION:
+                forwards = [engine.forward]
+                if recipe.validation.against_base:
+                    forwards.append(engine.forward_base)
                 with engine.evaluating(), torch.no_grad():
-                    objective.loss(engine.forward, batch)
+                    for forward in forwards:
+                        objective.loss(forward, batch)
             else:
                 engine.rehearse(partial(objective.loss, batch=batch))
             if on_card:

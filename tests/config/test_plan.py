@@ -162,8 +162,27 @@ def test_urls_without_a_secret_are_accepted(url):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"checkpoint.keep_best": True, "checkpoint.every": 250, "validation.every": 100},
+            r"keep_best is true, checkpoint.every 250 and validation.every 100: .* to 300\.",
+        ),
+        (
+            {"validation.against_base": True, "method": "full", "deepspeed": "zero1"},
+            "against_base is true, but method full has no adapter .* validation.at_start: true",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(make_recipe(**changes), 1)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
+        {"checkpoint.keep_best": True, "checkpoint.every": 250, "validation.every": 125},
         {"data.max_aspect": 1.0, "data.resolution": 64, "objective.caption_dropout": 1.0},
         {"objective.caption_dropout": 0.0, "optimizer.warmup_steps": 0, "seed": 0},
         {"optimizer.max_grad_norm": 0.0, "optimizer.eps": 0.0, "optimizer.betas": (0.0, 0.0)},

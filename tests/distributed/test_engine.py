@@ -78,6 +78,7 @@ def test_every_config_follows_plain_pytorch(
             cases.append({**case, "blocks": blocks})
         else:
             cases.append({**case, "method": "dora", "previewed": True})
+    cases += [case | {"base": True} for case in cases if case["method"] != "full"]
     for case, losses in zip(cases, launch(world_size, cases, tmp_path), strict=True):
         described = {key: value for key, value in case.items() if key != "deepspeed"}
         assert_follows(

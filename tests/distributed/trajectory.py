@@ -156,6 +156,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
+    `base`: before each pass the plain model predicts, its adapter switched off.
     """
     from deepspeed.comm.comm import cdb as comm
 
@@ -219,7 +220,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             engine.rehearse(partial(loss_of, batch=global_batch(number)))
         assert torch.equal(torch.get_rng_state(), generator)
     own = GLOBAL_BATCH // process.world_size
-    losses = []
+    losses, unadapted = [], base()
     for step in range(first, case["steps"]):
         total = torch.zeros((), device=process.device)
         for at in range(process.rank * own, (process.rank + 1) * own, micro):
@@ -227,6 +228,11 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 name: value[at : at + micro].to(process.device)
                 for name, value in global_batch(step).items()
             }
+            if "base" in case:
+                base_loss = loss_of(engine.forward_base, batch)
+                plain = loss_of(lambda **x: unadapted(**x, return_dict=False)[0], batch)
+                assert not base_loss.requires_grad
+                assert float(base_loss) == pytest.approx(float(plain), rel=1e-6)
             loss = loss_of(engine.forward, batch)
             poisoned = (
                 step == case.get("poison") and at == GLOBAL_BATCH - own

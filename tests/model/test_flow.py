@@ -45,8 +45,9 @@ def test_velocity_is_the_derivative_of_the_path():
 def test_loss_is_the_unweighted_mean_in_fp32(dtype):
     x0, target, _ = batch()
     prediction = x0.to(dtype)
-    loss = flow.flow_loss(prediction, target)
-    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    loss, each = flow.flow_loss(prediction, target)
+    assert (loss.dtype, loss.shape, each.shape) == (torch.float32, (), (len(x0),))
+    torch.testing.assert_close(each.mean(), loss)
     differences = (prediction.double() - target.double()).flatten().tolist()
     expected = math.fsum(d * d for d in differences) / len(differences)
     assert loss.item() == pytest.approx(expected, rel=1e-5)

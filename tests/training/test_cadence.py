@@ -27,6 +27,11 @@ def test_what_is_due(done, stopping, due):
     assert [name for name, set_ in vars(CADENCE.due(done, stopping)).items() if set_] == due.split()
 
 
+def test_what_is_due_where_the_run_ends_early():
+    due = CADENCE.due(10, ended=True)
+    assert (due.log, due.validation, due.checkpoint, due.preview, due.last) == (True,) * 5
+
+
 def test_what_is_never_wanted_is_never_due():
     never = Cadence(steps=4, log=9, checkpoint=9, validation=None, preview=None).due(4)
     assert (never.validation, never.preview, never.checkpoint) == (False, False, True)

@@ -26,6 +26,7 @@ from flux2_ds.data.order import Sample
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
 from flux2_ds.run.metrics import Metrics, read_metrics
+from flux2_ds.run.run_dir import is_finished, stale, validation_history
 from flux2_ds.train import run_steps
 from flux2_ds.training.build import Run
 from flux2_ds.training.cadence import Cadence
@@ -34,6 +35,7 @@ from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.progress import Facts, Progress
 from flux2_ds.training.step import seed_dropout
 from flux2_ds.training.stop import StopRequest
+from flux2_ds.training.validation import LOSS
 
 ALONE = Process(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -85,6 +87,11 @@ FACTS = Facts(
 )
 
 
+def recipe_for(folder: Path, **settings: Any) -> Recipe:
+    data = Data(images="photos", shards="shards")
+    return Recipe(run_dir=str(folder), model=Model(path="model"), data=data, **settings)
+
+
 def run_loop(
     folder: Path,
     engine: StandIn,
@@ -98,14 +105,10 @@ def run_loop(
     save_every: int = 100,
     first_step: int = 0,
     at_start: bool = False,
+    keep: Checkpoint = Checkpoint(keep_last=9),  # noqa: B008
 ) -> bool:
-    recipe = Recipe(
-        run_dir=str(folder),
-        validation=Validation(at_start=at_start),
-        model=Model(path="model"),
-        data=Data(images="photos", shards="shards"),
-        steps=steps,
-        checkpoint=Checkpoint(keep_last=9),
+    recipe = recipe_for(
+        folder, steps=steps, validation=Validation(at_start=at_start), checkpoint=keep
     )
     stand_in: Any = engine
     nonfinite = NonFinite(
@@ -135,6 +138,48 @@ def run_loop(
     return run_steps(run)
 
 
+def held_out_losses(*losses: float, patience: int = 99) -> Any:
+    """A validation that finds these losses, one after the other."""
+    history: list[tuple[int, float]] = []
+    coming = iter(losses)
+
+    def losses_at(step: int) -> dict[str, float]:
+        history.append((step, next(coming)))
+        return {LOSS: history[-1][1]}
+
+    return SimpleNamespace(
+        losses=losses_at, history=history, stale=lambda: stale(history, patience)
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "steps", "kept"),
+    [
+        ((0.5, 0.4, 0.6, 0.7), 9, 8, [4, 6, 8]),
+        ((0.5, 0.4, 0.6, 0.7), 2, 8, [4, 6, 8]),
+        ((0.5, 0.4, 0.6, 0.7), 1, 6, [4, 6]),
+        ((0.3, 0.4, 0.6), 2, 6, [2, 4, 6]),
+        ((0.5, 0.4, 0.3, 0.2), 1, 8, [6, 8]),
+    ],
+)
+def test_a_loss_that_falls_no_more_ends_the_run_and_the_best_is_kept(
+    tmp_path, losses, patience, steps, kept
+):
+    validation, previews, engine = (
+        held_out_losses(*losses, patience=patience),
+        Mock(),
+        StandIn(8 * [1.0]),
+    )
+    options = {"save_every": 2, "keep": Checkpoint(keep_last=2, keep_best=True)}
+    assert run_loop(tmp_path, engine, 8, validation=validation, previews=previews, **options)
+    assert saved(tmp_path) == kept
+    assert previews.render.call_args.args == (steps,)
+    recipe = recipe_for(tmp_path, steps=8, validation=Validation(patience=patience))
+    assert validation_history(recipe, steps) == validation.history  # what a resume goes on with
+    assert is_finished(recipe, steps)  # also for the launcher, which would start the run again
+    assert not is_finished(recipe, 4) and not is_finished(recipe, 0)
+
+
 def saved(folder: Path) -> list[int]:
     return sorted(int(path.name[-8:]) for path in folder.glob("checkpoints/step_*"))
 
@@ -154,24 +199,24 @@ def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
 
 
 def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
-    metrics, validation = Mock(), SimpleNamespace(loss=Mock(side_effect=[0.5, 0.4, 0.3]))
+    metrics, validation = Mock(), held_out_losses(0.5, 0.4, 0.3)
     assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation, log_every=3)
     written = {call.args[0]: call.args[1] for call in metrics.write.call_args_list}
     found = {step: values.get("validation/loss") for step, values in written.items()}
     assert found == {2: 0.5, 3: None, 4: 0.4, 5: 0.3}
-    validation.loss = Mock(side_effect=AssertionError)
+    validation.losses = Mock(side_effect=AssertionError)
     metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGTERM")
     assert not run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation)
 
 
 @pytest.mark.parametrize(("at_start", "first", "found"), [(True, 0, [0, 2]), (False, 0, [2]), (True, 1, [2])])  # fmt: skip
 def test_an_evaluation_comes_before_step_1_where_it_is_asked_for(tmp_path, at_start, first, found):
-    metrics, validation = Mock(), SimpleNamespace(loss=lambda done: 0.5 - done)
+    metrics, validation = Mock(), held_out_losses(0.5, -1.5)
     engine = StandIn([1.0] * 2)
     options = {"validation": validation, "at_start": at_start, "first_step": first}
     assert run_loop(tmp_path, engine, 2, metrics, log_every=2, **options)
     written = {call.args[0]: call.args[1]["validation/loss"] for call in metrics.write.mock_calls}
-    assert written == {step: 0.5 - step for step in found}
+    assert list(written) == found
 
 
 def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
@@ -268,13 +313,13 @@ def test_old_checkpoints_that_stay_do_not_end_a_run(tmp_path, monkeypatch, caplo
 
 def test_the_watchdog_hears_of_every_phase(tmp_path):
     watchdog = Mock()
-    validation = SimpleNamespace(loss=lambda step: 0.5)
+    validation = held_out_losses(0.5)
     assert run_loop(tmp_path, StandIn([1.0] * 2), 2, validation=validation, watchdog=watchdog)
     places = [call.args for call in watchdog.heartbeat.call_args_list]
     assert places == [
         *((1, "waiting for data"), (1, "computing"), (1, "agreeing")),
         *((2, "waiting for data"), (2, "computing"), (2, "agreeing")),
-        *((2, "saving"), (2, "saving"), (3, "waiting for data")),
+        *((2, "saving"), (2, "saving")),
     ]
 
 

@@ -59,6 +59,8 @@ class Stand:
         prediction: torch.Tensor = self.model(**inputs, return_dict=False)[0]
         return prediction
 
+    forward_base = forward
+
     def rehearse(self, loss: Callable[..., torch.Tensor]) -> None:
         loss(self.forward).backward()
 
