@@ -1,13 +1,9 @@
-"""A worker of test_engine.py: builds a large model in parts and writes down its peak memory.
-
-RANK=0 WORLD_SIZE=2 ... python measure_loading.py DIRECTORY RESULTS.json
-"""
+"""A worker of test_engine.py: builds a large model in parts and writes down its peak memory."""
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -52,18 +48,15 @@ def load(directory: Path, base_weights: str | None, process: Process) -> dict[st
     return {"used": used, "own": own, "wrong": wrong}
 
 
-def main() -> None:
+def main(_orders: object, directory: Path, written: Path) -> None:
+    """What every rank found goes to `written`."""
     torch.set_num_threads(1)
     process = init_process_group("cpu")
     distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
-    found = {str(base): load(Path(sys.argv[1]), base, process) for base in (None, "nf4")}
+    found = {str(base): load(directory, base, process) for base in (None, "nf4")}
     results: list[object] = [None] * process.world_size
     distributed.all_gather_object(results, found)
     if process.is_rank0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        written.write_text(json.dumps(results))
     gc.collect()  # gloo's threads end with the last reference to the process group
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,77 +1,86 @@
-"""Worker processes of the tests: started once for each world size, because starting takes longest."""
+"""Worker processes of the tests, started once for each world size and forked from a process that has imported
+everything, because importing takes longest."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import measure_loading
 import trajectory
 
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["preload"])
 _POOLS: dict[int, Pool] = {}
 
 
 class Pool:
-    """`world_size` processes that run a worker script and talk over gloo."""
+    """`world_size` processes that work and talk over gloo."""
 
-    def __init__(self, world_size: int, *command: str | Path) -> None:
+    def __init__(self, world_size: int, work: Callable[..., None], *arguments: Any) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.logs = [
             Path(tempfile.mkstemp(suffix=f".rank{rank}.log", prefix="flux2_ds-")[1])
             for rank in range(world_size)
         ]
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                env={
-                    **os.environ,
-                    **common,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "DS_ACCELERATOR": "cpu",
-                    "OMP_NUM_THREADS": "1",
-                },
-                stdin=subprocess.PIPE,
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-                text=True,
+        self._orders: list[Connection] = []
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            orders, ours = _CONTEXT.Pipe(duplex=False)
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = _CONTEXT.Process(
+                target=_work, args=(variables, log, work, orders, *arguments), daemon=True
             )
-            for rank, log in enumerate(self.logs)
-        ]
+            process.start()
+            orders.close()
+            self.processes.append(process)
+            self._orders.append(ours)
 
-    def ask(self, text: str) -> None:
-        """Give every process a line."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(text + "\n")
-            process.stdin.flush()
+    def ask(self, folder: Path) -> None:
+        """Give every process a folder with cases."""
+        for orders in self._orders:
+            orders.send(folder)
 
     def ended(self) -> bool:
-        return any(process.poll() is not None for process in self.processes)
+        return any(not process.is_alive() for process in self.processes)
 
-    def end(self) -> list[int]:
+    def end(self) -> list[int | None]:
         """Kill what still runs; exit codes."""
-        codes = []
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            codes.append(process.wait())
-            assert process.stdin is not None
-            process.stdin.close()
-        return codes
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
 
     def said(self) -> str:
         return "\n".join(log.read_text()[-3000:] for log in self.logs)
+
+
+def _work(
+    variables: dict[str, str],
+    log: Path,
+    work: Callable[..., None],
+    orders: Connection,
+    *arguments: Any,
+) -> None:
+    os.environ |= variables
+    sys.stdout.flush()
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    work(orders, *arguments)
 
 
 def launch(
@@ -85,9 +94,9 @@ def launch(
     for old in folder.glob("done-*"):
         old.unlink()
     if world_size not in _POOLS:
-        _POOLS[world_size] = Pool(world_size, trajectory.__file__)
+        _POOLS[world_size] = Pool(world_size, trajectory.main)
     pool = _POOLS[world_size]
-    pool.ask(str(folder))
+    pool.ask(folder)
     while len(list(folder.glob("done-*"))) < world_size and not pool.ended():
         time.sleep(0.02)
     if pool.ended():
@@ -100,13 +109,14 @@ def launch(
     return results
 
 
-def run_once(world_size: int, worker: str, argument: Path, folder: Path) -> Any:
-    """Run `worker ARGUMENT RESULTS.json` in `world_size` new processes; returns the results."""
-    pool = Pool(world_size, worker, argument, folder / "results.json")
-    codes = [process.wait(timeout=900) for process in pool.processes]
-    pool.end()
-    assert codes == [0] * world_size, pool.said()
-    return json.loads((folder / "results.json").read_text())
+def measured_loading(world_size: int, folder: Path) -> Any:
+    """What measure_loading.py finds in `world_size` new processes."""
+    results = folder / "results.json"
+    pool = Pool(world_size, measure_loading.main, folder, results)
+    for process in pool.processes:
+        process.join(timeout=900)
+    assert pool.end() == [0] * world_size, pool.said()
+    return json.loads(results.read_text())
 
 
 def end_all() -> None:

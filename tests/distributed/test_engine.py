@@ -9,12 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import measure_loading
 import pytest
 import torch
 import trajectory
 from diffusers import Flux2Transformer2DModel
-from pool import launch, run_once
+from pool import launch, measured_loading
 
 from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.config.parse import shipped_directory
@@ -151,7 +150,7 @@ def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> N
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     whole, largest = sum(sizes), max(sizes)
     assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
-    for results in run_once(2, measure_loading.__file__, tmp_path, tmp_path):
+    for results in measured_loading(2, tmp_path):
         for base, result in results.items():
             assert result["wrong"] == [], base
             # A tensor is held three times at most: built whole, its rows in the file, its rows read;

@@ -1,9 +1,6 @@
 """A worker of test_engine.py: trains a tiny transformer by `Engine` for each case it is given.
 
-    RANK=0 WORLD_SIZE=2 ... python trajectory.py
-
-Reads folders from its standard input, runs the cases in FOLDER/cases.json and writes FOLDER/results.json;
-see pool.py. A case of bench.py has its recipe's settings as `bench`. The model, the data and the reference in plain PyTorch are here too, so that both sides share
+Gets folders from pool.py, runs the cases in FOLDER/cases.json and writes FOLDER/results.json. A case of bench.py has its recipe's settings as `bench`. The model, the data and the reference in plain PyTorch are here too, so that both sides share
 nothing but them.
 """
 
@@ -13,10 +10,10 @@ import json
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -356,15 +353,19 @@ def killed_while_saving(when: list[Any] | None, step: int, rank: int) -> Iterato
     yield
 
 
-def main() -> None:
+def main(orders: Connection) -> None:
+    """Run the cases of every folder that comes."""
     from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
 
     torch.set_num_threads(1)
     # Traced, differentiated and divided into passes as ever, but run by torch's own kernels.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     process = init_process_group("cpu")
-    for line in sys.stdin:
-        folder = Path(line.strip())
+    while True:
+        try:
+            folder = orders.recv()
+        except EOFError:  # the tests have ended
+            break
         cases = json.loads((folder / "cases.json").read_text())
         results = [
             run_bench(case["bench"], process) if "bench" in case else run_case(case, process)
@@ -375,7 +376,3 @@ def main() -> None:
         barrier()
         (folder / f"done-{process.rank}").touch()
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
