@@ -152,7 +152,7 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
     index, validation = data
     order = build_order(recipe, index)
     lines = [f"data       {index.samples} samples, {length_line(recipe, order)}", *order.warnings()]
-    lines += [f"           {line}" for line in index.text_lines()]
+    lines += [f"           {line}" for line in index.stored_lines()]
     return lines + [f"held out   {validation_line(recipe, validation)}"] * bool(validation.samples)
 
 

@@ -34,7 +34,7 @@ from flux2_ds.config.model_spec import TEXT_TOKENS
 from flux2_ds.data.index import Index, Part, Shard, index_json, parse_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import LATENT, TEXT, Record, unpack_text, write_shard
+from flux2_ds.data.shards import LATENT, TEXT, Record, View, unpack_text, write_shard
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import run_root
 
@@ -97,7 +97,7 @@ def make_shards(folder: Path, text_width: int, rows: int, size: int) -> Index:
     shards = []
     for first in range(0, samples, _SAMPLES_PER_SHARD):
         numbers = range(first, min(samples, first + _SAMPLES_PER_SHARD))
-        records = (Record(f"{n}.jpg", (str(n),), latent.roll(n)) for n in numbers)
+        records = (Record(f"{n}.jpg", (str(n),), (View(latent.roll(n)),)) for n in numbers)
         path = folder / f"{first:06d}.tar"
         shards.append(write_shard(path, BUCKET, records, text_of))
     return Index("dev", text_width, {}, {}, shards)

@@ -80,6 +80,12 @@ class Data:
     max_crop: Annotated[float, between(0, 1)] = 0.5
     """Images of which the crop to their bucket would cut away more than this share are skipped and
     reported: of those, captions tell more of what is gone than of what is left."""
+    crops: Annotated[int, between(1, 64)] = 1
+    """Crops encoded of an image that is longer or higher than its bucket: from one end to the other, 16 px or more
+    apart; 1 is the center. Training draws one of them each time."""
+    horizontal_flip: bool = False
+    """Encode each image mirrored, too, with its masks and references; training draws one. Not for images in which text
+    or a certain face matters."""
     missing_caption: Literal["error", "skip", "fixed"] = "error"
     """What to do with a picture without a caption: stop, skip and report it, or use
     `fixed_caption`."""

@@ -71,6 +71,10 @@ class UnreadableImageError(Exception):
     """An image that cannot be used; the message is the reason."""
 
 
+class BlackMaskError(UnreadableImageError):
+    """A crop that has nothing to train on."""
+
+
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name, one that is not read included."""
     return PurePosixPath(name).suffix.lower() in SUFFIXES | _UNREAD.keys()
@@ -102,14 +106,14 @@ def image_size(content: bytes | str) -> tuple[int, int]:
 
 
 def load_cropped(
-    content: bytes | str, bucket: Bucket, notes: list[str] | None = None
+    content: bytes | str, bucket: Bucket, notes: list[str] | None = None, place: float = 0.5
 ) -> NDArray[np.uint8]:
-    """Decode, resize to cover the bucket and crop the center; uint8 [height, width, 3].
+    """Decode, resize to cover the bucket and crop; uint8 [height, width, 3].
 
-    Raises `UnreadableImageError` with the decoder's reason, as all of these do. What else there is to
+    `place` of the crop: 0.5 is the center, 0 left or top, 1 right or bottom. Raises `UnreadableImageError` with the decoder's reason, as all of these do. What else there is to
     say is added to `notes`.
     """
-    return np.asarray(_cover(load_upright(content, notes), bucket))
+    return np.asarray(_cover(load_upright(content, notes), bucket, place))
 
 
 def load_upright(content: bytes | str, notes: list[str] | None = None) -> Image.Image:
@@ -122,7 +126,9 @@ def load_upright(content: bytes | str, notes: list[str] | None = None) -> Image.
     return image.convert("RGB")
 
 
-def load_mask(content: bytes | str, image: tuple[int, int], bucket: Bucket) -> NDArray[np.float32]:
+def load_mask(
+    content: bytes | str, image: tuple[int, int], bucket: Bucket, place: float = 0.5
+) -> NDArray[np.float32]:
     """A mask on the grid of image tokens, cropped like its image of `image` (width, height) px.
 
     White is 1, black and transparent 0, and a token has the mean of its 16 × 16 px; float32
@@ -140,10 +146,10 @@ def load_mask(content: bytes | str, image: tuple[int, int], bucket: Bucket) -> N
         mask = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
     cells = (bucket.width // PIXELS_PER_TOKEN, bucket.height // PIXELS_PER_TOKEN)
     gray = mask.convert("L").convert("F")  # in floating point, so that means are not rounded
-    fitted = ImageOps.fit(gray, cells, Image.Resampling.BOX)
+    fitted = ImageOps.fit(gray, cells, Image.Resampling.BOX, centering=(place, place))
     weights = np.asarray(fitted, dtype=np.float32) / np.float32(255)
     if not weights.any():
-        raise UnreadableImageError("its mask is black all over: nothing to train on")
+        raise BlackMaskError("its mask is black all over: nothing to train on")
     return weights
 
 
@@ -153,6 +159,7 @@ def load_reference(
     image: tuple[int, int] | None = None,
     bucket: Bucket | None = None,
     notes: list[str] | None = None,
+    place: float = 0.5,
 ) -> NDArray[np.uint8]:
     """A reference image; uint8 [height, width, 3], of at most about resolution² px.
 
@@ -163,7 +170,7 @@ def load_reference(
     notes = [] if notes is None else notes
     reference = load_upright(content, notes)
     if image and bucket:
-        aligned = align_reference(reference, image, bucket, resolution)
+        aligned = align_reference(reference, image, bucket, resolution, place)
         notes.append(ALIGNED if aligned else OWN_SIZE)
         if aligned:
             return np.asarray(aligned)
@@ -179,7 +186,11 @@ def load_reference(
 
 
 def align_reference(
-    reference: Image.Image, image: tuple[int, int], bucket: Bucket, resolution: int = 1024
+    reference: Image.Image,
+    image: tuple[int, int],
+    bucket: Bucket,
+    resolution: int = 1024,
+    place: float = 0.5,
 ) -> Image.Image | None:
     """The reference, scaled and cropped like its image; None if its proportions are others."""
     if not _similar(reference.size, image, _REFERENCE_ASPECT):
@@ -189,7 +200,7 @@ def align_reference(
         max(1, round(side * scale / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
         for side in (bucket.height, bucket.width)
     )
-    return _cover(reference, Bucket(height, width))
+    return _cover(reference, Bucket(height, width), place)
 
 
 def _similar(one: tuple[int, int], other: tuple[int, int], tolerance: float) -> bool:
@@ -197,8 +208,9 @@ def _similar(one: tuple[int, int], other: tuple[int, int], tolerance: float) -> 
     return abs(math.log(one[0] * other[1] / (one[1] * other[0]))) <= tolerance
 
 
-def _cover(image: Image.Image, bucket: Bucket) -> Image.Image:
-    return ImageOps.fit(image, (bucket.width, bucket.height), Image.Resampling.LANCZOS)
+def _cover(image: Image.Image, bucket: Bucket, place: float) -> Image.Image:
+    size, centering = (bucket.width, bucket.height), (place, place)
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centering)
 
 
 def _upright(content: bytes | str) -> Image.Image:

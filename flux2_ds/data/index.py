@@ -48,8 +48,8 @@ class Shard:
 
     `source` names the images that it was made of, as in `data.images`. `dropped`: rows of the file
     that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
-    a mask. `texts`: different texts in the file, of `text_bytes` together; 0 where an older version did not count
-    them. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
+    a mask. `texts`: different texts in the file, of `text_bytes` together, and `latents`: views of all
+    images in the file; 0 where an older version did not count them. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
     there are none, "several" if the rows differ. `toc`: the table of contents. `held_out`: not trained
     on, but evaluated.
     """
@@ -67,6 +67,7 @@ class Shard:
     held_out: bool = False
     texts: int = 0
     text_bytes: int = 0
+    latents: int = 0
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Shard:
@@ -115,11 +116,16 @@ class Index:
         """Image tokens of the longest sample, reference images included."""
         return max(shard.tokens for shard in self.shards)
 
-    def text_lines(self) -> list[str]:
-        """How many texts are stored, for people."""
-        texts = sum(shard.texts for shard in self.shards)
-        size = sum(shard.text_bytes for shard in self.shards) / 1e9
-        return [f"{texts} texts stored, {size:.2f} GB of the shards"] * bool(texts)
+    def stored_lines(self) -> list[str]:
+        """How many images and texts are stored, and how large, for people."""
+        latents, texts, size, total = (
+            sum(getattr(shard, name) for shard in self.shards)
+            for name in ("latents", "texts", "text_bytes", "size")
+        )
+        rows = sum(shard.samples + len(shard.dropped) for shard in self.shards)
+        crops = " with crops and flips" if latents > rows else ""
+        line = f"stored: {latents} images{crops}, {texts} texts of {size / 1e9:.2f} GB; {total / 1e9:.2f} GB in all"
+        return [line] * bool(texts)
 
     @property
     def digest(self) -> str:

@@ -2,7 +2,7 @@
 
 The loader has no state but the step: iterating from step n gives what an uninterrupted run would
 have got, whatever the number of ranks or restarts. Noise, the normal deviate behind t, the caption
-drop and the text of a sample are functions of (seed, position).
+drop, the text and the view of a sample are functions of (seed, position).
 """
 
 from __future__ import annotations
@@ -187,16 +187,17 @@ class Loader:
     def _load(self, bucket: Bucket, sample: Sample) -> Loaded:
         """One sample; called in a thread of its own."""
         drawn = draw(self._seed, sample.position, bucket.tokens)
-        reader = self._reader(sample.shard)
+        reader, row = self._reader(sample.shard), sample.row
+        number, view = draw_variants(
+            self._seed, sample.position, reader.texts(row), reader.views(row)
+        )
         if drawn.drop < self._caption_dropout:
-            latent, text = reader.latent(sample.row), self._empty_text
+            latent, text = reader.latent(row, view), self._empty_text
+        elif number == view == 0 and reader.own_text(row):
+            latent, text = reader.sample(row)
         else:
-            number = draw_variant(self._seed, sample.position, reader.texts(sample.row))
-            if number == 0 and reader.own_text(sample.row):
-                latent, text = reader.sample(sample.row)
-            else:
-                latent, text = reader.latent(sample.row), self._text(reader, sample.row, number)
-        mask = self._mask(reader, sample.row, bucket) if self._masked else None
+            latent, text = reader.latent(row, view), self._text(reader, row, number)
+        mask = self._mask(reader, row, view, bucket) if self._masked else None
         rows, columns = bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN
         for name, tensor, shape in (
             ("latent", latent, (32, 2 * rows, 2 * columns)),
@@ -205,14 +206,14 @@ class Loader:
         ):
             if tensor is not None and tensor.shape != shape:
                 raise UserError(
-                    f"shard {self._index.shards[sample.shard].name}, sample {sample.row}: its {name} has "
+                    f"shard {self._index.shards[sample.shard].name}, sample {row}: its {name} has "
                     f"the shape {tuple(tensor.shape)}, not {shape}. Prepare the shards again."
                 )
-        return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(sample.row))
+        return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(row, view))
 
-    def _mask(self, reader: ShardReader, row: int, bucket: Bucket) -> torch.Tensor:
+    def _mask(self, reader: ShardReader, row: int, view: int, bucket: Bucket) -> torch.Tensor:
         """The mask of a sample; one without is 1 everywhere."""
-        mask = reader.mask(row)
+        mask = reader.mask(row, view)
         if mask is None:
             return torch.ones(bucket.height // PIXELS_PER_TOKEN, bucket.width // PIXELS_PER_TOKEN)
         return mask
@@ -302,12 +303,13 @@ def draw(seed: int, position: int, tokens: int) -> Draw:
     return Draw(noise, deviate, drop)
 
 
-def draw_variant(seed: int, position: int, count: int) -> int:
-    """Which of `count` texts the sample at `position` gets."""
-    if count == 1:
-        return 0
-    words = np.random.Philox(np.random.SeedSequence((_VARIANT_STREAM, seed, position)))
-    return int(words.random_raw()) % count
+def draw_variants(seed: int, position: int, texts: int, views: int) -> tuple[int, int]:
+    """Which of so many texts, and of so many views of its image, the sample at `position` gets."""
+    if texts == views == 1:
+        return 0, 0
+    bits = np.random.Philox(np.random.SeedSequence((_VARIANT_STREAM, seed, position)))
+    first, second = bits.random_raw(2).tolist()
+    return first % texts, second % views
 
 
 def normals(bits: np.random.BitGenerator, count: int) -> NDArray[np.float32]:

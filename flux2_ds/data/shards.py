@@ -12,7 +12,8 @@ Members of a sample, with the key as stem:
     json                caption, source file, bucket, and `text_key`: the sample whose text it shares
 
 A sample with several texts has `text1.safetensors`, `text2.safetensors`, ... as well, and in its JSON `captions` and
-`text_keys`, the names of their members without the suffix. A text that recurs in a shard is stored once, with its first
+`text_keys`, the names of their members without the suffix; one with several views of its image (other crops, mirrored)
+`latent1.safetensors`, `mask1.safetensors`, `references1.safetensors`, .... A text that recurs in a shard is stored once, with its first
 sample: text is most of a sample's bytes. FLUX.2-dev pads captions on the left, and all padding has one embedding, so that it is stored once:
 5 MB of 15.7 for a caption of 160 tokens. Every shard stands alone. Latents stay fp32 because they
 are small beside the text.
@@ -56,15 +57,21 @@ Fetch = Callable[[Blob, Callable[[memoryview], None]], memoryview]
 
 
 @dataclass(frozen=True)
-class Record:
-    """One sample on its way into a shard. `texts`: at least one. `latent`, `references`: [32, H/8, W/8] fp32.
-    `mask`: [H/16, W/16] fp32 in [0, 1]."""
+class View:
+    """One crop of an image. `latent`, `references`: [32, H/8, W/8] fp32. `mask`: [H/16, W/16] fp32 in [0, 1]."""
 
-    source: str
-    texts: tuple[str, ...]
     latent: torch.Tensor
     mask: torch.Tensor | None = None
     references: Sequence[torch.Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample on its way into a shard: `texts` and `views` of an image, at least one of each."""
+
+    source: str
+    texts: tuple[str, ...]
+    views: tuple[View, ...]
 
 
 def write_shard(
@@ -91,18 +98,24 @@ def _write_tar(
 ) -> dict[str, Any]:
     """Write a tar; returns the facts of `Shard` that its contents decide."""
     toc: list[dict[str, Part]] = []
-    text_bytes = 0
+    text_bytes = latents = 0
     first: dict[str, tuple[int, str]] = {}  # row and member by text
     references = set()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, record in enumerate(records):
-            members = {LATENT: save_tensors({"latent": record.latent.contiguous()})}
+            views = {
+                variant(name, number): data
+                for number, view in enumerate(record.views)
+                for name, data in _members(view).items()
+            }
+            members = {LATENT: views.pop(LATENT)}
             names = {variant(TEXT, number): text for number, text in enumerate(record.texts)}
             for name, text in names.items():
                 if first.setdefault(text, (row, name)) == (row, name):
                     members[name] = save_tensors(pack_text(text_of(text)))
                     text_bytes += len(members[name])
-            members |= _companions(record)
+            members |= views
+            latents += len(record.views)
             meta = {
                 "caption": record.texts[0],
                 "source": record.source,
@@ -120,7 +133,7 @@ def _write_tar(
             for name, text in names.items():
                 home, member = first[text]
                 parts[name] = toc[home][member]
-            references.add(_sizes(record.references))
+            references.add(_sizes(record.views[0].references))
         return {
             "samples": len(toc),
             "masks": sum(MASK in parts for parts in toc),
@@ -128,6 +141,7 @@ def _write_tar(
             "toc": _add(tar, _TOC, _toc_json(toc)),
             "texts": len(first),
             "text_bytes": text_bytes,
+            "latents": latents,
         }
 
 
@@ -136,13 +150,13 @@ def variant(name: str, number: int) -> str:
     return name.replace(".", f"{number}.", 1) if number else name
 
 
-def _companions(record: Record) -> dict[str, bytes]:
-    """The mask and the reference images of a sample, if it has any."""
-    members = {}
-    if record.mask is not None:
-        members[MASK] = save_tensors({"mask": record.mask.contiguous()})
-    if record.references:
-        tensors = {str(k): each.contiguous() for k, each in enumerate(record.references)}
+def _members(view: View) -> dict[str, bytes]:
+    """A latent, with its mask and reference images if it has any."""
+    members = {LATENT: save_tensors({"latent": view.latent.contiguous()})}
+    if view.mask is not None:
+        members[MASK] = save_tensors({"mask": view.mask.contiguous()})
+    if view.references:
+        tensors = {str(k): each.contiguous() for k, each in enumerate(view.references)}
         members[REFERENCES] = save_tensors(tensors)
     return members
 
@@ -202,9 +216,13 @@ class ShardReader:
         value: dict[str, Any] = json.loads(bytes(self.members(row, [META])[0]))
         return value
 
-    def latent(self, row: int) -> torch.Tensor:
+    def views(self, row: int) -> int:
+        """How many views of its image a sample has."""
+        return sum(name.startswith("latent") for name in self._rows[row])
+
+    def latent(self, row: int, view: int = 0) -> torch.Tensor:
         """[32, H/8, W/8] fp32."""
-        return tensors_in(self.members(row, [LATENT])[0])["latent"]
+        return tensors_in(self.members(row, [variant(LATENT, view)])[0])["latent"]
 
     def texts(self, row: int) -> int:
         """How many texts a sample has."""
@@ -214,21 +232,21 @@ class ShardReader:
         """One of the sample's texts; [512, text width]."""
         return unpack_text(tensors_in(self.members(row, [variant(TEXT, number)])[0]))
 
-    def mask(self, row: int) -> torch.Tensor | None:
+    def mask(self, row: int, view: int = 0) -> torch.Tensor | None:
         """[H/16, W/16] fp32 in [0, 1], or None if the sample has none."""
-        if MASK not in self._rows[row]:
+        if (name := variant(MASK, view)) not in self._rows[row]:
             return None
-        return tensors_in(self.members(row, [MASK])[0])["mask"]
+        return tensors_in(self.members(row, [name])[0])["mask"]
 
-    def references(self, row: int) -> list[torch.Tensor]:
+    def references(self, row: int, view: int = 0) -> list[torch.Tensor]:
         """Reference images, [32, h, w] fp32 each."""
-        if REFERENCES not in self._rows[row]:
+        if (name := variant(REFERENCES, view)) not in self._rows[row]:
             return []
-        tensors = tensors_in(self.members(row, [REFERENCES])[0])
+        tensors = tensors_in(self.members(row, [name])[0])
         return [tensors[str(k)] for k in range(len(tensors))]
 
     def sample(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latent and first text; they lie side by side unless the text is another sample's, too."""
+        """First latent and text; they lie side by side unless the text is another sample's, too."""
         latent, text = self.members(row, [LATENT, TEXT])
         return tensors_in(latent)["latent"], unpack_text(tensors_in(text))
 
@@ -237,7 +255,7 @@ class ShardReader:
         return self._rows[row][variant(TEXT, number)].xxh3
 
     def own_text(self, row: int) -> bool:
-        """Whether the first text lies beside the latent."""
+        """Whether the first text lies beside the first latent."""
         latent, text = self._rows[row][LATENT], self._rows[row][TEXT]
         return 0 <= text.offset - latent.end <= _GAP
 

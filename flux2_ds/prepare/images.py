@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from flux2_ds.config.recipe import Prepare, is_url
 from flux2_ds.data.images import (
+    BlackMaskError,
     UnreadableImageError,
     image_size,
     load_cropped,
     load_mask,
     load_reference,
 )
-from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.data.shards import Record, View, write_shard
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents, pipeline
 from flux2_ds.prepare.captions import CaptionFiles
@@ -32,19 +33,35 @@ from flux2_ds.prepare.source_images import PlannedImage
 
 Item = TypeVar("Item")
 
+BLACK_CROPS = "crops whose mask is black all over, which are left out"
+"""Note on an image that is used."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One crop of an image, with its mask and references."""
+
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.float32] | None = None
+    references: tuple[NDArray[np.uint8], ...] = ()
+
+    def mirrored(self) -> Pixels:
+        """All of it, left and right exchanged."""
+        mask = None if self.mask is None else self.mask[:, ::-1].copy()
+        pixels, *references = (each[:, ::-1].copy() for each in (self.pixels, *self.references))
+        return Pixels(pixels, mask, tuple(references))
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """A cropped image with its mask and references, or the reason why there is none."""
+    """The crops of an image, or the reason why there is none."""
 
     planned: PlannedImage
-    pixels: NDArray[np.uint8] | None
+    views: tuple[Pixels, ...] = ()
     sha256: str = ""
     reason: str = ""
     may_pass: bool = False
     """Whether the reason may be gone at the next start."""
-    mask: NDArray[np.float32] | None = None
-    references: tuple[NDArray[np.uint8], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -81,23 +98,24 @@ class ShardWriter:
             readable: list[Decoded] = []
             for decoded in batch:
                 image = decoded.planned.image
-                if decoded.pixels is None:
+                if not decoded.views:
                     skipped[image.key] = ("" if decoded.may_pass else image.stamp, decoded.reason)
                     continue
                 digest = texts_digest(image.captions)
                 rows.append(Row(image.key, image.stamp, decoded.sha256, digest, decoded.notes))
                 readable.append(decoded)
-            pixels = [each.pixels for each in readable if each.pixels is not None]
-            encoded = list(self._encode(pixels)) if pixels else []
-            for decoded, latent in zip(readable, encoded, strict=True):
-                yield Record(
-                    decoded.planned.image.key,
-                    decoded.planned.image.captions,
-                    latent,
-                    None if decoded.mask is None else torch.from_numpy(decoded.mask),
-                    [self._encode([reference])[0] for reference in decoded.references],
-                )
+            pixels = [view.pixels for each in readable for view in each.views]
+            chunks = in_chunks(pixels, self._settings.image_batch_size)
+            encoded = (latent for chunk in chunks for latent in self._encode(chunk))
+            for decoded in readable:
+                image = decoded.planned.image
+                views = tuple(self._view(next(encoded), view) for view in decoded.views)
+                yield Record(image.key, image.captions, views)
             self._done(len(batch))
+
+    def _view(self, latent: torch.Tensor, view: Pixels) -> View:
+        mask = None if view.mask is None else torch.from_numpy(view.mask)
+        return View(latent, mask, [self._encode([each])[0] for each in view.references])
 
     def _encode(self, images: list[NDArray[np.uint8]]) -> torch.Tensor:
         return latents.encode(self._vae, torch.from_numpy(np.stack(images))).cpu()
@@ -122,29 +140,48 @@ class ShardWriter:
 
 def decode(planned: PlannedImage, reference_resolution: int | None = None) -> Decoded:
     """Read an image and crop it to its bucket; with a reference resolution its mask and references, too."""
-    image, mask = planned.image, None
-    references: tuple[NDArray[np.uint8], ...] = ()
-    notes: list[str] = []
+    image, notes = planned.image, list[str]()
+    views, black = list[Pixels](), None
     try:
         content = image.blob.read()
-        pixels = load_cropped(content, planned.bucket, notes)
-        if reference_resolution is not None:
-            size = image_size(content)
-            if image.mask is not None:
-                mask = load_mask(image.mask.read(), size, planned.bucket)
-            references = tuple(
-                load_reference(blob.read(), reference_resolution, size, planned.bucket, notes)
-                for blob in image.references
-            )
+        places = dict.fromkeys(crop.place for crop in planned.crops)
+        for place in places:
+            try:
+                view = _crop(planned, content, reference_resolution, notes, place)
+            except BlackMaskError as error:
+                black = error
+                notes.append(BLACK_CROPS)
+                continue
+            crops = (crop for crop in planned.crops if crop.place == place)
+            views += [view.mirrored() if crop.flipped else view for crop in crops]
+        if not views and black:
+            raise black
     except UnreadableImageError as error:
-        return Decoded(planned, None, reason=f"unreadable: {error}")
+        return Decoded(planned, reason=f"unreadable: {error}")
     except UserError as error:
         if is_url(image.blob.location) or isinstance(error, OutageError):
             raise  # the store is away, or the disk fails: the next image would be lost, too
-        return Decoded(planned, None, reason=f"unreadable: {error}", may_pass=True)
+        return Decoded(planned, reason=f"unreadable: {error}", may_pass=True)
     digest = hashlib.sha256(content).hexdigest()
     unique = tuple(dict.fromkeys([*planned.notes, *notes]))
-    return Decoded(planned, pixels, digest, mask=mask, references=references, notes=unique)
+    return Decoded(planned, tuple(views), digest, notes=unique)
+
+
+def _crop(
+    planned: PlannedImage, content: bytes, resolution: int | None, notes: list[str], place: float
+) -> Pixels:
+    image, bucket = planned.image, planned.bucket
+    pixels = load_cropped(content, bucket, notes, place)
+    if resolution is None:
+        return Pixels(pixels)
+    size, mask = image_size(content), None
+    if image.mask is not None:
+        mask = load_mask(image.mask.read(), size, bucket, place)
+    references = (
+        load_reference(blob.read(), resolution, size, bucket, notes, place)
+        for blob in image.references
+    )
+    return Pixels(pixels, mask, tuple(references))
 
 
 def load_vae(directory: Path, settings: Prepare, device: torch.device) -> AutoencoderKLFlux2:

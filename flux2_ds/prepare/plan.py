@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,13 +35,14 @@ from flux2_ds.prepare.manifest import (
     made_of_others,
     read_manifests,
 )
-from flux2_ds.prepare.source_images import PlannedImage, Skipped, SourceImage, Unused
+from flux2_ds.prepare.source_images import Crop, PlannedImage, Skipped, SourceImage, Unused
 from flux2_ds.prepare.sources import find_images
 from flux2_ds.prepare.texts import check_trigger_words, texts_of
 
 log = logging.getLogger("flux2_ds")
 
 _NAMED = 5
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _MUCH = 0.3
 CROPPED = f"a crop that cuts away more than {_MUCH:.0%}"
 ENLARGED = "fewer pixels than their bucket, enlarged"
@@ -101,6 +103,7 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
             raise nothing_usable(
                 data.images if isinstance(data.images, str) else data.images[source]
             )
+    warn_of_flips(images)
     claim_contents(folder, contents)
     plan = Plan(
         group_into_shards(images, manifests, data), manifests, images, comparison, skipped, unused
@@ -193,8 +196,38 @@ def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> l
                 notes.append(f"{CROPPED}: {lost:.0%}")
             if factor > 1:
                 notes.append(f"{ENLARGED}: {factor:.3g}×")
-            planned.append(PlannedImage(image, bucket, tuple(notes)))
+            held_out = is_held_out(image, data.validation_fraction)
+            crops = (Crop(),) if held_out else choose_crops(*size, bucket, data)
+            planned.append(PlannedImage(image, bucket, tuple(notes), crops))
     return planned
+
+
+def choose_crops(width: int, height: int, bucket: Bucket, data: Data) -> tuple[Crop, ...]:
+    """The views of an image of width × height px: as many crops as `data.crops`, but a token or more apart, from one
+    end of what the bucket cuts away to the other, those nearest to the center first."""
+    factor = upscale_factor(width, height, bucket)
+    spare = max(width * factor - bucket.width, height * factor - bucket.height)
+    count = min(data.crops, 1 + int(spare) // PIXELS_PER_TOKEN)
+    places = [0.5] if count == 1 else [number / (count - 1) for number in range(count)]
+    places.sort(key=lambda place: abs(place - 0.5))
+    flips = (False, True) if data.horizontal_flip else (False,)
+    return tuple(Crop(place, flipped) for place in places for flipped in flips)
+
+
+def warn_of_flips(images: list[PlannedImage]) -> None:
+    """Say what mirrored images do to text, faces and captions."""
+    flipped = [each.image for each in images if any(crop.flipped for crop in each.crops)]
+    if flipped:
+        sided = [i.name for i in flipped if any(map(_SIDES.search, i.captions))]
+        named = (
+            f"; {len(sided)} captions say left or right: {', '.join(sided[:_NAMED])}"
+            if sided
+            else ""
+        )
+        log.warning(
+            "data.horizontal_flip: %d images are trained mirrored, too; letters in them, and what makes a face "
+            "or a logo itself, are learned the wrong way around%s", len(flipped), named,
+        )  # fmt: skip
 
 
 def fitting_bucket(
@@ -257,7 +290,9 @@ def log_plan(plan: Plan) -> None:
     for name, rows in plan.comparison.dropped.items():
         log.info("%d samples of %s are dropped: changed or gone", len(rows), name)
     if plan.images:
-        log.info("%d images to encode:", len(plan.images))
+        views = sum(len(planned.crops) for planned in plan.images)
+        more = f", {views} with crops and flips" if views > len(plan.images) else ""
+        log.info("%d images to encode%s:", len(plan.images), more)
         for line in bucket_lines(planned.bucket for planned in plan.images):
             log.info(line)
 
@@ -281,7 +316,7 @@ def check_disk(folder: Path, jobs: list[ShardJob], spec: Spec, recipe: Recipe) -
         )
 
     shards = sum(
-        sum(4 * 128 * _tokens(planned, recipe) for planned in job.images) + text(texts_in([job]))
+        sum(4 * 128 * len(p.crops) * _tokens(p, recipe) for p in job.images) + text(texts_in([job]))
         for job in jobs
     )
     texts = texts_in(jobs)

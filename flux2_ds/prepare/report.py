@@ -128,7 +128,7 @@ class Report:
             f"{self.encoded} encoded, {self.dropped} dropped because their image is gone or changed",
             f"{index.part(held_out=True).samples} of them held out for validation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
-            *index.text_lines(),
+            *index.stored_lines(),
             *self.warnings,
         ]
         lines += [
@@ -197,8 +197,8 @@ def write_contact_sheets(folder: Path, images: list[PlannedImage]) -> None:
         shown, captions = [], []
         for place in places.round().astype(int):
             decoded = decode(members[place])
-            if decoded.pixels is not None:
-                small = Image.fromarray(decoded.pixels)
+            if decoded.views:
+                small = Image.fromarray(decoded.views[0].pixels)
                 small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
                 shown.append(np.asarray(small))
                 captions.append(members[place].image.captions[0])

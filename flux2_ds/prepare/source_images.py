@@ -52,12 +52,22 @@ class SourceImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Crop:
+    """A view of an image: where it lies in what the bucket cuts away, from 0 (left, top) to 1, and whether it is
+    mirrored."""
+
+    place: float = 0.5
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedImage:
     """An image to be encoded: with its texts in training, how it is cropped, and notes for the report."""
 
     image: SourceImage
     bucket: Bucket
     notes: tuple[str, ...] = ()
+    crops: tuple[Crop, ...] = (Crop(),)
 
 
 @dataclass

@@ -210,6 +210,16 @@ def test_crop_keeps_the_centre(tmp_path, height, width):
     np.testing.assert_array_equal(cropped, image[top : top + 64, left : left + 64])
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 160), (160, 64), (64, 64)])
+@pytest.mark.parametrize("place", [0.0, 0.25, 1.0])
+def test_a_crop_lies_at_its_place(tmp_path, height, width, place):
+    image = noise_image(height, width)
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    cropped = load_cropped_of((tmp_path / "wide.png").read_bytes(), Bucket(64, 64), place=place)
+    top, left = int((height - 64) * place), int((width - 64) * place)
+    np.testing.assert_array_equal(cropped, image[top : top + 64, left : left + 64])
+
+
 @pytest.mark.parametrize(("width", "height"), [(37, 211), (211, 37), (16, 16), (500, 333)])
 def test_image_covers_its_bucket(tmp_path, width, height):
     Image.new("RGB", (width, height), (9, 90, 200)).save(tmp_path / "plain.png")

@@ -13,9 +13,9 @@ import torch
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, draw_variant, normals
+from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, draw_variants, normals
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.data.shards import Record, View, write_shard
 from flux2_ds.errors import UserError
 
 GLOBAL_BATCH, SEED = 4, 11
@@ -36,7 +36,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
     for place, (bucket, samples) in enumerate(zip(BUCKETS, [5, 4, 6], strict=True)):
         shape = (32, bucket.height // 8, bucket.width // 8)
         numbers = [next(number) for _ in range(samples)]
-        records = [Record(f"{n}.jpg", (str(n),), torch.full(shape, float(n))) for n in numbers]
+        records = [
+            Record(f"{n}.jpg", (str(n),), (View(torch.full(shape, float(n))),)) for n in numbers
+        ]
         shards.append(write_shard(folder / f"{place}.tar", bucket, records, text_of))
     return folder, Index("klein", 2, {}, {}, shards)
 
@@ -144,7 +146,7 @@ def test_more_shards_and_texts_than_are_kept(prepared, monkeypatch):
 
 def test_one_caption_for_all_is_read_once(tmp_path):
     bucket = Bucket(32, 32)
-    records = [Record(f"{n}", ("7",), torch.full((32, 4, 4), float(n))) for n in range(8)]
+    records = [Record(f"{n}", ("7",), (View(torch.full((32, 4, 4), float(n))),)) for n in range(8)]
     index = Index("klein", 2, {}, {}, [write_shard(tmp_path / "x.tar", bucket, records, text_of)])
     reads = []
 
@@ -160,47 +162,44 @@ def test_one_caption_for_all_is_read_once(tmp_path):
     assert len(reads) in (1 + 16, 1 + 16 + 1)
 
 
-def test_one_of_several_texts_is_drawn_by_position(tmp_path):
-    """Whatever the ranks; noise and latents are those of one text."""
-    bucket = Bucket(32, 32)
+def test_one_of_several_texts_and_views_is_drawn_by_position(tmp_path):
+    """Whatever the ranks; noise is that of one text and view."""
+    bucket, texts = Bucket(32, 32), ("1", "2", "2", "3")
 
-    def written(name: str, texts: tuple[str, ...]) -> tuple[Path, Index]:
-        records = [Record(f"{n}", texts, torch.full((32, 4, 4), float(n))) for n in range(8)]
+    def written(name: str, texts: tuple[str, ...], views: int) -> tuple[Path, Index]:
+        def view(n: int, v: int) -> View:
+            return View(torch.full((32, 4, 4), n + v / 4), torch.full((2, 2), v / 4), [])
+
+        records = [Record(f"{n}", texts, tuple(view(n, v) for v in range(views))) for n in range(8)]
         shard = write_shard(tmp_path / name, bucket, records, text_of)
         return tmp_path, Index("klein", 2, {}, {}, [shard])
 
-    several = written("x.tar", ("1", "2", "2", "3"))
-    whole = [batch for step in make_loader(several).steps(0, 100) for batch in step]
-    found = torch.cat([batch.text[:, 0, 0] for batch in whole])
-    counts = [int((found == value).sum()) for value in (1, 2, 3)]
-    assert sum(counts) == 400 and all(map(lambda n, k: abs(n - 100 * k) < 45, counts, (1, 2, 1)))
+    several = written("x.tar", texts, 3)
+    whole = [batch for step in make_loader(several, masked=True).steps(0, 100) for batch in step]
+    found = torch.cat([batch.text[:, 0, 0] for batch in whole]).tolist()
+    views = torch.cat([batch.latents[:, 0, 0, 0] % 1 * 4 for batch in whole]).int().tolist()
+    assert views == torch.cat([4 * batch.masks[:, 0, 0] for batch in whole]).int().tolist()
     positions = [sample.position for batch in whole for sample in batch.samples]
-    numbers = [float(("1", "2", "2", "3")[draw_variant(SEED, p, 4)]) for p in positions]
-    assert found.tolist() == numbers
+    drawn = [draw_variants(SEED, position, 4, 3) for position in positions]
+    assert (found, views) == ([float(texts[t]) for t, _ in drawn], [v for _, v in drawn])
+    assert all(abs(drawn.count((t, v)) - 400 / 12) < 22 for t in range(4) for v in range(3))
     half = make_loader(several, Share(1, 2, GLOBAL_BATCH, 1))
-    for step, batch in zip((7, 3), map(half.read, (7, 3)), strict=True):
-        assert torch.equal(torch.cat([each.text for each in batch]), whole[step].text[2:])
-    one = make_loader(written("y.tar", ("2",))).read(5)
-    for name in ("latents", "noise", "deviates"):
+    for step in (7, 3):
+        batches = half.read(step)
+        for name in ("text", "latents"):
+            own = torch.cat([getattr(each, name) for each in batches])
+            assert torch.equal(own, getattr(whole[step], name)[2:])
+    one = make_loader(written("y.tar", ("2",), 1)).read(5)
+    for name in ("noise", "deviates"):
         assert torch.equal(getattr(one[0], name), getattr(whole[5], name))
 
 
-def test_the_draw_of_a_variant_is_what_it_was():
-    """Golden: a run must go on with the same texts and images."""
-    assert [draw_variant(3, position, 5) for position in range(12)] == [
-        2,
-        3,
-        1,
-        0,
-        2,
-        0,
-        2,
-        3,
-        3,
-        2,
-        0,
-        0,
-    ]
+def test_the_draw_of_variants_is_what_it_was():
+    """Golden: a run must go on with the same texts and views."""
+    drawn = [draw_variants(3, position, 5, 4) for position in range(8)]
+    assert [text for text, _ in drawn] == [2, 3, 1, 0, 2, 0, 2, 3]
+    assert [view for _, view in drawn] == [0, 2, 1, 0, 1, 0, 1, 2]
+    assert draw_variants(3, 0, 1, 1) == (0, 0)
 
 
 def test_draw_depends_on_seed_and_position_alone():
@@ -311,10 +310,13 @@ def test_error_in_the_reading_thread_is_raised_at_its_step(prepared, tmp_path, d
     ("changes", "message"),
     [
         (
-            {"latent": torch.zeros(32, 4, 5)},
+            {"views": (View(torch.zeros(32, 4, 5)),)},
             r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)",
         ),
-        ({"mask": torch.zeros(3, 2)}, r"its mask has the shape \(3, 2\), not \(2, 2\)"),
+        (
+            {"views": (View(torch.zeros(32, 4, 4), torch.zeros(3, 2)),)},
+            r"its mask has the shape \(3, 2\), not \(2, 2\)",
+        ),
         ({"texts": ("short",)}, r"its text has the shape \(5, 2\), not \(6, 2\)"),
     ],
 )
@@ -322,7 +324,7 @@ def test_a_tensor_of_another_shape_is_refused_though_its_checksum_is_right(
     tmp_path, changes, message
 ):
     record = Record(
-        **{"source": "a.jpg", "texts": ("1",), "latent": torch.zeros(32, 4, 4)} | changes
+        **{"source": "a.jpg", "texts": ("1",), "views": (View(torch.zeros(32, 4, 4)),)} | changes
     )
     shard = write_shard(
         tmp_path / "0.tar",

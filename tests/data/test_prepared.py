@@ -10,7 +10,7 @@ from flux2_ds.config.recipe import Batch, Data, Model, Recipe
 from flux2_ds.data.dataset import build_order, read_data
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.loader import Loader, Share
-from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.data.shards import Record, View, write_shard
 from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
 
@@ -18,7 +18,7 @@ from flux2_ds.errors import UserError
 def make_shards(folder: Path, value: float, **facts: str) -> None:
     """One shard of two samples whose latents have one value."""
     folder.mkdir(parents=True)
-    records = [Record(f"{n}.jpg", ("",), torch.full((32, 4, 4), value)) for n in range(2)]
+    records = [Record(f"{n}.jpg", ("",), (View(torch.full((32, 4, 4), value)),)) for n in range(2)]
     shard = write_shard(folder / "0.tar", Bucket(32, 32), records, lambda _: torch.zeros(6, 2))
     write_index(folder, Index("klein", 2, {}, {}, [shard], **facts))
     (folder / CONDITIONING_NAME).touch()

@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, Shard, read_index, write_index
-from flux2_ds.data.shards import Record, ShardReader, pack_text, write_shard
+from flux2_ds.data.shards import Record, ShardReader, View, pack_text, write_shard
 from flux2_ds.errors import UserError
 
 BUCKET = Bucket(height=32, width=48)
@@ -29,7 +29,7 @@ def text_of(caption: str) -> torch.Tensor:
 def make_records() -> list[Record]:
     generator = torch.Generator().manual_seed(1)
     return [
-        Record(f"photo {n}.jpg", (caption,), torch.randn(32, 4, 6, generator=generator))
+        Record(f"photo {n}.jpg", (caption,), (View(torch.randn(32, 4, 6, generator=generator)),))
         for n, caption in enumerate(CAPTIONS)
     ]
 
@@ -57,7 +57,7 @@ def test_what_is_written_is_read_back_bit_for_bit(shard, written):
         for one, both in zip((latent, text), reader.sample(row), strict=True):
             assert torch.equal(one, both)
         assert (latent.dtype, text.dtype) == (torch.float32, torch.bfloat16)
-        assert torch.equal(latent, record.latent)
+        assert torch.equal(latent, record.views[0].latent)
         assert torch.equal(text, text_of(record.texts[0]))
         first = CAPTIONS.index(record.texts[0])  # a caption that recurs is stored once
         assert reader.meta(row) == {
@@ -111,6 +111,24 @@ def test_several_texts_of_a_sample_are_read_back_and_stored_once(tmp_path):
     assert (facts.texts, facts.text_bytes) == (3, sum(stored.values()))
 
 
+def test_several_views_of_an_image_are_read_back_with_their_companions(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    views = tuple(
+        View(torch.randn(32, 4, 6, generator=generator), torch.rand(2, 3, generator=generator),
+             [torch.randn(32, 4, 4, generator=generator)])
+        for _ in range(3)
+    )  # fmt: skip
+    records = [dataclasses.replace(make_records()[0], views=views), make_records()[1]]
+    facts = write_shard(tmp_path / "x.tar", BUCKET, records, text_of)
+    reader = ShardReader(tmp_path / "x.tar", facts)
+    assert (reader.views(0), reader.views(1), facts.latents, facts.masks) == (3, 1, 4, 1)
+    for number, view in enumerate(views):
+        found = (reader.latent(0, number), reader.mask(0, number), *reader.references(0, number))
+        for one, other in zip(found, (view.latent, view.mask, *view.references), strict=True):
+            assert torch.equal(one, other)
+    assert reader.mask(1) is None and reader.references(1) == []
+
+
 def test_facts_of_a_shard_are_those_of_its_file(tmp_path):
     path = tmp_path / "x.tar"
     facts = write_shard(path, BUCKET, make_records(), text_of)
@@ -154,7 +172,7 @@ def test_plain_webdataset_reads_it(shard):
     assert len(samples) == len(CAPTIONS)
     for sample, record in zip(samples, make_records(), strict=True):
         assert json.loads(sample["json"])["caption"] == record.texts[0]
-        assert torch.equal(load(sample["latent.safetensors"])["latent"], record.latent)
+        assert torch.equal(load(sample["latent.safetensors"])["latent"], record.views[0].latent)
     assert ["text.safetensors" in sample for sample in samples] == [True, True, False, True]
 
 

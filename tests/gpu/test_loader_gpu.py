@@ -11,7 +11,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, MicroBatch, Share
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.data.shards import Record, View, write_shard
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,9 @@ NAMES = ("latents", "text", "noise", "deviates")
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_pinned_batches_are_the_same_batches(micro: int, tmp_path: Path) -> None:
-    records = [Record(f"{n}.jpg", (str(n),), torch.full((32, 4, 4), float(n))) for n in range(4)]
+    records = [
+        Record(f"{n}.jpg", (str(n),), (View(torch.full((32, 4, 4), float(n))),)) for n in range(4)
+    ]
     shard = write_shard(
         tmp_path / "x.tar", Bucket(32, 32), records, lambda c: torch.full((6, 2), float(c))
     )

@@ -29,8 +29,12 @@ from flux2_ds.data.index import Index, Shard, read_index
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader
+from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
+from flux2_ds.prepare.images import BLACK_CROPS, decode
+from flux2_ds.prepare.plan import choose_crops
+from flux2_ds.prepare.source_images import Crop, PlannedImage, SourceImage
 from flux2_ds.prepare.sources import find_images
 
 
@@ -118,6 +122,46 @@ def test_a_mask_is_cut_like_its_picture(tmp_path: Path, size: tuple[int, int]) -
     # Of another size but the same proportions.
     Image.open(path).resize((3 * size[0], 3 * size[1]), Image.Resampling.NEAREST).save(path)
     np.testing.assert_allclose(load_mask(str(path), size, bucket), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 112)])
+def test_masks_and_references_take_the_crops_and_flips_of_their_image(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """The same picture thrice: as image, as mask and as reference, of which one keeps its own size."""
+    path, other = noise(tmp_path, "image", size, "L"), noise(tmp_path, "other", (32, 80))
+    blobs = (Blob(str(path)), Blob(str(other)))
+    image = SourceImage("me", "a.png", "", ("a",), Blob(str(path)), None, None, blobs[0], blobs)
+    bucket, data = Bucket(64, 64), Data(images="", shards="", crops=3, horizontal_flip=True)
+    crops = choose_crops(*size, bucket, data)
+    assert [(crop.place, crop.flipped) for crop in crops] == [
+        (place, flipped) for place in (0.5, 0.0, 1.0) for flipped in (False, True)
+    ]
+    decoded = decode(PlannedImage(image, bucket, crops=crops), 1024)
+    pixels, own = np.asarray(Image.open(path)), np.asarray(Image.open(other))
+    for crop, view in zip(crops, decoded.views, strict=True):
+        left, top = (int((side - 64) * crop.place) for side in size)
+        expected = pixels[top : top + 64, left : left + 64]
+        turn = slice(None, None, -1 if crop.flipped else 1)
+        np.testing.assert_array_equal(view.pixels[:, turn, 0], expected)
+        np.testing.assert_array_equal(view.references[0], view.pixels)
+        np.testing.assert_array_equal(view.references[1][:, turn], own)
+        assert view.mask is not None
+        cells = expected.reshape(4, 16, 4, 16).mean(axis=(1, 3)) / 255
+        np.testing.assert_allclose(view.mask[:, turn], cells, atol=1e-6)
+
+
+def test_a_crop_without_anything_to_train_on_is_left_out(tmp_path: Path) -> None:
+    path, mask = noise(tmp_path, "image", (128, 64)), Image.new("L", (128, 64))
+    mask.paste(255, (0, 0, 8, 64))
+    mask.save(tmp_path / "mask.png")
+    image = SourceImage("me", "a.png", "", ("a",), Blob(str(path)), mask=Blob(str(tmp_path / "mask.png")))  # fmt: skip
+    crops = tuple(map(Crop, (0.5, 0.0, 1.0)))
+    decoded = decode(PlannedImage(image, Bucket(64, 64), crops=crops), 1024)
+    assert len(decoded.views) == 1 and decoded.notes == (BLACK_CROPS,)
+    np.testing.assert_array_equal(decoded.views[0].pixels, np.asarray(Image.open(path))[:, :64])
+    decoded = decode(PlannedImage(image, Bucket(64, 64)), 1024)
+    assert not decoded.views and "black all over" in decoded.reason
 
 
 def test_the_kinds_of_masks(tmp_path: Path) -> None:
@@ -217,7 +261,7 @@ def test_companions_reach_the_micro_batch(model: Path, photos: Path, tmp_path: P
     order = Order(index, 1, seed=0, window=1)
     loader = Loader(
         tmp_path / "shards", index, order, Share(0, 1, 1, 1),
-        seed=0, caption_dropout=0.0, empty_text=torch.zeros(1), masked=True,
+        seed=0, caption_dropout=0.0, empty_text=torch.zeros(512, index.text_width), masked=True,
     )  # fmt: skip
     seen = set()
     for step in range(4):

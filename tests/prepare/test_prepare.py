@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flux2_ds.commands.tiny import make_tiny
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_files import check_fingerprint, fingerprint
 from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.recipe import (
@@ -57,6 +58,8 @@ CROP = {
     "max_aspect": 2.0,
     "max_upscale": 1.05,
     "max_crop": 0.5,
+    "crops": 1,
+    "horizontal_flip": False,
     "validation_fraction": 0.0,
 }
 
@@ -517,7 +520,7 @@ def test_several_texts_are_encoded_once_and_again_only_where_settings_change_the
     different = {red, "ohwx, x", "ohwx, y", *shuffled}
     assert sorted(e for e in encoded if not e.endswith(".png")) == sorted({"", *different})
     assert report(tmp_path / "s")["texts"] == len(different)
-    assert f"{index.text_lines()[0]}\n" in (tmp_path / "s" / "report.txt").read_text()
+    assert f"{index.stored_lines()[0]}\n" in (tmp_path / "s" / "report.txt").read_text()
     encoded.clear()
     run(recipe)
     assert encoded == []
@@ -527,6 +530,69 @@ def test_several_texts_are_encoded_once_and_again_only_where_settings_change_the
         check_settings(fewer, index)
     check_settings(fewer, run(fewer))
     assert sorted(encoded) == ["a.png", "c.png", "d.png"]  # no text, and not what is held out
+
+
+@pytest.mark.parametrize(
+    ("size", "crops", "places"),
+    [
+        ((96, 64), 1, [0.5]),
+        ((96, 64), 2, [0, 1]),
+        ((64, 96), 3, [0.5, 0, 1]),
+        ((100, 64), 5, [0.5, 0, 1]),
+        ((160, 128), 3, [0, 1]),
+        ((79, 64), 3, [0.5]),
+        ((64, 64), 3, [0.5]),
+    ],
+)
+def test_crops_are_a_token_apart(size, crops, places):
+    data = Data(images="", shards="", crops=crops)
+    found = plan.choose_crops(*size, Bucket(64, 64), data)
+    assert [crop.place for crop in found] == places
+
+
+def test_crops_and_flips_are_encoded_and_warned_of(model, photos, tmp_path, caplog):
+    (photos / "a.txt").write_text("a cat, Left of a dog")
+    caplog.set_level("INFO", "flux2_ds")
+    wide = {
+        "resolution": 64,
+        "max_aspect": 1.0,
+        "validation_fraction": 0.35,
+        "samples_per_shard": 9,
+    }
+    recipe = recipe_for(model, photos, tmp_path / "s", crops=3, horizontal_flip=True, **wide)
+    index = run(recipe)
+    assert "3 images are trained mirrored" in caplog.text
+    assert "1 captions say left or right: images/a.png" in caplog.text
+    assert "4 images to encode, 11 with crops and flips:" in caplog.text
+    assert f"stored: 11 images with crops and flips, {len(set(CAPTIONS.values())) + 1} texts" in index.stored_lines()[0]  # fmt: skip
+    plain = run(recipe_for(model, photos, tmp_path / "plain", **wide))
+    assert plain.stored_lines()[0].startswith("stored: 4 images, ")
+    readers = {
+        folder: ShardReader(tmp_path / folder / shard.name, shard)
+        for folder, of in (("s", index), ("plain", plain))
+        for shard in of.shards
+        if not shard.held_out
+    }
+    vae = load_pipeline(model, read_spec(model), torch.float32).vae
+    rows = {readers["s"].meta(row)["source"]: row for row in range(3)}
+    for name, row in rows.items():
+        assert readers["s"].views(row) == (6 if name == "d.png" else 2)
+        center = readers["plain"].latent(row)
+        torch.testing.assert_close(readers["s"].latent(row), center, rtol=0, atol=1e-5)
+    with Image.open(photos / "d.png") as image:
+        top = np.asarray(image.crop((0, 0, 64, 64)))[:, ::-1].copy()
+    found = readers["s"].latent(rows["d.png"], 3)
+    expected = latents.encode(vae, torch.from_numpy(top)[None])[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for name in ("crops", "horizontal_flip"):
+        changed = dataclasses.replace(recipe.data, **{name: getattr(Data, name)})
+        with pytest.raises(UserError, match=rf"data\.{name} was (3|True), is (1|False)"):
+            run(dataclasses.replace(recipe, data=changed))
+        with pytest.raises(UserError, match=rf"data\.{name} is (1|False), but .* with (3|True)"):
+            check_settings(dataclasses.replace(recipe, data=changed), index)
+    older = dataclasses.replace(index, settings={})
+    with pytest.raises(UserError, match=r"data\.crops is 3, but .* with 1"):
+        check_settings(recipe, older)
 
 
 def test_a_source_without_usable_images_and_a_trigger_word_in_no_caption_are_refused(

@@ -17,7 +17,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe, Validation
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.order import ValidationOrder
-from flux2_ds.data.shards import Record, write_shard
+from flux2_ds.data.shards import Record, View, write_shard
 from flux2_ds.distributed import Process
 from flux2_ds.run.run_dir import stale
 from flux2_ds.training.build import build_validation
@@ -38,7 +38,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
     for place, (bucket, samples) in enumerate([(WIDE, 3), (SQUARE, 3), (WIDE, 1)]):
         shape = (32, bucket.height // 8, bucket.width // 8)
         records = [
-            Record(f"{n}.jpg", ("",), torch.full(shape, float(n)))
+            Record(f"{n}.jpg", ("",), (View(torch.full(shape, float(n))),))
             for n in itertools.islice(number, samples)
         ]
         shard = write_shard(folder / f"{place}.tar", bucket, records, lambda _: torch.zeros(6, 2))
