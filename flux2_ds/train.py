@@ -36,7 +36,9 @@ from flux2_ds.run.run_dir import (
     is_finished,
     lock_run_dir,
     logs_directory,
+    newest_step,
     stop_file,
+    with_adapter_file,
     write_run_dir,
 )
 from flux2_ds.run.watchdog import Watchdog
@@ -54,6 +56,7 @@ log = logging.getLogger("flux2_ds")
 def main() -> None:
     """Entry point of `flux2_ds.train`, one call in each process."""
     recipe, _ = parse_recipe(recipe_parser("flux2_ds.train", "Train FLUX.2 on prepared shards."))
+    recipe = with_adapter_file(recipe)
     recipe = in_steps(recipe)
     check_run_dir(recipe)
     stop = StopRequest(stop_file(recipe))
@@ -86,7 +89,12 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
     if captures(inputs.plan) and not captures(plan):
         log.info("no CUDA graphs: the samples' reference images have several sizes")
     model, memory = build_model(
-        inputs.directory, inputs.spec, plan, process, inputs.index.largest_tokens
+        inputs.directory,
+        inputs.spec,
+        plan,
+        process,
+        inputs.index.largest_tokens,
+        resumed=newest_step(recipe) > 0,
     )
     engine = build_engine(model, plan)
 

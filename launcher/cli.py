@@ -34,6 +34,7 @@ from flux2_ds.data.dataset import (
 )
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean, run_root
+from flux2_ds.run.run_dir import with_adapter_file
 from launcher.commands import BENCH, start_commands
 from launcher.doctor import check_zero, examine
 from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
@@ -346,6 +347,8 @@ def read(
     add_options(parser)
     passed_on(parser)
     recipe, options = parse_recipe(parser, argv)
+    if command != "prepare":
+        recipe = with_adapter_file(recipe)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_options(own)
     return recipe, options, own.parse_known_args(argv)[1]

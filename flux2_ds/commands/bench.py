@@ -58,6 +58,7 @@ from flux2_ds.model.load import fill_randomly
 from flux2_ds.run.atomic import atomic_write_text, make_private
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
+from flux2_ds.run.run_dir import with_adapter_file
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import build_engine, build_objective, check_machine, finish_model
 from flux2_ds.training.loss import FlowObjective
@@ -96,6 +97,7 @@ def main() -> None:
     parser = recipe_parser("flux2-ds bench", "Time the recipe's training step.")
     add_options(parser)
     recipe, options = parse_recipe(parser)
+    recipe = with_adapter_file(recipe)
     rank, world_size = rank_and_world_size(os.environ)
     with watched(rank, world_size):
         if options.json:

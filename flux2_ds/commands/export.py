@@ -36,6 +36,7 @@ from flux2_ds.commands.model_card import (
     write_card,
 )
 from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.adapter_file import bfl_place, parts_of
 from flux2_ds.config.model_files import DIGESTS, file_digests, model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
@@ -45,13 +46,11 @@ from flux2_ds.model.adapter_layouts import (
     Adapter,
     Layout,
     Update,
-    bfl_place,
     bfl_tensors,
     diffusers_tensors,
     kohya_tensors,
-    parts_of,
 )
-from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_with
+from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_merges, read_with
 from flux2_ds.model.lora import ADAPTER, exported_magnitude, exported_settings, lora_config
 from flux2_ds.model.merge import BaseWeights, dora_scale
 from flux2_ds.model.merge_files import write_bfl_transformer
@@ -81,6 +80,7 @@ class Request:
     weights: Weights = "trained"
     layout: Layout | None = None
     merge: bool = False
+    keep_merge_first: bool = False
     title: str | None = None
     trigger: str | None = None
     repository: str | None = None
@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--merge", type=bool, default=False,
                         help="Write the whole transformer with the adapter in it instead of the adapter: a "
                              "directory (--layout diffusers) or one file for ComfyUI (--layout bfl).")  # fmt: skip
+    parser.add_argument("--keep_merge_first", type=bool, default=False,
+                        help="With --merge: leave the adapters of lora.merge_first in the weights, too.")  # fmt: skip
     parser.add_argument("--title", type=str | None, default=None,
                         help="What user interfaces and the model card call it. Default: run_dir's name.")  # fmt: skip
     parser.add_argument("--trigger", type=str | None, default=None,
@@ -121,6 +123,7 @@ def main() -> None:
         weights=options.weights,
         layout=options.layout,
         merge=options.merge,
+        keep_merge_first=options.keep_merge_first,
         title=options.title,
         trigger=options.trigger,
         repository=options.push,
@@ -191,6 +194,15 @@ def export(
     whole = full or request.merge
     if full and request.merge:
         raise UserError("--merge is for adapters; method is full. Remove it.")
+    stacked = bool(recipe.lora.merge_first)
+    if request.keep_merge_first and not (request.merge and stacked):
+        raise UserError(
+            "--keep_merge_first is for --merge of an adapter that was trained with lora.merge_first. Remove it."
+        )
+    if request.merge and dora and stacked and not request.keep_merge_first:
+        raise UserError(
+            "--merge: a DoRA's magnitudes are those of the base with lora.merge_first in it. Add --keep_merge_first true."
+        )
     if whole and layout == "kohya":
         raise UserError("--layout kohya is for adapters alone. Export --layout bfl, or diffusers.")
     if dora and layout == "kohya":
@@ -222,7 +234,11 @@ def export(
         folder /= f"step_{chosen.step:08d}{average}-merged"
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {} if full else stored_adapter(store, recipe, origin.spec)
-    base = BaseWeights(directory / "transformer") if parts else None
+    base = None
+    if parts:
+        kept = not request.merge or request.keep_merge_first
+        merged = read_merges(recipe.lora, origin.spec) if kept else []
+        base = BaseWeights(directory / "transformer", merged)
     exports = []
     if whole:
         shapes = store.shapes if base is None else base.shapes()

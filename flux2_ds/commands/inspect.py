@@ -37,6 +37,7 @@ from flux2_ds.model.flow import shift_of, timesteps
 from flux2_ds.model.pipeline import load_vae
 from flux2_ds.model.text_encoder import read_prompt
 from flux2_ds.run.logging import set_up_console
+from flux2_ds.run.run_dir import with_adapter_file
 
 _BINS, _BARS = 20, "▁▂▃▄▅▆▇█"
 _EVEN_DEVIATES = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
@@ -52,6 +53,7 @@ def main() -> None:
         help="File to write samples to, decoded from their latents.")  # fmt: skip
     add("--samples", type=int, default=9, help="Samples in --image and in the statistics.")
     recipe, options = parse_recipe(parser)
+    recipe = with_adapter_file(recipe)
     check_recipe(recipe)
     if options.samples < 1:
         raise UserError(f"--samples is {options.samples}; it must be at least 1.")

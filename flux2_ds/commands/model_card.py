@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from flux2_ds.checkpoint.manager import STATE_NAME, Checkpoint
+from flux2_ds.config.adapter import merges, targets_line
 from flux2_ds.config.model_spec import RELEASED, Spec
+from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import OutageError, UserError, without_secrets
 from flux2_ds.model.safetensors_file import content_digest
 from flux2_ds.run.run_dir import Weights
@@ -61,6 +63,19 @@ class Origin:
         return values
 
     @property
+    def adapter(self) -> dict[str, Any]:
+        """Its settings; of files the names alone, because a path says who trained."""
+        settings = Lora(**self.settings["lora"])
+        begun = settings.init_from and Path(settings.init_from).name
+        merged = [Path(path).name for path in settings.merge_first]
+        return asdict(replace(settings, init_from=begun, merge_first=merged))
+
+    @property
+    def beside(self) -> list[tuple[str, float]]:
+        """Files that were part of the base in training, and their strengths."""
+        return merges(Lora(**self.adapter))
+
+    @property
     def base(self) -> str:
         """The hub id of the base model; of a directory the name alone, because a path says who trained."""
         path: str = self.settings["model"]["path"]
@@ -102,7 +117,7 @@ def file_metadata(
     `black_forest`: the names are Black Forest Labs', not diffusers'.
     """
     settings, state = origin.settings, origin.checkpoint.state()
-    adapter, optimizer, objective = settings["lora"], settings["optimizer"], settings["objective"]
+    adapter, optimizer, objective = origin.adapter, settings["optimizer"], settings["objective"]
     full = settings["method"] == "full"
     saved = (origin.checkpoint.path / STATE_NAME).stat().st_mtime
     date = datetime.datetime.fromtimestamp(saved, datetime.UTC)
@@ -178,10 +193,26 @@ def write_card(folder: Path, origin: Origin, exports: list[Export], previews: Pa
         shutil.copyfile(previews, folder / PREVIEWS)
         written.append(folder / PREVIEWS)
         parts.append(f"![The same prompts after more and more steps]({PREVIEWS})")
-    parts += [_files(folder, exports), *(_use(folder, each, origin) for each in exports)]
+    parts += [
+        _beside(origin),
+        _files(folder, exports),
+        *(_use(folder, each, origin) for each in exports),
+    ]
     parts += [_table(origin), f"Its use is subject to the licence of {origin.base}."]
     written[0].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return written
+
+
+def _beside(origin: Origin) -> str:
+    if not origin.beside:
+        return ""
+    files = ", ".join(f"`{name}` at strength {strength:g}" for name, strength in origin.beside)
+    dora = origin.settings["method"] == "dora"
+    order = " Load it first; in diffusers, `fuse_lora()` it before this one." if dora else ""
+    return (
+        f"It was trained over the base with {files} merged into it, which is not part of these files: load that as "
+        f"well to get what was trained, unless it was an assistant adapter.{order}"
+    )
 
 
 def _files(folder: Path, exports: list[Export]) -> str:
@@ -235,18 +266,19 @@ def _use(folder: Path, export: Export, origin: Origin) -> str:
 
 def _table(origin: Origin) -> str:
     settings = origin.settings
-    adapter, data = settings["lora"], origin.checkpoint.state()["index"]
+    adapter, data = origin.adapter, origin.checkpoint.state()["index"]
     revision = f" at {origin.revision}" if origin.revision else ""
     rows = {"base": f"{origin.base}{revision}", "method": settings["method"]}
     if settings["method"] != "full":
         alpha = adapter["rank"] if adapter["alpha"] is None else adapter["alpha"]
-        targets = adapter["targets"]
-        targets = targets if isinstance(targets, str) else ", ".join(targets)
+        targets = targets_line(adapter["targets"])
         scale = f"{alpha:g} / √rank" if adapter.get("rslora") else f"{alpha:g}"
         rows["rank, alpha, targets"] = f"{adapter['rank']}, {scale}, `{targets}`"
         for setting in ("rank_pattern", "alpha_pattern"):
             if adapter.get(setting):
                 rows[setting] = f"`{json.dumps(adapter[setting])}`"
+        if adapter["init_from"]:
+            rows["begun as"] = f"`{adapter['init_from']}`"
     rows |= {
         "steps": f"{origin.checkpoint.step}, {origin.samples_seen} samples",
         "resolution": f"{origin.resolution} px",

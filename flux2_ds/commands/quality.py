@@ -36,6 +36,7 @@ from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 from flux2_ds.run.logging import set_up_console
+from flux2_ds.run.run_dir import with_adapter_file
 from flux2_ds.training.build import build_engine, build_loader, build_model, build_objective
 from flux2_ds.training.step import seed_dropout, train_step
 
@@ -143,6 +144,7 @@ def main() -> None:
     add("--batches", type=int, default=4, help="Global batches whose gradients are compared.")
     add("--json", action="store_true", help="Print one JSON object, with the loss of each step.")
     recipe, options = parse_recipe(parser)
+    recipe = with_adapter_file(recipe)
     set_up_console()
     modes = [*BASE_WEIGHTS, "fp32"]
     if not options.modes or not {*options.modes} <= {*modes}:

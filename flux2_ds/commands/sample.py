@@ -33,8 +33,8 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig
 from PIL import Image
-from safetensors import safe_open
 
+from flux2_ds.config.adapter import merges
 from flux2_ds.config.memory import (
     GIB,
     Doing,
@@ -45,7 +45,7 @@ from flux2_ds.config.memory import (
     rendering_bytes,
 )
 from flux2_ds.config.model_files import DIGESTS, changed_files, file_digests, model_directory
-from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, linear_shapes, read_spec
+from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.validate import check_recipe
@@ -53,12 +53,12 @@ from flux2_ds.data.images import check_format
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import Adapter
-from flux2_ds.model.adapter_programs import read_by_diffusers
+from flux2_ds.model.adapter_programs import read_adapter, read_merges
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights
-from flux2_ds.model.lora import ADAPTER, LoraLinear, add_lora
+from flux2_ds.model.lora import ADAPTER, LoraLinear, add_lora, set_adapter
+from flux2_ds.model.merge import Merges, merge_into
 from flux2_ds.model.pipeline import load_image_pipeline
-from flux2_ds.model.safetensors_file import stored_digest
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.captions import text_precision
 from flux2_ds.run.atomic import atomic_write_text
@@ -134,6 +134,7 @@ def main() -> None:
         check_transformer(trained)
     else:
         adapter = read_adapter(trained, spec)
+    merged = read_merges(recipe.lora, spec)
     text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
     check_card(recipe.base_weights, device)
     check_backend(recipe, device)
@@ -145,12 +146,12 @@ def main() -> None:
     output = free_output(output, given=options.output is not None, settings={
         "model": recipe.model.path, "base_weights": recipe.base_weights or recipe.precision,
         "trained": str(trained), "preview": asdict(recipe.preview), "seeds": seeds,
-        "strengths": strengths,
+        "strengths": strengths, **({"merged": merges(recipe.lora)} if merged else {}),
     })  # fmt: skip
     with enough_memory(recipe, TEXT):
         prompts = encode_prompts(recipe, spec, directory, text_device)
     with enough_memory(recipe, MODEL):
-        model = load_transformer(recipe, directory, device)
+        model = load_transformer(recipe, directory, device, merged)
         pipeline = load_image_pipeline(directory, spec, model, device)
     del model
 
@@ -339,47 +340,18 @@ def encode_prompts(
 
 
 def load_transformer(
-    recipe: Recipe, directory: Path, device: torch.device
+    recipe: Recipe, directory: Path, device: torch.device, merged: Merges = ()
 ) -> Flux2Transformer2DModel:
-    """`directory`/transformer, with its weights and its attention as the recipe says."""
+    """`directory`/transformer with `merged` in it, with its weights and its attention as the recipe says."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     dtype = transformer.compute_dtype(recipe.precision)
-    read_weights(model, directory / "transformer", dtype, device, recipe.base_weights)
+    files, edit = directory / "transformer", merge_into(merged)
+    read_weights(model, files, dtype, device, recipe.base_weights, edit)
     attention = attention_backend(recipe, device)
     if attention is not None:
         model.set_attention_backend(attention)
     return model.eval()
-
-
-def read_adapter(path: Path, spec: Spec) -> Adapter:
-    """An adapter file, as diffusers reads it; refused if it is damaged or not one of this model."""
-    shapes = linear_shapes(spec)
-    try:
-        with safe_open(path, framework="pt") as file:  # diffusers reads pickles, too
-            told = file.metadata() or {}
-        digest = told.get("modelspec.hash_sha256")
-        if "flux2_ds.checked_for" in told and digest != f"0x{stored_digest(path)}":
-            raise ValueError("it does not have its sha256")
-        reading = read_by_diffusers(path, spec)
-    except Exception as error:  # whatever diffusers does with a file that is none
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
-        ) from error
-    wrong = [f"it has nothing for {name}" for name in reading.ignored]
-    for name, (down, up, magnitude) in reading.adapter.items():
-        rows, columns = shapes.get(name, (0, 0))
-        if (up.shape[0], down.shape[1]) != (rows, columns) or up.shape[1] != down.shape[0]:
-            wrong.append(f"{name} has another shape")
-        if not all(x.isfinite().all() for x in (down, up, magnitude) if x is not None):
-            wrong.append(f"{name} is not finite")
-    if wrong or not reading.adapter:
-        reason = wrong[0] if wrong else "it adapts no linear"
-        raise UserError(
-            f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
-        )
-    return reading.adapter
 
 
 def check_transformer(folder: Path) -> None:
@@ -394,7 +366,6 @@ def check_transformer(folder: Path) -> None:
         raise UserError(f"{folder / changed[0]} is not what was exported. Export it again.")
 
 
-@torch.no_grad()
 def put_adapter(model: Flux2Transformer2DModel, adapter: Adapter) -> None:
     """Add an adapter, in the layers in which one is trained."""
     ranks = {name: update.down.shape[0] for name, update in adapter.items()}
@@ -409,13 +380,8 @@ def put_adapter(model: Flux2Transformer2DModel, adapter: Adapter) -> None:
         use_dora=any(update.magnitude is not None for update in adapter.values()),
     )
     add_lora(model, config, seed=0)
+    set_adapter(model, adapter)
     model.eval()
-    for name, update in adapter.items():
-        layer: Any = model.get_submodule(name)
-        layer.lora_A[ADAPTER].weight.copy_(update.down)
-        layer.lora_B[ADAPTER].weight.copy_(update.up)
-        if update.magnitude is not None:
-            layer.lora_magnitude_vector[ADAPTER].weight.copy_(update.magnitude)
 
 
 def set_strength(model: Flux2Transformer2DModel, strength: float) -> None:

@@ -12,6 +12,9 @@ from flux2_ds.config.model_spec import TARGETS, Spec, linear_shapes, target_modu
 from flux2_ds.config.recipe import Lora, Recipe
 from flux2_ds.errors import UserError, shown
 
+ADAPTER_FIELDS = ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern")
+"""The settings of `lora` that decide an adapter's tensors and scales."""
+
 
 class AdaptedLinear(NamedTuple):
     """W [rows, columns] with an update of rank r, multiplied by `scale`."""
@@ -99,3 +102,16 @@ def adapter_line(spec: Spec, recipe: Recipe) -> str:
     ranks = Counter(linear.rank for linear in linears.values())
     of_rank = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(ranks.items()))
     return f"{sum(adapter_tensors(spec, recipe)):,} parameters in {len(linears)} linears: {of_rank}"
+
+
+def merges(settings: Lora) -> list[tuple[str, float]]:
+    """The files of `merge_first` with their strengths."""
+    strengths = settings.merge_strengths or [1.0] * len(settings.merge_first)
+    return list(zip(settings.merge_first, strengths, strict=True))
+
+
+def targets_line(targets: str | list[str]) -> str:
+    """The targets, for people."""
+    if isinstance(targets, str) or len(targets) > 6:
+        return targets if isinstance(targets, str) else f"{len(targets)} linears by name"
+    return ", ".join(targets)

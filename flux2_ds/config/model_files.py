@@ -11,7 +11,9 @@ import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from flux2_ds.config.adapter import merges
 from flux2_ds.config.model_spec import PADDING_SIDES
+from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError, without_secrets
 
 DIGESTS = "digests.json"
@@ -68,6 +70,16 @@ def part_digest(directory: Path, part: str) -> str:
     for file in sorted(path for path in (directory / part).glob("*") if path.is_file()):
         digest.update(f"{file.name}:".encode() + _file_digest(file))
     return digest.hexdigest()[:16]
+
+
+def base_digest(directory: Path, settings: Lora) -> str:
+    """Digest of what an adapter is trained over: the transformer, and what is merged into it."""
+    digest = part_digest(directory, "transformer")
+    for path, strength in merges(settings):
+        with Path(path).open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{digest}:{content}:{strength}".encode()).hexdigest()[:16]
+    return digest
 
 
 def file_digests(folder: Path, known: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:

@@ -120,6 +120,20 @@ def planned_spec(path: str) -> Spec:
     return RELEASED[path]
 
 
+def known_spec(path: str) -> Spec | None:
+    """The model's dimensions, if they are known without fetching it."""
+    if Path(path).is_dir():
+        return read_spec(Path(path), allow_distilled=True)
+    return RELEASED.get(path)
+
+
+def is_distilled(path: str) -> bool:
+    """Whether the model is known to be step-distilled."""
+    if Path(path).is_dir():
+        return bool(_read_json(Path(path) / "model_index.json").get("is_distilled"))
+    return path in _DISTILLED
+
+
 def spec_here(path: str, *, allow_distilled: bool) -> Spec | None:
     """The model in the directory `path`; None for a hub id, which is recognised when it is fetched.
 
@@ -142,7 +156,8 @@ def spec_here(path: str, *, allow_distilled: bool) -> Spec | None:
 def _distilled(path: str | Path) -> UserError:
     return UserError(
         f"model.path {path} is step-distilled (is_distilled in model_index.json) and "
-        "collapses when trained. Use the base model, or set model.allow_distilled: true."
+        "collapses when trained. Use the base model, or set model.allow_distilled: true, with an assistant "
+        "adapter in lora.merge_first."
     )
 
 

@@ -28,6 +28,8 @@ PATHS = (
     "data.shards",
     "data.more_shards",
     "data.cache",
+    "lora.init_from",
+    "lora.merge_first",
     "preview.references",
     "launch.hostfile",
 )

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flux2_ds.config.adapter import adapter_line
+from flux2_ds.config.adapter import adapter_line, merges, targets_line
 from flux2_ds.config.deepspeed_config import offload_device, read_deepspeed
-from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.model_spec import Spec, is_distilled
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.validate import (
     check_recipe,
@@ -50,20 +50,15 @@ class Plan:
         method = "full fine-tune"
         if recipe.method != "full":
             alpha = recipe.lora.rank if recipe.lora.alpha is None else recipe.lora.alpha
-            targets = recipe.lora.targets
             method = (
                 f"{recipe.method} rank {recipe.lora.rank}, alpha {alpha:g}"
                 f"{' / √rank' * recipe.lora.rslora}, "
-                f"targets {targets if isinstance(targets, str) else ', '.join(targets)}"
+                f"targets {targets_line(recipe.lora.targets)}"
             )
         return [
             f"model      {recipe.model.path}, {method}, {recipe.precision}, "
             f"base {recipe.base_weights or recipe.precision}",
-            *(
-                [f"adapter    {adapter_line(spec, recipe)}"]
-                if spec is not None and recipe.method != "full"
-                else []
-            ),
+            *self._adapter_lines(spec),
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",
             f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples"
@@ -78,6 +73,25 @@ class Plan:
             *(f"ignored    {setting}" for setting in ignored_settings(recipe, spec)),
             *(f"warning    {setting}" for setting in doubtful_settings(recipe)),
         ]
+
+    def _adapter_lines(self, spec: Spec | None) -> list[str]:
+        recipe = self.recipe
+        if recipe.method == "full":
+            return []
+        lines = [] if spec is None else [f"adapter    {adapter_line(spec, recipe)}"]
+        if recipe.lora.init_from is not None:
+            lines.append(f"begins as  {recipe.lora.init_from}")
+        lines += [f"merged     {path} × {strength:g}" for path, strength in merges(recipe.lora)]
+        if (
+            recipe.model.allow_distilled
+            and not recipe.lora.merge_first
+            and is_distilled(recipe.model.path)
+        ):
+            lines.append(
+                "warning    the model is step-distilled, and an adapter trained over it undoes that. Give an "
+                "assistant adapter in lora.merge_first."
+            )
+        return lines
 
 
 def make_plan(recipe: Recipe, processes: int) -> Plan:

@@ -45,7 +45,7 @@ class Model:
     """Branch, tag or commit, for a hub id."""
     allow_distilled: bool = False
     """Train a step-distilled klein model all the same. Such weights collapse when trained; use the
-    base model."""
+    base model, or give an assistant adapter in `lora.merge_first`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,14 @@ class Lora:
     """Other alphas, by an expression."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on the adapter's input; 0..1."""
+    init_from: Annotated[str | None, PATH] = None
+    """Adapter file to go on training, in diffusers' names, Black Forest Labs' or kohya's. Rank, alpha, rslora and
+    targets are the file's. Read once: a run that continues has its checkpoint."""
+    merge_first: Annotated[list[str], PATH] = field(default_factory=list)
+    """Adapter files that become part of the base while training, sampling and previews, and are left out of
+    the export: what is trained over them is used beside them. For a distilled klein, its assistant adapter."""
+    merge_strengths: list[float] = field(default_factory=list)
+    """Of the files of `merge_first`. Default: 1 each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,17 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
             "auto, or precision: bf16."
         )
+    lora, files = recipe.lora, ("init_from", "merge_first")
+    if recipe.method == "full" and (given := [name for name in files if getattr(lora, name)]):
+        yield (
+            f"lora.{given[0]} is {getattr(lora, given[0])}, and method is full, which has no adapter. Remove it: `flux2-ds "
+            "export --merge true` writes weights with an adapter in them, which model.path may name."
+        )
+    if lora.merge_strengths and len(lora.merge_strengths) != len(lora.merge_first):
+        yield (
+            f"lora.merge_strengths is {lora.merge_strengths}, and lora.merge_first has {len(lora.merge_first)} files. Give "
+            "one strength for each."
+        )
     base = recipe.base_weights
     if base is not None and recipe.method == "full":
         yield (

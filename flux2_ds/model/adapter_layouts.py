@@ -7,31 +7,13 @@ underscores and with the factors called down and up.
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
 import torch
 
-Layout = Literal["diffusers", "bfl", "kohya"]
+from flux2_ds.config.adapter_file import bfl_place, parts_of
 
-BFL_DOUBLE = {
-    "attn.to_q": ("img_attn.qkv", 0),
-    "attn.to_k": ("img_attn.qkv", 1),
-    "attn.to_v": ("img_attn.qkv", 2),
-    "attn.add_q_proj": ("txt_attn.qkv", 0),
-    "attn.add_k_proj": ("txt_attn.qkv", 1),
-    "attn.add_v_proj": ("txt_attn.qkv", 2),
-    "attn.to_out.0": ("img_attn.proj", 0),
-    "attn.to_add_out": ("txt_attn.proj", 0),
-    "ff.linear_in": ("img_mlp.0", 0),
-    "ff.linear_out": ("img_mlp.2", 0),
-    "ff_context.linear_in": ("txt_mlp.0", 0),
-    "ff_context.linear_out": ("txt_mlp.2", 0),
-}
-BFL_SINGLE = {"attn.to_qkv_mlp_proj": ("linear1", 0), "attn.to_out": ("linear2", 0)}
-"""Linear of a block -> Black Forest Labs' linear, and which part of its rows it is."""
-_FUSED = 3
-"""Linears in a `qkv`."""
+Layout = Literal["diffusers", "bfl", "kohya"]
 
 
 class Update(NamedTuple):
@@ -50,25 +32,6 @@ class Update(NamedTuple):
 
 Adapter = dict[str, Update]
 """By diffusers' name of the linear."""
-
-
-class Place(NamedTuple):
-    """Where a linear of diffusers' is in Black Forest Labs' model."""
-
-    module: str
-    part: int
-    parts: int
-
-
-def bfl_place(name: str) -> Place:
-    """The place of a block's linear, e.g. `transformer_blocks.0.attn.to_k`."""
-    single, block, linear = re.fullmatch(
-        r"(single_)?transformer_blocks\.(\d+)\.(.+)", name
-    ).groups()  # type: ignore[union-attr]
-    inner, part = (BFL_SINGLE if single else BFL_DOUBLE)[linear]
-    kind = "single" if single else "double"
-    parts = _FUSED if inner.endswith("qkv") else 1
-    return Place(f"{kind}_blocks.{block}.{inner}", part, parts)
 
 
 def diffusers_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -110,14 +73,6 @@ def kohya_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
         tensors[f"{flat}.lora_up.weight"] = up
         tensors[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))
     return tensors
-
-
-def parts_of(module: str) -> list[str]:
-    """Diffusers' names of the linears that one of Black Forest Labs' holds, in the order of their rows."""
-    kind, block, inner = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module).groups()  # type: ignore[union-attr]
-    table = BFL_SINGLE if kind == "single" else BFL_DOUBLE
-    prefix = f"{'single_' if kind == 'single' else ''}transformer_blocks.{block}"
-    return [f"{prefix}.{linear}" for linear, (name, _) in table.items() if name == inner]
 
 
 def _modules(adapter: Adapter) -> dict[str, list[str]]:

@@ -15,28 +15,28 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from flux2_ds.config.adapter import adapted_linears, merges
+from flux2_ds.config.adapter_file import AB, DOWN_UP, MAGNITUDE, NAMES, find_pairs, settings_of_file
 from flux2_ds.config.model_spec import Spec, linear_shapes
+from flux2_ds.config.recipe import Lora
+from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import (
     Adapter,
     Layout,
     Update,
-    bfl_place,
 )
-from flux2_ds.model.merge import BaseWeights, changed_rows
-
-_AB, _DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+from flux2_ds.model.merge import BaseWeights, Merges, changed_rows
+from flux2_ds.model.safetensors_file import stored_digest
 
 
 @dataclass(frozen=True)
 class Program:
-    """How a program finds the update of a linear.
-
-    In a name {bfl} is Black Forest Labs' module, {flat} the same with underscores, {name} diffusers'.
-    """
+    """How a program finds the update of a linear; see `find_pairs`."""
 
     title: str
     names: tuple[str, ...]
@@ -51,16 +51,16 @@ PROGRAMS = (
     Program(
         "ComfyUI",
         ("diffusion_model.{bfl}", "lora_unet_{flat}", "transformer.{name}", "{name}"),
-        (_DOWN_UP, _AB),
+        (DOWN_UP, AB),
         alpha=True,
         dora="dora_scale",
     ),
-    Program("musubi-tuner", ("lora_unet_{flat}",), (_DOWN_UP,), alpha=True),
-    Program("ai-toolkit", ("diffusion_model.{bfl}", "transformer.{bfl}"), (_AB,), alpha=False),
+    Program("musubi-tuner", ("lora_unet_{flat}",), (DOWN_UP,), alpha=True),
+    Program("ai-toolkit", ("diffusion_model.{bfl}", "transformer.{bfl}"), (AB,), alpha=False),
     Program(
         "OneTrainer",
         ("transformer.{name}",),
-        (_AB, _DOWN_UP),
+        (AB, DOWN_UP),
         alpha=True,
         dora="lora_magnitude_vector.weight",
     ),
@@ -91,32 +91,21 @@ class Reading:
 def read_as(program: Program, tensors: dict[str, torch.Tensor], spec: Spec) -> Reading:
     """What a program described by data loads."""
     reading, used = Reading(), set()
-    for name, (rows, _) in linear_shapes(spec).items():
-        place = bfl_place(name)
-        titles = {"bfl": place.module, "flat": place.module.replace(".", "_"), "name": name}
-        for pattern in program.names:
-            key = pattern.format(**titles)
-            found = [
-                f for f in program.factors if {f"{key}.{f[0]}", f"{key}.{f[1]}"} <= tensors.keys()
-            ]
-            if not found:
-                continue
-            down, up = (tensors[f"{key}.{factor}"].float() for factor in found[0])
-            used |= {f"{key}.{factor}" for factor in found[0]} | {f"{key}.alpha"}
-            if program.alpha and f"{key}.alpha" in tensors:
-                down = down * (tensors[f"{key}.alpha"].item() / down.shape[0])
-            # A name with Black Forest Labs' module has q, k and v one below the other.
-            fused = "{name}" not in pattern
-            part = slice(place.part * rows, (place.part + 1) * rows) if fused else slice(None)
-            magnitude = None
-            if program.dora and f"{key}.{program.dora}" in tensors:
-                used.add(f"{key}.{program.dora}")
-                vector = tensors[f"{key}.{program.dora}"].float().flatten()[part]
-                if program.dora == "dora_scale":
-                    reading.dora_scales[name] = vector
-                else:
-                    magnitude = vector
-            reading.adapter[name] = Update(down, up[part], magnitude)
+    for pair in find_pairs(tensors, spec, program.names, program.factors):
+        down, up = tensors[pair.down].float(), tensors[pair.up].float()
+        alpha, dora = f"{pair.key}.alpha", f"{pair.key}.{program.dora}"
+        used |= {pair.down, pair.up, alpha}
+        if program.alpha and alpha in tensors:
+            down = down * (tensors[alpha].item() / down.shape[0])
+        magnitude = None
+        if program.dora and dora in tensors:
+            used.add(dora)
+            vector = tensors[dora].float().flatten()[pair.rows]
+            if program.dora == "dora_scale":
+                reading.dora_scales[pair.name] = vector
+            else:
+                magnitude = vector
+        reading.adapter[pair.name] = Update(down, up[pair.rows], magnitude)
     reading.ignored = sorted(tensors.keys() - used)
     return reading
 
@@ -165,6 +154,72 @@ def read_with(title: str, path: Path, spec: Spec) -> Reading:
         return read_by_diffusers(path, spec)
     (program,) = (program for program in PROGRAMS if program.title == title)
     return read_as(program, load_file(path), spec)
+
+
+def _check_digest(path: Path) -> None:
+    """Refuse a file of flux2-ds whose tensors are not those that were written."""
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata() or {}
+    digest = told.get("modelspec.hash_sha256")
+    if "flux2_ds.checked_for" in told and digest != f"0x{stored_digest(path)}":
+        raise ValueError("it does not have its sha256")
+
+
+def read_adapter(path: Path, spec: Spec) -> Adapter:
+    """An adapter file, as diffusers reads it; refused if it is damaged or not one of this model."""
+    shapes = linear_shapes(spec)
+    try:
+        _check_digest(path)  # diffusers reads pickles, too
+        reading = read_by_diffusers(path, spec)
+    except Exception as error:  # whatever diffusers does with a file that is none
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
+        ) from error
+    wrong = [f"it has nothing for {name}" for name in reading.ignored]
+    for name, (down, up, magnitude) in reading.adapter.items():
+        rows, columns = shapes.get(name, (0, 0))
+        if (up.shape[0], down.shape[1]) != (rows, columns) or up.shape[1] != down.shape[0]:
+            wrong.append(f"{name} has another shape")
+        if not all(x.isfinite().all() for x in (down, up, magnitude) if x is not None):
+            wrong.append(f"{name} is not finite")
+    if wrong or not reading.adapter:
+        reason = wrong[0] if wrong else "it adapts no linear"
+        raise UserError(
+            f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
+        )
+    return reading.adapter
+
+
+_OURS = Program("flux2-ds", NAMES, (AB, DOWN_UP), alpha=False, dora=MAGNITUDE)
+
+
+def read_file(setting: str, path: str, spec: Spec) -> Adapter:
+    """An adapter file that `setting` names, every tensor of which is used.
+
+    Raises:
+        UserError: as `settings_of_file`; a number that is not finite.
+    """
+    settings, _, scaled = settings_of_file(setting, path, spec)
+    try:
+        _check_digest(Path(path))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"{setting} {path} is damaged ({error}). Name another file.") from error
+    reading = read_as(_OURS, load_file(path), spec).adapter
+    adapter = {}
+    for name, linear in adapted_linears(spec, settings).items():
+        update = reading[name]
+        if not all(x.isfinite().all() for x in update if x is not None):
+            raise UserError(f"{setting} {path}: {name} is not finite. Name another file.")
+        adapter[name] = update if scaled else update._replace(down=update.down * linear.scale)
+    return adapter
+
+
+def read_merges(settings: Lora, spec: Spec) -> Merges:
+    """The adapters of `lora.merge_first`."""
+    return [
+        (read_file("lora.merge_first", path, spec), strength) for path, strength in merges(settings)
+    ]
 
 
 def largest_error(reading: Reading, adapter: Adapter, base: BaseWeights | None = None) -> float:

@@ -17,6 +17,13 @@ from flux2_ds.errors import UserError
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, quantize
 
 _NAME = "diffusion_pytorch_model.safetensors"
+Edit = Callable[[str, torch.Tensor, int, torch.dtype], torch.Tensor]
+"""From a weight's name, some of its rows as they are stored, the first one's number and a dtype to the rows to load."""
+
+
+def as_stored(name: str, weight: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight itself."""
+    return weight.to(dtype)
 
 
 def read_weights(
@@ -25,6 +32,7 @@ def read_weights(
     dtype: torch.dtype,
     device: torch.device,
     base_weights: str | None = None,
+    edit: Edit = as_stored,
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
@@ -36,7 +44,7 @@ def read_weights(
     for name, parameter in list(model.named_parameters()):
         with open_file(files[name]) as file:
             _checked_slice(file, files[name], name, parameter)
-            weight = file.get_tensor(name).to(device, dtype)
+            weight = edit(name, file.get_tensor(name).to(device), 0, dtype)
         place_weight(model, name, weight, base_weights)
 
 
@@ -48,6 +56,7 @@ def read_partitioned(
     partition: Callable[[nn.Module], None],
     rank: int,
     base_weights: str | None = None,
+    edit: Edit = as_stored,
 ) -> None:
     """`read_weights`, each parameter partitioned as soon as it exists.
 
@@ -61,11 +70,17 @@ def read_partitioned(
         # Opened anew for each tensor: pages of the file stay resident only while it is open.
         with open_file(files[name]) as file:
             stored = _checked_slice(file, files[name], name, parameter)
-            _fill_partition(module, stored, dtype, device, rank)
+            _fill_partition(module, name, stored, dtype, device, rank, edit)
 
 
 def _fill_partition(
-    module: nn.Module, stored: Any, dtype: torch.dtype, device: torch.device, rank: int
+    module: nn.Module,
+    name: str,
+    stored: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    edit: Edit,
 ) -> None:
     """Fill this rank's partition of a module's parameters from `stored`, a safetensors slice.
 
@@ -81,7 +96,7 @@ def _fill_partition(
         ranges.append((start, stop, parameter.ds_numel // parameter.ds_shape[0]))
     first = min(start // row for start, _, row in ranges)
     last = max(-(-stop // row) for _, stop, row in ranges)
-    weight = stored[first:last].to(device, dtype)
+    weight = edit(name, stored[first:last].to(device), first, dtype)
     tensors: Any = (weight,)
     if isinstance(module, QuantizedLinear):
         tensors = filter(torch.is_tensor, quantize(weight, module.storage, module.compute))

@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn import functional
 
 from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.adapter_file import bfl_place, parts_of
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
+from flux2_ds.model.adapter_layouts import Adapter
 from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
 from flux2_ds.ops.quantized_linear import QuantizedLinear, dequantize
 
@@ -66,6 +68,27 @@ def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> N
     adapted = sum(isinstance(module, LoraLinear) for module in model.modules())
     if adapted != targeted:
         raise ValueError(f"{adapted} linears adapted, {targeted} targeted")
+
+
+@torch.no_grad()
+def set_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Let the model's adapter change its linears as `adapter` does, which has an update for each."""
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
+    for name, layer in layers.items():
+        down, up, magnitude = adapter[name]
+        rank = layer.r[ADAPTER]
+        if down.shape[0] != rank:
+            # Of one module for q, k and v, with their factors one after the other.
+            beside = [part for part in parts_of(bfl_place(name).module) if part in layers]
+            start = sum(layers[part].r[ADAPTER] for part in beside[: beside.index(name)])
+            down, up = down[start : start + rank], up[:, start : start + rank]
+        layer.lora_A[ADAPTER].weight.copy_(down / layer.scaling[ADAPTER])
+        layer.lora_B[ADAPTER].weight.copy_(up)
+        if magnitude is not None:
+            held = layer.lora_magnitude_vector[ADAPTER].weight
+            held.copy_(torch.where(held == 0, 0.0, magnitude.to(held)))  # 0 for a row of zeros in W
 
 
 class LoraLinear(lora.Linear):

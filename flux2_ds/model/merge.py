@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from flux2_ds.errors import UserError
 from flux2_ds.model.adapter_layouts import Adapter, Update
-from flux2_ds.model.load import open_file, tensor_files
+from flux2_ds.model.load import Edit, open_file, tensor_files
 
 _ELEMENTS = 1 << 25
 """Of a weight that are in memory at once: 128 MiB in fp32."""
 
 
-class BaseWeights:
-    """A transformer's weights in its files."""
+Merges = Sequence[tuple[Adapter, float]]
+"""Adapters that are part of the base, and their strengths."""
 
-    def __init__(self, directory: Path) -> None:
+
+def merge_into(merges: Merges) -> Edit:
+    """A function that puts adapters into the weights of a base, one after the other, in fp32."""
+
+    def edit(name: str, weight: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
+        linear = name.removesuffix(".weight")
+        updates = [(adapter[linear], strength) for adapter, strength in merges if linear in adapter]
+        if not updates:
+            return weight.to(dtype)
+        merged = weight.new_empty(weight.shape, dtype=dtype)
+        step = max(1, _ELEMENTS // weight.shape[1])
+        for start in range(0, weight.shape[0], step):
+            part = weight[start : start + step].float()
+            rows = slice(first + start, first + start + part.shape[0])
+            for update, strength in updates:
+                part = torch.lerp(part, changed_rows(part, update, rows), strength)
+            merged[start : start + step] = part
+        return merged
+
+    return edit
+
+
+class BaseWeights:
+    """A transformer's weights in its files, with `merges` in them."""
+
+    def __init__(self, directory: Path, merges: Merges = ()) -> None:
         self.directory = directory
+        self._merge = merge_into(merges)
         self._files = tensor_files(directory)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -35,8 +61,7 @@ class BaseWeights:
         update = adapter.get(name.removesuffix(".weight"))
         if update is None:
             with open_file(self._files[name]) as file:
-                weight: torch.Tensor = file.get_tensor(name).float()
-            return weight
+                return self._merge(name, file.get_tensor(name), 0, torch.float32)
         chunks = self.rows(name.removesuffix(".weight"))
         return torch.cat([changed_rows(weight, update, rows) for rows, weight in chunks])
 
@@ -53,15 +78,16 @@ class BaseWeights:
             count, width = stored.get_shape()
             step = max(1, _ELEMENTS // width)
             for start in range(0, count, step):
-                yield slice(start, min(start + step, count)), stored[start : start + step].float()
+                rows = slice(start, min(start + step, count))
+                yield rows, self._merge(key, stored[rows], start, torch.float32)
 
 
 def changed_rows(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
     """Rows of W with the update in them, from these rows of W; fp32."""
-    changed = torch.addmm(weight, update.up[rows].float(), update.down.float())
+    changed = torch.addmm(weight, update.up[rows].to(weight), update.down.to(weight))
     if update.magnitude is None:
         return changed
-    return changed * _gain(changed, update.magnitude[rows].float())[:, None]
+    return changed * _gain(changed, update.magnitude[rows].to(weight))[:, None]
 
 
 def dora_scale(base: BaseWeights, name: str, update: Update | None) -> torch.Tensor:

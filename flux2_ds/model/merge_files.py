@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from flux2_ds.model.adapter_layouts import bfl_place, parts_of
+from flux2_ds.config.adapter_file import bfl_place, parts_of
 from flux2_ds.model.safetensors_file import Shapes, write_safetensors
 
 _OUTSIDE = {

@@ -16,6 +16,8 @@ from typing import IO, Any, Literal
 
 import yaml
 
+from flux2_ds.config.adapter_file import settings_of_file, with_file
+from flux2_ds.config.model_spec import known_spec
 from flux2_ds.config.plan import Plan
 from flux2_ds.config.recipe import Lora, Recipe, recipe_values
 from flux2_ds.config.settings import changes
@@ -236,6 +238,32 @@ def trained_recipe(recipe: Recipe) -> Recipe:
         raise UserError(f"run_dir {recipe.run_dir} holds no run. Train first, or correct run_dir.")
     with _reading(stored):
         return as_trained(recipe, yaml.safe_load(stored.read_text()), stored)
+
+
+def with_adapter_file(recipe: Recipe) -> Recipe:
+    """The recipe with what `lora.init_from` decides: as the run's own has it once there is a checkpoint, else
+    as the file says.
+
+    Raises:
+        UserError: it cannot be an adapter of this model, or a setting contradicts it.
+    """
+    path, stored = recipe.lora.init_from, Path(recipe.run_dir) / RECIPE_NAME
+    if path is None or recipe.method == "full":
+        return recipe
+    spec = known_spec(recipe.model.path)
+    if newest_step(recipe) > 0 and stored in entries(stored.parent):
+        with _reading(stored):
+            found = Lora(**yaml.safe_load(stored.read_text())["lora"])
+        if found.init_from != path:
+            return recipe  # which is refused as another run
+    else:
+        found, dora, _ = settings_of_file("lora.init_from", path, spec)
+        if dora != (recipe.method == "dora"):
+            kind = "dora" if dora else "lora"
+            raise UserError(
+                f"method is {recipe.method}, and lora.init_from {path} is a {kind}. Set method: {kind}."
+            )
+    return replace(recipe, lora=with_file(recipe.lora, found, spec))
 
 
 def as_trained(recipe: Recipe, values: dict[str, Any], source: Path) -> Recipe:

@@ -15,7 +15,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks, trained_parameters
-from flux2_ds.config.model_files import part_digest
+from flux2_ds.config.model_files import base_digest
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles
 from flux2_ds.config.recipe import Recipe, recipe_values
@@ -34,9 +34,12 @@ from flux2_ds.engine.zero3 import check_zero, gathering, make_partitioner
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.activation_checkpointing import blocks_of, configure_blocks
+from flux2_ds.model.adapter_programs import read_file, read_merges
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.cuda_graphs import use_cuda_graphs
-from flux2_ds.model.load import check_card, read_partitioned, read_weights
+from flux2_ds.model.load import Edit, as_stored, check_card, read_partitioned, read_weights
+from flux2_ds.model.lora import set_adapter
+from flux2_ds.model.merge import merge_into
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.run_dir import validation_history, versions
@@ -55,22 +58,31 @@ log = logging.getLogger("flux2_ds")
 
 
 def build_model(
-    directory: Path, spec: Spec, plan: Plan, process: Process, image_tokens: int
+    directory: Path,
+    spec: Spec,
+    plan: Plan,
+    process: Process,
+    image_tokens: int,
+    *,
+    resumed: bool = False,
 ) -> tuple[Flux2Transformer2DModel, Memory]:
     """The transformer in `directory` with what the recipe trains, and the memory this should take.
 
-    `image_tokens`: of the longest sample, reference images included.
+    `image_tokens`: of the longest sample, reference images included. `resumed`: what is trained comes from
+    a checkpoint, not from `lora.init_from`.
     """
-    model = load_model(directory, plan, process)
-    return model, finish_model(model, spec, plan, process, image_tokens)
-
-
-def load_model(directory: Path, plan: Plan, process: Process) -> Flux2Transformer2DModel:
-    """The transformer in `directory` as the plan wants its weights: partitioned, quantised or plain."""
-    recipe = plan.recipe
+    recipe, adapter = plan.recipe, None
     check_machine(plan, process.device)
+    # Before the base, which takes minutes.
+    merged = merge_into(read_merges(recipe.lora, spec))
+    if recipe.lora.init_from is not None and not resumed:
+        adapter = read_file("lora.init_from", recipe.lora.init_from, spec)
     dtype = transformer.compute_dtype(recipe.precision)
-    return load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process)
+    model = load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process, merged)
+    memory = finish_model(model, spec, plan, process, image_tokens)
+    if adapter is not None:
+        set_adapter(model, adapter)
+    return model, memory
 
 
 def load_as(
@@ -79,6 +91,7 @@ def load_as(
     dtype: torch.dtype,
     base_weights: str | None,
     process: Process,
+    edit: Edit = as_stored,
 ) -> Flux2Transformer2DModel:
     """The transformer in `directory`, partitioned where `config` has ZeRO-3."""
     with torch.device("meta"):
@@ -86,10 +99,10 @@ def load_as(
     files, device = directory / "transformer", process.device
     if config.get("zero_optimization", {}).get("stage") == 3:
         read_partitioned(
-            model, files, dtype, device, make_partitioner(config), process.rank, base_weights
+            model, files, dtype, device, make_partitioner(config), process.rank, base_weights, edit
         )
     else:
-        read_weights(model, files, dtype, device, base_weights)
+        read_weights(model, files, dtype, device, base_weights, edit)
     return model
 
 
@@ -372,7 +385,7 @@ def build_run(
         "recipe": recipe_values(recipe),
         "versions": versions(),
         "index": inputs.index.digest,
-        "base": part_digest(inputs.directory, "transformer") if process.is_rank0 else None,
+        "base": base_digest(inputs.directory, recipe.lora) if process.is_rank0 else None,
         "processes": process.world_size,
     }
     if process.is_rank0 and first_step < recipe.steps:

@@ -11,7 +11,7 @@ from typing import Any
 from flux2_ds.checkpoint import manager
 from flux2_ds.checkpoint.manager import SaveError
 from flux2_ds.checkpoint.tensor_store import TensorShard
-from flux2_ds.config.model_files import changed_files, file_digests, part_digest
+from flux2_ds.config.model_files import base_digest, changed_files, file_digests
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import Index
 from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
@@ -140,6 +140,11 @@ def resume(
         for path, damage in damaged.items():
             log.warning("%s is damaged: %s", path, damage)
             log.warning("going on from the one before; moved it to %s", manager.set_aside(path))
+        if found is None and damaged and recipe.lora.init_from is not None:
+            raise UserError(
+                f"no checkpoint in {root} is intact, and lora.init_from {recipe.lora.init_from} was not read, because "
+                "there seemed to be one. Start again: the run begins with that file."
+            )
         step = found.step if found else 0
     step = broadcast_from_rank0(step, process.device)
     if step == 0:
@@ -153,14 +158,15 @@ def resume(
     state = chosen.state()
     if process.is_rank0:
         check_metrics(Path(recipe.run_dir), state["metrics"])
-        base = part_digest(model_directory, "transformer")
+        base = base_digest(model_directory, recipe.lora)
         files = changed_base_files(state, model_directory)
         if files or state["base"] != base:
             what = f"(digest {base}, was {state['base']}{''.join(f'; {name} differs' for name in files)})"
+            merged = " with lora.merge_first in it" * bool(recipe.lora.merge_first)
             if not recipe.accept_changes:
                 raise UserError(
-                    f"the transformer of model.path {recipe.model.path} is not the one that {chosen.path} was "
-                    f"trained over {what}. Restore its files, give a new run_dir, or set accept_changes: true."
+                    f"the transformer of model.path {recipe.model.path}{merged} is not the one that {chosen.path} "
+                    f"was trained over {what}. Restore its files, give a new run_dir, or set accept_changes: true."
                 )
             log.warning("accepted: another transformer in %s %s", recipe.model.path, what)
     before = state["recipe"]["optimizer"]["name"]

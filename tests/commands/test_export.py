@@ -24,8 +24,9 @@ from flux2_ds.config.recipe import Data, Lora, Model, Recipe, recipe_values
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import Layout
-from flux2_ds.model.adapter_programs import CHECKED
+from flux2_ds.model.adapter_programs import CHECKED, read_merges
 from flux2_ds.model.lora import add_lora, lora_config
+from flux2_ds.model.merge import BaseWeights
 from flux2_ds.run.run_dir import as_trained
 
 Tensors = dict[str, torch.Tensor]
@@ -46,6 +47,8 @@ def recipe_for(model: Path, run_dir: Path, method: str, **lora: Any) -> Recipe:
 def trained(recipe: Recipe, spec: Spec) -> Flux2Transformer2DModel:
     """The tiny transformer with some change to all that the method trains."""
     model = Flux2Transformer2DModel.from_pretrained(recipe.model.path, subfolder="transformer")
+    merged = BaseWeights(Path(recipe.model.path) / "transformer", read_merges(recipe.lora, spec))
+    model.load_state_dict({name: merged.merged(name, {}) for name in merged.shapes()})
     if recipe.method == "full":
         model.requires_grad_(True)
     else:
@@ -375,3 +378,52 @@ def test_adapter_settings_are_those_of_the_checkpoint(
     chosen = choose(tmp_path / "run/checkpoints", 3)
     found = as_trained(now, chosen.state()["recipe"], chosen.path)
     assert found == dataclasses.replace(recipe, precision="bf16")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_that_was_trained_over_another(
+    method: str, tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
+) -> None:
+    """It is right beside that one, which is left out of its file and named there."""
+    first = recipe_for(tiny_model, tmp_path / "first", "lora", targets="attention")
+    chosen = save(trained(first, tiny_spec), first, write_checkpoint)
+    (beside,) = export_as(first, chosen, layout="bfl")
+    stacked = {"merge_first": [str(beside)], "merge_strengths": [0.5]}
+    recipe = recipe_for(tiny_model, tmp_path / "run", method, **stacked)
+    plain = Flux2Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    model = trained(recipe, tiny_spec)
+    after = weights_after(model, tiny_spec)
+    chosen = save(model, recipe, write_checkpoint)
+
+    (path,) = export_as(recipe, chosen, layout="bfl")
+    weights = in_bfl(weights_after(plain, tiny_spec), tiny_spec)
+    half = {n: t * (0.5 if "lora_B" in n else 1) for n, t in load_file(beside).items()}
+    weights, _ = adapter_loaders.comfyui(weights, half)
+    weights, ignored = adapter_loaders.comfyui(weights, load_file(path))
+    assert not ignored
+    for name, expected in in_bfl(after, tiny_spec).items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-5)
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["flux2_ds.lora"])
+    assert said["merge_first"] == [beside.name] and said["merge_strengths"] == [0.5]
+    assert f"`{beside.name}` at strength 0.5" in (path.parent / "README.md").read_text()
+
+    (path,) = export_as(recipe, chosen, merge=True, keep_merge_first=True)
+    kept = Flux2Transformer2DModel.from_pretrained(path)
+    torch.testing.assert_close(
+        predict(kept, tiny_spec), predict(model, tiny_spec), rtol=1e-4, atol=1e-5
+    )
+    if method == "dora":
+        with pytest.raises(UserError, match="Add --keep_merge_first true"):
+            export_as(recipe, chosen, merge=True)
+        return
+    (path,) = export_as(recipe, chosen, merge=True)
+    alone, base = (
+        weights_after(m, tiny_spec) for m in (Flux2Transformer2DModel.from_pretrained(path), plain)
+    )
+    both = weights_after(kept, tiny_spec)
+    name = "transformer_blocks.0.attn.to_q"
+    update = read_merges(recipe.lora, tiny_spec)[0][0][name]
+    difference = 0.5 * update.up @ update.down
+    torch.testing.assert_close(both[name] - alone[name], difference, rtol=1e-3, atol=1e-5)
+    assert (alone[name] - base[name]).norm() > 0.1

@@ -13,7 +13,7 @@ from flux2_ds.config.model_spec import RELEASED
 from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser, shipped_directory
 from flux2_ds.config.plan import captures, compiles, learning_rate, make_plan, transposable
 from flux2_ds.config.recipe import Batch, Data, Model, Optimizer, Recipe
-from flux2_ds.config.validate import ignored_settings
+from flux2_ds.config.validate import check_recipe, ignored_settings
 from flux2_ds.errors import UserError
 from launcher import cli
 
@@ -373,6 +373,30 @@ def test_plan_says_the_arithmetic():
     assert "24 global = 2 micro × 3 accumulation × 4 processes" in text
     assert "10 = 240 samples" in text
     assert "lora rank 16, alpha 16" in text
+
+
+def test_plan_says_what_the_adapter_begins_with_and_what_it_is_trained_over():
+    changes = {"lora.merge_first": ["a.safetensors"], "lora.merge_strengths": [0.5]}
+    model = {"model.path": "black-forest-labs/FLUX.2-klein-4B", "model.allow_distilled": True}
+    recipe = make_recipe(**changes, **model, **{"lora.init_from": "b.safetensors"})
+    text = "\n".join(make_plan(recipe, 1).lines())
+    assert "begins as  b.safetensors" in text and "merged     a.safetensors × 0.5" in text
+    assert "warning" not in text
+    text = "\n".join(make_plan(make_recipe(**model), 1).lines())
+    assert "the model is step-distilled" in text and "lora.merge_first" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "full", "lora.init_from": "f"}, r"lora.init_from is f, and method is full"),
+        ({"method": "full", "lora.merge_first": ["f"]}, r"lora.merge_first is \['f'\], and method"),
+        ({"lora.merge_strengths": [1.0]}, r"lora.merge_strengths is \[1.0\], .* has 0 files"),
+    ],
+)
+def test_adapter_files_that_contradict_other_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_recipe(make_recipe(**changes))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flux2_ds.config.parse import load_recipe
 from flux2_ds.config.plan import make_plan
-from flux2_ds.config.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe
+from flux2_ds.config.recipe import Checkpoint, Data, Lora, Model, Optimizer, Recipe, recipe_values
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.logging import open_log
 from flux2_ds.run.run_dir import (
@@ -22,6 +23,7 @@ from flux2_ds.run.run_dir import (
     newest_step,
     stop_file,
     trained_recipe,
+    with_adapter_file,
     write_run_dir,
 )
 
@@ -241,3 +243,20 @@ def test_exports_are_named_after_the_run(tmp_path):
     assert export_path(recipe, 40, "ema").name == "cats-step_00000040-ema-diffusers.safetensors"
     assert export_path(full, 40, "ema").parent.name == "step_00000040-ema"
     assert export_path(full, 40) == tmp_path / "cats/export/step_00000040/transformer"
+
+
+def test_a_run_that_continues_does_not_read_the_file_it_began_with(tmp_path):
+    """Its adapter's settings are those in its own recipe; without a checkpoint the file decides."""
+    run_dir, recipe = tmp_path / "run", make_recipe(tmp_path / "run")
+    stored = dataclasses.replace(recipe, lora=Lora(rank=5, targets=["attn.to_q"], init_from="gone"))
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(stored)))
+    now = dataclasses.replace(recipe, lora=Lora(init_from="gone"))
+    with pytest.raises(UserError, match=r"lora.init_from gone cannot be read"):
+        with_adapter_file(now)
+    (run_dir / "checkpoints/step_00000002").mkdir(parents=True)
+    assert with_adapter_file(now) == stored
+    with pytest.raises(UserError, match=r"lora.rank is 7, .* has 5"):
+        with_adapter_file(dataclasses.replace(now, lora=Lora(init_from="gone", rank=7)))
+    other = dataclasses.replace(now, lora=Lora(init_from="other"))
+    assert with_adapter_file(other) == other

@@ -254,7 +254,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
     stand_ins = {
         "init_process_group": lambda accelerator: ALONE,
         "read_inputs": read,
-        "build_model": lambda *_: (Mock(), Memory({}, {})),
+        "build_model": lambda *_, **__: (Mock(), Memory({}, {})),
         "recordable": lambda plan, index: plan,
         "build_run": lambda *_: SimpleNamespace(metrics=None),
     }
@@ -282,7 +282,7 @@ def test_a_card_that_is_too_small_for_a_step_is_answered_with_settings(
 ):
     """With another exit code than a recipe that is wrong, for a restart may find more memory."""
     expected = Memory({"CUDA graphs": 1}, {})
-    monkeypatch.setattr(train, "build_model", lambda *_: (Mock(), expected))
+    monkeypatch.setattr(train, "build_model", lambda *_, **__: (Mock(), expected))
     error = torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nstack")
     monkeypatch.setattr(train, "run_steps", Mock(side_effect=error))
     with pytest.raises(
