@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--title", type=str | None, default=None,
                         help="What user interfaces and the model card call it. Default: run_dir's name.")  # fmt: skip
     parser.add_argument("--trigger", type=str | None, default=None,
-                        help="Words that a prompt should have, for user interfaces and the model card.")  # fmt: skip
+                        help="Words that a prompt should have, for user interfaces and the model card. Default: captions.trigger_word.")  # fmt: skip
     parser.add_argument("--push", type=str | None, default=None,
                         help="Upload the export to this repository of the Hugging Face hub, private if new.")  # fmt: skip
     recipe, options = parse_recipe(parser)

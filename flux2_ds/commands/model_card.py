@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from flux2_ds.checkpoint.manager import STATE_NAME, Checkpoint
 from flux2_ds.config.adapter import merges, targets_line
 from flux2_ds.config.model_spec import RELEASED, Spec
-from flux2_ds.config.recipe import Lora
+from flux2_ds.config.recipe import Lora, trigger_words
 from flux2_ds.errors import OutageError, UserError, without_secrets
 from flux2_ds.model.safetensors_file import content_digest
 from flux2_ds.run.run_dir import Weights
@@ -51,10 +51,17 @@ class Origin:
     directory: Path
     """Of the base model."""
     title: str
-    trigger: str | None = None
-    """Words that a prompt should have."""
+    given_trigger: str | None = None
     repository: str | None = None
     """Of the hub, where it will be."""
+
+    @property
+    def trigger(self) -> str | None:
+        """Words that a prompt should have: those given, or that the captions were trained with."""
+        captions = self.settings.get("captions", {})
+        return (
+            self.given_trigger or ", ".join(trigger_words(captions.get("trigger_word", ""))) or None
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

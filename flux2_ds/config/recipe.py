@@ -470,6 +470,12 @@ IN_EPOCHS = {
 """Setting in epochs -> the one in steps that it stands for; `data.dataset.in_steps` replaces it."""
 
 
+def trigger_words(value: str | dict[str, str]) -> list[str]:
+    """The words of `captions.trigger_word`, each once."""
+    words = [value] if isinstance(value, str) else value.values()
+    return [word for word in dict.fromkeys(words) if word]
+
+
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain YAML and JSON values, every default written out."""
     values = dataclasses.asdict(recipe)

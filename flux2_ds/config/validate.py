@@ -12,7 +12,16 @@ from typing import Any
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.deepspeed_config import OFFLOADS, offload_device
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import DEFAULT_SOURCE, IN_EPOCHS, Log, Lora, Recipe, Validation, is_url
+from flux2_ds.config.recipe import (
+    DEFAULT_SOURCE,
+    IN_EPOCHS,
+    Log,
+    Lora,
+    Recipe,
+    Validation,
+    is_url,
+    trigger_words,
+)
 from flux2_ds.config.settings import check_ranges, settings_of
 from flux2_ds.errors import USER_INFO, UserError
 
@@ -359,6 +368,13 @@ def doubtful_settings(recipe: Recipe) -> Iterator[str]:
         yield (
             f"optimizer.warmup_steps is {adam.warmup_steps} and steps {steps}; the learning rate is {reached}"
         )
+    words, prompts = trigger_words(recipe.captions.trigger_word), recipe.preview.prompts
+    if (
+        _given(recipe.preview, "every")
+        and words
+        and not any(w in p for w in words for p in prompts)
+    ):
+        yield f"captions.trigger_word {', '.join(words)} is in none of preview.prompts, which show what is trained"
 
 
 def _given(section: Any, name: str) -> bool:

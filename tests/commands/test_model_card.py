@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from test_export import Write, export_as, recipe_for, save, trained
 
-from flux2_ds.checkpoint.manager import Checkpoint
+from flux2_ds.checkpoint.manager import STATE_NAME, Checkpoint
 from flux2_ds.commands.export import Request, export, main
 from flux2_ds.commands.model_card import Origin
 from flux2_ds.config.model_spec import RELEASED, Spec
@@ -45,6 +45,15 @@ def metadata_of(path: Path) -> dict[str, str]:
 def test_user_interfaces_find_what_was_trained(
     recipe: Recipe, chosen: Checkpoint, tiny_model: Path, tiny_spec: Spec
 ) -> None:
+    plain, comfyui = export_as(recipe, chosen, title="My cat")
+    assert "modelspec.trigger_phrase" not in metadata_of(comfyui)
+    state = json.loads((chosen.path / STATE_NAME).read_text())
+    words = {"me": "ohwx cat", "web": "", "more": "ohwx cat", "dog": "sks"}
+    state["recipe"]["captions"] = {"trigger_word": words}
+    (chosen.path / STATE_NAME).write_text(json.dumps(state))
+    export_as(recipe, chosen)
+    assert metadata_of(comfyui)["modelspec.trigger_phrase"] == "ohwx cat, sks"
+    assert "Write `ohwx cat, sks` in the prompt." in (comfyui.parent / "README.md").read_text()
     plain, comfyui = export_as(recipe, chosen, title="My cat", trigger="ohwx cat")
     found = metadata_of(comfyui)
     expected = {
