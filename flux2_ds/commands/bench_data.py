@@ -43,6 +43,7 @@ MODELS = {"dev": (15360, 160, 0.80), "klein-9b": (12288, 512, 0.24), "klein-4b":
 """Text width, rows of a caption that are stored (dev's padding is not), and the seconds that a GPU takes for a
 sample."""
 _SAMPLES_PER_SHARD, _WAITED_STEPS, _SHARD_OF_INDEX = 16, 24, 256
+_INDEX_SAMPLES = (10**6, 10**8)
 Values = dict[str, object]
 
 
@@ -75,7 +76,7 @@ def main() -> None:
                 report(
                     f"{model} from {kind}", measure(kind, Path(work) / model, index, options, pace)
                 )
-    for samples in (10**6, 10**8):
+    for samples in _INDEX_SAMPLES:
         report(f"index of {samples:,} samples", measure_index(samples))
     if options.json:
         print(json.dumps(results, indent=1))
@@ -113,7 +114,7 @@ def measure(
 
         def loader() -> Loader:
             order = Order(index, 1, seed=0, window=2)
-            empty = torch.zeros(0)
+            empty = torch.zeros(TEXT_TOKENS, index.text_width)
             return Loader(location, index, order, Share(0, 1, 1, 1), seed=0, caption_dropout=0.0,
                           empty_text=empty, num_workers=options.num_workers)  # fmt: skip
 

@@ -15,7 +15,7 @@ from flux2_ds.commands import bench_data
 
 def test_the_report(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_data, "MODELS", {"tiny": (16, 160, 0.001)})
-    monkeypatch.setattr(bench_data, "_SHARD_OF_INDEX", 100_000)
+    monkeypatch.setattr(bench_data, "_INDEX_SAMPLES", (25_600,))
     asked = f"--json --gb 0.01 --rounds 1 --model tiny --from disk http s3 --work {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["bench-data", *asked.split()])
     bench_data.main()
@@ -28,7 +28,7 @@ def test_the_report(monkeypatch, capsys, tmp_path):
         assert ("loader, server's CPU ms" in found[source]) == ("disk" not in source)
         assert ("plain WebDataset, MB/s" in found[source]) == ("s3" not in source)
         assert found[source]["wait at 0.001 s a step"].endswith(" %")
-    assert found["index of 100,000,000 samples"]["shards"] == 1000
+    assert found["index of 25,600 samples"]["shards"] == 100
     assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -70,7 +69,7 @@ def test_what_cannot_be_compared_is_refused(monkeypatch, given, message):
 
 
 @pytest.mark.parametrize("tiny_model", ["klein"], indirect=True)
-def test_only_the_base_makes_a_difference(tiny_model, tmp_path):
+def test_only_the_base_makes_a_difference(tiny_model, tmp_path, monkeypatch, capsys):
     """The same base again gives the same losses and gradients to the last bit; 4 bits do not."""
     (tmp_path / "images").mkdir()
     for number in range(2):
@@ -86,21 +85,20 @@ def test_only_the_base_makes_a_difference(tiny_model, tmp_path):
     settings = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     recipe, _ = parse_recipe(recipe_parser("quality", ""), settings)
     prepare.prepare(recipe, tiny_model, read_spec(tiny_model))
-    command = [sys.executable, "-m", "flux2_ds.commands.quality", *settings]
     # What goes with the recipe's base need not go with the plain one.
-    command += ["--base_weights", "fp8", "--cache_transposed_base", "true"]
-    command += [
-        "--modes",
-        "[fp32, nf4]",
+    settings += [
+        "--base_weights",
+        "fp8",
+        "--cache_transposed_base",
+        "true",
         "--batches",
         "2",
         "--json",
-        "--image",
-        str(tmp_path / "p.png"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    plain, again, quantised = json.loads(done.stdout)
+    settings += ["--modes", "[fp32, nf4]", "--image", str(tmp_path / "p.png")]
+    monkeypatch.setattr(sys, "argv", ["quality", *settings])
+    quality.main()
+    plain, again, quantised = json.loads(capsys.readouterr().out)
     assert again["losses"] == plain["losses"]
     assert len(set(plain["losses"])) == SETTINGS["steps"]
     assert again["nearness"]["error_worst"] == 0

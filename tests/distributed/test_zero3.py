@@ -60,7 +60,7 @@ def test_a_partitioned_quantized_base_follows_stage_0(tmp_path: Path) -> None:
         assert found == pytest.approx(same, rel=1e-5 if exact else 1e-2), kind
 
 
-def test_compiled_blocks_follow_stage_2(tmp_path: Path) -> None:
+def test_compiled_blocks_follow_plain_ones_at_stage_2(tmp_path: Path) -> None:
     """Each kind of block is one graph, traced once, and ZeRO-3 gathers what it reads, whether it keeps
     its activations or recomputes."""
     trajectory.base().save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
@@ -81,7 +81,15 @@ def test_compiled_blocks_follow_stage_2(tmp_path: Path) -> None:
     # With the adapter and without.
     kinds.append({"method": "lora", "base": True, "graphs": 6})
     kinds = [common | kind for kind in kinds]
-    whole = launch(2, [kind | {"deepspeed": read_deepspeed("zero2")} for kind in kinds], tmp_path)
+    plain: dict[str, Any] = {
+        "deepspeed": read_deepspeed("zero2"),
+        "blocks": {"checkpointed": 0, "compiled": False},
+    }
+    uncompiled = [
+        {name: value for name, value in (kind | plain).items() if name != "graphs"}
+        for kind in kinds
+    ]
+    whole = launch(2, uncompiled, tmp_path)
     # Previews in between compile nothing.
     partitioned = {"deepspeed": compilable("zero3"), "files": str(tmp_path), "previewed": True}
     parts = launch(2, [kind | partitioned for kind in kinds], tmp_path)

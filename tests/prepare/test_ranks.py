@@ -1,57 +1,59 @@
 """Several ranks prepare one folder: the shards are those of one process, whatever was killed."""
 
 import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
+from forked import Ranks
 from test_prepare import add_photo, model, photos, recipe_for, report, run, shard_bytes, truncate
 
 from flux2_ds.config.recipe import Prepare, Recipe, recipe_values
 from flux2_ds.data.index import read_index
+from flux2_ds.errors import run_root
+from flux2_ds.prepare import __main__ as root
+from flux2_ds.prepare import captions, images
+from flux2_ds.prepare import encode as rounds
 
 __all__ = ["model", "photos"]  # fixtures
 
-SLOW = """
-import os, sys, time
-from flux2_ds.prepare import __main__ as root, captions, encode as rounds, images
-encode, encode_captions, write = images.latents.encode, captions.CaptionEncoder.encode, images.ShardWriter.write
-config = sys.argv[1]
-rounds._CAPTIONS_A_RANK = 1  # so that a second text encoder pays
-def note(kind, what):
-    with open(config + ".done", "a") as file:
-        file.write(f"{os.environ['RANK']} {kind} {what}\\n")
-def encode_noted(self, batch):
-    note("captions", batch)
-    return encode_captions(self, batch)
-def write_noted(self, job):
-    note("shard", job.name)
-    return write(self, job)
-images.latents.encode = lambda *a: (time.sleep(0.3), encode(*a))[1]
-captions.CaptionEncoder.encode, images.ShardWriter.write = encode_noted, write_noted
-sys.argv = ["prepare", "--config", config]
-root.run_root(root.main)
-"""
+
+def prepare(_orders: object, config: Path) -> None:
+    """`prepare` as a rank runs it, slowly, with notes of what it encodes."""
+    encode, encode_captions = images.latents.encode, captions.CaptionEncoder.encode
+    write = images.ShardWriter.write
+    rounds._CAPTIONS_A_RANK = 1  # so that a second text encoder pays
+
+    def note(kind: str, what: Any) -> None:
+        with config.with_suffix(".done").open("a") as file:
+            file.write(f"{os.environ['RANK']} {kind} {what}\n")
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.3)
+        return encode(*given)
+
+    def encode_noted(self: Any, batch: Any) -> Any:
+        note("captions", batch)
+        return encode_captions(self, batch)
+
+    def write_noted(self: Any, job: Any) -> Any:
+        note("shard", job.name)
+        return write(self, job)
+
+    images.latents.encode = slowly
+    captions.CaptionEncoder.encode, images.ShardWriter.write = encode_noted, write_noted
+    sys.argv = ["prepare", "--config", str(config)]
+    run_root(root.main)
 
 
-def start(folder: Path, *recipes: Recipe) -> list[subprocess.Popen[str]]:
+def start(folder: Path, *recipes: Recipe) -> Ranks:
     """A process for each recipe, as a launcher starts the ranks of a run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": str(len(recipes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank, recipe in enumerate(recipes):
-        config = folder / f"rank_{rank}.yaml"
+    configs = [folder / f"rank_{rank}.yaml" for rank in range(len(recipes))]
+    for config, recipe in zip(configs, recipes, strict=True):
         config.write_text(yaml.safe_dump(recipe_values(recipe)))
-        environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-c", SLOW, str(config)]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-    return started
+    return Ranks(prepare, [(config,) for config in configs])
 
 
 def finished(shards: Path) -> set[str]:
@@ -83,22 +85,20 @@ def test_a_killed_rank_costs_no_finished_shard_and_changes_nothing(model, photos
         ranks = start(tmp_path, recipe, recipe)
         deadline = time.monotonic() + 240
         while len(finished(cut)) < len(before) + 2:
-            assert [rank.poll() for rank in ranks] == [None, None]
+            assert not ranks.ended(), ranks.said()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        ranks[killed].kill()
-        survivor = ranks[1 - killed]
+        ranks.processes[killed].kill()
+        codes = ranks.wait()
         # Rank 1's own output is in its log.
-        said = survivor.communicate(timeout=60)[1]
-        said += (cut / "logs" / "rank_1.log").read_text()
-        assert survivor.returncode == 1 and f"rank {killed} on " in said and "it was killed" in said
-        ranks[killed].wait()
+        said = ranks.said() + (cut / "logs" / "rank_1.log").read_text()
+        assert codes[1 - killed] == 1 and f"rank {killed} on " in said and "it was killed" in said
         times = {name: (cut / name).stat().st_mtime_ns for name in finished(cut)}
         assert not (cut / "index.json").exists()
     assert len(done(tmp_path)) > 4
 
-    for rank in start(tmp_path, recipe, recipe):
-        assert rank.wait(timeout=240) == 0, rank.communicate()[1]
+    ranks = start(tmp_path, recipe, recipe)
+    assert ranks.wait() == [0, 0], ranks.said()
     encoded = done(tmp_path)
     assert len(encoded) == len({item[1:] for item in encoded})  # nothing twice
     assert {item[:2] for item in encoded} == {(r, k) for r in "01" for k in ("captions", "shard")}
@@ -113,6 +113,7 @@ def test_a_killed_rank_costs_no_finished_shard_and_changes_nothing(model, photos
 def test_a_rank_with_another_setting_ends_all(model, photos, tmp_path):
     recipe = recipe_for(model, photos, tmp_path / "s")
     other = recipe_for(model, photos, tmp_path / "s", prepare=Prepare(text_weights="bf16"))
-    said = [rank.communicate(timeout=120)[1] for rank in start(tmp_path, recipe, other)]
-    assert "prepare.text_weights was 'fp32', is 'bf16'" in "".join(said)
+    ranks = start(tmp_path, recipe, other)
+    ranks.wait()
+    assert "prepare.text_weights was 'fp32', is 'bf16'" in ranks.said()
     assert not finished(tmp_path / "s")
