@@ -31,6 +31,7 @@ from flux2_ds.config.settings import (
 
 _PIXELS = multiple_of(PIXELS_PER_TOKEN, 16384)
 _THREADS = between(1, 1024)
+_NOT_EMPTY = Range("not empty", bool)
 DEFAULT_SOURCE = "images"
 """Name of the source where `data.images` is one place."""
 
@@ -86,6 +87,19 @@ class Data:
     horizontal_flip: bool = False
     """Encode each image mirrored, too, with its masks and references; training draws one. Not for images in which text
     or a certain face matters."""
+    repeats_from_folders: bool = False
+    """Serve the images in a source's folders that are called `10_cats`, as kohya's trainers have them, 10 times an
+    epoch, with up to three digits; `weights` come on top."""
+    alpha_mask: bool = False
+    """The transparency of an image that has no mask beside it is its mask."""
+    mask_suffixes: Annotated[list[str], _NOT_EMPTY, MAY_CHANGE] = field(
+        default_factory=lambda: [".mask", "-masklabel"]
+    )
+    """What follows an image's name in that of its mask, before .png, in any case."""
+    reference_suffixes: Annotated[list[str], _NOT_EMPTY, MAY_CHANGE] = field(
+        default_factory=lambda: [".reference"]
+    )
+    """What follows an image's name in that of its reference, or with a number in those of several, in any case."""
     missing_caption: Literal["error", "skip", "fixed"] = "error"
     """What to do with a picture without a caption: stop, skip and report it, or use
     `fixed_caption`."""
@@ -131,7 +145,7 @@ class Captions:
     tag_dropout: Annotated[float, BELOW_ONE] = 0.0
     """Share of the tags behind the first `keep_tags` that a text lacks; one with the trigger word stays. 0..1; with
     `variants`."""
-    tag_separator: Annotated[str, Range("not empty", bool)] = ","
+    tag_separator: Annotated[str, _NOT_EMPTY] = ","
     """What stands between tags."""
     variants: Annotated[int, between(1, 1000)] = 1
     """Texts made of each caption, with `shuffle_tags` or `tag_dropout`: each is encoded and stored. Held-out

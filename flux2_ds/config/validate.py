@@ -125,6 +125,12 @@ def _caption_problems(recipe: Recipe) -> Iterator[str]:
                 f"{name}.{min(unknown)}: there is no such source in data.images; there are "
                 f"{', '.join(sorted(sources))}."
             )
+    companions = recipe.data.mask_suffixes + recipe.data.reference_suffixes
+    if len({each.lower() for each in companions}) < len(companions):
+        yield (
+            f"data.mask_suffixes {recipe.data.mask_suffixes} and data.reference_suffixes "
+            f"{recipe.data.reference_suffixes} have one suffix twice. Leave one out."
+        )
     if captions.add_trigger_word and not captions.trigger_word:
         yield "captions.add_trigger_word is true, and there is no captions.trigger_word. Give the word."
     drawn = captions.shuffle_tags or captions.tag_dropout > 0

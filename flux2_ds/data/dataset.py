@@ -35,7 +35,12 @@ def recordable(plan: Plan, index: Index) -> Plan:
 
 log = logging.getLogger("flux2_ds")
 
-ADDED_SETTINGS = {"crops": 1, "horizontal_flip": False}
+ADDED_SETTINGS = {
+    "crops": 1,
+    "horizontal_flip": False,
+    "alpha_mask": False,
+    "repeats_from_folders": False,
+}
 """What shards were prepared with whose index does not say."""
 CAPTIONS = "captions"
 """In an index's settings: those of this section of the recipe that are not the default, if there are any."""

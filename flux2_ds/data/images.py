@@ -144,8 +144,23 @@ def load_mask(
     if mask.has_transparency_data:
         rgba = mask.convert("RGBA")
         mask = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+    return _weights(mask.convert("L"), bucket, place)
+
+
+def load_alpha(
+    content: bytes | str, bucket: Bucket, place: float = 0.5
+) -> NDArray[np.float32] | None:
+    """The transparency of an image as its mask, like `load_mask`; None if nothing is transparent."""
+    image = _eight_bits(_upright(content))
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else _weights(alpha, bucket, place)
+
+
+def _weights(mask: Image.Image, bucket: Bucket, place: float) -> NDArray[np.float32]:
     cells = (bucket.width // PIXELS_PER_TOKEN, bucket.height // PIXELS_PER_TOKEN)
-    gray = mask.convert("L").convert("F")  # in floating point, so that means are not rounded
+    gray = mask.convert("F")  # in floating point, so that means are not rounded
     fitted = ImageOps.fit(gray, cells, Image.Resampling.BOX, centering=(place, place))
     weights = np.asarray(fitted, dtype=np.float32) / np.float32(255)
     if not weights.any():

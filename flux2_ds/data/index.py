@@ -49,7 +49,7 @@ class Shard:
     `source` names the images that it was made of, as in `data.images`. `dropped`: rows of the file
     that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
     a mask. `texts`: different texts in the file, of `text_bytes` together, and `latents`: views of all
-    images in the file; 0 where an older version did not count them. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
+    images in the file; 0 where an older version did not count them. `repeats`: times that an epoch serves each sample. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
     there are none, "several" if the rows differ. `toc`: the table of contents. `held_out`: not trained
     on, but evaluated.
     """
@@ -68,6 +68,7 @@ class Shard:
     texts: int = 0
     text_bytes: int = 0
     latents: int = 0
+    repeats: int = 1
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Shard:
@@ -132,9 +133,9 @@ class Index:
         """Names these samples: another content or order has another digest."""
         digest = hashlib.sha256(self.conditioning.xxh3.encode())
         for shard in self.shards:
-            digest.update(
-                f"{shard.sha256}|{shard.samples}|{shard.dropped}|{shard.source}\n".encode()
-            )
+            facts = f"{shard.sha256}|{shard.samples}|{shard.dropped}|{shard.source}"
+            facts += f"|{shard.repeats}" * (shard.repeats != 1)
+            digest.update(f"{facts}\n".encode())
         return digest.hexdigest()[:16]
 
     def part(self, *, held_out: bool) -> Index:

@@ -67,7 +67,7 @@ class Order:
         weights = weights or {}
         members: dict[Bucket, list[tuple[int, int, int]]] = {}
         for number, shard in enumerate(index.shards):
-            served = math.ceil(weights.get(shard.source, 1) * shard.samples - 1e-9)
+            served = math.ceil(weights.get(shard.source, 1) * shard.repeats * shard.samples - 1e-9)
             members.setdefault(shard.bucket, []).append((number, shard.samples, served))
         columns = {bucket: np.array(rows).T for bucket, rows in sorted(members.items())}
         self._lines = [_Line(c[0], c[1], c[2], int(c[2].sum())) for c in columns.values()]

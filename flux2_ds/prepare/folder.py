@@ -23,6 +23,8 @@ SETTINGS = (
     "max_crop",
     "crops",
     "horizontal_flip",
+    "alpha_mask",
+    "repeats_from_folders",
     "validation_fraction",
 )
 """The data settings that decide which images are trained on, which part of them, and how large."""

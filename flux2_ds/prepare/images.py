@@ -19,6 +19,7 @@ from flux2_ds.data.images import (
     BlackMaskError,
     UnreadableImageError,
     image_size,
+    load_alpha,
     load_cropped,
     load_mask,
     load_reference,
@@ -33,8 +34,9 @@ from flux2_ds.prepare.source_images import PlannedImage
 
 Item = TypeVar("Item")
 
+ALPHA_MASK = "a mask of their transparency"
 BLACK_CROPS = "crops whose mask is black all over, which are left out"
-"""Note on an image that is used."""
+"""Notes on images that are used."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class ShardWriter:
         records = self._records(job, rows, skipped)
         path = self._folder / job.name
         shard = write_shard(path, job.bucket, records, self._captions.read, job.source)
-        manifest = Manifest(replace(shard, held_out=job.held_out), rows, skipped)
+        manifest = Manifest(
+            replace(shard, held_out=job.held_out, repeats=job.repeats), rows, skipped
+        )
         write_manifest(self._folder, manifest)
         return manifest
 
@@ -177,6 +181,9 @@ def _crop(
     size, mask = image_size(content), None
     if image.mask is not None:
         mask = load_mask(image.mask.read(), size, bucket, place)
+    elif planned.alpha_mask:
+        mask = load_alpha(content, bucket, place)
+        notes += [ALPHA_MASK] * (mask is not None)
     references = (
         load_reference(blob.read(), resolution, size, bucket, notes, place)
         for blob in image.references

@@ -4,7 +4,7 @@ boat.png            the image
 boat.mask.png       white where it is trained on, black where not; also boat-masklabel.png
 boat.reference.png  what it was made from; boat.reference1.png, boat.reference2.png, ... for several
 
-Capitals and small letters are the same in these words.
+These are the default suffixes. Capitals and small letters are the same in them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from dataclasses import replace
 
 from flux2_ds.prepare.source_images import SourceImage, stem
 
-_NAME = re.compile(
-    r"(?P<image>.+)(?P<mask>\.mask|-masklabel)|(?P<edited>.+)\.reference(?P<number>\d*)",
-    re.IGNORECASE,
-)
 
-
-def attach(found: list[SourceImage]) -> list[SourceImage]:
+def attach(
+    found: list[SourceImage], mask_suffixes: list[str], reference_suffixes: list[str]
+) -> list[SourceImage]:
     """Join masks and references to their images. What looks like one but has no image is an image."""
+    masks, references = (
+        "|".join(map(re.escape, suffixes)) or "(?!)"  # which nothing matches
+        for suffixes in (mask_suffixes, reference_suffixes)
+    )
+    pattern = re.compile(
+        rf"(?P<image>.+)(?P<mask>{masks})|(?P<edited>.+)(?:{references})(?P<number>\d*)",
+        re.IGNORECASE,
+    )
     stems = {stem(image.key) for image in found}
     belonging: dict[str, list[tuple[bool, int, SourceImage]]] = {}
     images = []
     for image in found:
-        name = _NAME.fullmatch(stem(image.key))
+        name = pattern.fullmatch(stem(image.key))
         owner = name and (name["image"] or name["edited"])
         if name is None or owner not in stems:
             images.append(image)

@@ -42,6 +42,7 @@ from flux2_ds.prepare.texts import check_trigger_words, texts_of
 log = logging.getLogger("flux2_ds")
 
 _NAMED = 5
+_REPEATS = re.compile(r"(\d{1,3})_[^/]*/")
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _MUCH = 0.3
 CROPPED = f"a crop that cuts away more than {_MUCH:.0%}"
@@ -59,6 +60,7 @@ class ShardJob:
     bucket: Bucket
     images: list[PlannedImage]
     held_out: bool = False
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,13 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
     if not is_unused(folder):
         check_contents(folder, contents)
     log.info("looking for images in %s", data.images)
-    found, unused = find_images(
-        data.images, data.caption_column, folder / MANIFESTS / "tars", own_folders(recipe)
-    )
+    found, unused = find_images(data, folder / MANIFESTS / "tars", own_folders(recipe))
     if unused.files:
         log.warning(unused.line().strip())
+    if not data.repeats_from_folders and (like := _repeats(found)):
+        log.warning(
+            "data.repeats_from_folders: true would serve %s so many times an epoch", ", ".join(like)
+        )
     found = with_texts(with_captions(found, data, skipped), recipe)
     manifests = read_manifests(folder)
     comparison = compare(found, manifests)
@@ -130,7 +134,9 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
     for image in found:
         # A caption of an image that cannot be used anyway is not asked for.
         broken = image.problem is not None and not image.problem.startswith("caption ")
-        if not image.captions and data.missing_caption == "error" and not broken:
+        if data.repeats_from_folders and repeats_of(image) == 0:
+            skipped.add(image.name, "its folder says 0 repeats")
+        elif not image.captions and data.missing_caption == "error" and not broken:
             bare.append(image)
         elif image.problem is not None:
             skipped.add(image.name, image.problem)
@@ -198,7 +204,7 @@ def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> l
                 notes.append(f"{ENLARGED}: {factor:.3g}×")
             held_out = is_held_out(image, data.validation_fraction)
             crops = (Crop(),) if held_out else choose_crops(*size, bucket, data)
-            planned.append(PlannedImage(image, bucket, tuple(notes), crops))
+            planned.append(PlannedImage(image, bucket, tuple(notes), crops, data.alpha_mask))
     return planned
 
 
@@ -258,20 +264,34 @@ def is_held_out(image: SourceImage, fraction: float) -> bool:
 def group_into_shards(
     images: list[PlannedImage], manifests: list[Manifest], data: Data
 ) -> list[ShardJob]:
-    """The shards to write, each of one source and bucket, for training or validation, under names not
-    taken yet."""
-    groups: dict[tuple[str, Bucket, bool], list[PlannedImage]] = {}
+    """The shards to write, each of one source, bucket and number of repeats, for training or validation, under names
+    not taken yet."""
+    groups: dict[tuple[str, Bucket, bool, int], list[PlannedImage]] = {}
     for planned in images:
         held_out = is_held_out(planned.image, data.validation_fraction)
-        groups.setdefault((planned.image.source, planned.bucket, held_out), []).append(planned)
+        repeats = repeats_of(planned.image) if data.repeats_from_folders and not held_out else 1
+        key = (planned.image.source, planned.bucket, held_out, repeats)
+        groups.setdefault(key, []).append(planned)
     taken = {manifest.shard.name for manifest in manifests}
     jobs = []
-    for (source, bucket, held_out), members in sorted(groups.items()):
-        names = _free_names(f"{source}-{bucket}" + ("-held_out" if held_out else ""), taken)
+    for (source, bucket, held_out, repeats), members in sorted(groups.items()):
+        kind = "-held_out" if held_out else f"-{repeats}x" if repeats > 1 else ""
+        names = _free_names(f"{source}-{bucket}{kind}", taken)
         for start in range(0, len(members), data.samples_per_shard):
             group = members[start : start + data.samples_per_shard]
-            jobs.append(ShardJob(next(names), source, bucket, group, held_out))
+            jobs.append(ShardJob(next(names), source, bucket, group, held_out, repeats))
     return jobs
+
+
+def repeats_of(image: SourceImage) -> int:
+    """The number before the underscore in the first folder of an image's name; 1 if it has none."""
+    found = _REPEATS.match(image.key)
+    return int(found[1]) if found and not image.blob.location.endswith(".tar") else 1
+
+
+def _repeats(images: list[SourceImage]) -> list[str]:
+    """The folders of images that are to be repeated by their names."""
+    return sorted({f"{i.source}/{i.key.partition('/')[0]}" for i in images if repeats_of(i) != 1})
 
 
 def _free_names(stem: str, taken: set[str]) -> Iterator[str]:

@@ -68,6 +68,7 @@ class PlannedImage:
     bucket: Bucket
     notes: tuple[str, ...] = ()
     crops: tuple[Crop, ...] = (Crop(),)
+    alpha_mask: bool = False
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Find images and their captions: in folders, with Hugging Face's metadata files, and in tars.
 
-    find_images({"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, "text", scratch)
+    find_images(Data(images={"me": "photos/me", "web": "s3://bucket/{000..099}.tar"}, shards="s"), scratch)
 
 A caption is, in this order: the row of `metadata.jsonl` or `metadata.csv` that names the image, and the
 `.txt`, `.caption` or `.json` file of the same name beside it.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from flux2_ds.config.recipe import DEFAULT_SOURCE, is_url
+from flux2_ds.config.recipe import DEFAULT_SOURCE, Data, is_url
 from flux2_ds.data.images import SUFFIXES, is_image
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
@@ -47,16 +47,14 @@ DEFAULT_COLUMN = "text"
 
 
 def find_images(
-    images: str | dict[str, str],
-    caption_column: str | dict[str, str],
-    scratch: Path,
-    apart: Sequence[Path] = (),
+    data: Data, scratch: Path, apart: Sequence[Path] = ()
 ) -> tuple[list[SourceImage], Unused]:
     """All images of all sources, sorted by source and name, and the files that are none.
 
     `scratch` keeps what was found in tars, so that a second start does not read them again. Folders
     in `apart` are not searched where they lie within a source.
     """
+    images = data.images
     sources = {DEFAULT_SOURCE: images} if isinstance(images, str) else images
     if not sources:
         raise UserError("data.images is empty. Give the folder of your images.")
@@ -67,7 +65,7 @@ def find_images(
                 f"data.images has a source called {name!r}. Use letters, digits, - and _: the shards "
                 "are named after it."
             )
-        column = caption_column
+        column = data.caption_column
         if isinstance(column, dict):
             column = column.get(name, DEFAULT_COLUMN)
         own, wrong = _find_in_source(name, location, column, scratch, apart)
@@ -86,7 +84,7 @@ def find_images(
                     f"{other.blob.location}. Give them as two sources, data.images: "
                     f"{{one: {one.blob.location}, other: {other.blob.location}}}."
                 )
-        found += attach(own.images)
+        found += attach(own.images, data.mask_suffixes, data.reference_suffixes)
     refuse_faults(faults)
     return found, unused
 

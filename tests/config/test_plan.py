@@ -218,6 +218,12 @@ def test_captions_that_contradict_each_other_are_refused(changes, message):
     assert message in str(caught.value)
 
 
+def test_a_suffix_of_masks_and_references_at_once_is_refused():
+    for changes in ({"data.mask_suffixes": [".m", ".Reference"]}, {"data.mask_suffixes": [""]}):
+        with pytest.raises(UserError, match=r"data\.mask_suffixes .*(one suffix twice|not empty)"):
+            make_plan(make_recipe(**changes), 1)
+
+
 def test_a_caption_column_of_no_source_is_refused():
     for images in ("photos", {"me": "photos"}):
         settings = {"data.images": images, "data.caption_column": {"you": "text"}}

@@ -23,6 +23,8 @@ MAY_CHANGE = [
     "optimizer.nonfinite",
     "data.images",
     "data.caption_column",
+    "data.mask_suffixes",
+    "data.reference_suffixes",
     "data.num_workers",
     "data.cache",
     "data.cache_gb",

@@ -27,6 +27,7 @@ from test_loader import assert_same, make_loader, prepared
 
 from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.commands.loopback import CREDENTIALS, served
+from flux2_ds.config.recipe import Data
 from flux2_ds.data import storage
 from flux2_ds.data.cache import FOLDER, Cache
 from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
@@ -406,6 +407,9 @@ def test_files_on_disk_are_not_cached(folder, tmp_path):
 )
 def test_an_unknown_kind_of_store(tmp_path, monkeypatch, location, reason):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # wherever it is installed
-    for read in (Blob(location).read, lambda: find_images(location, "text", tmp_path)):
+    for read in (
+        Blob(location).read,
+        lambda: find_images(Data(images=location, shards=""), tmp_path),
+    ):
         with pytest.raises(UserError, match=f"{location} {reason}"):
             read()

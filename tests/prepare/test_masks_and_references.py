@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from flux2_ds.data.shards import ShardReader
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
-from flux2_ds.prepare.images import BLACK_CROPS, decode
+from flux2_ds.prepare.images import ALPHA_MASK, BLACK_CROPS, decode
 from flux2_ds.prepare.plan import choose_crops
 from flux2_ds.prepare.source_images import Crop, PlannedImage, SourceImage
 from flux2_ds.prepare.sources import find_images
@@ -71,7 +72,7 @@ def photos(tmp_path: Path) -> Path:
 def test_masks_go_by_several_names(photos: Path, tmp_path: Path, name: str) -> None:
     (photos / "a.mask.png").rename(photos / f"{name}.png")
     (photos / "b.reference.png").rename(photos / "b.Reference.PNG")
-    found, _ = find_images(str(photos), "text", tmp_path / "scratch")
+    found, _ = find_images(Data(images=str(photos), shards=""), tmp_path / "scratch")
     source_images = {Path(image.key).stem: image for image in found}
     assert source_images.keys() == {"a", "b", "c", "d"}
     assert source_images["a"].mask and len(source_images["b"].references) == 1
@@ -89,7 +90,7 @@ def test_companions_are_found_beside_their_pictures(
             for path in sorted(photos.iterdir()):
                 tar.add(path, path.name)
     for _ in range(2):  # what was found in tars is remembered
-        found, _ = find_images(location, "text", tmp_path / "scratch")
+        found, _ = find_images(Data(images=location, shards=""), tmp_path / "scratch")
         source_images = {Path(image.key).stem: image for image in found}
         assert source_images.keys() == {"a", "b", "c", "d", "other.mask"}
         assert [name for name in source_images if source_images[name].mask] == ["a", "c"]
@@ -101,9 +102,24 @@ def test_companions_are_found_beside_their_pictures(
         assert widths[-3:] == [64, 40, 130]  # by number, not by name
 
 
+def test_suffixes_of_masks_and_references_are_settings(photos: Path, tmp_path: Path) -> None:
+    (photos / "a.mask.png").rename(photos / "a_MASK.png")
+    (photos / "b.reference.png").rename(photos / "b-in1.png")
+    data = Data(
+        images=str(photos), shards="", mask_suffixes=["_mask"], reference_suffixes=["-in", "+"]
+    )
+    found = {e.key: e for e in find_images(data, tmp_path / "scratch")[0]}
+    assert found["a.png"].mask is not None and len(found["b.png"].references) == 1
+    assert found["c.png"].mask is None and "c.mask.png" in found  # an image itself
+    none = replace(data, mask_suffixes=[], reference_suffixes=[])
+    assert len(find_images(none, tmp_path / "scratch")[0]) == 10
+
+
 def test_two_masks_are_one_too_many(photos: Path, tmp_path: Path) -> None:
     Image.new("L", (96, 64), 255).save(photos / "a.mask.jpg")
-    source_images = {e.key: e for e in find_images(str(photos), "text", tmp_path / "scratch")[0]}
+    source_images = {
+        e.key: e for e in find_images(Data(images=str(photos), shards=""), tmp_path / "scratch")[0]
+    }
     assert "two masks or references of one name: a.mask.jpg, a.mask.png" in str(
         source_images["a.png"].problem
     )
@@ -149,6 +165,27 @@ def test_masks_and_references_take_the_crops_and_flips_of_their_image(
         assert view.mask is not None
         cells = expected.reshape(4, 16, 4, 16).mean(axis=(1, 3)) / 255
         np.testing.assert_allclose(view.mask[:, turn], cells, atol=1e-6)
+
+
+def test_transparency_is_a_mask_where_asked_for(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[..., 3]).save(tmp_path / "a.mask.png")
+    opaque = noise(tmp_path, "opaque", (128, 64))
+    bucket, crops = Bucket(64, 64), (Crop(1.0, True),)
+
+    def planned(path: Path, *, mask: bool = False, alpha: bool = True) -> PlannedImage:
+        beside = Blob(str(tmp_path / "a.mask.png")) if mask else None
+        image = SourceImage("me", "a.png", "", ("a",), Blob(str(path)), mask=beside)
+        return PlannedImage(image, bucket, crops=crops, alpha_mask=alpha)
+
+    decoded = decode(planned(tmp_path / "a.png"), 1024)
+    (view,), (beside,) = decoded.views, decode(planned(tmp_path / "a.png", mask=True), 1024).views
+    assert view.mask is not None and decoded.notes == (ALPHA_MASK,)
+    np.testing.assert_array_equal(view.mask, beside.mask)
+    np.testing.assert_array_equal(view.pixels, beside.pixels)
+    for other in (planned(tmp_path / "a.png", alpha=False), planned(opaque)):
+        assert decode(other, 1024).views[0].mask is None
 
 
 def test_a_crop_without_anything_to_train_on_is_left_out(tmp_path: Path) -> None:

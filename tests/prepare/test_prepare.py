@@ -37,6 +37,7 @@ from flux2_ds.config.recipe import (
 from flux2_ds.data.dataset import check_settings
 from flux2_ds.data.images import ALIGNED, DAMAGED_PROFILE, OWN_SIZE
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, read_index
+from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader, read_conditioning, read_prompts
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import OutageError, UserError
@@ -60,6 +61,8 @@ CROP = {
     "max_crop": 0.5,
     "crops": 1,
     "horizontal_flip": False,
+    "alpha_mask": False,
+    "repeats_from_folders": False,
     "validation_fraction": 0.0,
 }
 
@@ -593,6 +596,30 @@ def test_crops_and_flips_are_encoded_and_warned_of(model, photos, tmp_path, capl
     older = dataclasses.replace(index, settings={})
     with pytest.raises(UserError, match=r"data\.crops is 3, but .* with 1"):
         check_settings(recipe, older)
+
+
+def test_repeats_from_folders_are_weights(model, photos, tmp_path, caplog):
+    for name, folder in (("b", "3_cats"), ("c", "0_not"), ("d", "2024_trip")):
+        (photos / folder).mkdir()
+        for suffix in ("png", "txt"):
+            (photos / f"{name}.{suffix}").rename(photos / folder / f"{name}.{suffix}")
+    square = {"max_aspect": 1.0, "samples_per_shard": 9}
+    plain = run(recipe_for(model, photos, tmp_path / "plain", **square))
+    assert "true would serve images/0_not, images/3_cats so many times an epoch" in caplog.text
+    assert [shard.repeats for shard in plain.shards] == [1]
+    recipe = recipe_for(model, photos, tmp_path / "s", repeats_from_folders=True, **square)
+    index = run(recipe)
+    assert report(tmp_path / "s")["skipped"] == {"images/0_not/c.png": "its folder says 0 repeats"}
+    facts = {shard.name: (shard.samples, shard.repeats) for shard in index.shards}
+    assert facts == {"images-64x64-00000.tar": (2, 1), "images-64x64-3x-00000.tar": (1, 3)}
+    assert run(recipe) == index
+    order = Order(index, 1, seed=0, window=8)
+    served = [order.batch(step)[1][0].shard for step in range(20)]
+    assert order.steps_per_epoch == 5 and served.count(1) == 12
+    more = [dataclasses.replace(shard, repeats=shard.repeats + 1) for shard in index.shards]
+    assert dataclasses.replace(index, shards=more).digest != index.digest
+    order = Order(index, 1, seed=0, window=8, weights={"images": 0.5})
+    assert order.steps_per_epoch == 3
 
 
 def test_a_source_without_usable_images_and_a_trigger_word_in_no_caption_are_refused(

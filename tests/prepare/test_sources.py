@@ -20,7 +20,8 @@ from flux2_ds.prepare.sources import find_images
 
 
 def images_of(images, scratch: Path, column: str | dict[str, str] = "text") -> list[SourceImage]:
-    return find_images(images if isinstance(images, dict) else str(images), column, scratch)[0]
+    images = images if isinstance(images, dict) else str(images)
+    return find_images(Data(images=images, shards="", caption_column=column), scratch)[0]
 
 
 def picture(path: Path, side: int = 32) -> Path:
@@ -312,7 +313,7 @@ def test_what_is_hidden_or_a_programs_own_is_ignored_and_other_files_are_counted
         with tarfile.open(location, "w") as out:
             out.add(folder, ".")
     for _ in range(2):
-        images, unused = find_images(str(location), "text", tmp_path / "s")
+        images, unused = find_images(Data(images=str(location), shards=""), tmp_path / "s")
         keys = {image.key.removeprefix("photos.tar/").removeprefix("./") for image in images}
         assert keys == {"a.png", "deep/b.jfif", "deep/c.JPE"}
         assert not any(image.problem for image in images)
