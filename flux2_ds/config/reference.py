@@ -47,7 +47,7 @@ def page() -> str:
             section = setting.owner
             name = setting.name.rpartition(".")[0]
             title = f"`{name}`" if name else "Top level"
-            text += f"\n## {title}\n\n{section.__doc__}\n\n| setting | value | default | |\n|---|---|---|---|\n"
+            text += f"\n## {title}\n\n{_line(section.__doc__)}\n\n| setting | value | default | |\n|---|---|---|---|\n"
         text += f"| {' | '.join(_cell(value) for value in _row(setting))} |\n"
     return text
 
@@ -67,8 +67,12 @@ def _row(setting: Setting) -> tuple[str, str, str, str]:
 def _help(setting: Setting) -> str:
     for param in parse_from_object(setting.owner).params:
         if param.arg_name == setting.field.name:
-            return " ".join((param.description or "").split())
+            return _line(param.description)
     return ""
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _default(setting: Setting) -> str:
