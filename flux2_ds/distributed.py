@@ -167,9 +167,9 @@ def all_gather_object(value: Any) -> list[Any]:
 def all_gather_floats(values: list[float], device: torch.device) -> list[list[float]]:
     """What each rank gives, by rank, in all of them; as many from each. Collective."""
     own = torch.tensor(values, dtype=torch.float64, device=device)
-    gathered = own.new_empty(distributed.get_world_size() * len(values))
-    distributed.all_gather_into_tensor(gathered, own)
-    return gathered.view(-1, len(values)).tolist()
+    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, own)
+    return [of_rank.tolist() for of_rank in gathered]
 
 
 def broadcast_object(value: Value | None) -> Value:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -28,9 +29,15 @@ from flux2_ds.distributed import barrier, destroy_process_group, init_process_gr
 from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
-from flux2_ds.run.metrics import draw_loss_if_missing
+from flux2_ds.run.metrics import (
+    METRICS_NAME,
+    best_held_out,
+    draw_loss_if_missing,
+    read_metrics,
+)
 from flux2_ds.run.report import write_report
 from flux2_ds.run.run_dir import (
+    RECIPE_NAME,
     changed_settings,
     check_run_dir,
     is_finished,
@@ -44,8 +51,8 @@ from flux2_ds.run.run_dir import (
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import Run, build_engine, build_model, build_run, log_memory
 from flux2_ds.training.checkpoints import resume
-from flux2_ds.training.inputs import log_plan, read_inputs
-from flux2_ds.training.step import StepTimer, seed_dropout, train_step
+from flux2_ds.training.inputs import log_banner, log_plan, read_inputs
+from flux2_ds.training.step import StepTrace, seed_dropout, train_step
 from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.validation import LOSS
 from flux2_ds.training.warmup import warm_up
@@ -85,6 +92,7 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
         log_plan(inputs)
 
     watchdog.heartbeat(0, "loading the model")
+    log.info("loading    %s", recipe.model.path)
     plan = recordable(inputs.plan, inputs.index)
     if captures(inputs.plan) and not captures(plan):
         log.info("no CUDA graphs: the samples' reference images have several sizes")
@@ -117,6 +125,8 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
     try:
         if first_step < recipe.steps:
             warm_up(run, inputs, memory)
+            if process.is_rank0:
+                log_banner(inputs, memory, first_step)
         finished = run_steps(run)
     except torch.OutOfMemoryError as error:
         # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
@@ -126,17 +136,17 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
         if run.metrics is not None:
             run.metrics.alert("the run has ended", str(error), last=True)
         raise
+    finally:
+        run.progress.close()
 
     watchdog.heartbeat(0, "ending")
+    log_memory(memory, process.device)
     if run.metrics is not None:
         run.metrics.close()
         seconds = timedelta(seconds=round(time.perf_counter() - started))
         log.info("%s in %s", "done" if finished else "stopped", seconds)
-        if finished:
-            log.info("next       flux2-ds export --config %s", Path(recipe.run_dir, "recipe.yaml"))
-    log_memory(memory, process.device)
-    if process.is_rank0 and (page := write_report(Path(recipe.run_dir))):
-        log.info("report     %s", page)
+    if process.is_rank0:
+        log_end(Path(recipe.run_dir), finished)
     # Together: the launcher ends the others as soon as one exits with EXIT_STOPPED.
     destroy_process_group()
     return finished
@@ -163,11 +173,11 @@ def run_steps(run: Run) -> bool:
         stop_requested = run.stop.any_rank(run.process)  # asks now; the answer is read below
         seed_dropout(recipe.seed, step, run.process.rank)
         rate = learning_rate(recipe, step)
-        timer = StepTimer(run.process.device)
-        losses = train_step(run.engine, run.objective, micro_batches, rate, timer)
+        trace = StepTrace(run.process.device)
+        losses = train_step(run.engine, run.objective, micro_batches, rate, trace)
 
         done = step + 1
-        run.progress.push(done, micro_batches, losses, timer)  # checks the step before
+        run.progress.push(done, micro_batches, losses, trace)  # checks the step before
         run.watchdog.heartbeat(done, "agreeing")
         stopping = stop_requested()
         due = run.cadence.due(done, stopping)
@@ -191,6 +201,20 @@ def run_steps(run: Run) -> bool:
         if due.last:
             return True
     return True
+
+
+def log_end(run_dir: Path, finished: bool) -> None:
+    """Say what came of the run, and the next command to paste."""
+    if best := best_held_out(read_metrics(run_dir / METRICS_NAME)):
+        log.info("best       held-out loss %.4f, at step %d", best[1], best[0])
+    if page := write_report(run_dir):
+        log.info("report     %s", page)
+    recipe = shlex.quote(str(run_dir / RECIPE_NAME))
+    if finished:
+        log.info("next       flux2-ds export --config %s", recipe)
+        log.info("           flux2-ds sample --config %s", recipe)
+    else:
+        log.info("go on      flux2-ds train --config %s", recipe)
 
 
 def log_nothing_to_do(recipe: Recipe, first_step: int) -> None:

@@ -390,6 +390,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         "write what a run did as one HTML page, or several runs beside each other",
         partial(run_module, "flux2_ds.commands.report"),
     ),
+    "dashboard": (
+        "make a W&B workspace for a project's runs",
+        partial(run_module, "flux2_ds.commands.dashboard"),
+    ),
     "bench": ("time the recipe's training step, without model files or data", bench),
     "quality": (
         "compare training over quantised bases with training over the plain one",

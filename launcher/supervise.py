@@ -21,6 +21,7 @@ from flux2_ds.data.index import INDEX_NAME
 from flux2_ds.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from flux2_ds.prepare.folder import check_folder, lock_folder
 from flux2_ds.prepare.manifest import manifest_paths
+from flux2_ds.run.logging import clear_line
 from flux2_ds.run.run_dir import (
     is_finished,
     lock_run_dir,
@@ -184,7 +185,7 @@ def print_line(line: str) -> None:
     """Write a line in one call: a signal may come while another one's handler is writing, which a
     buffered stream does not survive. That nobody reads it does not end a run."""
     with contextlib.suppress(BrokenPipeError):
-        os.write(1, f"{line}\n".encode())
+        os.write(1, clear_line(1) + f"{line}\n".encode())
 
 
 @dataclass(frozen=True)

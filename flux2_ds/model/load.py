@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
 
 from flux2_ds.errors import UserError
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, quantize
@@ -41,7 +42,7 @@ def read_weights(
     output layer stay in `dtype`.
     """
     files = _checked_files(model, directory)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in _with_bar(model):
         with open_file(files[name]) as file:
             _checked_slice(file, files[name], name, parameter)
             weight = edit(name, file.get_tensor(name).to(device), 0, dtype)
@@ -64,7 +65,7 @@ def read_partitioned(
     one reads and quantizes the rows of its own partition only.
     """
     files = _checked_files(model, directory)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in _with_bar(model):
         module = place_weight(model, name, parameter.to(dtype), base_weights)
         partition(module.to_empty(device=device))
         # Opened anew for each tensor: pages of the file stay resident only while it is open.
@@ -181,6 +182,14 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}). Download the model again.") from error
+
+
+def _with_bar(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """The parameters to fill; a terminal shows how many are."""
+    named = list(model.named_parameters())
+    return tqdm(
+        named, "loading the transformer", unit=" tensors", disable=None, leave=False, delay=1
+    )
 
 
 def _checked_files(model: nn.Module, directory: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 _NAMES = {
     torch.float32: "F32",
@@ -39,7 +40,8 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in _order(shapes):
+        names = _order(shapes)
+        for name in tqdm(names, path.name, unit=" tensors", disable=None, leave=False, delay=1):
             value = tensor(name)
             if (value.dtype, tuple(value.shape)) != shapes[name]:
                 raise ValueError(

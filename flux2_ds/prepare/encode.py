@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,9 @@ def progress_bar(encoding: Encoding, name: str, unit: str, total: int) -> tqdm:
     """A bar for rank 0's share."""
     rank, world_size = encoding.process.rank, encoding.process.world_size
     title = name if world_size == 1 else f"{name} (rank 0 of {world_size})"
-    return tqdm(None, title, total, unit=unit, disable=rank > 0)
+    # Elsewhere than on a terminal a line twice a minute.
+    pace = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(None, title, total, unit=unit, disable=rank > 0, mininterval=pace)
 
 
 def empty_cache(encoding: Encoding) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from flux2_ds.run.atomic import no_follow
+
+FILE_ONLY = {"console": False}
+"""`extra` of a log line that the console does not show."""
 
 
 def open_log(path: Path) -> TextIO:
@@ -31,6 +37,31 @@ class LogFile(logging.FileHandler):
             self._lost = True
             error = sys.exc_info()[1]
             sys.stderr.write(f"lines are missing in {self.baseFilename} from here on: {error}\n")
+
+
+class Console(logging.StreamHandler[TextIO]):
+    """Standard error; lines stand above a progress bar, if there is one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the console shows it."""
+        return getattr(record, "console", True) and bool(super().filter(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line in the bar's place, and the bar below."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
+def progress_bar(title: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
+    """A bar on a terminal; elsewhere one that shows nothing, because log lines say how far it is."""
+    return tqdm(
+        desc=title, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False, **options
+    )
+
+
+def clear_line(descriptor: int) -> bytes:
+    """What to write before a message to a terminal on which another process may have a bar."""
+    return b"\r\x1b[K" if os.isatty(descriptor) else b""
 
 
 class Line(logging.Formatter):
@@ -65,7 +96,7 @@ def set_up_console() -> None:
 def set_up_log(logs: Path, rank: int) -> None:
     """Rank 0's log lines and Python's warnings, on the console and in its log; of the others the
     warnings, in their logs (the watchdog has sent their output there)."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = [Console()]
     if rank == 0:
         handlers.append(LogFile(logs / "rank_0.log"))
     logging.basicConfig(handlers=handlers, force=True)

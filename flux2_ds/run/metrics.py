@@ -6,10 +6,13 @@ fails is said, and training continues without it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,9 @@ class Metrics:
         _cut_after(path, resumed_at)
         if resumed_at == 0:  # what an earlier try sent to W&B is not part of this run
             (run_dir / WANDB_ID).unlink(missing_ok=True)
-        records = read_metrics(path) if path.exists() else []
+        records = read_metrics(path)
         self._losses = [r["train/loss"] for r in records if r.get("train/loss") is not None]
+        self._reporter: subprocess.Popen[bytes] | None = None
         self._stream = open_log(path)
         self._full = False
         self._wandb = None
@@ -93,11 +97,13 @@ class Metrics:
         """Give the trackers images that are on disk, each with its prompt."""
         for tracker in self._trackers:
             tracker.log_previews(step, images)
+        self._refresh_report()
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """Give W&B a checkpoint, if it is to have them."""
         if self._wandb is not None and "checkpoints" in self._settings.artifacts:
             self._wandb.log_artifact("checkpoint", checkpoint, step)
+        self._refresh_report()
 
     def alert(self, title: str, text: str, *, last: bool = False) -> None:
         """Have W&B tell the user; `last`: the run ends."""
@@ -113,11 +119,32 @@ class Metrics:
         _try_to_draw_loss(self._run_dir)
         for tracker in self._trackers:
             tracker.finish()
+        if self._reporter is not None:  # the last report is the run's own
+            self._reporter.kill()
+            self._reporter.wait()
+
+    def _refresh_report(self) -> None:
+        """Have a process of its own write report.html anew, unless one is at it: images take seconds."""
+        if self._reporter is None or self._reporter.poll() is not None:
+            report = [sys.executable, "-m", "flux2_ds.commands.report", "--run", str(self._run_dir)]
+            with contextlib.suppress(OSError):  # no memory, no processes: the report is older then
+                self._reporter = subprocess.Popen(
+                    ["nice", *report],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a line that a kill cut short is none."""
-    return [record for _, record in _records(path)]
+    """All records of a metrics.jsonl, if there is one; a line that a kill cut short is none."""
+    return [record for _, record in _records(path)] if path.is_file() else []
+
+
+def best_held_out(records: list[dict[str, Any]]) -> tuple[int, float] | None:
+    """Step and value of the lowest held-out loss, if there is one."""
+    losses = [(r["step"], r["validation/loss"]) for r in records if "validation/loss" in r]
+    return min(losses, key=lambda point: point[1], default=None)
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -29,7 +29,7 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.settings import flat, settings_of
 from flux2_ds.errors import UserError, without_secrets
 from flux2_ds.run.atomic import atomic_write_text
-from flux2_ds.run.metrics import METRICS_NAME, read_metrics
+from flux2_ds.run.metrics import METRICS_NAME, best_held_out, read_metrics
 from flux2_ds.run.run_dir import RECIPE_NAME
 
 log = logging.getLogger("flux2_ds")
@@ -44,8 +44,9 @@ _ALIVE = 60.0
 
 CHARTS = {
     "Loss": r"train/loss|train/loss_smoothed|validation/loss",
-    "Loss by t": r"train/loss_(t_.+)",
-    "Held-out loss by part": r"validation/(?:loss_)?(.+)",
+    "Loss by t": r"train/loss_(t.+)",
+    "Held-out loss by part": r"validation/loss_(.+)",
+    "Gain over the base": r"validation/gain_?(.*)",
     "Learning rate": r"train/learning_rate",
     "Gradient norm": r"train/gradient_norm",
     "Seconds a step": r"perf/seconds_per_step",
@@ -155,14 +156,13 @@ class RunReport:
 
     def facts(self) -> dict[str, str]:
         """The numbers that a reader looks for first."""
-        losses, held_out = self.values("train/loss_smoothed"), self.values("validation/loss")
+        losses, best = self.values("train/loss_smoothed"), best_held_out(self.records)
         paces, rates = self.values("perf/seconds_per_step"), self.values("perf/samples_per_second")
         facts = {}
         if losses:
             facts["loss"] = f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"
-        if held_out:
-            step, best = min(held_out, key=lambda point: point[1])
-            facts["best held-out loss"] = f"{best:.4f} at step {step:,}"
+        if best:
+            facts["best held-out loss"] = f"{best[1]:.4f} at step {best[0]:,}"
         if paces:
             facts["time in steps"] = str(timedelta(seconds=round(self.seconds)))
             facts["seconds a step"] = f"{statistics.median(v for _, v in paces):.3g}"
@@ -220,13 +220,17 @@ class RunReport:
             points = self.values(name)
             if not points or re.fullmatch(_NO_CHART, name):
                 continue
-            title, label = name, ""
-            for of_chart, pattern in CHARTS.items():
-                if match := re.fullmatch(pattern, name):
-                    title, label = of_chart, (match.groups() or (LOSSES.get(name, ""),))[0]
-                    break
+            title, label = chart_of(name)
             found.setdefault(title, {})[label.replace("_", " ")] = points
         return {title: series for title, series in found.items() if series}
+
+
+def chart_of(metric: str) -> tuple[str, str]:
+    """Title of a metric's chart, and its label there."""
+    for title, pattern in CHARTS.items():
+        if match := re.fullmatch(pattern, metric):
+            return title, (match.groups() or (LOSSES.get(metric, ""),))[0]
+    return metric, ""
 
 
 def write_report(run_dir: Path) -> Path | None:
@@ -272,9 +276,9 @@ def render_page(reports: list[RunReport]) -> str:
 def read_run(run_dir: Path) -> RunReport:
     """Read what a run directory holds."""
     recipe = yaml.safe_load((run_dir / RECIPE_NAME).read_text(encoding="utf-8"))
-    metrics = run_dir / METRICS_NAME
-    records = read_metrics(metrics) if metrics.is_file() else []
-    report = RunReport(run_dir.resolve().name, run_dir, recipe, records)
+    report = RunReport(
+        run_dir.resolve().name, run_dir, recipe, read_metrics(run_dir / METRICS_NAME)
+    )
     _read_logs(report)
     _read_images(report)
     _read_files(report)
@@ -295,7 +299,7 @@ def _read_logs(report: RunReport) -> None:
     for file in sorted(logs.glob("rank_*.json")):
         place = _json(file)
         report.hosts.append(str(place.get("host", "")))
-        alive = not place.get("ended", True) and time.time() - place.get("beat", 0) < _ALIVE
+        alive = not place.get("ended", True) and time.time() - file.stat().st_mtime < _ALIVE
         report.running = report.running or alive
     if failure := _json(logs / "failure.json"):
         when = datetime.fromtimestamp(float(failure.get("time", 0)))

@@ -32,7 +32,7 @@ from typing import NoReturn
 
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
 from flux2_ds.run.atomic import PARTIAL, atomic_path
-from flux2_ds.run.logging import open_log
+from flux2_ds.run.logging import clear_line, open_log
 
 log = logging.getLogger("flux2_ds")
 
@@ -320,7 +320,7 @@ class Watchdog:
         message = f"{text}error: {failure}\n"
         if code != EXIT_USER_ERROR:
             message += f"its log: {self._log(rank)}\n"
-        os.write(self._console, f"{message}{unrecorded}".encode())
+        os.write(self._console, clear_line(self._console) + f"{message}{unrecorded}".encode())
 
     def _leave(self, code: int = EXIT_FAILURE) -> NoReturn:
         """End this process, from whichever thread comes first; with `code` if no failure is on

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
+import statistics
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
+from flux2_ds.config.memory import GIB, Memory, trained_parameters
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.plan import Plan, make_plan
@@ -29,6 +32,8 @@ from flux2_ds.distributed import (
     broadcast_from_rank0,
 )
 from flux2_ds.errors import UserError
+from flux2_ds.run.logging import FILE_ONLY
+from flux2_ds.run.metrics import METRICS_NAME, read_metrics
 from flux2_ds.training.previews import open_reference
 
 log = logging.getLogger("flux2_ds")
@@ -94,15 +99,16 @@ def log_plan(inputs: Inputs) -> None:
     """Log the arithmetic of the run."""
     plan, index, order = inputs.plan, inputs.index, inputs.order
     for line in [f"variant    {inputs.spec}", *plan.lines(inputs.spec)]:
-        log.info(line)
+        log.info(line, extra={"console": line.startswith("ignored")})
     log.info(
         "data       %d samples in %d shards, %s",
         index.samples,
         len(index.shards),
         length_line(plan.recipe, order),
+        extra=FILE_ONLY,
     )
     for line in mask_and_reference_lines(plan.recipe, index):
-        log.info("           %s", line)
+        log.info("           %s", line, extra=FILE_ONLY)
     for bucket, count in index.bucket_counts().items():
         repeated = order.repeated(bucket)
         log.info(
@@ -111,8 +117,53 @@ def log_plan(inputs: Inputs) -> None:
             count,
             round(order.batches[bucket], 2),
             f", {repeated} places repeat a sample" if repeated else "",
+            extra=FILE_ONLY,
         )
     for line in order.warnings():
         log.warning(line)
     if inputs.held_out.samples:
-        log.info("held out   %s", validation_line(plan.recipe, inputs.held_out))
+        log.info("held out   %s", validation_line(plan.recipe, inputs.held_out), extra=FILE_ONLY)
+
+
+def log_banner(inputs: Inputs, expected: Memory, first_step: int) -> None:
+    """Say on the console what is about to be trained, for a reader of five seconds.
+
+    `expected`: the memory that it should take.
+    """
+    recipe, index, plan = inputs.recipe, inputs.index, inputs.plan
+    device, buckets = inputs.process.device, len(index.bucket_counts())
+    card, room = f"CPU process{'es' * (plan.processes > 1)}", ""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        room = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.0f}"
+    method = "full fine-tune"
+    if recipe.method != "full":
+        method = f"{recipe.method[0].upper()}oRA rank {recipe.lora.rank}"
+    trained = trained_parameters(inputs.spec, recipe)
+    of_steps = (recipe.steps - first_step) * recipe.batch.global_size
+    epochs = of_steps / recipe.batch.global_size / inputs.order.steps_per_epoch
+    facts = {
+        "model": f"{recipe.model.path}, {method}, {trained / 1e6:.3g} M parameters, {recipe.precision}"
+        + (f" over {recipe.base_weights}" if recipe.base_weights else ""),
+        "data": f"{index.samples:,} samples in {buckets} bucket{'s' * (buckets > 1)}"
+        + (f", {inputs.held_out.samples:,} held out" if inputs.held_out.samples else ""),
+        "on": f"{plan.processes} × {card}, ZeRO stage {plan.zero_stage}",
+        "batch": f"{recipe.batch.global_size} = {recipe.batch.micro_size} micro × {plan.accumulation} "
+        f"accumulation × {plan.processes}",
+        "steps": f"{first_step:,} → {recipe.steps:,}, {of_steps:,} samples, {epochs:.3g} epochs",
+        "memory": f"{expected.on_card / GIB:.1f}{room} GiB a GPU planned",
+        "run": recipe.run_dir,
+    }
+    if device.type == "cpu":
+        del facts["memory"]
+    paces = [
+        record["perf/seconds_per_step"]
+        for record in read_metrics(Path(recipe.run_dir) / METRICS_NAME)
+        if record.get("perf/seconds_per_step")
+    ]
+    if paces:  # of an earlier start
+        seconds = statistics.median(paces) * (recipe.steps - first_step)
+        facts["time"] = f"{timedelta(seconds=round(seconds))} at the pace until now"
+    rule = "─" * 72
+    rows = [f"  {name:8}{fact}" for name, fact in facts.items()]
+    log.info("\n".join(["", rule, *rows, rule]))

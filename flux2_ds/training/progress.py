@@ -8,11 +8,13 @@ import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
 from torch._dynamo.utils import counters
+from torch.nn import functional
+from tqdm import tqdm
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import GIB, Memory
@@ -22,9 +24,11 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.distributed import AsyncScalar, Process, all_gather_floats, all_reduce_mean
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
+from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Metrics, Values
 from flux2_ds.training.nonfinite import NonFinite
-from flux2_ds.training.step import StepTimer
+from flux2_ds.training.step import StepTrace
+from flux2_ds.training.validation import BANDS, band_of
 
 log = logging.getLogger("flux2_ds")
 
@@ -51,7 +55,7 @@ class PendingStep:
     micro_batches: list[MicroBatch]
     losses: list[torch.Tensor]
     gradient_norm: AsyncScalar
-    timer: StepTimer
+    trace: StepTrace
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Progress:
         self._metrics, self._nonfinite = metrics, nonfinite
         self._first_step, self._facts = first_step, facts
         self._pending: deque[PendingStep] = deque()
+        self._bar: tqdm[Any] | None = None
         on_card = process.device.type == "cuda"
         card = torch.cuda.get_device_name(process.device) if on_card else ""
         self._peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
@@ -96,10 +101,26 @@ class Progress:
         """The first step comes next: what was before it is in no step's time."""
         self._recompilations = Recompilations()
         self._started = time.perf_counter()
+        if self._metrics is not None:
+            shape = "{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+            self._bar = progress_bar(
+                "",
+                self._recipe.steps,
+                "step",
+                initial=self._first_step,
+                bar_format=shape,
+                smoothing=0,
+            )
         self._reset()
+
+    def close(self) -> None:
+        """No step follows: take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
 
     def _reset(self) -> None:
         self._loss = torch.zeros((), device=self._process.device)
+        self._bands = torch.zeros(len(BANDS), 2, device=self._process.device)
         self._steps = self._updates = 0
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._flops = 0.0
@@ -114,7 +135,7 @@ class Progress:
         number: int,
         micro_batches: list[MicroBatch],
         losses: list[torch.Tensor],
-        timer: StepTimer,
+        trace: StepTrace,
     ) -> None:
         """Take in step `number` and check the one before it.
 
@@ -124,15 +145,17 @@ class Progress:
             UserError: gradients were not finite, and the run is to stop.
         """
         self._recompilations.check(number, micro_batches[0].bucket)
+        if self._bar is not None:
+            self._bar.update()
         norm = AsyncScalar(self._engine.gradient_norm())
-        self._pending.append(PendingStep(number, micro_batches, losses, norm, timer))
+        self._pending.append(PendingStep(number, micro_batches, losses, norm, trace))
         while len(self._pending) > 1:
             self._check_step(self._pending.popleft())
 
     def _check_step(self, step: PendingStep) -> None:
         norm = float(step.gradient_norm)
         self._steps += 1
-        for part, spent in step.timer.seconds().items():
+        for part, spent in step.trace.seconds().items():
             self._spent[part] += spent
         for batch in step.micro_batches:
             tokens = batch.bucket.tokens + sum(
@@ -144,6 +167,9 @@ class Progress:
         if self._nonfinite.check(norm, step.number, step.micro_batches, step.losses):
             self._updates += 1
             self._loss += torch.stack(step.losses).mean()
+            for each, t in step.trace.samples:
+                member = functional.one_hot(band_of(t), len(BANDS)).T.to(each)
+                self._bands += member @ torch.stack([each, torch.ones_like(each)], dim=1)
         elif self._nonfinite.in_a_row == 1 and self._metrics is not None:
             what = f"the gradient norm is {norm} at step {step.number}"
             self._metrics.alert("a step is skipped", what)
@@ -164,13 +190,16 @@ class Progress:
             )
         seconds = time.perf_counter() - self._since
         samples, facts = self._recipe.batch.global_size, self._facts
+        own = (self._spent["data"] + self._spent["forward"]) / self._steps
+        of_ranks = all_gather_floats([own, *self._bands.flatten().tolist()], self._process.device)
         return {
             "train/loss": loss,
+            **_by_band([numbers[1:] for numbers in of_ranks]),
             "train/gradient_norm": float(last.gradient_norm),
             "train/learning_rate": learning_rate,
             "perf/seconds_per_step": seconds / self._steps,
             "perf/samples_per_second": self._steps * samples / seconds,
-            **self._performance(seconds),
+            **self._performance(seconds, [numbers[0] for numbers in of_ranks]),
             **self._memory(),
             "data/epoch": last.number / facts.steps_per_epoch,
             "data/repeats": last.number * samples / facts.samples,
@@ -178,8 +207,12 @@ class Progress:
             "optim/skipped_steps": self._nonfinite.skipped,
         }
 
-    def _performance(self, seconds: float) -> Values:
-        """Where the time goes, means over the steps since the last log line. Collective."""
+    def _performance(self, seconds: float, of_ranks: list[float]) -> Values:
+        """Where the time goes, means over the steps since the last log line.
+
+        `of_ranks`: what each rank needs for its data and its forward pass. The backward pass waits for the slowest,
+        so its time is the same in all.
+        """
         parts = {
             part: self._spent[part] / self._steps
             for part in ("data", "forward", "backward", "update")
@@ -194,9 +227,6 @@ class Progress:
             "perf/update_seconds": parts["update"],
         }
         if self._process.world_size > 1:
-            # The backward pass waits for the slowest, so its time is the same in all ranks.
-            own = parts["data"] + parts["forward"]
-            of_ranks = [each for (each,) in all_gather_floats([own], self._process.device)]
             slowest = of_ranks.index(max(of_ranks))
             values["perf/rank_spread_seconds"] = max(of_ranks) - min(of_ranks)
             values["perf/slowest_rank"] = f"rank {slowest} on {self._facts.hosts[slowest]}"
@@ -220,22 +250,32 @@ class Progress:
             values["train/loss_smoothed"] = self._metrics.smoothed(loss)
             self._metrics.write(done, values)
             steps, held_out = self._recipe.steps, values.get("validation/loss")
+            pace = [
+                f"lr {values['train/learning_rate']:.2e}",
+                f"{values['perf/seconds_per_step']:.3f} s/step",
+                f"{values['perf/samples_per_second']:.2f} samples/s",
+            ]
+            memory = values.get("memory/allocated_gib")
+            card = [] if memory is None else [f"{memory:.1f} GiB"]
             parts = [
                 f"step {done:{len(str(steps))}}/{steps}",
                 "loss of no step" if loss is None else f"loss {loss:.4f}",
                 *([] if held_out is None else [f"held-out loss {held_out:.4f}"]),
                 f"grad {values['train/gradient_norm']:.3f}",
-                f"lr {values['train/learning_rate']:.2e}",
-                f"{values['perf/seconds_per_step']:.3f} s/step",
-                f"{values['perf/samples_per_second']:.2f} samples/s",
+                *pace,
                 str(values["data/bucket"]),
                 f"epoch {values['data/epoch']:.2f}",
+                *card,
             ]
-            if "memory/allocated_gib" in values:
-                parts.append(f"{values['memory/allocated_gib']:.1f} GiB")
             if done < steps:
                 parts.append(f"{self._time_left(done)} left")
-            log.info("%s", " | ".join(parts))
+            in_bar = self._bar is not None and not self._bar.disable
+            if self._bar is not None:
+                smoothed = values["train/loss_smoothed"]
+                shown = [] if smoothed is None else [f"loss {smoothed:.4f}"]
+                self._bar.set_postfix_str(" | ".join([*shown, *pace, *card]))
+            # The bar has it all but what is held out.
+            log.info("%s", " | ".join(parts), extra={"console": not in_bar or held_out is not None})
         self._reset()
 
     def _time_left(self, done: int) -> timedelta:
@@ -243,6 +283,13 @@ class Progress:
         elapsed = time.perf_counter() - self._started
         each = elapsed / (done - self._first_step)
         return timedelta(seconds=round(each * (self._recipe.steps - done)))
+
+
+def _by_band(of_ranks: list[list[float]]) -> Values:
+    """The loss in each quarter of the timesteps that has samples, from each rank's sums and counts."""
+    totals = [sum(column) for column in zip(*of_ranks, strict=True)]
+    bands = zip(BANDS, totals[::2], totals[1::2], strict=True)
+    return {f"train/loss_{band}": total / count for band, total, count in bands if count}
 
 
 def compiled_graphs() -> int:

@@ -22,27 +22,31 @@ def train_step(
     objective: FlowObjective,
     micro_batches: Sequence[MicroBatch],
     learning_rate: float,
-    timer: StepTimer | None = None,
+    trace: StepTrace | None = None,
 ) -> list[torch.Tensor]:
     """Accumulate the gradients of all micro-batches and update; returns their losses, on the device."""
-    mark = timer.mark if timer else lambda part: None
+    mark = trace.mark if trace else lambda part: None
     losses = []
     for micro_batch in micro_batches:
         mark("forward")
-        loss = objective.loss(engine.forward, micro_batch)
+        found = objective.losses(engine.forward, micro_batch)
         mark("backward")
-        engine.backward(loss)
+        engine.backward(found.mean)
         mark("update")
         engine.step(learning_rate)
-        losses.append(loss.detach())
+        losses.append(found.mean.detach())
+        if trace:
+            trace.samples.append((found.each, found.t))
     mark("end")
     return losses
 
 
-class StepTimer:
-    """Seconds of the parts of one step, by the clock of the device that computes them."""
+class StepTrace:
+    """What one step leaves to be looked at: seconds of its parts, by the clock of the device that computes them,
+    and the loss and timestep of its samples."""
 
     def __init__(self, device: torch.device) -> None:
+        self.samples: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._on_card = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 

@@ -22,6 +22,11 @@ BANDS = ("t0-25", "t25-50", "t50-75", "t75-100")
 LOSS = "validation/loss"
 
 
+def band_of(t: torch.Tensor) -> torch.Tensor:
+    """The number of the band of each timestep."""
+    return (t * len(BANDS)).long().clamp(max=len(BANDS) - 1)
+
+
 class ValidationLoss:
     """The mean loss over the samples of `order`, which `loader` reads.
 
@@ -96,7 +101,7 @@ class ValidationLoss:
                     # Also with none that counts: at ZeRO-3 all ranks make the same passes.
                     _, each, t = self._objective.losses(forward, batch)
                     count = sum(s.position < self._order.count for s in batch.samples)
-                    bands = (t[:count] * len(BANDS)).long().clamp(max=len(BANDS) - 1)
+                    bands = band_of(t[:count])
                     sources = [self._sources[s.shard] for s in batch.samples[:count]]
                     member = torch.zeros(len(self._groups), count, dtype=torch.float64)
                     member[0] = 1

@@ -24,6 +24,7 @@ from flux2_ds.data.index import Index, Shard
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.errors import UserError
+from flux2_ds.run.logging import progress_bar
 from flux2_ds.training.build import Run
 from flux2_ds.training.inputs import Inputs
 from flux2_ds.training.progress import compiled_graphs
@@ -56,10 +57,15 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
         passes += [(shards, " as CUDA graphs") for shards in trained]
     device, on_card = objective.device, objective.device.type == "cuda"
     start, known = time.perf_counter(), compiled_graphs()
+    if every_length:
+        log.info("warm-up    compiling the blocks in %d passes", len(passes))
+    bar = progress_bar("compiling" if every_length else "warming up", len(passes), "pass")
     for number, (shards, purpose) in enumerate(passes, start=1):
         if run.stop.any_rank(run.process)():
+            bar.close()
             return
         names = ", ".join(dict.fromkeys(describe(shard) for shard in shards))
+        bar.set_postfix_str(names)
         run.watchdog.heartbeat(run.first_step + 1, f"warming up for {names}")
         before = time.perf_counter()
         batch = synthetic(
@@ -87,6 +93,7 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
             what = f"{names} in micro-batches of {recipe.batch.micro_size}"
             message = out_of_memory(recipe, "step", what, error, expected.spare)
             raise UserError(message) from error
+        bar.update()
         log.info(
             "warm-up %d of %d: %s%s, %.0f s",
             number,
@@ -95,6 +102,7 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
             purpose,
             time.perf_counter() - before,
         )
+    bar.close()
     done = f"warm-up    {time.perf_counter() - start:.0f} s"
     if every_length:
         done += f", {compiled_graphs() - known} graphs compiled"

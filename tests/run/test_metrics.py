@@ -85,6 +85,25 @@ def test_a_record_is_on_disk_at_once(run_dir):
     metrics.close()
 
 
+def test_the_report_is_written_anew_while_training(run_dir):
+    metrics = start(run_dir)
+    (run_dir / "recipe.yaml").write_text("steps: 30\nlog: {every: 10}\n")
+    record(metrics, 10)
+    metrics.saved(10, run_dir)
+    first = metrics._reporter
+    metrics.saved(20, run_dir)
+    assert metrics._reporter is first  # one at a time
+    assert first.wait(60) == 0
+    assert "10 of 30 steps" in (run_dir / "report.html").read_text()
+    (run_dir / "recipe.yaml").write_text("- damaged\n")
+    metrics.show(30, [])
+    second = metrics._reporter
+    assert second is not first and second.wait(60) == 2  # and nothing of it comes here
+    metrics.show(30, [])
+    metrics.close()
+    assert metrics._reporter.returncode is not None
+
+
 @pytest.mark.parametrize(
     ("resumed_at", "left"), [(0, []), (20, [10, 20]), (25, [10, 20]), (90, [10, 20, 30])]
 )

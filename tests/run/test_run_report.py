@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -152,8 +153,13 @@ def test_a_running_run_says_so(tmp_path):
     recipe = (run / "recipe.yaml").read_text().replace("steps: 40", "steps: 50")
     (run / "recipe.yaml").write_text(recipe)
     assert read_run(run).status == "stopped after 40 of 50 steps"
-    (run / "logs/rank_0.json").write_text(json.dumps({"ended": False, "beat": time.time()}))
+    heartbeat = run / "logs/rank_0.json"
+    heartbeat.write_text(json.dumps({"ended": False}))
     assert read_run(run).status == "running, 40 of 50 steps"
+    assert 'http-equiv="refresh"' in write_report(run).read_text()
+    os.utime(heartbeat, (0, 0))
+    assert read_run(run).status == "stopped after 40 of 50 steps"
+    assert 'http-equiv="refresh"' not in write_report(run).read_text()
 
 
 def test_what_strangers_wrote_is_text_and_secrets_are_left_out(tmp_path):
@@ -192,7 +198,7 @@ def test_a_damaged_file_ends_no_training(tmp_path, caplog, damaged, content, wri
         ("training/build.py", '"blocks     %d of'),
         ("training/inputs.py", '"variant    {inputs.spec}"'),
         ("training/inputs.py", '"data       %d samples'),
-        ("training/inputs.py", '"held out   %d samples'),
+        ("training/inputs.py", '"held out   %s"'),
         ("training/checkpoints.py", '"continuing after step %d from'),
         ("train.py", '"stopped by %s after step'),
         ("train.py", '"%s in %s", "done"'),

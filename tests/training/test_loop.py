@@ -31,6 +31,7 @@ from flux2_ds.train import run_steps
 from flux2_ds.training.build import Run
 from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints
+from flux2_ds.training.loss import Losses
 from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.progress import Facts, Progress
 from flux2_ds.training.step import seed_dropout
@@ -78,6 +79,16 @@ BATCH = MicroBatch(
 )
 
 
+def sample_loss(mean: torch.Tensor) -> Losses:
+    """Of one sample with t = 0.8."""
+    return Losses(mean, mean[None], torch.tensor([0.8]))
+
+
+def recorder() -> Mock:
+    """Metrics whose records a test looks at."""
+    return Mock(smoothed=lambda loss: loss)
+
+
 FACTS = Facts(
     spec=RELEASED["black-forest-labs/FLUX.2-dev"],
     samples=6,
@@ -119,7 +130,7 @@ def run_loop(
         recipe=recipe,
         process=ALONE,
         engine=stand_in,
-        objective=SimpleNamespace(loss=lambda forward, batch: forward()),  # type: ignore[arg-type]
+        objective=SimpleNamespace(losses=lambda forward, batch: sample_loss(forward())),  # type: ignore[arg-type]
         loader=SimpleNamespace(steps=lambda first, last: itertools.repeat([BATCH], last - first)),  # type: ignore[arg-type]
         first_step=first_step,
         cadence=Cadence(
@@ -185,7 +196,7 @@ def saved(folder: Path) -> list[int]:
 
 
 def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
-    metrics = Mock()
+    metrics = recorder()
     losses = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     assert run_loop(tmp_path, StandIn(losses), 7, metrics, log_every=3, save_every=2)
     assert saved(tmp_path) == [2, 4, 6, 7]
@@ -199,7 +210,7 @@ def test_checkpoints_and_log_lines_keep_their_own_cadence(tmp_path):
 
 
 def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
-    metrics, validation = Mock(), held_out_losses(0.5, 0.4, 0.3)
+    metrics, validation = recorder(), held_out_losses(0.5, 0.4, 0.3)
     assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, validation=validation, log_every=3)
     written = {call.args[0]: call.args[1] for call in metrics.write.call_args_list}
     found = {step: values.get("validation/loss") for step, values in written.items()}
@@ -211,7 +222,7 @@ def test_evaluations_come_at_their_cadence_and_at_the_end_but_not_when_stopping(
 
 @pytest.mark.parametrize(("at_start", "first", "found"), [(True, 0, [0, 2]), (False, 0, [2]), (True, 1, [2])])  # fmt: skip
 def test_an_evaluation_comes_before_step_1_where_it_is_asked_for(tmp_path, at_start, first, found):
-    metrics, validation = Mock(), held_out_losses(0.5, -1.5)
+    metrics, validation = recorder(), held_out_losses(0.5, -1.5)
     engine = StandIn([1.0] * 2)
     options = {"validation": validation, "at_start": at_start, "first_step": first}
     assert run_loop(tmp_path, engine, 2, metrics, log_every=2, **options)
@@ -220,7 +231,7 @@ def test_an_evaluation_comes_before_step_1_where_it_is_asked_for(tmp_path, at_st
 
 
 def test_previews_come_first_at_their_cadence_and_at_the_end_but_not_when_stopping(tmp_path):
-    previews, metrics = Mock(), Mock()
+    previews, metrics = Mock(), recorder()
     previews.made.return_value = False
     assert run_loop(tmp_path, StandIn([1.0] * 5), 5, metrics, previews=previews, log_every=3)
     assert [call.args[0] for call in previews.render.call_args_list] == [0, 2, 4, 5]
@@ -252,7 +263,7 @@ def test_a_stop_that_was_asked_for_while_loading_is_taken_before_the_first_step(
 
 
 def test_a_stop_file_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, caplog):
-    metrics = Mock()
+    metrics = recorder()
     metrics.write.side_effect = lambda step, values: (tmp_path / "stop").write_text("SIGHUP")
     with caplog.at_level(logging.INFO, logger="flux2_ds"):
         assert not run_loop(tmp_path, StandIn([1.0] * 9), 9, metrics)
@@ -288,12 +299,14 @@ def test_what_is_not_finite_is_written_down(tmp_path):
 
 
 def test_skipped_steps_are_counted_and_their_losses_are_not(tmp_path, caplog):
-    metrics = Mock()
+    metrics = recorder()
     norms = [1.0, math.inf, 2.0, math.nan, math.nan, 1.0]
     engine = StandIn([1.0, math.nan, 3.0, 9.0, math.nan, 5.0], norms)
     assert run_loop(tmp_path, engine, 6, metrics, policy="skip", log_every=3)
     values = [call.args[1] for call in metrics.write.call_args_list]
     assert [(v["train/loss"], v["optim/skipped_steps"]) for v in values] == [(2.0, 1), (5.0, 3)]
+    assert [v["train/loss_t75-100"] for v in values] == [2.0, 5.0]
+    assert "train/loss_t0-25" not in values[0]  # no sample is there
     assert caplog.text.count("Skipped; ") == 3
     assert len(list(tmp_path.glob("nonfinite/*"))) == 3
 
@@ -330,7 +343,7 @@ def test_a_run_that_only_skips_stops(tmp_path):
 
 
 def test_steps_that_the_loss_scaler_skips_are_no_failure(tmp_path):
-    engine, metrics = StandIn([4.0, 2.0, math.nan], [math.inf, 1.0, math.inf]), Mock()
+    engine, metrics = StandIn([4.0, 2.0, math.nan], [math.inf, 1.0, math.inf]), recorder()
     engine.skips_overflows = True
     with pytest.raises(UserError, match="norm is inf at step 3"):  # but a loss that is NaN is
         run_loop(tmp_path, engine, 4, metrics)
@@ -381,6 +394,6 @@ def test_every_series_is_documented_and_has_a_prefix(tmp_path):
     sources = [root / "train.py", *root.glob("training/*.py"), root / "run/wandb_run.py"]
     prefixes = "train|validation|perf|memory|data|optim|samples"
     named = {n for p in sources for n in re.findall(rf'"((?:{prefixes})/\w+)"', p.read_text())}
-    assert first.keys() - {"step"} < named
+    assert first.keys() - {"step", "train/loss_t75-100"} < named
     page = (root.parent / "docs/watching.md").read_text()
     assert not [name for name in sorted(named) if f"`{name}`" not in page]

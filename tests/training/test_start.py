@@ -256,10 +256,11 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
         "read_inputs": read,
         "build_model": lambda *_, **__: (Mock(), Memory({}, {})),
         "recordable": lambda plan, index: plan,
-        "build_run": lambda *_: SimpleNamespace(metrics=None),
+        "build_run": lambda *_: SimpleNamespace(metrics=None, progress=Mock()),
     }
     for name in (
         "log_plan",
+        "log_banner",
         "log_memory",
         "destroy_process_group",
         "build_engine",

@@ -158,7 +158,8 @@ def test_the_longest_samples_come_first_and_each_length_once(caplog):
         ("64x32", []),  # 8
         ("64x32", []),
     ]
-    assert said(caplog)[:4] == [
+    assert said(caplog)[:5] == [
+        "warm-up    compiling the blocks in 4 passes",
         "warm-up 1 of 4: 64x48 with references 32x16,16x16, 0 s",
         "warm-up 2 of 4: 32x32 with references of several sizes, 0 s",
         "warm-up 3 of 4: 64x32, 32x64, 0 s",
