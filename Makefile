@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup check test test-fast test-multinode test-gpu smoke-test demo test-demo docs clean
+.PHONY: help setup check test test-fast test-multinode test-kill fuzz test-gpu smoke-test demo test-demo docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ test: $(INSTALLED) ## all tests that need no GPU
 
 test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
 	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode
+
+test-kill: $(INSTALLED) ## N=100 random kills of a training, SEED=0: some 20 s each
+	KILLS=$(or $(N),100) SEED=$(or $(SEED),0) $(OFFLINE) $(BIN)/pytest -q -s tests/launcher/test_kill.py
+
+fuzz: $(INSTALLED) ## N=1000 recipes at random and as many damaged files, SEED=0
+	FUZZ=$(or $(N),1000) SEED=$(or $(SEED),0) $(OFFLINE) $(BIN)/pytest -q tests/test_fuzz.py
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
 	$(OFFLINE) $(BIN)/pytest -m gpu

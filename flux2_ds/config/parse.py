@@ -300,7 +300,7 @@ def _check_file(path: Path) -> None:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path} is no YAML at line {line}: {error.problem}.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}.") from error
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(root, yaml.MappingNode):
         what = "is empty" if root is None else "holds no settings"
         raise UserError(f"{path} {what}. A recipe has lines such as `steps: 1000`.")

@@ -1,0 +1,163 @@
+"""Random kills of any process at any moment of a training, on one host and on two: nothing is left behind, no
+exit code is wrong, and the run ends with the bits of one that nobody has disturbed.
+
+`make test-kill N=100 SEED=0`; a failure names the seed and the kill.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from flux2_ds.commands.tiny import make_tiny
+from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.parse import load_recipe
+from flux2_ds.prepare import __main__ as prepare
+
+KILLS, SEED = int(os.environ.get("KILLS", "1")), int(os.environ.get("SEED", "0"))
+STEPS, GONE = 8, 10.0  # s in which every process must have ended
+MARK = "FLUX2_DS_KILL_TEST"
+RECIPE = f"""\
+{{run_dir: run, steps: {STEPS}, precision: fp32, deepspeed: zero0, model: {{path: model}}, lora: {{rank: 2}},
+data: {{images: photos, shards: shards, resolution: 64, bucket_step: 16}}, batch: {{global_size: 2, micro_size: 1}},
+checkpoint: {{every: 2}}, log: {{every: 1, wandb: disabled}}, launch: {{accelerator: cpu, processes: 2}}}}
+"""
+SSH = """\
+#!/bin/sh
+# As ssh and sshd do: the last word goes to a shell, which has few variables.
+if [ "$1" = -G ]; then echo "hostname $(hostname)"; exit; fi
+for last; do :; done
+env -i HOME="$HOME" PATH=/usr/bin:/bin {mark}="${mark}" sh -c "$last" <&0 &
+wait $!
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run starts: a model, shards, a recipe, and two hosts; with a name that a shell would read."""
+    folder = tmp_path_factory.mktemp("kill") / "it's $(here) & there"
+    (folder / "photos").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 30, 200)).save(folder / f"photos/{number}.png")
+        (folder / f"photos/{number}.txt").write_text(f"color {number}")
+    make_tiny(folder / "model", "klein")
+    (folder / "hostfile").write_text("one slots=1\ntwo slots=1\n")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(SSH.replace("{mark}", MARK))
+    (folder / "bin" / "ssh").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare.prepare(
+            load_recipe(Path("recipe.yaml"), []), Path("model"), read_spec(Path("model"))
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def end_all() -> Iterator[None]:
+    yield
+    for process in alive():
+        process.kill()
+
+
+def alive() -> list[psutil.Process]:
+    """Everything that has been started here, whoever its parent is by now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.environ().get(MARK) == str(os.getpid())
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def start(folder: Path, run_dir: str, hosts: int) -> subprocess.Popen[bytes]:
+    options = ["--launch.hostfile", "hostfile", "--launch.processes", "null"] if hosts == 2 else []
+    with (folder / "out").open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launcher", "train", "--config", "recipe.yaml", "--run_dir", run_dir, *options],
+            cwd=folder, stdout=out, stderr=out, start_new_session=True,
+            env=os.environ | {MARK: str(os.getpid()), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+                              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+
+
+def result(run: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
+    """What a run has made: every tensor of its last checkpoint, and the loss of each step."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (run / "checkpoints" / f"step_{STEPS:08d}").glob("*.safetensors"):
+        tensors |= {f"{file.stem} {name}": tensor for name, tensor in load_file(file).items()}
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return tensors, {record["step"]: record["train/loss"] for record in records}
+
+
+def check_same(found: Any, expected: Any) -> None:
+    assert found[1] == expected[1] and len(found[1]) == STEPS
+    assert found[0].keys() == expected[0].keys() and len(found[0]) > 30
+    for name, tensor in expected[0].items():
+        assert torch.equal(found[0][name], tensor), name
+
+
+def test_whoever_is_killed_whenever_nothing_is_left_and_the_run_ends_alike(folder: Path) -> None:
+    began = time.monotonic()
+    launcher = start(folder, "undisturbed", hosts=2)
+    assert launcher.wait(timeout=300) == 0, (folder / "out").read_text()
+    duration = time.monotonic() - began
+    expected = result(folder / "undisturbed")
+
+    draw = random.Random(SEED)
+    kills = runs = 0
+    while True:
+        run, hosts = folder / f"run {runs}", draw.choice((1, 2))
+        launcher = start(folder, run.name, hosts)
+        victim = ""
+        if kills < KILLS:
+            kills += 1
+            moment = draw.uniform(0, 1.1 * duration)
+            try:
+                launcher.wait(timeout=moment)
+            except subprocess.TimeoutExpired:
+                chosen = draw.choice(alive())
+                victim = (
+                    " ".join(chosen.cmdline()[-60:])[:90]
+                    if chosen.pid != launcher.pid
+                    else "the launcher"
+                )
+                chosen.kill()
+        code = launcher.wait(timeout=300)
+        deadline = time.monotonic() + GONE
+        while (left := alive()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        out = (folder / "out").read_text()
+        done = (run / "checkpoints" / f"step_{STEPS:08d}").is_dir()
+        what = f"seed {SEED}, kill {kills} of {victim or 'nobody'} on {hosts} hosts: code {code}, {done=}"
+        print(what, flush=True)
+        assert not left, f"{what}, left {[process.cmdline() for process in left]}\n{out}"
+        if victim == "the launcher":
+            assert code == -signal.SIGKILL, f"{what}\n{out}"
+        elif code != 0:
+            assert victim and code == 1 and "\nerror: " in f"\n{out}", f"{what}\n{out}"
+        else:
+            assert done, f"{what}\n{out}"
+        if code == 0:
+            check_same(result(run), expected)
+            runs += 1
+            if kills == KILLS:
+                return
