@@ -22,22 +22,37 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 
-from flux2_ds.config.memory import GIB, checkpoint_bytes
-from flux2_ds.config.model_spec import RELEASED, Spec, spec_here
+from flux2_ds.config.buckets import resolutions
+from flux2_ds.config.memory import GIB, base_bytes, checkpoint_bytes
+from flux2_ds.config.model_spec import (
+    PIXELS_PER_TOKEN,
+    RELEASED,
+    TEXT_TOKENS,
+    TOKEN_CHANNELS,
+    Spec,
+    spec_here,
+)
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import make_plan
-from flux2_ds.config.recipe import Recipe
+from flux2_ds.config.recipe import Recipe, is_url
 from flux2_ds.data.dataset import in_steps, read_data, run_checks
+from flux2_ds.data.images import is_image
+from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.run.run_dir import (
     checkpoint_steps,
     checkpoints_directory,
     existing_parent,
+    nearest_existing,
 )
 from launcher.doctor import Findings, last_line, run_probe
+
+_TEXT_ENCODERS = {15360: 48.0e9, 12288: 16.4e9, 7680: 8.0e9}
+"""Text width of a released model -> bytes of its encoder in bf16: Mistral Small 24B, Qwen3 8B, Qwen3 4B."""
 
 
 def main() -> None:
@@ -179,16 +194,16 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     model, before = Path(recipe.model.path), len(findings.lines)
     allowed = recipe.model.allow_distilled
     spec = refuses("model", lambda: spec_here(recipe.model.path, allow_distilled=allowed))
-    directory = model if spec else None
+    directory, fetched = model if spec else None, True
     if spec is not None:
         findings.ok("model", f"{spec} in {model}")
     elif len(findings.lines) == before:  # the id of a model
-        check_cache(findings, recipe)
+        fetched = check_cache(findings, recipe)
         spec = RELEASED.get(recipe.model.path)
     data = refuses("shards", lambda: read_data(recipe))
     if data is not None:
         recipe = in_steps(recipe)
-    check_disk(findings, recipe, spec, token)
+    check_disk(findings, recipe, spec, token, fetched=fetched)
     if data is not None:
         findings.facts["shards"] = data[0].digest
     for name, check in run_checks(recipe, data, spec, directory).items():
@@ -200,14 +215,14 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
         findings.warn("wandb", "online, but no key; it will stay offline", "wandb login")
 
 
-def check_cache(findings: Findings, recipe: Recipe) -> None:
-    """Check whether a hub id's files are on this host already."""
+def check_cache(findings: Findings, recipe: Recipe) -> bool:
+    """Check whether a hub id's files are on this host already; return it."""
     name = recipe.model.path
     try:
         cached = try_to_load_from_cache(name, "model_index.json", revision=recipe.model.revision)
     except HFValidationError:
         findings.fail("model", f"{name} is neither a directory here nor a hub id", "model.path")
-        return
+        return True
     if isinstance(cached, str):
         findings.ok("model", f"{name} is in the hub's cache")
     else:
@@ -216,10 +231,19 @@ def check_cache(findings: Findings, recipe: Recipe) -> None:
             f"{name} is not on this host; the first start fetches it",
             f"hf download {name} (for a gated model after `hf auth login`)",
         )
+    return isinstance(cached, str)
 
 
-def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str | None) -> None:
-    """Check whether run_dir is the launcher's, can be written, and has room for the checkpoints."""
+def check_disk(
+    findings: Findings,
+    recipe: Recipe,
+    spec: Spec | None,
+    token: str | None,
+    *,
+    fetched: bool = True,
+) -> None:
+    """Check whether run_dir is the launcher's, can be written, and has room for the checkpoints, with what else is
+    to come on the same disk: a model that is not `fetched`, shards that are not prepared."""
     place = existing_parent(recipe)
     if token is not None and not Path(token).exists():
         findings.fail(
@@ -230,14 +254,53 @@ def check_disk(findings: Findings, recipe: Recipe, spec: Spec | None, token: str
     elif not os.access(place, os.W_OK):
         findings.fail("run_dir", f"{place} cannot be written", "correct its owner, or run_dir")
     elif spec is not None:
-        free, count = shutil.disk_usage(place).free / GIB, checkpoints_to_come(recipe)
-        one = checkpoint_bytes(spec, recipe) / GIB
+        count, one = checkpoints_to_come(recipe), checkpoint_bytes(spec, recipe)
         plural = "" if count == 1 else "s"
-        text = f"{free:.0f} GiB free in {place}, for {count} checkpoint{plural} of {one:.2g} GiB"
-        if free < count * one:
-            findings.warn("disk", text, "free some, keep fewer, or move run_dir")
+        needs = [(place, count * one, f"{count} checkpoint{plural} of {one / GIB:.2g} GiB")]
+        if not fetched:
+            size = base_bytes(spec, None, 2) + _TEXT_ENCODERS[spec.text_width]
+            needs.append((Path(HF_HUB_CACHE), size, f"a download of {size / GIB:.0f} GiB"))
+        if not (is_url(recipe.data.shards) or is_prepared(recipe.data.shards)):
+            images, sample = images_here(recipe), sample_bytes(recipe, spec)
+            text = f"shards of {images} images, at most {images * sample / GIB:.2g} GiB"
+            needs += [(Path(recipe.data.shards), images * sample, text)] * bool(images)
+        check_room(findings, needs)
+
+
+def check_room(findings: Findings, needs: list[tuple[Path, float, str]]) -> None:
+    """Compare what is to be written, each with its place, bytes and name, with the free bytes of each disk."""
+    disks: dict[int, list[tuple[Path, float, str]]] = {}
+    for path, size, text in needs:
+        place = nearest_existing(path)
+        disks.setdefault(place.stat().st_dev, []).append((place, size, text))
+    for on_disk in disks.values():
+        place, free = on_disk[0][0], shutil.disk_usage(on_disk[0][0]).free
+        text = (
+            f"{free / GIB:.0f} GiB free in {place}, for {', '.join(text for _, _, text in on_disk)}"
+        )
+        if free < sum(size for _, size, _ in on_disk):
+            findings.warn("disk", text, "free some, keep fewer checkpoints, or use another disk")
         else:
             findings.ok("disk", text)
+
+
+def images_here(recipe: Recipe) -> int:
+    """Return how many files are called like images in the folders of `data.images`; archives are not opened."""
+    images = recipe.data.images
+    folders = [images] if isinstance(images, str) else list(images.values())
+    return sum(
+        is_image(name)
+        for folder in folders
+        if not is_url(folder)
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def sample_bytes(recipe: Recipe, spec: Spec) -> float:
+    """Return the bytes of a sample in the largest bucket: a latent in fp32, a caption without its padding cut."""
+    tokens = max(resolutions(recipe.data.resolution)) ** 2 / PIXELS_PER_TOKEN**2
+    return 4 * tokens * TOKEN_CHANNELS + 2 * TEXT_TOKENS * spec.text_width
 
 
 def checkpoints_to_come(recipe: Recipe) -> int:

@@ -214,8 +214,7 @@ def model(recipe: Recipe) -> None:
 
 
 def adapter(recipe: Recipe) -> list[torch.Tensor]:
-    (file,) = Path("run/export").glob("*.safetensors")
-    read = sample.read_adapter(file, read_spec(Path("model")))
+    read = sample.read_adapter(sample.choose_export(recipe, None), read_spec(Path("model")))
     return [tensor for update in read.values() for tensor in (update.down, update.up)]
 
 

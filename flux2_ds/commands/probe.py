@@ -62,14 +62,38 @@ def examine_torch(accelerator: str) -> tuple[list[Finding], dict[str, str]]:
         return [finding("ok", "torch", f"{torch.__version__} on the CPU, gloo")], {}
     cuda = str(torch.version.cuda)
     if not torch.cuda.is_available():
-        text = f"torch {torch.__version__} (CUDA {cuda}) cannot use a GPU"
+        built = "for the CPU alone" if torch.version.cuda is None else f"for CUDA {cuda}"
+        text = f"torch {torch.__version__} is built {built} and cannot use a GPU"
         remedy = "a newer driver, or a torch for this driver's CUDA"
         return [finding("failure", "torch", text, remedy)], {"CUDA of torch": cuda}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    lines = [finding("ok", "torch", f"CUDA {cuda}, NCCL {nccl}")]
+    architectures = torch.cuda.get_arch_list()
+    cards = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
+    text = (
+        f"CUDA {cuda}, NCCL {nccl}, built for {', '.join(architectures)}; the cards need "
+        + " and ".join(f"sm_{major}{minor}" for major, minor in sorted(cards))
+    )
+    lines = [finding("ok", "torch", text)]
+    if not all(runs_on(card, architectures) for card in cards):
+        lines = [finding("failure", "torch", text, "a torch that is built for these cards")]
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         lines += [finding("warning", "bf16", "these GPUs have no bf16", "precision: fp16 or fp32")]
     return lines, {"CUDA of torch": cuda, "NCCL": nccl}
+
+
+def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a card runs code built for `architectures`: that of an earlier minor version (sm_80 on an 8.6), or
+    what the driver compiles (compute_80 on anything later)."""
+    major = capability[0]
+    for name in architectures:
+        kind, _, digits = name.partition("_")
+        digits = digits.rstrip("af")  # sm_90a has what later cards lack
+        built = int(digits[:-1]), int(digits[-1])
+        if built == capability or (
+            built <= capability and name[-1].isdigit() and (kind == "compute" or built[0] == major)
+        ):
+            return True
+    return False
 
 
 def examine_cpu_adam() -> Finding:

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flux2_ds.config.adapter import merges
-from flux2_ds.config.model_spec import PADDING_SIDES
+from flux2_ds.config.model_spec import PADDING_SIDES, read_json
 from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError, without_secrets
 
@@ -51,7 +51,7 @@ def fingerprint(directory: Path) -> dict[str, str]:
 
     Parts that are not on this machine are left out.
     """
-    pipeline = json.loads((directory / "model_index.json").read_text())["_class_name"]
+    pipeline = read_json(directory / "model_index.json")["_class_name"]
     result = {"pipeline": pipeline, "padding": PADDING_SIDES[pipeline]}
     for part in ("vae", "text_encoder", "tokenizer"):
         suffixes = {path.suffix for path in (directory / part).glob("*")}
@@ -126,7 +126,7 @@ def check_fingerprint(prepared: dict[str, str], directory: Path, shards: str) ->
 
 def _file_digest(path: Path) -> bytes:
     if path.name.endswith("config.json"):
-        config = json.loads(path.read_text())
+        config = read_json(path)
         kept = {key: value for key, value in config.items() if key not in _VOLATILE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
     digest = hashlib.sha256()

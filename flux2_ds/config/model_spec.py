@@ -130,7 +130,7 @@ def known_spec(path: str) -> Spec | None:
 def is_distilled(path: str) -> bool:
     """Whether the model is known to be step-distilled."""
     if Path(path).is_dir():
-        return bool(_read_json(Path(path) / "model_index.json").get("is_distilled"))
+        return bool(read_json(Path(path) / "model_index.json").get("is_distilled"))
     return path in _DISTILLED
 
 
@@ -167,7 +167,7 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
     Raises:
         UserError: not a FLUX.2 directory, parts of different families, or step-distilled weights.
     """
-    index = _read_json(directory / "model_index.json")
+    index = read_json(directory / "model_index.json")
     pipeline = str(index.get("_class_name"))
     if pipeline not in _PIPELINES:
         raise UserError(
@@ -175,7 +175,7 @@ def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
             "(klein) can be trained. Give the directory or hub id of such a model."
         )
     variant, encoder_class = _PIPELINES[pipeline]
-    config = _read_json(directory / "transformer" / "config.json")
+    config = read_json(directory / "transformer" / "config.json")
     expected = {
         "transformer": ("Flux2Transformer2DModel", config.get("_class_name")),
         "vae": ("AutoencoderKLFlux2", _component_class(index, "vae")),
@@ -213,7 +213,8 @@ def _component_class(index: dict[str, Any], part: str) -> str | None:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a model's directory, or a `UserError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -201,7 +201,12 @@ def entries(folder: Path) -> list[Path]:
 
 def existing_parent(recipe: Recipe) -> Path:
     """run_dir, or the nearest directory above it that there is."""
-    place = Path(recipe.run_dir).resolve()
+    return nearest_existing(Path(recipe.run_dir))
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that there is."""
+    place = path.resolve()
     while not place.exists():
         place = place.parent
     return place

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from flux2_ds.commands.probe import runs_on
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import checkpoint_bytes
 from flux2_ds.config.model_spec import RELEASED
@@ -134,6 +135,44 @@ def test_disk_for_checkpoints(recipe, monkeypatch, method):
         ("warning", text.format(1).replace("checkpoints", "checkpoint")),
         ("ok", text.format(1).replace("checkpoints", "checkpoint")),
     ]
+
+
+def test_a_disk_holds_the_download_the_shards_and_the_checkpoints(recipe, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name in ("a.png", "a.txt", "more/b.JPG"):
+        (tmp_path / "photos" / name).touch()
+    monkeypatch.setattr(checks, "HF_HUB_CACHE", str(tmp_path / "hub" / "cache"))
+    data = dataclasses.replace(
+        recipe.data, images=str(tmp_path / "photos"), shards=str(tmp_path / "none")
+    )
+    recipe = dataclasses.replace(recipe, data=data)
+    taken = checks.checkpoints_to_come(recipe) * checkpoint_bytes(DEV, recipe)
+    taken += 64.45e9 + 48e9 + 2 * (4096 * 128 * 4 + 512 * 15360 * 2)
+    for free, status in ((taken * 0.999, "warning"), (taken * 1.001, "ok")):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        findings = Findings()
+        checks.check_disk(findings, recipe, DEV, None, fetched=False)
+        (line,) = findings.lines
+        assert line.status == status
+        assert "a download of 105 GiB, shards of 2 images, at most 0.033 GiB" in line.text
+
+
+@pytest.mark.parametrize(
+    ("card", "built", "expected"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 6), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["compute_90a"], False),
+    ],
+)
+def test_whether_torch_is_built_for_a_card(card, built, expected):
+    assert runs_on(card, built) == expected
 
 
 def test_what_is_held_out_is_looked_at_like_what_is_trained_on(recipe, tmp_path):
