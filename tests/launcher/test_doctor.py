@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import platform
 import shutil
 import sys
 import time
@@ -218,6 +220,30 @@ def ask(folder: Path, monkeypatch: pytest.MonkeyPatch, host: str, answer: str) -
     monkeypatch.setattr("sys.executable", str(folder / "python"))
     (line,) = doctor.ask_hosts({host: 8}, [])[host].lines
     return line
+
+
+def test_hosts_are_asked_over_ssh(tmp_path, monkeypatch):
+    """By a stand-in that gives the command to a shell with few variables, as sshd does."""
+    here = tmp_path / "it's $(here) & there"
+    here.mkdir()
+    (tmp_path / "ssh").write_text(
+        '#!/bin/sh\nfor last; do :; done\nexec env -i HOME="$HOME" PATH=/usr/bin:/bin sh -c "$last"\n'
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("HF_HOME", "a 'b' $(touch owned)")
+    prompts = json.dumps(['it\'s a "cat"\n$(touch owned)'])
+    arguments = ["--run_dir=$(touch owned)", "--model.path=.", "--data.images=.", "--data.shards=it's",
+                 "--preview.prompts", prompts, "--launch.accelerator=cpu", "--all-processes=2"]  # fmt: skip
+    found = doctor.ask_hosts({"one": 1, "two": 1}, arguments)
+    for findings in found.values():
+        said = {line.name: line for line in findings.lines}
+        assert (
+            said["torch"].status == "ok" and findings.facts["python"] == platform.python_version()
+        )
+        assert "data.shards it's has no index.json" in said["shards"].text
+    assert list(here.iterdir()) == []
 
 
 def test_a_host_that_does_not_answer_is_a_failure(tmp_path, monkeypatch):
