@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import save_alone
 from PIL import Image
 from torch import distributed, nn
 
 from flux2_ds.checkpoint import manager
+from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.commands import export, sample
 from flux2_ds.commands.tiny import make_tiny
 from flux2_ds.config.model_files import fingerprint
@@ -31,6 +31,7 @@ from flux2_ds.config.recipe import Recipe, recipe_values
 from flux2_ds.data.dataset import build_order, check_run, read_data
 from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.shards import read_conditioning, read_prompts
+from flux2_ds.distributed import Process
 from flux2_ds.errors import EXIT_USER_ERROR, UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.load import read_weights
@@ -135,10 +136,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
         for step in (2, 4):
             weights = [
-                ("weights", name, p.detach() + step / 100)
+                TensorShard("weights", name, p.detach() + step / 100)
                 for name, p in transformer.trainable(model).items()
             ]
-            save_alone(folder / "run" / "checkpoints", step, weights, state)
+            checkpoints, alone = folder / "run" / "checkpoints", Process(0, 1, CPU)
+            manager.save(checkpoints, step, lambda w=weights: w, state, alone, sharded=False)  # type: ignore[misc]
         distributed.destroy_process_group()
         request = export.Request(dtype=torch.float32, layout="diffusers")
         export.export(recipe, export.choose(Path("run/checkpoints"), 4), request)
