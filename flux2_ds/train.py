@@ -174,7 +174,7 @@ def run_steps(run: Run) -> bool:
         seed_dropout(recipe.seed, step, run.process.rank)
         rate = learning_rate(recipe, step)
         trace = StepTrace(run.process.device)
-        losses = train_step(run.engine, run.objective, micro_batches, rate, trace)
+        losses = train_step(run.engine, run.objective, micro_batches, rate, trace, run.parts)
 
         done = step + 1
         run.progress.push(done, micro_batches, losses, trace)  # checks the step before
@@ -189,6 +189,7 @@ def run_steps(run: Run) -> bool:
                 log.info("the held-out loss has no new lowest value: the run ends at step %d", done)
                 due = run.cadence.due(done, stopping, ended=True)
         if due.log:
+            values |= run.parts.means() if run.parts else {}
             run.progress.log(done, values)
         if due.checkpoint:
             history = run.validation.history if run.validation else []

@@ -248,7 +248,7 @@ def _cuda_graphs(run: _Run, memory: Memory) -> float:
     recipe = run.recipe
     copies = 1 + (run.plan.accumulation > 1 or run.stage == 2)
     others: list[float] = [0]
-    if recipe.data.validation_fraction:
+    if recipe.data.validation_fraction or recipe.preservation.uses_base:
         others.append(memory.card["working"])
     if recipe.preview.in_training:
         pixels = recipe.preview.height * recipe.preview.width

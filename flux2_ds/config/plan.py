@@ -70,6 +70,7 @@ class Plan:
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offloads("offload_optimizer") else "")
             + f", activation checkpointing: {recipe.activation_checkpointing}, attention: {recipe.attention}",
+            *_objective_lines(recipe, self.zero_stage),
             *(f"ignored    {setting}" for setting in ignored_settings(recipe, spec)),
             *(f"warning    {setting}" for setting in doubtful_settings(recipe)),
         ]
@@ -92,6 +93,32 @@ class Plan:
                 "assistant adapter in lora.merge_first."
             )
         return lines
+
+
+def _objective_lines(recipe: Recipe, stage: int) -> list[str]:
+    """What differs from plain flow matching, and what it costs."""
+    objective, kept = recipe.objective, recipe.preservation
+    parts = [f"loss {objective.loss}"] if objective.loss != "mse" else []
+    parts += [f"weighting {objective.weighting}"] if objective.weighting != "none" else []
+    parts += [f"shift {s:g} for {name}" for name, s in objective.source_shift.items()]
+    lines = [f"objective  {', '.join(parts)}"] if parts else []
+    if not kept.sources and not kept.prompts:
+        return lines
+    what = []
+    if kept.sources:
+        target = "their images" if kept.target == "image" else "the plain model"
+        what.append(f"{', '.join(kept.sources)} towards {target}")
+    if kept.prompts:
+        what.append(f"{len(kept.prompts)} prompts in {kept.share:.0%} of the other samples")
+    cost = "no pass more"
+    if kept.uses_base:
+        which = f"{1 - (1 - kept.share) ** recipe.batch.micro_size:.0%} of the micro-batches"
+        if stage == 3:  # in which all ranks take part
+            which = "every micro-batch"
+        elif kept.sources and kept.target == "base":
+            which = "each micro-batch with such a sample"
+        cost = f"a forward pass more for {which}"
+    return [*lines, f"preserving {'; '.join(what)}; weight {kept.weight:g}; {cost}"]
 
 
 def make_plan(recipe: Recipe, processes: int) -> Plan:

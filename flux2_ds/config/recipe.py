@@ -65,9 +65,9 @@ class Data:
     may be a URL (s3://, https://, ...)."""
     more_shards: Annotated[dict[str, str], PATH] = field(default_factory=dict)
     """Other folders or URLs of shards of the same model to train on as well, by name."""
-    weights: Annotated[dict[str, float], POSITIVE] = field(default_factory=dict)
+    weights: Annotated[dict[str, float], NOT_NEGATIVE] = field(default_factory=dict)
     """How often an epoch serves the samples of a source, by the name it has in `images` or
-    `more_shards`: 2 is twice, 0.1 a tenth of them. Default: 1."""
+    `more_shards`: 2 is twice, 0.1 a tenth of them, 0 none, so that only its held-out images are used. Default: 1."""
     resolution: Annotated[int | list[int], between(PIXELS_PER_TOKEN, 16384)] = 1024
     """Pictures are resized to about resolution² pixels, keeping their aspect ratio; in px. Of
     several, the largest that a picture fills."""
@@ -250,6 +250,46 @@ class Objective:
     masked_loss: bool = False
     """Weight the loss by the masks of the pictures that have one: `boat.mask.png` beside `boat.png`,
     white where it is trained on."""
+    unmasked_weight: Annotated[float, between(0, 1)] = 0.0
+    """With `masked_loss`: weight of what a mask leaves out, beside 1 of what it keeps."""
+    loss: Literal["mse", "huber", "pseudo_huber"] = "mse"
+    """What an error e of the prediction costs. `mse`: e². `huber`: e² up to `huber_delta`, beyond it growing
+    linearly, so that images with a flaw pull less. `pseudo_huber`: the same in one smooth curve."""
+    huber_delta: Annotated[float, POSITIVE] = 1.0
+    """Error from which `huber` and `pseudo_huber` grow linearly; latents have a standard deviation of 1."""
+    weighting: Literal["none", "cosmap", "min_snr"] = "none"
+    """Weight of a sample by its t. `cosmap`: 2 / (π(1 - 2t + 2t²)), more of the middle. `min_snr`:
+    min((1 - t)², `min_snr_gamma`·t²), less of the ends."""
+    min_snr_gamma: Annotated[float, POSITIVE] = 5.0
+    """γ of `weighting: min_snr`."""
+    source_shift: Annotated[dict[str, float], POSITIVE] = field(default_factory=dict)
+    """s in t' = s·t / (1 + (s-1)·t) for the samples of a source, by its name, after the distribution: above 1
+    more noise, where composition is learned, below 1 less, where details are. Default: 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preservation:
+    """Keep what the model knew beside what an adapter learns: by images of other things, and by predictions that
+    are not to change."""
+
+    sources: list[str] = field(default_factory=list)
+    """Regularization sources, by their names in `data.images` or `data.more_shards`: images of what is to stay, your
+    own or made by `flux2-ds sample`."""
+    target: Literal["image", "base"] = "image"
+    """What the prediction on their images is trained towards. `image`: the images. `base`: what the model predicts
+    without its adapter, which takes a forward pass more for such samples."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts whose images are not to change, such as the class of what is trained: in `share` of the other samples one
+    of them is in the caption's place, and the target is as with `base`. `prepare` encodes them."""
+    share: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the samples with one of `prompts`; 0..1."""
+    weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of all these samples in the loss, beside 1 of the others."""
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether the model predicts without its adapter while it is trained."""
+        return bool(self.prompts) or (bool(self.sources) and self.target == "base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,6 +502,8 @@ class Recipe:
     """Batch arithmetic."""
     objective: Objective = field(default_factory=Objective)
     """Flow matching."""
+    preservation: Preservation = field(default_factory=Preservation)
+    """Keep what the model knew."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """The optimizer."""
     checkpoint: Annotated[Checkpoint, MAY_CHANGE] = field(default_factory=Checkpoint)

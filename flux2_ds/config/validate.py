@@ -57,6 +57,18 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"checkpoint.keep_best is true, checkpoint.every {every} and validation.every {period}: not every "
             f"checkpoint has a validation loss. Set checkpoint.every to {math.ceil(every / period) * period}."
         )
+    kept = recipe.preservation
+    if kept.uses_base and recipe.method == "full":
+        setting = "prompts" if kept.prompts else "target: base"
+        yield (
+            f"preservation.{setting} needs an adapter to switch off, and method is full. Give regularization images "
+            "(preservation.sources) with target: image, or set method: lora."
+        )
+    if bool(kept.prompts) != bool(kept.share):
+        yield (
+            f"preservation.prompts is {kept.prompts} and share {kept.share:g}: one has no effect without the other. "
+            "Give both, share 0.25 say, or neither."
+        )
     if recipe.validation.against_base and recipe.method == "full":
         yield (
             "validation.against_base is true, but method full has no adapter to switch off. Set "
@@ -320,6 +332,19 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
     for name, used_by in _TIMESTEPS.items():
         if _given(objective, name) and objective.timestep_sampling not in used_by:
             yield f"objective.{name}", f"timestep_sampling is {objective.timestep_sampling}"
+    for name, setting, value in (
+        ("huber_delta", "loss", "huber"),
+        ("min_snr_gamma", "weighting", "min_snr"),
+        ("unmasked_weight", "masked_loss", True),
+    ):
+        given = getattr(objective, setting)
+        if _given(objective, name) and given != value and given != f"pseudo_{value}":
+            yield f"objective.{name}", f"objective.{setting} is {given}"
+    kept = recipe.preservation
+    if _given(kept, "weight") and not kept.sources and not kept.prompts:
+        yield "preservation.weight", "there are no preservation.sources and no prompts"
+    if _given(kept, "target") and not kept.sources:
+        yield "preservation.target", "there are no preservation.sources"
     if _given(objective, "guidance") and spec is not None and not spec.guidance:
         yield "objective.guidance", f"{spec.variant} has no guidance input"
     for name in ("betas", "eps"):

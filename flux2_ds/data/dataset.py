@@ -69,19 +69,41 @@ def read_data(recipe: Recipe) -> tuple[Index, Index]:
         # Absolute, because the shards' names are looked up in data.shards.
         place = folder if is_url(folder) else str(Path(folder).absolute())
         shards += [replace(s, name=join(place, s.name), source=name) for s in other.shards]
-    sources = {shard.source for shard in shards}
-    for name in data.weights:
-        if name not in sources:
-            raise UserError(
-                f"data.weights.{name}: there is no such source; there are {', '.join(sorted(sources))}."
-            )
     index = replace(index, shards=shards)
     training, held_out = index.part(held_out=False), index.part(held_out=True)
+    check_sources(recipe, training)
     if not training.samples:
         raise UserError(
             f"all samples of data.shards {data.shards} are held out. Lower data.validation_fraction."
         )
     return training, held_out
+
+
+def check_sources(recipe: Recipe, training: Index) -> None:
+    """Refuse settings of sources that have no images to train on."""
+    sources = {shard.source for shard in training.shards}
+    kept = recipe.preservation.sources
+    for setting, names in (
+        ("data.weights", recipe.data.weights),
+        ("objective.source_shift", recipe.objective.source_shift),
+        ("preservation.sources", kept),
+    ):
+        for name in names:
+            if name not in sources:
+                raise UserError(
+                    f"{setting}.{name}: there is no such source with images to train on; there are "
+                    f"{', '.join(sorted(sources))}. Correct the name, or add the source to data.images and prepare."
+                )
+    served = {name for name in sources if recipe.data.weights.get(name, 1)}
+    if not served:
+        raise UserError(
+            f"data.weights is 0 for {', '.join(sorted(sources))}, which are all sources: nothing is left to train on."
+        )
+    if served <= set(kept):
+        raise UserError(
+            f"preservation.sources is {', '.join(kept)}, which are all sources that are served: nothing is left to learn. "
+            "Add the images of what is to be learned to data.images under another name."
+        )
 
 
 def build_order(recipe: Recipe, index: Index) -> Order:
@@ -183,20 +205,24 @@ def check_shards(
 
 
 def check_previews(recipe: Recipe, directory: Path | None, *, prepared: bool) -> None:
-    """Refuse previews while training of what is not there: references, the model's parts, encoded prompts."""
-    if recipe.preview.every is None:
+    """Refuse previews while training of what is not there: references, the model's parts, encoded prompts; and
+    prompts to preserve that are not encoded."""
+    previews = recipe.preview.every is not None
+    wanted = {"preview.every": recipe.preview.prompts if previews else []}
+    wanted["preservation.prompts"] = recipe.preservation.prompts
+    known = set(encoded_prompts(recipe.data.shards)) if prepared and any(wanted.values()) else None
+    for setting, prompts in wanted.items():
+        for prompt in prompts:
+            if known is not None and prompt not in known:
+                raise UserError(
+                    f"{setting} is set, and {join(recipe.data.shards, PROMPTS_NAME)} has no prompt "
+                    f"{prompt!r}. Run `flux2-ds prepare` with this recipe, which adds it, or remove {setting}."
+                )
+    if not previews:
         return
     for path in recipe.preview.references:
         if not Path(path).is_file():
             raise UserError(f"preview.references: {path} does not exist.")
-    known = encoded_prompts(recipe.data.shards) if prepared else recipe.preview.prompts
-    for prompt in recipe.preview.prompts:
-        if prompt not in known:
-            raise UserError(
-                f"preview.every is set, and {join(recipe.data.shards, PROMPTS_NAME)} has no prompt "
-                f"{prompt!r}. Run `flux2-ds prepare` with this recipe, which adds it, or remove "
-                "preview.every."
-            )
     for part in ("vae", "scheduler"):
         if directory is not None and not (directory / part).is_dir():
             raise UserError(

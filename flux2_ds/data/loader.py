@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN
+from flux2_ds.config.recipe import Preservation
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order, Sample, ValidationOrder
 from flux2_ds.data.shards import Fetch, ShardReader
@@ -39,6 +40,7 @@ _TEXTS_KEPT = 8
 """Shared captions kept in memory, so that one caption of all images is not read with each."""
 _STREAM = 2  # keeps these random streams apart from those of data/order.py and training/step.py
 _VARIANT_STREAM = 4
+_PROMPT_STREAM = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class MicroBatch:
     `latents` [B, 32, H/8, W/8] fp32, raw; `text` [B, 512, D]; `noise` [B, tokens, 128] fp32;
     `deviates` [B] fp32, standard normal, made into timesteps by `timesteps.py`. `masks`
     [B, H/16, W/16] in [0, 1] weights the loss, None weights nothing. `references`: raw latents
-    [B, 32, h, w] of each sample's first reference image, of the second and so on.
+    [B, 32, h, w] of each sample's first reference image, of the second and so on. `sources`: each sample's
+    source; `prompted`: whether its text is a prompt of `preservation`. Both are empty where nobody asks.
     """
 
     bucket: Bucket
@@ -59,6 +62,8 @@ class MicroBatch:
     deviates: torch.Tensor
     masks: torch.Tensor | None = None
     references: Sequence[torch.Tensor] = ()
+    sources: Sequence[str] = ()
+    prompted: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Loader:
         caption_dropout: float,
         empty_text: torch.Tensor,
         masked: bool = False,
+        preservation: Preservation = Preservation(),  # noqa: B008
+        prompts: Sequence[torch.Tensor] = (),
         num_workers: int = 4,
         pinned: bool = False,
         fetch: Fetch = Blob.view,
@@ -110,6 +117,7 @@ class Loader:
         self._caption_dropout = caption_dropout
         self._empty_text = empty_text
         self._masked = masked
+        self._preservation, self._prompts = preservation, prompts
         self._threads = num_workers
         self._pinned = pinned
         self._fetch = fetch
@@ -188,10 +196,16 @@ class Loader:
         """One sample; called in a thread of its own."""
         drawn = draw(self._seed, sample.position, bucket.tokens)
         reader, row = self._reader(sample.shard), sample.row
+        source, prompt = self._index.shards[sample.shard].source, None
         number, view = draw_variants(
             self._seed, sample.position, reader.texts(row), reader.views(row)
         )
-        if drawn.drop < self._caption_dropout:
+        if self._prompts and source not in self._preservation.sources:
+            share = self._preservation.share
+            prompt = draw_prompt(self._seed, sample.position, len(self._prompts), share)
+        if prompt is not None:
+            latent, text = reader.latent(row, view), self._prompts[prompt]
+        elif drawn.drop < self._caption_dropout:
             latent, text = reader.latent(row, view), self._empty_text
         elif number == view == 0 and reader.own_text(row):
             latent, text = reader.sample(row)
@@ -209,7 +223,8 @@ class Loader:
                     f"shard {self._index.shards[sample.shard].name}, sample {row}: its {name} has "
                     f"the shape {tuple(tensor.shape)}, not {shape}. Prepare the shards again."
                 )
-        return Loaded(bucket, sample, latent, text, drawn, mask, reader.references(row, view))
+        references, prompted = reader.references(row, view), prompt is not None
+        return Loaded(bucket, sample, latent, text, drawn, mask, references, source, prompted)
 
     def _mask(self, reader: ShardReader, row: int, view: int, bucket: Bucket) -> torch.Tensor:
         """The mask of a sample; one without is 1 everywhere."""
@@ -254,6 +269,8 @@ class Loaded:
     drawn: Draw
     mask: torch.Tensor | None
     references: list[torch.Tensor]
+    source: str = ""
+    prompted: bool = False
 
 
 def collate(loaded: list[Loaded], pinned: bool = False) -> MicroBatch:
@@ -271,6 +288,8 @@ def collate(loaded: list[Loaded], pinned: bool = False) -> MicroBatch:
         references=[
             together(list(each)) for each in zip(*(one.references for one in loaded), strict=True)
         ],
+        sources=[each.source for each in loaded],
+        prompted=[each.prompted for each in loaded],
     )
 
 
@@ -310,6 +329,13 @@ def draw_variants(seed: int, position: int, texts: int, views: int) -> tuple[int
     bits = np.random.Philox(np.random.SeedSequence((_VARIANT_STREAM, seed, position)))
     first, second = bits.random_raw(2).tolist()
     return first % texts, second % views
+
+
+def draw_prompt(seed: int, position: int, count: int, share: float) -> int | None:
+    """Which of `count` prompts a `share` of the samples gets, the one at `position` among them; None: its caption."""
+    words = np.random.Philox(np.random.SeedSequence((_PROMPT_STREAM, seed, position)))
+    chance, which = words.random_raw(2)
+    return int(which) % count if int(chance) < share * 2**64 else None
 
 
 def normals(bits: np.random.BitGenerator, count: int) -> NDArray[np.float32]:

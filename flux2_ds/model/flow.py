@@ -21,19 +21,58 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - x0
 
 
+def penalty(difference: torch.Tensor, kind: str = "mse", delta: float = 1.0) -> torch.Tensor:
+    """What each element e of `difference` costs: e², and for small e always about that.
+
+    `huber`: e² up to δ, then δ(2|e| - δ): twice the loss of Huber 1964. `pseudo_huber`:
+    2δ(√(e² + δ²) - δ) (Charbonnier et al. 1997; for diffusion Khrapov et al. 2024, arXiv:2403.16728),
+    written as 2δe² / (√(e² + δ²) + δ), which cancels nothing.
+    """
+    square = difference.square()
+    match kind:
+        case "huber":
+            size = difference.abs()
+            return torch.where(size <= delta, square, delta * (2 * size - delta))
+        case "pseudo_huber":
+            return 2 * delta * square / ((square + delta**2).sqrt() + delta)
+    return square
+
+
+def loss_weight(t: torch.Tensor, settings: Objective) -> torch.Tensor | None:
+    """Weight of samples at `t` [B]; None: 1 each.
+
+    `cosmap`: 2 / (π(1 - 2t + 2t²)) (Esser et al. 2024, section 3.1; its mean over uniform t is 1).
+    `min_snr`: min(SNR, γ) on the error of x0 (Hang et al. 2023, arXiv:2303.09556, section 3.4). On this path SNR is
+    ((1 - t) / t)², and x0 = x_t - t·v, so that its error is t times that of the velocity: min((1 - t)², γt²).
+    """
+    match settings.weighting:
+        case "cosmap":
+            return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
+        case "min_snr":
+            return torch.minimum((1 - t).square(), settings.min_snr_gamma * t.square())
+    return None
+
+
 def flow_loss(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    *,
+    kind: str = "mse",
+    delta: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error in fp32 and that of each sample [B]: over all elements, unweighted.
+    """Mean error in fp32 and that of each sample [B], as `penalty` has it: over all elements.
 
     With `mask` [B, N] in [0, 1], not all 0: each sample's mean weighted by its mask, then the mean of the
-    samples, so that a sample counts the same however much of it is masked out.
+    samples, so that a sample counts the same however much of it is masked out. `weight` [B]: of the samples in
+    the mean, which is divided by their number all the same; those of each sample are without it.
     """
-    errors = (prediction.float() - target.float()).square()
-    if mask is None:
+    errors = penalty(prediction.float() - target.float(), kind, delta)
+    if mask is None and weight is None:
         return errors.mean(), errors.detach().mean((1, 2))
-    each = (errors.mean(-1) * mask).sum(1) / mask.sum(1)
-    return each.mean(), each
+    each = errors.mean((1, 2)) if mask is None else (errors.mean(-1) * mask).sum(1) / mask.sum(1)
+    return (each if weight is None else weight * each).mean(), each
 
 
 def timesteps(z: torch.Tensor, settings: Objective, image_tokens: int) -> torch.Tensor:
@@ -74,7 +113,7 @@ def mode(z: torch.Tensor, scale: float) -> torch.Tensor:
     return rest + scale * (rest - torch.sin(math.pi / 2 * rest).square())
 
 
-def shifted(t: torch.Tensor, s: float) -> torch.Tensor:
+def shifted(t: torch.Tensor, s: float | torch.Tensor) -> torch.Tensor:
     """s·t / (1 + (s - 1)·t): more noise for s > 1 (Esser et al. 2024, section 5.3.2)."""
     return s * t / (1 + (s - 1) * t)
 

@@ -197,11 +197,13 @@ def empty_cache(encoding: Encoding) -> None:
 
 
 def new_prompts(encoding: Encoding) -> set[str]:
-    """The prompts of previews in training that the folder of shards has not yet."""
+    """The prompts that training needs and the folder of shards has not yet."""
     preview = encoding.recipe.preview
-    if not preview.in_training:
-        return set()
-    return set(preview.prompts) - encoded_prompts(str(encoding.folder))
+    wanted = {
+        *encoding.recipe.preservation.prompts,
+        *(preview.prompts if preview.in_training else []),
+    }
+    return wanted - encoded_prompts(str(encoding.folder)) if wanted else set()
 
 
 def add_prompts(encoding: Encoding) -> None:

@@ -18,7 +18,7 @@ from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks, trained_p
 from flux2_ds.config.model_files import base_digest
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles
-from flux2_ds.config.recipe import Recipe, recipe_values
+from flux2_ds.config.recipe import Preservation, Recipe, recipe_values
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
 from flux2_ds.data.loader import Loader, MicroBatch, Share
@@ -47,7 +47,7 @@ from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints, note_base_files
 from flux2_ds.training.inputs import Inputs
-from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.loss import FlowObjective, LossParts
 from flux2_ds.training.nonfinite import NonFinite
 from flux2_ds.training.previews import Previews, as_prompt
 from flux2_ds.training.progress import Facts, Progress
@@ -181,7 +181,8 @@ def build_loader(
     conditioning: dict[str, torch.Tensor],
 ) -> Loader:
     """This rank's share of the data."""
-    data = recipe.data
+    data, kept = recipe.data, recipe.preservation
+    prompts = read_prompts(data.shards, kept.prompts, index.text_width) if kept.prompts else {}
     return Loader(
         data.shards,
         index,
@@ -191,6 +192,8 @@ def build_loader(
         caption_dropout=recipe.objective.caption_dropout,
         empty_text=conditioning["empty_text"],
         masked=recipe.objective.masked_loss,
+        preservation=kept,
+        prompts=list(prompts.values()),
         num_workers=data.num_workers,
         pinned=process.device.type == "cuda",
         fetch=Cache(Path(data.cache), int(data.cache_gb * 1e9)).view if data.cache else Blob.view,
@@ -208,6 +211,7 @@ def build_objective(
         guidance=spec.guidance,
         global_batch=recipe.batch.global_size,
         device=device,
+        preservation=recipe.preservation,
     )
 
 
@@ -259,10 +263,16 @@ def build_validation(
     wide = replace(recipe.batch, global_size=process.world_size * recipe.batch.micro_size)
     order = ValidationOrder(held_out, recipe.validation.samples, wide.global_size)
     captioned = replace(recipe.objective, caption_dropout=0.0)
-    recipe = replace(recipe, batch=wide, objective=captioned)
+    kept = Preservation()
+    recipe = replace(recipe, batch=wide, objective=captioned, preservation=kept)
     loader = build_loader(recipe, held_out, order, process, inputs.conditioning)
     # Strata are those of a full global batch, which the held-out samples are not.
-    objective = replace(objective, settings=replace(objective.settings, stratified=False))
+    objective = replace(
+        objective,
+        settings=replace(objective.settings, stratified=False),
+        preservation=kept,
+        forward_base=None,
+    )
     return ValidationLoss(
         engine,
         loader,
@@ -303,6 +313,8 @@ class Run:
     process: Process
     engine: Engine
     objective: FlowObjective
+    parts: LossParts | None
+    """Of the loss, where it has several."""
     loader: Loader
     first_step: int
     cadence: Cadence
@@ -363,6 +375,10 @@ def build_run(
     run_dir = Path(recipe.run_dir)
     loader = build_loader(recipe, inputs.index, inputs.order, process, conditioning)
     objective = build_objective(recipe, inputs.spec, conditioning, process.device)
+    if recipe.preservation.uses_base:
+        # At stage 3 all ranks take part in each forward pass.
+        stage3 = inputs.plan.zero_stage == 3
+        objective = replace(objective, forward_base=engine.forward_base, always_base=stage3)
     metrics = None
     if process.is_rank0 and first_step < recipe.steps:
         metrics = Metrics(
@@ -396,6 +412,7 @@ def build_run(
         process=process,
         engine=engine,
         objective=objective,
+        parts=LossParts(process.device) if recipe.preservation != Preservation() else None,
         loader=loader,
         first_step=first_step,
         cadence=Cadence(

@@ -12,7 +12,7 @@ import torch
 
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.engine.engine import Engine
-from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.loss import FlowObjective, LossParts
 
 _STREAM = 3  # keeps this random stream apart from those of data/order.py and data/loader.py
 
@@ -23,8 +23,10 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     learning_rate: float,
     trace: StepTrace | None = None,
+    parts: LossParts | None = None,
 ) -> list[torch.Tensor]:
-    """Accumulate the gradients of all micro-batches and update; returns their losses, on the device."""
+    """Accumulate the gradients of all micro-batches and update; returns their losses, on the device, which
+    `parts` takes in as well."""
     mark = trace.mark if trace else lambda part: None
     losses = []
     for micro_batch in micro_batches:
@@ -37,6 +39,8 @@ def train_step(
         losses.append(found.mean.detach())
         if trace:
             trace.samples.append((found.each, found.t))
+        if parts is not None:
+            parts.add(found)
     mark("end")
     return losses
 

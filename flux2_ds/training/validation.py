@@ -99,7 +99,7 @@ class ValidationLoss:
                 self._heartbeat(step, "validating")
                 for batch in micro_batches:
                     # Also with none that counts: at ZeRO-3 all ranks make the same passes.
-                    _, each, t = self._objective.losses(forward, batch)
+                    _, each, t, _ = self._objective.losses(forward, batch)
                     count = sum(s.position < self._order.count for s in batch.samples)
                     bands = band_of(t[:count])
                     sources = [self._sources[s.shard] for s in batch.samples[:count]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -75,6 +76,8 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
             references=shards[0].reference_sizes,
             text_dtype=inputs.conditioning["empty_text"].dtype,
         )
+        if purpose != _VALIDATION and recipe.preservation.uses_base:
+            batch = replace(batch, prompted=recipe.batch.micro_size * [True])
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
             if purpose == _VALIDATION:

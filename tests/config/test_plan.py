@@ -172,11 +172,45 @@ def test_urls_without_a_secret_are_accepted(url):
             {"validation.against_base": True, "method": "full", "deepspeed": "zero1"},
             "against_base is true, but method full has no adapter .* validation.at_start: true",
         ),
+        (
+            {"preservation.prompts": ["a cat"]},
+            r"prompts is \['a cat'\] and share 0: one has no effect without the other",
+        ),
+        ({"preservation.share": 0.2}, r"prompts is \[\] and share 0.2: one has no effect"),
+        *(
+            (
+                {"preservation." + name: value for name, value in kept.items()}
+                | {"method": "full", "deepspeed": "zero1"},
+                f"preservation.{setting} needs an adapter to switch off, and method is full",
+            )
+            for setting, kept in (
+                ("prompts", {"prompts": ["a cat"], "share": 0.2}),
+                ("target: base", {"sources": ["prior"], "target": "base"}),
+            )
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_plan(make_recipe(**changes), 1)
+
+
+def test_the_plan_says_what_is_preserved_and_what_it_costs():
+    def line(deepspeed: str = "zero2", **kept: Any) -> str:
+        changes = {f"preservation.{name}": value for name, value in kept.items()}
+        plan = make_plan(make_recipe(**changes, deepspeed=deepspeed, **{"batch.micro_size": 2}), 1)
+        return "".join(text for text in plan.lines() if text.startswith("preserving"))
+
+    assert line() == ""
+    images = line(sources=["prior"], weight=0.5)
+    assert images == "preserving prior towards their images; weight 0.5; no pass more"
+    assert "plain model; weight 1; a forward pass more for each micro-batch with such" in line(
+        sources=["prior"], target="base"
+    )
+    prompts: dict[str, Any] = {"prompts": ["a cat", "a dog"], "share": 0.25}
+    said = "2 prompts in 25% of the other samples; weight 1; a forward pass more for 44% of"
+    assert said in line(**prompts)
+    assert "a forward pass more for every micro-batch" in line("zero3", **prompts)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +473,22 @@ def test_adapter_files_that_contradict_other_settings_are_refused(changes, messa
         (
             {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 50, "steps": 50},
             ["optimizer.schedule (all 50 steps are warm-up)"],
+        ),
+        ({"objective.huber_delta": 2.0}, ["objective.huber_delta (objective.loss is mse)"]),
+        ({"objective.huber_delta": 2.0, "objective.loss": "pseudo_huber"}, []),
+        (
+            {"objective.min_snr_gamma": 2.0, "objective.unmasked_weight": 0.5},
+            [
+                "objective.min_snr_gamma (objective.weighting is none)",
+                "objective.unmasked_weight (objective.masked_loss is False)",
+            ],
+        ),
+        (
+            {"preservation.weight": 2.0, "preservation.target": "base"},
+            [
+                "preservation.weight (there are no preservation.sources and no prompts)",
+                "preservation.target (there are no preservation.sources)",
+            ],
         ),
         ({"captions.keep_tags": 2}, ["captions.keep_tags (tags are neither shuffled nor dropped)"]),
         ({"captions.keep_tags": 2, "captions.tag_dropout": 0.1, "captions.variants": 2}, []),

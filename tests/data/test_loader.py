@@ -4,6 +4,7 @@ import itertools
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -12,8 +13,17 @@ import pytest
 import torch
 
 from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.recipe import Preservation
 from flux2_ds.data.index import Index
-from flux2_ds.data.loader import Loader, MicroBatch, Share, draw, draw_variants, normals
+from flux2_ds.data.loader import (
+    Loader,
+    MicroBatch,
+    Share,
+    draw,
+    draw_prompt,
+    draw_variants,
+    normals,
+)
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import Record, View, write_shard
 from flux2_ds.errors import UserError
@@ -192,6 +202,36 @@ def test_one_of_several_texts_and_views_is_drawn_by_position(tmp_path):
     one = make_loader(written("y.tar", ("2",), 1)).read(5)
     for name in ("noise", "deviates"):
         assert torch.equal(getattr(one[0], name), getattr(whole[5], name))
+
+
+def test_a_share_of_the_samples_gets_a_prompt_by_its_position(prepared):
+    """Whatever the ranks; regularization sources keep their captions, and nothing else changes."""
+    folder, index = prepared
+    shards = [replace(s, source=name) for s, name in zip(index.shards, "aba", strict=True)]
+    named = folder, replace(index, shards=shards)
+    prompts = [torch.full((6, 2), 50.0), torch.full((6, 2), 60.0)]
+    kept = {"preservation": Preservation(sources=["b"], share=0.4), "prompts": prompts}
+    plain, loader = make_loader(named), make_loader(named, **kept)
+    half = make_loader(named, Share(1, 2, GLOBAL_BATCH, 1), **kept)
+    found, places = [], 0
+    for step in range(60):
+        (batch,), (before,) = loader.read(step), plain.read(step)
+        for row, sample in enumerate(batch.samples):
+            drawn = draw_prompt(SEED, sample.position, 2, 0.4)
+            expected = drawn if batch.sources[row] == "a" else None
+            assert batch.prompted[row] == (expected is not None)
+            text = before.text[row] if expected is None else prompts[expected]
+            assert torch.equal(batch.text[row], text)
+            found.append(expected)
+            places += batch.sources[row] == "a"
+        for name in ("latents", "noise", "deviates"):
+            assert torch.equal(getattr(batch, name), getattr(before, name))
+        assert [p for b in half.read(step) for p in b.prompted] == list(batch.prompted)[2:]
+    assert 0.3 < (found.count(0) + found.count(1)) / places < 0.5
+    assert min(found.count(0), found.count(1)) > 0.3 * 0.4 * places
+    # Golden: a run must go on with the same prompts.
+    drawn = [draw_prompt(3, position, 3, 0.5) for position in range(8)]
+    assert drawn == [None, 1, None, None, 2, 0, None, None]
 
 
 def test_the_draw_of_variants_is_what_it_was():

@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter, OrderedDict, defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -210,6 +211,7 @@ def test_weights_say_how_often_a_sample_is_served(chance):
         ({}, 4, 3, 9),  # 10 samples are 3 batches
         ({"a": 2.0}, 4, 3, 12),  # of a 6 of 3, and of b 7
         ({"a": 2.0, "b": 0.1}, 1, 10, 70),
+        ({"b": 0.0}, 1, 10, 30),  # of b nothing
         ({}, 4, 0.5, 2),
         ({}, 4, 2.3, 7),
         ({}, 64, 0.01, 1),
@@ -220,6 +222,15 @@ def test_the_length_of_epochs_counts_what_weights_serve(weights, global_batch, e
     shards = [Shard(name, BUCKETS[0], samples, 0, "", name) for name, samples in sizes]
     order = Order(Index("klein", 8, {}, {}, shards), global_batch, 0, window=2, weights=weights)
     assert order.length(epochs) == steps
+
+
+def test_a_source_of_weight_0_is_not_served(case):
+    index, arguments = case
+    shards = [replace(s, source="ab"[n % 2]) for n, s in enumerate(index.shards)]
+    shards.append(Shard("c.tar", BUCKETS[0], 5, 0, "", "a"))
+    order = Order(replace(index, shards=shards), **arguments, weights={"b": 0})
+    served = {s.shard for epoch in (0, 1, 30) for _, batch in epoch_of(order, epoch) for s in batch}
+    assert {shards[number].source for number in served} == {"a"}
 
 
 def test_the_length_of_whole_epochs_is_where_the_next_one_starts(case):

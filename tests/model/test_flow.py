@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
 
 from flux2_ds.config.recipe import Objective
 from flux2_ds.model import flow
@@ -51,6 +54,56 @@ def test_loss_is_the_unweighted_mean_in_fp32(dtype):
     differences = (prediction.double() - target.double()).flatten().tolist()
     expected = math.fsum(d * d for d in differences) / len(differences)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+E64 = torch.linspace(-4, 4, 161, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("delta", [0.1, 1.0, 2.5])
+def test_robust_losses_are_their_formulas(delta):
+    huber, pseudo = flow.penalty(E64, "huber", delta), flow.penalty(E64, "pseudo_huber", delta)
+    expected = 2 * torch.nn.functional.huber_loss(
+        E64, torch.zeros_like(E64), reduction="none", delta=delta
+    )
+    torch.testing.assert_close(huber, expected, rtol=1e-14, atol=0)
+    plain = 2 * delta * ((E64**2 + delta**2).sqrt() - delta)
+    torch.testing.assert_close(pseudo, plain, rtol=1e-9, atol=1e-14)
+    assert (pseudo <= huber).all() and (huber <= E64**2).all()
+    small = torch.tensor([1e-4], dtype=torch.float32)  # where the plain form cancels
+    torch.testing.assert_close(
+        flow.penalty(small, "pseudo_huber", delta), small**2, rtol=1e-5, atol=0
+    )
+
+
+def test_weights_of_t_are_their_formulas():
+    t = torch.rand(64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    cosmap = flow.loss_weight(t, Objective(weighting="cosmap"))
+    assert cosmap is not None
+    torch.testing.assert_close(cosmap, compute_loss_weighting_for_sd3("cosmap", sigmas=t))
+    # min(SNR, γ) on the error of x0 = x_t - t·v
+    x0, noise, _ = (each.double() for each in batch())
+    for gamma in (0.5, 5.0):
+        weight = flow.loss_weight(t[:4], Objective(weighting="min_snr", min_snr_gamma=gamma))
+        assert weight is not None
+        error = torch.full_like(x0, 0.3)
+        at = t[:4, None, None]
+        x_t = flow.interpolate(x0, noise, t[:4])
+        predicted_x0 = x_t - at * (flow.velocity(x0, noise) + error)
+        snr = (((1 - at) / at) ** 2).clamp(max=gamma)
+        expected = (snr * (predicted_x0 - x0) ** 2).mean((1, 2))
+        torch.testing.assert_close(weight * (error**2).mean((1, 2)), expected)
+    assert flow.loss_weight(t, Objective()) is None
+
+
+def test_a_weighted_loss_is_the_mean_of_weighted_samples():
+    prediction, target, _ = batch()
+    weight, mask = torch.tensor([0.0, 1.0, 2.0, 0.5]), torch.rand(prediction.shape[:2]) + 0.1
+    for given in (None, mask):
+        plain, each = flow.flow_loss(prediction, target, given)
+        loss, same = flow.flow_loss(prediction, target, given, weight)
+        torch.testing.assert_close(same, each)
+        torch.testing.assert_close(loss, (weight * each).sum() / 4)
+        torch.testing.assert_close(plain, each.mean())
 
 
 def logistic_normal_density(t: np.ndarray, mean: float, std: float) -> np.ndarray:

@@ -30,13 +30,14 @@ from flux2_ds.config.recipe import (
     Launch,
     Model,
     Prepare,
+    Preservation,
     Preview,
     Recipe,
     recipe_values,
 )
 from flux2_ds.data.dataset import check_settings
 from flux2_ds.data.images import ALIGNED, DAMAGED_PROFILE, OWN_SIZE
-from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, read_index
+from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import ShardReader, read_conditioning, read_prompts
 from flux2_ds.data.storage import Blob
@@ -387,7 +388,10 @@ def test_preview_prompts_are_encoded_with_the_captions_or_later(model, photos, t
     for prompt, text in found.items():
         torch.testing.assert_close(text, expected.encode([prompt])[0], rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "shards" / ".texts").exists()
+    kept = Preservation(prompts=["a fox"], share=0.5)
+    run(dataclasses.replace(recipe, preservation=kept))
     path, width = tmp_path / "shards" / PROMPTS_NAME, read_spec(model).text_width
+    assert encoded_prompts(str(path.parent)) >= {"a dog", "a fox"}
     read = read_prompts(str(path.parent), found, width)
     assert all(torch.equal(read[prompt], found[prompt]) for prompt in found)
     with pytest.raises(UserError, match=r"prompts\.safetensors is damaged .* has the shape"):

@@ -81,7 +81,7 @@ BATCH = MicroBatch(
 
 def sample_loss(mean: torch.Tensor) -> Losses:
     """Of one sample with t = 0.8."""
-    return Losses(mean, mean[None], torch.tensor([0.8]))
+    return Losses(mean, mean[None], torch.tensor([0.8]), [0])
 
 
 def recorder() -> Mock:
@@ -132,6 +132,7 @@ def run_loop(
         engine=stand_in,
         objective=SimpleNamespace(losses=lambda forward, batch: sample_loss(forward())),  # type: ignore[arg-type]
         loader=SimpleNamespace(steps=lambda first, last: itertools.repeat([BATCH], last - first)),  # type: ignore[arg-type]
+        parts=None,
         first_step=first_step,
         cadence=Cadence(
             steps, log_every, save_every, 2 if validation else None, 2 if previews else None

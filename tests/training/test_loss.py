@@ -1,7 +1,9 @@
 """Reference images and masks, against the pipeline's own preparation and against plain loops."""
 
 import math
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from factories import SPECS, build_transformer
 
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.config.recipe import Objective
+from flux2_ds.config.recipe import Objective, Preservation
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.model import latents
-from flux2_ds.training.loss import FlowObjective
+from flux2_ds.training.loss import FlowObjective, Losses, LossParts
 
 CPU = torch.device("cpu")
 BUCKET = Bucket(48, 64)
@@ -119,6 +121,94 @@ def test_a_masked_loss_counts_every_sample_the_same() -> None:
     first = sum(errors[0, y, x] for y in range(3) for x in (2, 3)) / 6
     second = (errors[1, 1, 3] + 0.5 * errors[1, 2, 0]) / 1.5
     torch.testing.assert_close(loss.double(), (first + second) / 2)
+
+
+def test_what_a_mask_leaves_out_has_the_weight_that_is_given() -> None:
+    masks = torch.zeros(2, 3, 4)
+    masks[:, 0], masks[1, 1] = 1, 0.5
+    model, soft = build_transformer(SPECS["klein"]), 0.25 + 0.75 * masks
+    objective = replace_settings(objective_for("klein"), unmasked_weight=0.25)
+    found = objective.loss(lambda **given: model(**given).sample, batch_with([], masks))
+    plain = objective_for("klein").loss(lambda **given: model(**given).sample, batch_with([], soft))
+    assert torch.equal(found, plain)
+
+
+def replace_settings(objective: FlowObjective, **settings: Any) -> FlowObjective:
+    return replace(objective, settings=replace(objective.settings, **settings))
+
+
+def test_the_shift_of_a_source_moves_its_timesteps_alone() -> None:
+    batch = replace(batch_with([]), sources=["faces", "places"])
+    seen: list[torch.Tensor] = []
+
+    def forward(**given: Any) -> torch.Tensor:
+        seen.append(given["timestep"])
+        return torch.zeros(2, 12, 128)
+
+    objective_for("klein").losses(forward, batch)
+    replace_settings(objective_for("klein"), source_shift={"places": 3.0}).losses(forward, batch)
+    (first, second), (same, moved) = seen
+    assert first == same
+    assert moved == pytest.approx(3 * second / (1 + 2 * second))
+
+
+def preserving(**settings: Any) -> FlowObjective:
+    """The plain model predicts 7 everywhere."""
+    return replace(
+        objective_for("klein"),
+        preservation=Preservation(**settings),
+        forward_base=lambda **given: torch.full((2, 14, 128), 7.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompted", "roles", "to_base"),
+    [
+        ({}, [False, False], [0, 0], [False, False]),
+        ({"sources": ["prior"]}, [False, False], [0, 1], [False, False]),
+        ({"sources": ["prior"], "target": "base"}, [False, False], [0, 1], [False, True]),
+        ({"prompts": ["a cat"], "share": 0.5}, [True, False], [2, 0], [True, False]),
+        ({"sources": ["prior"], "prompts": ["a cat"]}, [True, False], [2, 1], [True, False]),
+    ],
+)
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_samples_that_preserve_have_their_target_and_weight(
+    settings: Any, prompted: list[bool], roles: list[int], to_base: list[bool], weight: float
+) -> None:
+    masks = torch.zeros(2, 3, 4)
+    masks[:, 0] = 1
+    batch = replace(batch_with([(1, 2)], masks), sources=["cat", "prior"], prompted=prompted)
+    objective = preserving(**settings, weight=weight)
+    prediction = torch.randn(2, 14, 128, generator=torch.Generator().manual_seed(5))
+    found = objective.losses(lambda **given: prediction, batch)
+    x0 = latents.to_tokens(batch.latents, objective.mean, objective.std)
+    own = (prediction[:, :12] - (batch.noise - x0)).square().mean(-1)[:, :4].mean(1)
+    base = (prediction[:, :12] - 7).square().mean((1, 2))  # without the mask
+    each = torch.where(torch.tensor(to_base), base, own)
+    torch.testing.assert_close(found.each, each)
+    weights = torch.tensor([weight if role else 1.0 for role in roles])
+    torch.testing.assert_close(found.mean, (weights * each).mean())
+    assert found.roles == roles
+
+
+def test_the_plain_model_is_asked_only_where_a_sample_needs_it() -> None:
+    """But in all passes where ranks that see other samples take part."""
+    base = Mock(return_value=torch.zeros(2, 12, 128))
+    batch = replace(batch_with([]), sources=["cat", "cat"], prompted=[False, False])
+    for always, prompted, calls in ((False, False, 0), (True, False, 1), (False, True, 2)):
+        objective = replace(preserving(prompts=["x"]), forward_base=base, always_base=always)
+        one = replace(batch, prompted=[False, prompted])
+        objective.losses(lambda **given: torch.zeros(2, 12, 128), one)
+        assert base.call_count == calls
+
+
+@pytest.mark.usefixtures("process_group")
+def test_parts_of_the_loss_are_means_by_role() -> None:
+    parts = LossParts(CPU)
+    for each, roles in (([1.0, 2.0], [0, 2]), ([4.0, math.nan], [2, 0]), ([5.0, 7.0], [0, 0])):
+        parts.add(Losses(torch.zeros(()), torch.tensor(each), torch.zeros(2), roles))
+    assert parts.means() == {"train/loss_images": 13 / 3, "train/loss_preservation": 3.0}
+    assert parts.means() == {}
 
 
 def test_a_white_mask_is_no_mask() -> None:

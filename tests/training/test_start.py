@@ -1,5 +1,6 @@
 """What a start of the trainer refuses, and what it goes on from."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -25,13 +26,15 @@ from flux2_ds.config.recipe import (
     Lora,
     Model,
     Optimizer,
+    Preservation,
     Preview,
     Recipe,
     Validation,
     recipe_values,
 )
-from flux2_ds.data.dataset import check_shards, in_steps
+from flux2_ds.data.dataset import check_previews, check_shards, check_sources, in_steps
 from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
+from flux2_ds.data.shards import write_prompts
 from flux2_ds.distributed import Process
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.metrics import metrics_digest
@@ -88,6 +91,41 @@ def test_epochs_become_steps_of_the_prepared_data(tmp_path):
     assert recipe.preview.in_training and found.preview.in_training
     with pytest.raises(UserError, match=r"epochs is 10 and steps is 5\. Leave out one"):
         make_plan(dataclasses.replace(recipe, steps=5), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"weights": {"b": 2.0}}}, "data.weights.b: there is no such source with images"),
+        ({"objective": {"source_shift": {"b": 2.0}}}, r"objective.source_shift.b: .* there are a, p"),
+        ({"preservation": {"sources": ["empty"]}}, "preservation.sources.empty: there is no such"),
+        ({"preservation": {"sources": ["a", "p"]}}, "sources is a, p, .* nothing is left to learn"),
+        ({"preservation": {"sources": ["p"]}, "data": {"weights": {"a": 0.0}}}, "nothing is left to"),
+        ({"data": {"weights": {"a": 0.0, "p": 0.0}}}, r"data.weights is 0 for a, p, .* to train on"),
+        ({"preservation": {"sources": ["p"]}, "data": {"weights": {"p": 0.5}}}, None),
+    ],
+)  # fmt: skip
+def test_sources_without_images_to_train_on_are_refused(changes, message):
+    shard = INDEX.shards[0]
+    shards = [dataclasses.replace(shard, source=name) for name in "ap"]
+    recipe = recipe_for(Path())
+    sections = {n: dataclasses.replace(getattr(recipe, n), **v) for n, v in changes.items()}
+    recipe = dataclasses.replace(recipe, **sections)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_sources(recipe, dataclasses.replace(INDEX, shards=shards))
+
+
+def test_prompts_to_preserve_that_are_not_encoded_are_refused(tmp_path):
+    recipe = recipe_for(tmp_path, preservation=Preservation(prompts=["a cat"], share=0.2))
+    data = dataclasses.replace(recipe.data, shards=str(tmp_path))
+    recipe = dataclasses.replace(recipe, data=data)
+    check_previews(recipe, None, prepared=False)
+    with pytest.raises(
+        UserError, match=r"preservation.prompts is set, and .* no prompt 'a cat'\. Run"
+    ):
+        check_previews(recipe, None, prepared=True)
+    write_prompts(tmp_path, {"a cat": torch.zeros(512, 32)})
+    check_previews(recipe, None, prepared=True)
 
 
 def recipe_for(folder: Path, **changes: Any) -> Recipe:

@@ -135,7 +135,7 @@ def test_every_held_out_sample_counts_once(held_out, monkeypatch):
     def recorded(self: FlowObjective, forward: Any, batch: Any) -> Losses:
         each = batch.latents.mean((1, 2, 3))
         seen.extend(each.tolist())
-        return Losses(each.mean(), each, each / 7)  # a sample's timestep tells which it is
+        return Losses(each.mean(), each, each / 7, [])  # a sample's timestep tells which it is
 
     monkeypatch.setattr(FlowObjective, "losses", recorded)
     found, _ = evaluate(held_out)

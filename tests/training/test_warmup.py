@@ -18,7 +18,7 @@ from factories import ONE_OF_EACH, build_adapted
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import Memory, out_of_memory
 from flux2_ds.config.plan import make_plan
-from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
+from flux2_ds.config.recipe import Batch, Data, Model, Objective, Preservation, Recipe
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
@@ -140,6 +140,20 @@ def test_the_training_compiles_nothing_that_the_warm_up_has(caplog, monkeypatch)
         recompilations.check(8, other)
     (line,) = said(caplog)
     assert line.startswith("step 7 (48x48) compiled 2 graphs")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_passes_of_the_plain_model_are_warmed_up_where_training_has_them(share):
+    seen = []
+
+    def loss(forward: Any, batch: Any) -> torch.Tensor:
+        seen.append(list(batch.prompted))
+        return torch.zeros((), requires_grad=True)
+
+    kept = Preservation(prompts=["a cat"] if share else [], share=share)
+    recipe = replace(RECIPE, preservation=kept, compile=True)
+    run(Stand(torch.nn.Linear(1, 1)), loss, recipe)
+    assert seen == 3 * [[True, True] if share else []] + [[]]  # the last one evaluates
 
 
 def test_the_longest_samples_come_first_and_each_length_once(caplog):
