@@ -91,7 +91,7 @@ def write_run(root: Path, name: str = "cats", steps: int = 40, **changes: Any) -
     header = json.dumps({"__metadata__": {"flux2_ds.checked_for": "ComfyUI"}}).encode()
     (run / "export/cats.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     Image.new("RGB", (120, 90), "white").save(shards / "contact_sheets/64x64.jpg")
-    report = {"samples": 9, "held_out": 1, "captions": 9, "buckets": {"64x64": 8, "96x48": 1},
+    report = {"samples": 9, "held_out": 1, "texts": 7, "buckets": {"64x64": 8, "96x48": 1},
               "skipped": {"b.jpg": "unreadable: truncated"}, "notes": {"a large crop": {"c.jpg": "41%"}}}  # fmt: skip
     (shards / "report.json").write_text(json.dumps(report))
     return run
@@ -118,7 +118,7 @@ def test_the_page_says_what_happened(tmp_path):
         "every 500 steps and at the end there are: 20, 40",
         "batch 4 global = 1 micro × 4 accumulation × 1 processes",
         "a cat step 0 step 40 step 0 step 4 step 8",  # before and after, then the strip
-        "9 samples, of which 1 are held out",
+        "9 samples, of which 1 are held out, 7 different captions",
         "96x48 1",
         "1 skipped b.jpg unreadable: truncated",
         "c.jpg 41%",

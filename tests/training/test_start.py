@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import time
@@ -18,10 +19,11 @@ from flux2_ds import train
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import Memory
 from flux2_ds.config.model_files import fingerprint, part_digest
-from flux2_ds.config.model_spec import read_spec
+from flux2_ds.config.model_spec import RELEASED, read_spec
 from flux2_ds.config.parse import load_recipe
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import (
+    Batch,
     Data,
     Lora,
     Model,
@@ -372,3 +374,34 @@ def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoints, "broadcast_from_rank0", lambda value, device: 10)
     with pytest.raises(UserError, match=r"rank 1 does not see .*step_00000010"):
         resume(Mock(), recipe_for(tmp_path), INDEX, RANK1, tmp_path)
+
+
+def test_the_banner_says_what_is_trained_and_how_long_a_resumed_run_takes(tmp_path, caplog):
+    recipe = recipe_for(tmp_path, steps=300, batch=Batch(global_size=8), base_weights="fp8")
+    given: Any = SimpleNamespace(
+        plan=make_plan(recipe, 2),
+        recipe=recipe,
+        spec=RELEASED["black-forest-labs/FLUX.2-klein-base-4B"],
+        index=SimpleNamespace(samples=1204, bucket_counts=lambda: {"64x64": 1200, "64x32": 4}),
+        held_out=SimpleNamespace(samples=12),
+        order=SimpleNamespace(steps_per_epoch=150.5),
+        process=ALONE,
+    )
+    (tmp_path / "run").mkdir()
+    records = [
+        {"step": step, "perf/seconds_per_step": pace} for step, pace in ((0, 9), (1, 2), (2, 2))
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "run/metrics.jsonl").write_text(text)
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        inputs.log_banner(given, Memory({"a": 2**30}, {}), 100)
+    lines = caplog.text.splitlines()
+    for line in (
+        f"  model   {tmp_path}/model, LoRA rank 32, 48.2 M parameters, bf16 over fp8",
+        "  data    1,204 samples in 2 buckets, 12 held out",
+        "  on      2 × CPU processes, ZeRO stage 2",
+        "  batch   8 = 1 micro × 4 accumulation × 2",
+        "  steps   100 → 300, 1,600 samples, 1.33 epochs",
+        "  time    0:06:40 at the pace until now",
+    ):
+        assert line in lines, line
