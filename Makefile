@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
 
 # Tests and the smoke test never reach for a network or a GPU they were not asked to use.
 # PASSIVE: threads that wait give up their core, so that other work on the machine slows them no further.
@@ -36,7 +37,7 @@ test-fast: $(INSTALLED) ## layering, config, checkpoint, data and the loop: for 
 		tests/training/test_loop.py
 
 test: $(INSTALLED) ## all tests that need no GPU
-	$(OFFLINE) $(BIN)/pytest -m 'not gpu and not multinode and not demo'
+	$(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not gpu and not multinode and not demo'
 
 test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
 	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode

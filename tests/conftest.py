@@ -20,6 +20,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist: a file stays in one process, for its fixtures; so does what shares the worker pools."""
+    for item in items:
+        name = "dist" if item.get_closest_marker("dist") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """What a command sets up in this process ends with the test."""
