@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,7 @@ from flux2_ds.commands.model_card import (
     push,
     write_card,
 )
-from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.adapter import adapted_linears, of_rank
 from flux2_ds.config.adapter_file import bfl_place, parts_of
 from flux2_ds.config.model_files import DIGESTS, file_digests, model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
@@ -47,10 +48,18 @@ from flux2_ds.model.adapter_layouts import (
     Layout,
     Update,
     bfl_tensors,
+    difference,
     diffusers_tensors,
     kohya_tensors,
+    of_lower_rank,
 )
-from flux2_ds.model.adapter_programs import CHECKED, largest_error, read_merges, read_with
+from flux2_ds.model.adapter_programs import (
+    CHECKED,
+    largest_error,
+    read_file,
+    read_merges,
+    read_with,
+)
 from flux2_ds.model.lora import ADAPTER, exported_magnitude, exported_settings, lora_config
 from flux2_ds.model.merge import BaseWeights, dora_scale
 from flux2_ds.model.merge_files import write_bfl_transformer
@@ -58,7 +67,13 @@ from flux2_ds.model.safetensors_file import write_all, write_safetensors
 from flux2_ds.model.transformer import compute_dtype
 from flux2_ds.run.atomic import PARTIAL, atomic_path
 from flux2_ds.run.logging import set_up_console
-from flux2_ds.run.run_dir import Weights, as_trained, checkpoints_directory, export_path
+from flux2_ds.run.run_dir import (
+    INITIAL_ADAPTER,
+    Weights,
+    as_trained,
+    checkpoints_directory,
+    export_path,
+)
 from flux2_ds.run.wandb_run import log_export
 
 log = logging.getLogger("flux2_ds")
@@ -81,6 +96,7 @@ class Request:
     layout: Layout | None = None
     merge: bool = False
     keep_merge_first: bool = False
+    rank: int | None = None
     title: str | None = None
     trigger: str | None = None
     repository: str | None = None
@@ -95,7 +111,7 @@ def main() -> None:
     parser.add_argument("--step", type=int | None, default=None,
                         help="Checkpoint to export. Default: the newest.")  # fmt: skip
     parser.add_argument("--dtype", type=Precision | None, default=None,
-                        help="Precision of the file. Default: the recipe's, for a DoRA fp32.")  # fmt: skip
+                        help="Precision of the file. Default: the recipe's; for a DoRA, PiSSA and OLoRA fp32.")  # fmt: skip
     parser.add_argument("--weights", type=Weights, default="trained",
                         help="The trained weights, or their moving average.")  # fmt: skip
     parser.add_argument("--layout", type=Layout | None, default=None,
@@ -106,6 +122,8 @@ def main() -> None:
                              "directory (--layout diffusers) or one file for ComfyUI (--layout bfl).")  # fmt: skip
     parser.add_argument("--keep_merge_first", type=bool, default=False,
                         help="With --merge: leave the adapters of lora.merge_first in the weights, too.")  # fmt: skip
+    parser.add_argument("--rank", type=int | None, default=None,
+                        help="Reduce a LoRA to this rank by SVD; says what is lost. Default: as trained.")  # fmt: skip
     parser.add_argument("--title", type=str | None, default=None,
                         help="What user interfaces and the model card call it. Default: run_dir's name.")  # fmt: skip
     parser.add_argument("--trigger", type=str | None, default=None,
@@ -119,11 +137,14 @@ def main() -> None:
     # The run's may have changed since.
     recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
     request = Request(
-        dtype=file_dtype(recipe, options.dtype, merge=options.merge),
+        dtype=file_dtype(
+            recipe, options.dtype, merge=options.merge, reduced=options.rank is not None
+        ),
         weights=options.weights,
         layout=options.layout,
         merge=options.merge,
         keep_merge_first=options.keep_merge_first,
+        rank=options.rank,
         title=options.title,
         trigger=options.trigger,
         repository=options.push,
@@ -144,14 +165,16 @@ def main() -> None:
         log.info("pushed to %s", push(options.push, card[0].parent, paths, message))
 
 
-def file_dtype(recipe: Recipe, asked: Precision | None, *, merge: bool = False) -> torch.dtype:
-    """Of the file: the one asked for, or the recipe's; of a DoRA fp32, because what its magnitudes learn is often
-    less than bf16 tells apart."""
+def file_dtype(
+    recipe: Recipe, asked: Precision | None, *, merge: bool = False, reduced: bool = False
+) -> torch.dtype:
+    """Of the file: the one asked for, or the recipe's; fp32 of a DoRA, because what its magnitudes learn is often
+    less than bf16 tells apart, and of what began as a part of the base, whose change is a difference of large factors.
+    """
     if asked == "fp8":
         return torch.float8_e4m3fn
-    return compute_dtype(
-        asked or ("fp32" if recipe.method == "dora" and not merge else recipe.precision)
-    )
+    fine = recipe.method == "dora" or (recipe.lora.init != "gaussian" and not reduced)
+    return compute_dtype(asked or ("fp32" if fine and not merge else recipe.precision))
 
 
 def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
@@ -203,6 +226,11 @@ def export(
         raise UserError(
             "--merge: a DoRA's magnitudes are those of the base with lora.merge_first in it. Add --keep_merge_first true."
         )
+    if request.rank is not None and (request.rank < 1 or recipe.method != "lora"):
+        raise UserError(
+            f"--rank is {request.rank}, and method {recipe.method}; it must be at least 1, and is for a LoRA: a DoRA's "
+            "magnitudes are those of its whole update. Remove it."
+        )
     if whole and layout == "kohya":
         raise UserError("--layout kohya is for adapters alone. Export --layout bfl, or diffusers.")
     if dora and layout == "kohya":
@@ -225,6 +253,7 @@ def export(
         request.title or Path(recipe.run_dir).resolve().name,
         request.trigger,
         request.repository,
+        recipe.lora,
     )
     store = chosen.store("weights" if request.weights == "trained" else "ema")
     path = export_path(recipe, chosen.step, request.weights)
@@ -234,6 +263,13 @@ def export(
         folder /= f"step_{chosen.step:08d}{average}-merged"
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {} if full else stored_adapter(store, recipe, origin.spec)
+    if not full and recipe.lora.init != "gaussian":
+        initial = Path(recipe.run_dir) / INITIAL_ADAPTER
+        began = read_file("lora.init", str(initial), origin.spec)
+        adapter = {name: difference(update, began[name]) for name, update in adapter.items()}
+        origin = replace(origin, lora=of_rank(origin.lora, lambda trained: 2 * trained))
+    if (rank := request.rank) is not None:
+        adapter, origin = _reduced(adapter, rank, origin)
     base = None
     if parts:
         kept = not request.merge or request.keep_merge_first
@@ -246,7 +282,10 @@ def export(
         exports.append(_export_weights(folder, shapes, weight, request, origin))
     else:
         for each in layouts:
-            path = export_path(recipe, chosen.step, request.weights, READERS[each])
+            reader = (
+                READERS[each] if request.rank is None else f"rank{request.rank}-{READERS[each]}"
+            )
+            path = export_path(recipe, chosen.step, request.weights, reader)
             exports.append(export_adapter(adapter, path, each, request.dtype, origin, recipe, base))
     return exports, write_card(folder, origin, exports, Path(recipe.run_dir) / PREVIEWS)
 
@@ -272,6 +311,17 @@ def _export_weights(
     with atomic_path(path) as unfinished:
         write_bfl_transformer(unfinished, shapes, weight, request.dtype, metadata)
     return Export(path, ("ComfyUI",))
+
+
+def _reduced(adapter: Adapter, rank: int, origin: Origin) -> tuple[Adapter, Origin]:
+    """The adapter with at most this rank, and what it says of itself."""
+    found = {name: of_lower_rank(update, rank) for name, update in adapter.items()}
+    lost = [error for _, error in found.values()]
+    worst = max(found, key=lambda name: found[name][1])
+    log.info("rank %d: of a linear's update %.1e of its size is lost in the median, at most %.1e (%s)",
+             rank, statistics.median(lost), max(lost), worst)  # fmt: skip
+    lora = of_rank(origin.lora, lambda trained: min(trained, rank))
+    return {name: update for name, (update, _) in found.items()}, replace(origin, lora=lora)
 
 
 def stored_adapter(store: TensorStore, recipe: Recipe, spec: Spec) -> Adapter:
@@ -320,7 +370,7 @@ def export_adapter(
     tensors = {n: t if n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}
     metadata = file_metadata(origin, path.stem, tensors, black_forest=layout != "diffusers")
     if layout == "diffusers":
-        config = lora_config(origin.spec, exported_settings(recipe.lora), dora=dora)
+        config = lora_config(origin.spec, exported_settings(origin.lora), dora=dora)
         metadata["lora_adapter_metadata"] = _adapter_metadata(config.to_dict())
     programs = CHECKED[layout, dora]
     metadata["flux2_ds.checked_for"] = ", ".join(programs)

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Origin:
     given_trigger: str | None = None
     repository: str | None = None
     """Of the hub, where it will be."""
+    lora: Lora = field(default_factory=Lora)
+    """The settings of the adapter in the files."""
 
     @property
     def trigger(self) -> str | None:
@@ -72,10 +74,9 @@ class Origin:
     @property
     def adapter(self) -> dict[str, Any]:
         """Its settings; of files the names alone, because a path says who trained."""
-        settings = Lora(**self.settings["lora"])
-        begun = settings.init_from and Path(settings.init_from).name
-        merged = [Path(path).name for path in settings.merge_first]
-        return asdict(replace(settings, init_from=begun, merge_first=merged))
+        begun = self.lora.init_from and Path(self.lora.init_from).name
+        merged = [Path(path).name for path in self.lora.merge_first]
+        return asdict(replace(self.lora, init_from=begun, merge_first=merged))
 
     @property
     def beside(self) -> list[tuple[str, float]]:

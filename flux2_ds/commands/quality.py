@@ -156,6 +156,10 @@ def main() -> None:
         raise UserError(f"--batches is {options.batches}; it must be at least 1.")
     if recipe.method == "full":
         raise UserError("method is full, which trains the base itself. Set method: lora.")
+    if recipe.lora.init != "gaussian":
+        raise UserError(
+            f"lora.init is {recipe.lora.init}, which goes with a plain base alone. Set lora.init: gaussian."
+        )
     results = compare(in_steps(recipe), options.modes, options.batches)
     if options.image is not None:
         draw(results, Path(options.image))

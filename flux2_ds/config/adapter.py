@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from flux2_ds.config.model_spec import TARGETS, Spec, linear_shapes, target_modules
@@ -102,6 +103,19 @@ def adapter_line(spec: Spec, recipe: Recipe) -> str:
     ranks = Counter(linear.rank for linear in linears.values())
     of_rank = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(ranks.items()))
     return f"{sum(adapter_tensors(spec, recipe)):,} parameters in {len(linears)} linears: {of_rank}"
+
+
+def of_rank(settings: Lora, rank: Callable[[int], int]) -> Lora:
+    """The settings of an adapter of other ranks, whose factors have the scale in them."""
+    ranks = {pattern: rank(each) for pattern, each in settings.rank_pattern.items()}
+    return replace(
+        settings,
+        rank=rank(settings.rank),
+        rank_pattern=ranks,
+        alpha=None,
+        alpha_pattern={},
+        rslora=False,
+    )
 
 
 def merges(settings: Lora) -> list[tuple[str, float]]:

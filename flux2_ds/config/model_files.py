@@ -11,9 +11,7 @@ import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from flux2_ds.config.adapter import merges
 from flux2_ds.config.model_spec import PADDING_SIDES, read_json
-from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError, without_secrets
 
 DIGESTS = "digests.json"
@@ -72,10 +70,10 @@ def part_digest(directory: Path, part: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_digest(directory: Path, settings: Lora) -> str:
-    """Digest of what an adapter is trained over: the transformer, and what is merged into it."""
+def base_digest(directory: Path, merged: list[tuple[str, float]]) -> str:
+    """Digest of what an adapter is trained over: the transformer, and the files that are merged into it."""
     digest = part_digest(directory, "transformer")
-    for path, strength in merges(settings):
+    for path, strength in merged:
         with Path(path).open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(f"{digest}:{content}:{strength}".encode()).hexdigest()[:16]

@@ -202,6 +202,9 @@ class Lora:
     """Other alphas, by an expression."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on the adapter's input; 0..1."""
+    init: Literal["gaussian", "pissa", "olora"] = "gaussian"
+    """What A and B begin as. `gaussian`: A random, B zero. `pissa`: the largest singular vectors of W; `olora`: the
+    first columns of its QR; both are taken out of the base, which must not be quantized. For `method: lora`."""
     init_from: Annotated[str | None, PATH] = None
     """Adapter file to go on training, in diffusers' names, Black Forest Labs' or kohya's. Rank, alpha, rslora and
     targets are the file's. Read once: a run that continues has its checkpoint."""

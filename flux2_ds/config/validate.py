@@ -100,6 +100,18 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"lora.{given[0]} is {getattr(lora, given[0])}, and method is full, which has no adapter. Remove it: `flux2-ds "
             "export --merge true` writes weights with an adapter in them, which model.path may name."
         )
+    if lora.init != "gaussian" and recipe.method != "full":
+        reason = None
+        if recipe.method == "dora":
+            reason = (
+                "method is dora, whose magnitudes would be those of a base without its largest part"
+            )
+        elif recipe.base_weights not in (None, "bf16"):
+            reason = f"base_weights is {recipe.base_weights}; what is left of the base would be quantized otherwise"
+        elif lora.init_from is not None:
+            reason = f"lora.init_from is {lora.init_from}, with which the adapter begins"
+        if reason:
+            yield f"lora.init is {lora.init}, and {reason}. Remove one of them."
     if lora.merge_strengths and len(lora.merge_strengths) != len(lora.merge_first):
         yield (
             f"lora.merge_strengths is {lora.merge_strengths}, and lora.merge_first has {len(lora.merge_first)} files. Give "

@@ -34,6 +34,25 @@ Adapter = dict[str, Update]
 """By diffusers' name of the linear."""
 
 
+def difference(update: Update, began: Update) -> Update:
+    """The change of W + ΔW, where `began` was taken out of W: of twice the rank."""
+    return Update(torch.cat([update.down, began.down]), torch.cat([update.up, -began.up], dim=1))
+
+
+def of_lower_rank(update: Update, rank: int) -> tuple[Update, float]:
+    """The nearest update of at most this rank, and ‖ΔW' - ΔW‖ / ‖ΔW‖: its singular values from the first on
+    (Eckart and Young, 1936), from the triangles of two QRs instead of a matrix of the weight's size."""
+    (left, rest), (right, other) = (
+        torch.linalg.qr(factor.double()) for factor in (update.up, update.down.t())
+    )
+    u, s, vt = torch.linalg.svd(rest @ other.t())
+    root = s[:rank].sqrt()
+    up, down = left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ right.t()
+    size = s.norm().item()
+    lost = s[rank:].norm().item() / size if size else 0.0
+    return Update(down.float(), up.float()), lost
+
+
 def diffusers_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """For diffusers' `load_lora_weights`; DoRA's m as PEFT has it."""
     tensors = {}

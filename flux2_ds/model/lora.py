@@ -19,7 +19,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn import functional
 
-from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.adapter import adapted_linears, of_rank
 from flux2_ds.config.adapter_file import bfl_place, parts_of
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
@@ -191,4 +191,4 @@ def exported_settings(settings: Lora) -> Lora:
     """The settings that an adapter file is used with; its A has been multiplied by the scale."""
     # Programs that do not read the file's metadata take alpha to be the rank. And diffusers leaves an
     # adapter that it loads in training mode, where dropout is at work.
-    return replace(settings, alpha=None, alpha_pattern={}, rslora=False, dropout=0.0)
+    return replace(of_rank(settings, lambda rank: rank), dropout=0.0)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError
 from flux2_ds.model.adapter_layouts import Adapter, Update
 from flux2_ds.model.load import Edit, open_file, tensor_files
@@ -38,6 +41,34 @@ def merge_into(merges: Merges) -> Edit:
         return merged
 
     return edit
+
+
+def initial_adapter(base: BaseWeights, spec: Spec, settings: Lora, device: torch.device) -> Adapter:
+    """What `lora.init` lets an adapter begin as, from the base's own weights.
+
+    PiSSA (arXiv 2404.02948): the largest r singular values S of W, A = √(S/s)·Vᵀ, B = U·√(S/s) with the scale s,
+    by randomized subspace iteration, as PEFT's `pissa_niter_16`. OLoRA (arXiv 2406.01775): of W = QR, B = the first
+    r columns of Q, A = the first r rows of R.
+    """
+    adapter = {}
+    for name, linear in adapted_linears(spec, settings).items():
+        weight = torch.cat([rows.to(device) for _, rows in base.rows(name)])
+        rank = linear.rank
+        if rank > min(weight.shape):
+            raise UserError(
+                f"lora.init is {settings.init}, and {name} {list(weight.shape)} has no rank {rank}. Lower lora.rank."
+            )
+        if settings.init == "pissa":
+            wide = min(
+                2 * rank + 8, *weight.shape
+            )  # values that are not kept sharpen those that are
+            u, s, v = (x[..., :rank] for x in torch.svd_lowrank(weight, q=wide, niter=16))
+            up, down = u * (s / linear.scale).sqrt(), (v * (s * linear.scale).sqrt()).t()
+        else:
+            up, _ = torch.linalg.qr(weight[:, :rank])
+            down = linear.scale * up.t() @ weight
+        adapter[name] = Update(down.contiguous().cpu(), up.contiguous().cpu())
+    return adapter
 
 
 class BaseWeights:

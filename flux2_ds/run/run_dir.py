@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
+from flux2_ds.config.adapter import merges
 from flux2_ds.config.adapter_file import settings_of_file, with_file
 from flux2_ds.config.model_spec import known_spec
 from flux2_ds.config.plan import Plan
@@ -30,7 +31,10 @@ STATE_NAME = "state.json"
 """In a checkpoint: what is no tensor."""
 RECIPE_NAME = "recipe.yaml"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "flux2-ds")
+INITIAL_ADAPTER = "initial_adapter.safetensors"
+"""With `lora.init: pissa` or `olora`: what the adapter began as, which is not in the base."""
 _BEFORE_A_RUN = {
+    INITIAL_ADAPTER,
     ".lock",
     ".launcher.lock",
     "stop",
@@ -269,6 +273,14 @@ def with_adapter_file(recipe: Recipe) -> Recipe:
                 f"method is {recipe.method}, and lora.init_from {path} is a {kind}. Set method: {kind}."
             )
     return replace(recipe, lora=with_file(recipe.lora, found, spec))
+
+
+def merged_files(recipe: Recipe) -> list[tuple[str, float]]:
+    """The adapter files that are in the base of a run, and their strengths."""
+    initial = [(str(Path(recipe.run_dir) / INITIAL_ADAPTER), -1.0)]
+    return merges(recipe.lora) + initial * (
+        recipe.method != "full" and recipe.lora.init != "gaussian"
+    )
 
 
 def as_trained(recipe: Recipe, values: dict[str, Any], source: Path) -> Recipe:

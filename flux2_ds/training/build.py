@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,25 @@ from flux2_ds.data.storage import Blob
 from flux2_ds.distributed import (
     Process,
     all_gather_object,
+    barrier,
 )
 from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.zero3 import check_zero, gathering, make_partitioner
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.activation_checkpointing import blocks_of, configure_blocks
+from flux2_ds.model.adapter_layouts import diffusers_tensors
 from flux2_ds.model.adapter_programs import read_file, read_merges
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.cuda_graphs import use_cuda_graphs
 from flux2_ds.model.load import Edit, as_stored, check_card, read_partitioned, read_weights
 from flux2_ds.model.lora import set_adapter
-from flux2_ds.model.merge import merge_into
+from flux2_ds.model.merge import BaseWeights, Merges, initial_adapter, merge_into
+from flux2_ds.model.safetensors_file import write_all
 from flux2_ds.ops.quantized_linear import QuantizedLinear
+from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.metrics import Metrics
-from flux2_ds.run.run_dir import validation_history, versions
+from flux2_ds.run.run_dir import INITIAL_ADAPTER, merged_files, validation_history, versions
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints, note_base_files
@@ -74,15 +79,37 @@ def build_model(
     recipe, adapter = plan.recipe, None
     check_machine(plan, process.device)
     # Before the base, which takes minutes.
-    merged = merge_into(read_merges(recipe.lora, spec))
+    merges = read_merges(recipe.lora, spec)
+    if recipe.lora.init != "gaussian":
+        initial = Path(recipe.run_dir) / INITIAL_ADAPTER
+        if process.is_rank0 and not resumed:
+            write_initial_adapter(initial, directory, spec, plan, process, merges)
+        barrier()
+        adapter = read_file("lora.init", str(initial), spec)
+        merges = [*merges, (adapter, -1.0)]
     if recipe.lora.init_from is not None and not resumed:
         adapter = read_file("lora.init_from", recipe.lora.init_from, spec)
     dtype = transformer.compute_dtype(recipe.precision)
-    model = load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process, merged)
+    edit = merge_into(merges)
+    model = load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process, edit)
     memory = finish_model(model, spec, plan, process, image_tokens)
     if adapter is not None:
         set_adapter(model, adapter)
     return model, memory
+
+
+def write_initial_adapter(
+    path: Path, directory: Path, spec: Spec, plan: Plan, process: Process, merges: Merges
+) -> None:
+    """Write what `lora.init` lets the adapter begin as; a run that continues needs it, because it is not in the base."""
+    settings = plan.recipe.lora
+    base = BaseWeights(directory / "transformer", merges)
+    with torch.random.fork_rng(devices=[process.device] if process.device.type == "cuda" else []):
+        torch.manual_seed(plan.recipe.seed)  # of the iteration's start
+        tensors = diffusers_tensors(initial_adapter(base, spec, settings, process.device))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as unfinished:
+        write_all(unfinished, tensors, {"flux2_ds.lora": json.dumps(asdict(settings))})
 
 
 def load_as(
@@ -401,7 +428,7 @@ def build_run(
         "recipe": recipe_values(recipe),
         "versions": versions(),
         "index": inputs.index.digest,
-        "base": base_digest(inputs.directory, recipe.lora) if process.is_rank0 else None,
+        "base": base_digest(inputs.directory, merged_files(recipe)) if process.is_rank0 else None,
         "processes": process.world_size,
     }
     if process.is_rank0 and first_step < recipe.steps:

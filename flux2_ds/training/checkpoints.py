@@ -19,7 +19,7 @@ from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.optimizers import compatible
 from flux2_ds.errors import UserError
 from flux2_ds.run.metrics import Metrics, check_metrics, metrics_digest
-from flux2_ds.run.run_dir import checkpoints_directory
+from flux2_ds.run.run_dir import checkpoints_directory, merged_files
 
 log = logging.getLogger("flux2_ds")
 
@@ -158,7 +158,7 @@ def resume(
     state = chosen.state()
     if process.is_rank0:
         check_metrics(Path(recipe.run_dir), state["metrics"])
-        base = base_digest(model_directory, recipe.lora)
+        base = base_digest(model_directory, merged_files(recipe))
         files = changed_base_files(state, model_directory)
         if files or state["base"] != base:
             what = f"(digest {base}, was {state['base']}{''.join(f'; {name} differs' for name in files)})"

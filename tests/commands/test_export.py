@@ -18,16 +18,21 @@ from safetensors.torch import load_file
 from flux2_ds.checkpoint.manager import Checkpoint
 from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.commands import export as export_module
-from flux2_ds.commands.export import Request, choose, export, file_dtype
+from flux2_ds.commands.export import READERS, Request, choose, export, file_dtype
+from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.adapter_file import settings_of_file
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import Data, Lora, Model, Recipe, recipe_values
+from flux2_ds.config.plan import make_plan
+from flux2_ds.config.recipe import Data, Launch, Lora, Model, Recipe, recipe_values
+from flux2_ds.distributed import Process
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import Layout
-from flux2_ds.model.adapter_programs import CHECKED, read_merges
+from flux2_ds.model.adapter_programs import CHECKED, read_file, read_merges
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.model.merge import BaseWeights
-from flux2_ds.run.run_dir import as_trained
+from flux2_ds.run.run_dir import INITIAL_ADAPTER, as_trained
+from flux2_ds.training.build import build_model, write_initial_adapter
 
 Tensors = dict[str, torch.Tensor]
 Write = Callable[..., Path]
@@ -278,7 +283,12 @@ def test_the_precision_of_the_file_is_the_one_asked_for(
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
     chosen = save(trained(recipe, tiny_spec), recipe, write_checkpoint)
     assert file_dtype(recipe, "bf16") == torch.bfloat16
-    assert file_dtype(dataclasses.replace(recipe, method="dora"), None) == torch.float32
+    bf16 = dataclasses.replace(recipe, precision="bf16")
+    for changes in ({"method": "dora"}, {"lora": Lora(init="pissa")}):
+        assert file_dtype(dataclasses.replace(bf16, **changes), None) == torch.float32
+        assert file_dtype(dataclasses.replace(bf16, **changes), None, merge=True) == torch.bfloat16
+    pissa = dataclasses.replace(bf16, lora=Lora(init="pissa"))
+    assert file_dtype(pissa, None, reduced=True) == torch.bfloat16 == file_dtype(bf16, None)
     (path,) = export_as(recipe, chosen, torch.bfloat16, layout="diffusers")
     tensors = load_file(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -427,3 +437,80 @@ def test_an_adapter_that_was_trained_over_another(
     difference = 0.5 * update.up @ update.down
     torch.testing.assert_close(both[name] - alone[name], difference, rtol=1e-3, atol=1e-5)
     assert (alone[name] - base[name]).norm() > 0.1
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+@pytest.mark.parametrize("layout", ["diffusers", "bfl", "kohya"])
+def test_a_lower_rank_keeps_the_largest_singular_values(
+    layout: Layout,
+    init: str,
+    tiny_model: Path,
+    tiny_spec: Spec,
+    tmp_path: Path,
+    write_checkpoint: Write,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = recipe_for(
+        tiny_model, tmp_path / "run", "lora", rank_pattern={"attn.to_q": 3}, init=init
+    )
+    base = Flux2Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    before = weights_after(base, tiny_spec)
+    model = trained(recipe, tiny_spec)
+    changes = {n: w - before[n] for n, w in weights_after(model, tiny_spec).items()}
+    if init == "pissa":
+        write_initial(recipe, tiny_model, tiny_spec)
+        began = read_file("", str(tmp_path / "run" / INITIAL_ADAPTER), tiny_spec)
+        changes = {n: change - began[n].up @ began[n].down for n, change in changes.items()}
+    chosen = save(model, recipe, write_checkpoint)
+    with caplog.at_level("INFO"):
+        (path,) = export_as(recipe, chosen, layout=layout, rank=2)
+    assert path.name.endswith(f"-rank2-{READERS[layout]}.safetensors")
+    settings, *_ = settings_of_file("", str(path), tiny_spec)
+    assert {each.rank for each in adapted_linears(tiny_spec, settings).values()} == {2}
+    lost = []
+    for name, update in read_file("", str(path), tiny_spec).items():
+        u, s, v = torch.linalg.svd(changes[name].double(), full_matrices=False)
+        nearest = (u[:, :2] * s[:2]) @ v[:2]
+        torch.testing.assert_close((update.up @ update.down).double(), nearest, rtol=0, atol=1e-5)
+        lost.append((s[2:].norm() / s.norm()).item())
+    assert f"at most {max(lost):.1e}" in caplog.text
+    for method, rank in (("dora", 2), ("lora", 0)):
+        with pytest.raises(UserError, match=f"--rank is {rank}, and method {method}"):
+            export_as(dataclasses.replace(recipe, method=method), chosen, rank=rank)
+
+
+def write_initial(recipe: Recipe, model: Path, spec: Spec) -> None:
+    plan, alone = make_plan(recipe, 1), Process(0, 1, torch.device("cpu"))
+    path = Path(recipe.run_dir) / INITIAL_ADAPTER
+    write_initial_adapter(path, model, spec, plan, alone, ())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_began_as_a_part_of_the_base_is_exported_as_a_change_of_the_whole_base(
+    init: str, tiny_model: Path, tiny_spec: Spec, tmp_path: Path, write_checkpoint: Write
+) -> None:
+    """Built as a start builds it: before a step the model is the plain one, and after some the export's."""
+    recipe = recipe_for(tiny_model, tmp_path / "run", "lora", init=init, rslora=True)
+    recipe = dataclasses.replace(
+        recipe, deepspeed="zero0", compile=False, launch=Launch(accelerator="cpu")
+    )
+    alone, plan = Process(0, 1, torch.device("cpu")), make_plan(recipe, 1)
+    model, _ = build_model(tiny_model, tiny_spec, plan, alone, 16)
+    plain = Flux2Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    expected = predict(plain, tiny_spec)
+    torch.testing.assert_close(predict(model, tiny_spec), expected, rtol=1e-4, atol=1e-5)
+    linear = "transformer_blocks.0.attn.to_q"
+    left = model.get_submodule(linear).base_layer.weight
+    assert (left - plain.get_submodule(linear).weight).norm() > 0.1
+    for parameter in transformer.trainable(model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    chosen = save(model, recipe, write_checkpoint)
+    again, _ = build_model(tiny_model, tiny_spec, plan, alone, 16, resumed=True)
+    assert torch.equal(again.get_submodule(linear).base_layer.weight, left)
+    for layout in ("diffusers", "bfl", "kohya"):
+        (path,) = export_as(recipe, chosen, layout=layout)
+        pipeline = load_pipeline(tiny_model, tiny_spec, torch.float32)
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        found = predict(pipeline.transformer, tiny_spec)
+        torch.testing.assert_close(found, predict(model, tiny_spec), rtol=1e-4, atol=1e-5)
+    assert (found - expected).abs().max() > 1e-2

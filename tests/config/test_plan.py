@@ -431,6 +431,15 @@ def test_plan_says_what_the_adapter_begins_with_and_what_it_is_trained_over():
     [
         ({"method": "full", "lora.init_from": "f"}, r"lora.init_from is f, and method is full"),
         ({"method": "full", "lora.merge_first": ["f"]}, r"lora.merge_first is \['f'\], and method"),
+        ({"method": "dora", "lora.init": "pissa"}, "lora.init is pissa, and method is dora"),
+        (
+            {"base_weights": "nf4", "lora.init": "olora"},
+            "lora.init is olora, and base_weights is nf4",
+        ),
+        (
+            {"lora.init_from": "f", "lora.init": "pissa"},
+            "lora.init is pissa, and lora.init_from is f",
+        ),
         ({"lora.merge_strengths": [1.0]}, r"lora.merge_strengths is \[1.0\], .* has 0 files"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from factories import ONE_OF_EACH, SPECS, build_transformer, error, gaussian
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from flux2_ds.config.adapter import adapted_linears
@@ -26,7 +27,7 @@ from flux2_ds.model.adapter_layouts import (
 from flux2_ds.model.adapter_programs import read_file
 from flux2_ds.model.load import read_weights
 from flux2_ds.model.lora import LoraLinear, add_lora, lora_config, set_adapter
-from flux2_ds.model.merge import BaseWeights, merge_into
+from flux2_ds.model.merge import BaseWeights, initial_adapter, merge_into
 from flux2_ds.model.transformer import empty_transformer
 
 SPEC = SPECS["klein"]
@@ -261,3 +262,32 @@ def test_adapters_are_merged_into_the_base_in_fp32(
     for name, value in models[0].state_dict().items():
         different = (value.float() != expected[name].float()).float().mean()
         assert different < 2e-3, name  # a sum in fp32 may round to the other neighbour
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_begins_as_that_of_peft(init: str, tmp_path: Path) -> None:
+    """B·A and what is left of W; of PiSSA's factors the signs are free."""
+    model = build_transformer(ONE_OF_EACH)
+    for (
+        parameter
+    ) in model.parameters():  # singular values that fall off, as those of trained weights do
+        if parameter.ndim == 2:
+            u, s, v = torch.linalg.svd(parameter.data, full_matrices=False)
+            parameter.data = (u * s.sort(descending=True)[0] ** 4) @ v
+    save_file(model.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    settings = Lora(rank=4, alpha=6.0, init=init, targets="attention")
+    base = BaseWeights(tmp_path)
+    found = initial_adapter(base, ONE_OF_EACH, settings, torch.device("cpu"))
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, target_modules=list(found))
+    with pytest.raises(UserError, match=r"has no rank 65\. Lower lora.rank"):
+        initial_adapter(base, ONE_OF_EACH, replace(settings, rank=65), torch.device("cpu"))
+    theirs = inject_adapter_in_model(config, model)
+    for name, update in found.items():
+        layer = theirs.get_submodule(name)
+        up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+        assert error(update.up @ update.down, 1.5 * up @ down) < 1e-4, name
+        assert error(update.up.norm(dim=0), up.norm(dim=0)) < 1e-4
+        rest = merge_into([(found, -1.0)])(
+            f"{name}.weight", base.merged(f"{name}.weight", {}), 0, torch.float32
+        )
+        assert error(rest, layer.base_layer.weight) < 1e-4
