@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from flux2_ds.config.autofit import Choice, choices
+from flux2_ds.config.autofit import LINKS, Choice, choices, moved_bytes, place_base
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.config.model_spec import planned_spec
-from flux2_ds.config.plan import Plan
+from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import recordable
 from flux2_ds.data.index import Index
@@ -41,6 +41,10 @@ class MemoryPlan:
     recipe: Recipe
     asked: str
     """The options that say how much there is."""
+    moved: float
+    """Bytes of the base that come to each card in a micro-batch."""
+    automatic: bool
+    """Whether the recipe leaves `base_placement` open."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -54,6 +58,17 @@ class MemoryPlan:
             parts = f"{self.per_host} processes × {one:.1f} GiB"
             found.append(f"host       {one * self.per_host:.1f} GiB = {parts}")
             found += _parts(self.memory.host)
+        if self.moved:
+            placed = f"{self.recipe.base_placement}, {self.recipe.base_resident:.0%} of the blocks resident"
+            seconds = ", ".join(
+                f"{self.moved / rate:.2f} s over {link}"
+                for link, rate in LINKS.items()
+                if link != "nvlink" or self.recipe.base_placement == "sharded"
+            )
+            found.append(
+                f"streams    {self.moved / GIB:.1f} GiB a micro-batch ({placed}): {seconds}; hidden where "
+                "computing takes longer"
+            )
         if self.fits is None:
             return found
         found.append(f"fits       {'yes' if self.fits else 'no'}")
@@ -77,6 +92,11 @@ class MemoryPlan:
             "offload_activations": choice.offload_activations,
             "cache_transposed_base": self.recipe.cache_transposed_base and None,
         }
+        if not self.automatic:
+            wanted |= {
+                "base_placement": choice.base_placement,
+                "base_resident": choice.base_resident,
+            }
         changed = {
             name: value for name, value in wanted.items() if value != getattr(self.recipe, name)
         }
@@ -107,11 +127,14 @@ class MemoryPlan:
             "gpu": self.memory.card,
             "gpu_total": self.memory.on_card,
             "host_per_process": self.memory.host,
+            "streamed_per_micro_batch": self.moved,
             "fits": self.fits,
             "choices": [
                 {
                     "deepspeed": choice.deepspeed,
                     "base_weights": choice.base_weights,
+                    "base_placement": choice.base_placement,
+                    "base_resident": choice.base_resident,
                     "activation_checkpointing": choice.activation_checkpointing,
                     "offload_activations": choice.offload_activations,
                     "gpu_total": choice.memory.on_card,
@@ -137,6 +160,10 @@ def plan_memory(
     per_host = max(hosts.slots.values(), default=min(hosts.processes, most))
     card_bytes = None if card is None else size("--gpu", card)
     host_bytes = math.inf if host is None else size("--host", host) / per_host
+    automatic = recipe.base_placement == "auto"
+    if automatic:
+        room = card_bytes or math.inf, host_bytes
+        plan = make_plan(place_base(recipe, spec, plan.processes, tokens, *room), plan.processes)
     if index is not None:
         plan = recordable(plan, index)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
@@ -148,8 +175,9 @@ def plan_memory(
         others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
     asked = f"--gpu {card}" + (f" --host {host}" if host else "")
     return MemoryPlan(
-        plan.processes, per_host, tokens, checkpointed, memory, fits, others, plan.recipe, asked
-    )
+        plan.processes, per_host, tokens, checkpointed, memory, fits, others, plan.recipe, asked,
+        moved_bytes(plan, spec), automatic,
+    )  # fmt: skip
 
 
 def size(option: str, text: str) -> float:

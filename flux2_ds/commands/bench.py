@@ -40,7 +40,7 @@ from flux2_ds.config.model_spec import (
     planned_spec,
 )
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.plan import Plan, make_plan
+from flux2_ds.config.plan import Plan, make_plan, streamed_blocks
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.distributed import (
@@ -51,6 +51,7 @@ from flux2_ds.distributed import (
     init_process_group,
 )
 from flux2_ds.engine import optimizers
+from flux2_ds.engine.streamed_base import streamed_base
 from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import latents, transformer
@@ -60,7 +61,13 @@ from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_console, set_up_log
 from flux2_ds.run.run_dir import with_adapter_file
 from flux2_ds.run.watchdog import Watchdog
-from flux2_ds.training.build import build_engine, build_objective, check_machine, finish_model
+from flux2_ds.training.build import (
+    build_engine,
+    build_objective,
+    check_machine,
+    finish_model,
+    placed,
+)
 from flux2_ds.training.loss import FlowObjective
 from flux2_ds.training.step import train_step
 from flux2_ds.training.warmup import synthetic
@@ -146,6 +153,8 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / total), device)
     spec = planned_spec(recipe.model.path)
     check_machine(plan, device)
+    plan = placed(plan, spec, process, bucket.tokens)
+    recipe = plan.recipe
 
     result: dict[str, Any] = {
         "model": f"{recipe.model.path} ({spec})",
@@ -153,6 +162,8 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         "rank": recipe.lora.rank,
         "targets": recipe.lora.targets,
         "base_weights": recipe.base_weights or recipe.precision,
+        "base_placement": recipe.base_placement,
+        "base_resident": recipe.base_resident,
         "activation_checkpointing": recipe.activation_checkpointing,
         "offload_activations": recipe.offload_activations,
         "deepspeed": f"ZeRO {plan.zero_stage}"
@@ -236,7 +247,9 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     dtype = transformer.compute_dtype(recipe.precision)
     model = transformer.empty_transformer(spec)
     partition = make_partitioner(plan.deepspeed) if plan.zero_stage == 3 else None
-    fill_randomly(model, dtype, recipe.base_weights, device, partition)
+    streamed = streamed_blocks(recipe, spec.blocks)
+    with streamed_base(model, streamed, device, plan.shard_group) as pack:
+        fill_randomly(model, dtype, recipe.base_weights, device, partition, pack)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)

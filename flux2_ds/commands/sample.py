@@ -41,17 +41,22 @@ from flux2_ds.config.memory import (
     adapter_parameters,
     advice,
     base_bytes,
+    buffer_bytes,
     out_of_memory,
     rendering_bytes,
+    streamed_bytes,
 )
 from flux2_ds.config.model_files import DIGESTS, changed_files, file_digests, model_directory
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN, Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
+from flux2_ds.config.plan import streamed_blocks
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.images import check_format
+from flux2_ds.engine.streamed_base import streamed_base
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
+from flux2_ds.model.activation_checkpointing import blocks_of
 from flux2_ds.model.adapter_layouts import Adapter
 from flux2_ds.model.adapter_programs import read_adapter, read_merges
 from flux2_ds.model.attention import attention_backend, check_backend
@@ -118,6 +123,8 @@ def main() -> None:
         trained = Path(options.adapter)
         output = Path(options.output or trained.parent / "samples" / f"{trained.stem}.png")
         title = trained.stem
+    if recipe.base_placement == "sharded":  # over one process
+        recipe = replace(recipe, base_placement="gpu")
     if recipe.method == "full" and strengths != [1.0]:
         raise UserError("--strengths is for adapters; method is full. Remove it.")
     references = [open_reference(path, recipe.preview) for path in recipe.preview.references]
@@ -139,6 +146,9 @@ def main() -> None:
     check_card(recipe.base_weights, device)
     check_backend(recipe, device)
     sizes, free = part_bytes(recipe, spec, directory, references), free_bytes(device)
+    if recipe.base_placement == "auto" and sizes["weights"] + sizes["picture"] > free:
+        recipe = replace(recipe, base_placement="host", base_resident=0.0)
+        sizes = part_bytes(recipe, spec, directory, references)
     check_room(recipe, TEXT, sizes[TEXT], free_bytes(text_device))
     check_room(recipe, MODEL, sizes["weights"], free)
     check_room(recipe, PICTURE, sizes["weights"] + sizes["picture"], free)
@@ -222,6 +232,8 @@ def part_bytes(
     of_text = {None: dtype.itemsize, "int8": 1, "nf4": 0.5}[quantization]
     element = transformer.compute_dtype(recipe.precision).itemsize
     weights = base_bytes(spec, recipe.base_weights, element) + element * elements(vae)
+    streamed = streamed_bytes(recipe, spec)
+    weights += buffer_bytes(streamed) - sum(streamed)
     if recipe.method != "full":
         weights += 4 * adapter_parameters(spec, recipe)
     pixels = recipe.preview.height * recipe.preview.width
@@ -347,7 +359,8 @@ def load_transformer(
         model = transformer.build_transformer(directory)
     dtype = transformer.compute_dtype(recipe.precision)
     files, edit = directory / "transformer", merge_into(merged)
-    read_weights(model, files, dtype, device, recipe.base_weights, edit)
+    with streamed_base(model, streamed_blocks(recipe, len(blocks_of(model))), device) as pack:
+        read_weights(model, files, dtype, device, recipe.base_weights, edit, pack)
     attention = attention_backend(recipe, device)
     if attention is not None:
         model.set_attention_backend(attention)

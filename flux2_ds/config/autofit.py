@@ -1,12 +1,21 @@
-"""What would fit on a card: ZeRO stage × base weights × activation checkpointing, the fastest first."""
+"""What would fit on a card: ZeRO stage × base weights and their placement × activation checkpointing, the fastest
+first."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flux2_ds.config.memory import TRANSPOSED, Memory, base_bytes, estimate
+from flux2_ds.config.memory import (
+    TRANSPOSED,
+    Memory,
+    base_bytes,
+    estimate,
+    kept_blocks,
+    streamed_bytes,
+)
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import Plan, compiles, make_plan
 from flux2_ds.config.recipe import Recipe
@@ -24,7 +33,11 @@ _ACTIVATIONS = [(share, False) for share in (0.0, 0.25, 0.5, 0.75, 1.0)] + [(1.0
 # TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
 _PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
 _ATTENTION = 500
-_HOST_LINK, _CARD_MEMORY = 25e9, 2.7e12  # bytes a second
+_CARD_MEMORY = 2.7e12  # bytes a second
+
+LINKS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 48e9, "nvlink": 290e9}
+"""Bytes a second of `launch.link`. pcie5 was measured between an H200 and its host, older ones have half of the
+next one's; nvlink is a block's all-gather by NVLink 4's nominal rate."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class Choice:
 
     deepspeed: str
     base_weights: str | None
+    base_placement: str
+    base_resident: float
     activation_checkpointing: float
     offload_activations: bool
     memory: Memory
@@ -48,6 +63,7 @@ def choices(
     host_bytes: float,
 ) -> list[Choice]:
     """All that fit with so many bytes of card and of host memory for each process, the fastest first."""
+    room = image_tokens, card_bytes, host_bytes
     found = []
     for deepspeed in _STAGES:
         for base in _BASES if recipe.method != "full" else (None,):
@@ -55,24 +71,93 @@ def choices(
                 recipe,
                 deepspeed=deepspeed,
                 base_weights=base,
+                base_placement="gpu",
+                base_resident=0.0,
                 cache_transposed_base=recipe.cache_transposed_base
                 and None,  # not every base can be
             )
-            for share, offload in _ACTIVATIONS:
-                offload = offload or recipe.offload_activations
-                tried = dataclasses.replace(changed, offload_activations=offload)
-                try:
-                    plan = make_plan(tried, processes)
-                except UserError:
-                    continue  # a combination that does not exist
-                memory = estimate(
-                    spec, plan, image_tokens, spec.blocks - round(share * spec.blocks), card_bytes
-                )
-                if memory.fits(card_bytes, host_bytes):
-                    cost = _cost(spec, plan, image_tokens, share, memory)
-                    found.append(Choice(deepspeed, base, share, offload, memory, cost))
-                    break  # with this stage and base nothing is faster
+            fitting = _fitting(changed, spec, processes, *room)
+            if fitting is None and recipe.method != "full":
+                elsewhere = [
+                    _fitting(each, spec, processes, *room)
+                    for each in _placements(changed, (0.5, 0.0))
+                ]
+                fitting = min(filter(None, elsewhere), key=lambda c: c.cost, default=None)
+            if fitting is not None:
+                found.append(fitting)
     return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
+
+
+def place_base(
+    recipe: Recipe,
+    spec: Spec,
+    processes: int,
+    image_tokens: int,
+    card_bytes: float,
+    host_bytes: float,
+) -> Recipe:
+    """Decide `base_placement: auto`: on the card if it fits, or if nothing does; else where it costs least.
+
+    Every process must be given the same numbers.
+    """
+    if recipe.base_placement != "auto":
+        return recipe
+    everywhere = dataclasses.replace(recipe, base_placement="gpu", base_resident=0.0)
+    fitting = []
+    for tried in (everywhere, *_placements(recipe, [share / 8 for share in range(8)])):
+        try:
+            plan = make_plan(tried, processes)
+        except UserError:
+            continue
+        kept = kept_blocks(spec, plan, image_tokens, card_bytes)
+        memory = estimate(spec, plan, image_tokens, kept, card_bytes)
+        if memory.fits(card_bytes, host_bytes):
+            if tried is everywhere:
+                return everywhere
+            cost = _cost(spec, plan, image_tokens, 1 - kept / spec.blocks, memory)
+            fitting.append((cost, tried))
+    return min(fitting, key=lambda each: each[0], default=(0, everywhere))[1]
+
+
+def _placements(recipe: Recipe, shares: Sequence[float]) -> Iterator[Recipe]:
+    for share in shares:
+        for placement in ("sharded", "host"):
+            yield dataclasses.replace(recipe, base_placement=placement, base_resident=share)
+
+
+def _fitting(
+    recipe: Recipe,
+    spec: Spec,
+    processes: int,
+    image_tokens: int,
+    card_bytes: float,
+    host_bytes: float,
+) -> Choice | None:
+    """The recipe with the fewest checkpointed blocks that fits."""
+    tried, plan = recipe, None
+    for share, offload in _ACTIVATIONS:
+        offload = offload or recipe.offload_activations
+        if plan is None or tried.offload_activations != offload:
+            tried = dataclasses.replace(recipe, offload_activations=offload)
+            try:
+                plan = make_plan(tried, processes)
+            except UserError:
+                return None  # a combination that does not exist
+        kept = spec.blocks - round(share * spec.blocks)
+        memory = estimate(spec, plan, image_tokens, kept, card_bytes)
+        if memory.fits(card_bytes, host_bytes):
+            cost = _cost(spec, plan, image_tokens, share, memory)
+            return Choice(
+                str(tried.deepspeed),
+                tried.base_weights,
+                tried.base_placement,
+                tried.base_resident,
+                share,
+                offload,
+                memory,
+                cost,
+            )
+    return None
 
 
 def _cost(spec: Spec, plan: Plan, image_tokens: int, again: float, memory: Memory) -> float:
@@ -85,7 +170,20 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, again: float, memory: Memor
     seconds += (3.5 + again) * attention / (_ATTENTION * 1e12)
     if not compiles(recipe):
         seconds *= 1.35
-    if "base weights" in memory.host:
-        seconds += (2 + again) * base_bytes(spec, recipe.base_weights, 2) / _HOST_LINK
+    given = recipe.launch.link
+    link = LINKS["pcie5" if given == "nvlink" else given]
+    if recipe.base_placement != "gpu":  # a copy or an all-gather that goes on meanwhile
+        between = LINKS[given] if plan.shard_group else link
+        seconds = max(seconds, moved_bytes(plan, spec) / between)
+    elif "base weights" in memory.host:
+        seconds += (2 + again) * base_bytes(spec, recipe.base_weights, 2) / link
     moved = memory.host.get("optimizer", 0) + 2 * memory.host.get("activations", 0)
-    return seconds + moved / _HOST_LINK
+    return seconds + moved / link
+
+
+def moved_bytes(plan: Plan, spec: Spec) -> float:
+    """Bytes of a streamed base that come to each card in a micro-batch: every block for each direction, but for
+    the two that are still there when the direction turns."""
+    streamed = streamed_bytes(plan.recipe, spec)
+    passing = 2 * sum(streamed) - sum(streamed[:2]) - sum(streamed[-2:])
+    return passing * (1 if plan.shard_group is None else 1 - 1 / plan.shard_group)

@@ -16,7 +16,7 @@ from flux2_ds.config.model_spec import (
     TOKEN_CHANNELS,
     Spec,
 )
-from flux2_ds.config.plan import Plan, captures, compiles, transposable
+from flux2_ds.config.plan import Plan, captures, compiles, streamed_blocks, transposable
 from flux2_ds.config.recipe import Recipe
 
 GIB = 2**30
@@ -133,6 +133,13 @@ def _weights(run: _Run) -> Memory:
     whole = base_bytes(run.spec, recipe.base_weights, run.element)
     on_host = run.plan.offloads("offload_param")
     (host if on_host else card)["base weights"] = whole / (processes if run.stage == 3 else 1)
+    if streamed := streamed_bytes(recipe, run.spec):
+        card["base weights"] = whole - sum(streamed)
+        if run.plan.shard_group is None:
+            host["base weights"] = sum(streamed)
+        else:
+            card["base weights"] += sum(streamed) / run.plan.shard_group
+        card["streaming buffers"] = buffer_bytes(streamed)
     if on_host:
         # DeepSpeed moves what is trained into one pinned piece.
         part, element = ("base weights", run.element) if run.full else ("adapter", 4)
@@ -348,12 +355,35 @@ def checkpoint_bytes(spec: Spec, recipe: Recipe) -> float:
 
 def base_bytes(spec: Spec, base_weights: str | None, element: int) -> float:
     """Bytes of the model's weights. `element`: bytes of one that is not quantised."""
-    per_weight: float = element
+    blocks = _bytes_per_weight(spec, base_weights, element) * sum(block_matrices(spec))
+    return blocks + element * sum(other_matrices(spec))
+
+
+def _bytes_per_weight(spec: Spec, base_weights: str | None, element: int) -> float:
+    """Of the blocks' linears."""
     if base_weights in ("fp8", "int8"):
-        per_weight = 1 + _ROW_SCALE / spec.width
-    elif base_weights is not None and base_weights.startswith("nf4"):
-        per_weight = _NF4_BITS + _ROW_SCALE / spec.width
-    return per_weight * sum(block_matrices(spec)) + element * sum(other_matrices(spec))
+        return 1 + _ROW_SCALE / spec.width
+    if base_weights is not None and base_weights.startswith("nf4"):
+        return _NF4_BITS + _ROW_SCALE / spec.width
+    return element
+
+
+def buffer_bytes(streamed: list[float]) -> float:
+    """Of the two buffers on the card through which blocks of so many bytes pass."""
+    return max(streamed[::2], default=0) + max(streamed[1::2], default=0)
+
+
+def streamed_bytes(recipe: Recipe, spec: Spec) -> list[float]:
+    """Bytes of each block whose frozen weights pass through the card."""
+    element = 4 if recipe.precision == "fp32" else 2
+    each = _bytes_per_weight(spec, recipe.base_weights, element) * spec.width**2
+    double, single = (
+        each * sum(inputs * outputs for inputs, outputs in linears.values())
+        for linears in (DOUBLE_LINEARS, SINGLE_LINEARS)
+    )
+    return [
+        double if n < spec.double_blocks else single for n in streamed_blocks(recipe, spec.blocks)
+    ]
 
 
 def rendering_bytes(
@@ -400,6 +430,12 @@ def advice(recipe: Recipe, doing: Doing, spare: Sequence[str] = ()) -> str:
     preview, prepare, micro = recipe.preview, recipe.prepare, recipe.batch.micro_size
     base = recipe.base_weights or recipe.precision
     smaller_base = recipe.method != "full" and not base.startswith("nf4")
+    # ZeRO-3 shards the base itself.
+    streamable = (
+        recipe.method != "full"
+        and recipe.base_placement in ("gpu", "auto")
+        and not str(recipe.deepspeed).startswith("zero3")
+    )
     checkpointing = recipe.activation_checkpointing
     all_checkpointed = checkpointing in ("full", 1.0)
     ways = {
@@ -409,17 +445,19 @@ def advice(recipe: Recipe, doing: Doing, spare: Sequence[str] = ()) -> str:
             *((True, f"{setting}: false") for setting in spare),
             (micro > 1, f"a smaller batch.micro_size (it is {micro})"),
             (smaller_base, f"base_weights: {'nf4' if base in ('fp8', 'int8') else 'fp8 or nf4'}"),
+            (streamable, "base_placement: host"),
             (True, "a smaller data.resolution, prepared anew"),
         ],
         "text encoder": [
             (prepare.text_weights != "nf4", "prepare.text_weights: nf4"),
             (prepare.text_device != "cpu", "prepare.text_device: cpu"),
         ],
-        "transformer": [(smaller_base, "base_weights: nf4")],
+        "transformer": [(smaller_base, "base_weights: nf4"), (streamable, "base_placement: host")],
         "picture": [
             (True, "smaller preview.width and preview.height"),
             (bool(preview.references), "fewer preview.references"),
             (smaller_base, "base_weights: nf4"),
+            (streamable, "base_placement: host"),
         ],
     }[doing]
     chosen = [text for holds, text in ways if holds]

@@ -16,6 +16,7 @@ from flux2_ds.config.validate import (
     compiles,
     doubtful_settings,
     ignored_settings,
+    shard_group,
     why_no_cuda_graphs,
     why_not_transposed,
 )
@@ -40,6 +41,19 @@ class Plan:
         """0 to 3."""
         return int(self.zero.get("stage", 0))
 
+    @property
+    def shard_group(self) -> int | None:
+        """How many ranks share one copy of a frozen base, where it is sharded."""
+        if self.recipe.base_placement != "sharded":
+            return None
+        return shard_group(self.recipe, self.processes)
+
+    @property
+    def passes_together(self) -> bool:
+        """Whether all ranks take part in each forward pass, because each has but a part of the weights."""
+        shards = self.processes > 1 and self.recipe.base_placement in ("sharded", "auto")
+        return self.zero_stage == 3 or shards
+
     def offloads(self, part: Literal["offload_optimizer", "offload_param"]) -> bool:
         """Whether that part lives in host memory."""
         return offload_device(self.zero, part) != "none"
@@ -57,7 +71,7 @@ class Plan:
             )
         return [
             f"model      {recipe.model.path}, {method}, {recipe.precision}, "
-            f"base {recipe.base_weights or recipe.precision}",
+            f"base {recipe.base_weights or recipe.precision}" + _placement(self),
             *self._adapter_lines(spec),
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",
@@ -70,7 +84,7 @@ class Plan:
             f"engine     ZeRO stage {self.zero_stage}"
             + (", optimizer offloaded to the CPU" if self.offloads("offload_optimizer") else "")
             + f", activation checkpointing: {recipe.activation_checkpointing}, attention: {recipe.attention}",
-            *_objective_lines(recipe, self.zero_stage),
+            *_objective_lines(recipe, self.passes_together),
             *(f"ignored    {setting}" for setting in ignored_settings(recipe, spec)),
             *(f"warning    {setting}" for setting in doubtful_settings(recipe)),
         ]
@@ -95,7 +109,7 @@ class Plan:
         return lines
 
 
-def _objective_lines(recipe: Recipe, stage: int) -> list[str]:
+def _objective_lines(recipe: Recipe, together: bool) -> list[str]:
     """What differs from plain flow matching, and what it costs."""
     objective, kept = recipe.objective, recipe.preservation
     parts = [f"loss {objective.loss}"] if objective.loss != "mse" else []
@@ -113,12 +127,24 @@ def _objective_lines(recipe: Recipe, stage: int) -> list[str]:
     cost = "no pass more"
     if kept.uses_base:
         which = f"{1 - (1 - kept.share) ** recipe.batch.micro_size:.0%} of the micro-batches"
-        if stage == 3:  # in which all ranks take part
+        if together:
             which = "every micro-batch"
         elif kept.sources and kept.target == "base":
             which = "each micro-batch with such a sample"
         cost = f"a forward pass more for {which}"
     return [*lines, f"preserving {'; '.join(what)}; weight {kept.weight:g}; {cost}"]
+
+
+def _placement(plan: Plan) -> str:
+    recipe = plan.recipe
+    if recipe.base_placement == "gpu":
+        return ""
+    if recipe.base_placement == "auto":
+        return ", placed where it fits"
+    where = (
+        "in host memory" if plan.shard_group is None else f"sharded over {plan.shard_group} GPUs"
+    )
+    return f", {1 - recipe.base_resident:.0%} of its blocks {where}"
 
 
 def make_plan(recipe: Recipe, processes: int) -> Plan:
@@ -155,6 +181,14 @@ def captures(plan: Plan) -> bool:
     if recipe.cuda_graphs is None:
         return recipe.precision == "bf16" and why_no_cuda_graphs(recipe, plan.zero_stage) is None
     return recipe.cuda_graphs
+
+
+def streamed_blocks(recipe: Recipe, blocks: int) -> list[int]:
+    """Which of so many blocks pass through the card: spread evenly, the first among them."""
+    if recipe.base_placement not in ("host", "sharded"):
+        return []
+    count = blocks - round(recipe.base_resident * blocks)
+    return [number * blocks // count for number in range(count)]
 
 
 def transposable(plan: Plan) -> bool:

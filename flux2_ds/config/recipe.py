@@ -427,6 +427,9 @@ class Launch:
     """CUDA GPUs with NCCL, or CPU processes with gloo."""
     processes: Annotated[int | None, between(1, 4096)] = None
     """Processes on each machine. Default: one for each visible GPU; on the CPU one."""
+    link: Literal["pcie3", "pcie4", "pcie5", "nvlink"] = "pcie4"
+    """What joins each GPU to host memory and, with `base_placement: sharded`, to the other GPUs: for what `plan` and
+    `base_placement: auto` take for fastest. `nvlink` is between GPUs; to the host it means pcie5."""
     hostfile: Annotated[str | None, PATH] = None
     """DeepSpeed hostfile (`host slots=8` a line) to run on several machines over ssh."""
     hang_timeout_s: Annotated[float, between(0, 10**7)] = 600.0
@@ -460,6 +463,16 @@ class Recipe:
     in 4 bits, multiplied in `precision`; `nf4_fp8`, `nf4_int8`: held in 4, multiplied in 8. `bf16`:
     neither, with `precision: bf16`. Default: as `precision`. docs/memory-and-speed.md says what each
     costs."""
+    base_placement: Annotated[Literal["gpu", "host", "sharded", "auto"], MAY_CHANGE] = "gpu"
+    """Where an adapter's frozen blocks are, below ZeRO stage 3. `gpu`: on every GPU. `host`: in pinned host
+    memory, a copy for each process. `sharded`: on the GPUs, a part on each. Two buffers on the GPU hold the block that
+    is computed and the next one, which arrives meanwhile. What is computed stays the same. `auto`: `gpu` where
+    that fits, else the fastest of the others with its `base_resident`, by the memory that is free and `launch.link`."""
+    base_resident: Annotated[float, between(0, 1), MAY_CHANGE] = 0.0
+    """Share of the blocks that are on every GPU nevertheless, with `base_placement: host` or `sharded`; 0..1."""
+    base_shard_group: Annotated[int | None, at_least(2), MAY_CHANGE] = None
+    """How many processes share one copy with `base_placement: sharded`, neighbors by rank; best those of one machine.
+    Default: `launch.processes`, or up to 8."""
     attention: Annotated[
         Literal["auto", "native", "cudnn", "flash", "efficient", "math", "flash_attn", "xformers"],
         MAY_CHANGE,
@@ -471,11 +484,12 @@ class Recipe:
     cuda_graphs: Annotated[bool | None, MAY_CHANGE] = None
     """Record the forward and backward passes of each shape as CUDA graphs and replay them, so that Python
     does not hold up small models and pictures. For adapters with compiled blocks, below ZeRO stage 3,
-    without lora.dropout, offload_activations and reference images of several sizes. Default: so, in bf16, if
+    with `base_placement: gpu`, without lora.dropout, offload_activations and reference images of several sizes. Default: so, in bf16, if
     memory allows."""
     cache_transposed_base: Annotated[bool | None, MAY_CHANGE] = None
     """Hold an fp8 or int8 base a second time, transposed, which spares the backward pass turning every weight
-    around: about 2 % of a step for as many bytes again. Not at ZeRO stage 3. Default: if memory allows."""
+    around: about 2 % of a step for as many bytes again. Not at ZeRO stage 3, and with `base_placement: gpu` only.
+    Default: if memory allows."""
     activation_checkpointing: Annotated[
         Literal["auto", "none", "full"] | float,
         Range("auto, none, full or between 0 and 1", lambda v: isinstance(v, str) or 0 <= v <= 1),

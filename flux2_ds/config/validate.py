@@ -220,6 +220,7 @@ def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> 
             "ZeRO, and the deepspeed config has stage 0. Set deepspeed: zero1, which costs nothing "
             "on one process, or precision: fp32."
         )
+    yield from _placement_problems(recipe, processes, stage)
     yield from _optimizer_problems(recipe, stage, zero)
     yield from _offload_problems(recipe, stage, zero)
     for name, reason in (
@@ -233,6 +234,41 @@ def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> 
             "the deepspeed config sets memory_efficient_linear, which cannot be compiled, and the blocks "
             "are compiled. Remove it, or set compile: false."
         )
+
+
+def _placement_problems(recipe: Recipe, processes: int, stage: int) -> Iterator[str]:
+    placement = recipe.base_placement
+    if placement in ("gpu", "auto"):
+        return
+    if recipe.method == "full":
+        yield (
+            f"base_placement is {placement}, which is for a base that is frozen, and method is full. Set "
+            "base_placement: gpu, and deepspeed: zero3_offload or zero3."
+        )
+    if stage == 3:
+        yield (
+            f"base_placement is {placement}, and the deepspeed config has stage 3, which partitions the base "
+            "itself. Set deepspeed: zero2, or base_placement: gpu."
+        )
+    if placement != "sharded":
+        return
+    if processes == 1:
+        yield (
+            "base_placement is sharded, and there is one process, which would hold all of it. Set "
+            "base_placement: gpu or host."
+        )
+    group = shard_group(recipe, processes)
+    if processes % group:
+        fitting = [str(n) for n in range(2, processes + 1) if not processes % n]
+        yield (
+            f"base_placement is sharded over groups of {group} processes, and {processes} processes cannot be "
+            f"divided into such. Set base_shard_group to {' or '.join(fitting)}."
+        )
+
+
+def shard_group(recipe: Recipe, processes: int) -> int:
+    """How many processes share one copy of a sharded base."""
+    return recipe.base_shard_group or min(processes, recipe.launch.processes or 8)
 
 
 def _optimizer_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Iterator[str]:
@@ -304,6 +340,8 @@ def why_no_cuda_graphs(recipe: Recipe, stage: int) -> str | None:
         return "method is full, whose gradients would be held twice"
     if recipe.offload_activations:
         return "offload_activations is true"
+    if recipe.base_placement in ("host", "sharded"):
+        return f"base_placement is {recipe.base_placement}, and Python brings the blocks"
     if recipe.lora.dropout:
         return f"lora.dropout is {recipe.lora.dropout:g}, which each step seeds anew"
     return None
@@ -315,6 +353,8 @@ def why_not_transposed(recipe: Recipe, stage: int) -> str | None:
         return f"base_weights is {recipe.base_weights or recipe.precision}, not fp8 or int8"
     if stage == 3:
         return "the deepspeed config has stage 3, which shards the base to save memory"
+    if recipe.base_placement in ("host", "sharded"):
+        return f"base_placement is {recipe.base_placement}, which is to save memory"
     return None
 
 
@@ -364,6 +404,10 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
             yield f"optimizer.{name}", f"optimizer.name is {adam.name}"
     if _given(adam, "schedule") and adam.warmup_steps >= recipe.steps:
         yield "optimizer.schedule", f"all {recipe.steps} steps are warm-up"
+    if recipe.base_placement in ("gpu", "auto") and recipe.base_resident:
+        yield "base_resident", f"base_placement is {recipe.base_placement}"
+    if recipe.base_placement in ("gpu", "host") and recipe.base_shard_group:
+        yield "base_shard_group", f"base_placement is {recipe.base_placement}"
     if recipe.offload_activations and recipe.activation_checkpointing in ("none", 0.0):
         yield (
             "offload_activations",

@@ -34,19 +34,28 @@ def read_weights(
     device: torch.device,
     base_weights: str | None = None,
     edit: Edit = as_stored,
+    loaded: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
     With quantized `base_weights` the blocks' linears become `QuantizedLinear`, each as soon as it is
     read, so that the peak is the quantized model and one tensor. Embedders, modulation, norms and the
-    output layer stay in `dtype`.
+    output layer stay in `dtype`. `loaded` is called with each block as soon as it is complete.
     """
-    files = _checked_files(model, directory)
+    files, blocks = _checked_files(model, directory), _blocks_by_last_parameter(model)
     for name, parameter in _with_bar(model):
         with open_file(files[name]) as file:
             _checked_slice(file, files[name], name, parameter)
             weight = edit(name, file.get_tensor(name).to(device), 0, dtype)
         place_weight(model, name, weight, base_weights)
+        if loaded is not None and name in blocks:
+            loaded(blocks[name])
+
+
+def _blocks_by_last_parameter(model: nn.Module) -> dict[str, nn.Module]:
+    names = [name for name, _ in model.named_parameters() if "transformer_blocks." in name]
+    last = {name.rsplit(".", name.count(".") - 1)[0]: name for name in names}
+    return {name: model.get_submodule(path) for path, name in last.items()}
 
 
 def read_partitioned(
@@ -113,8 +122,11 @@ def fill_randomly(
     base_weights: str | None,
     device: torch.device,
     partition: Callable[[nn.Module], None] | None = None,
+    loaded: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Give an empty transformer random weights, the same in every rank; see `read_partitioned`."""
+    """Give an empty transformer random weights, the same in every rank; see `read_partitioned` and
+    `read_weights`."""
+    blocks = _blocks_by_last_parameter(model)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         weight = torch.ones(parameter.shape, device=device, dtype=dtype)
@@ -123,6 +135,8 @@ def fill_randomly(
         module = place_weight(model, name, weight, base_weights)
         if partition is not None:
             partition(module)
+        if loaded is not None and name in blocks:
+            loaded(blocks[name])
 
 
 def place_weight(

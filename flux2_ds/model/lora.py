@@ -165,6 +165,8 @@ class LoraLinear(lora.Linear):
 
 def _row_norms(base: nn.Module) -> torch.Tensor:
     """‖W‖ by rows, [N] fp32, of the weight as it is stored."""
+    if fetch := getattr(base, "fetch", None):  # of a streamed block
+        fetch()
     with gather_params_ctx(base.parameters()), torch.no_grad():
         weight = dequantize(base.quantized()) if isinstance(base, QuantizedLinear) else base.weight
         return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)

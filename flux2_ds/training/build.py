@@ -7,18 +7,20 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
 
+from flux2_ds.config.autofit import choices, place_base
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks, trained_parameters
 from flux2_ds.config.model_files import base_digest
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.plan import Plan, compiles
+from flux2_ds.config.plan import Plan, compiles, streamed_blocks
 from flux2_ds.config.recipe import Preservation, Recipe, recipe_values
 from flux2_ds.data.cache import Cache
 from flux2_ds.data.index import Index
@@ -32,6 +34,7 @@ from flux2_ds.distributed import (
     barrier,
 )
 from flux2_ds.engine.engine import Engine
+from flux2_ds.engine.streamed_base import streamed_base
 from flux2_ds.engine.zero3 import check_zero, gathering, make_partitioner
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
@@ -76,6 +79,7 @@ def build_model(
     `image_tokens`: of the longest sample, reference images included. `resumed`: what is trained comes from
     a checkpoint, not from `lora.init_from`.
     """
+    plan = placed(plan, spec, process, image_tokens)
     recipe, adapter = plan.recipe, None
     check_machine(plan, process.device)
     # Before the base, which takes minutes.
@@ -91,7 +95,16 @@ def build_model(
         adapter = read_file("lora.init_from", recipe.lora.init_from, spec)
     dtype = transformer.compute_dtype(recipe.precision)
     edit = merge_into(merges)
-    model = load_as(plan.deepspeed, directory, dtype, recipe.base_weights, process, edit)
+    model = load_as(
+        plan.deepspeed,
+        directory,
+        dtype,
+        recipe.base_weights,
+        process,
+        edit,
+        streamed_blocks(recipe, spec.blocks),
+        plan.shard_group,
+    )
     memory = finish_model(model, spec, plan, process, image_tokens)
     if adapter is not None:
         set_adapter(model, adapter)
@@ -112,6 +125,43 @@ def write_initial_adapter(
         write_all(unfinished, tensors, {"flux2_ds.lora": json.dumps(asdict(settings))})
 
 
+def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
+    """The plan with `base_placement: auto` decided; refuses a base that is not there to be placed. Collective."""
+    recipe = plan.recipe
+    if recipe.base_placement == "gpu":
+        return plan
+    hosts = all_gather_object(socket.gethostname())
+    host = psutil.virtual_memory().available / hosts.count(socket.gethostname())
+    free = all_gather_object((free_memory(process.device), host))
+    card, host = (min(each) for each in zip(*free, strict=True))
+    room = plan.processes, image_tokens, card, host
+    if recipe.base_placement == "auto":
+        plan = replace(plan, recipe=(recipe := place_base(recipe, spec, *room)))
+        log.info(
+            "placement  %s, %.0f %% of the blocks resident",
+            recipe.base_placement,
+            100 * (recipe.base_resident if recipe.base_placement != "gpu" else 1),
+        )
+    memory = estimate(spec, plan, image_tokens, 0, 0)
+    parts = ("base weights", "streaming buffers", "adapter")
+    needed = sum(memory.card.get(part, 0.0) for part in parts)
+    if needed > card or memory.on_host > host:
+        fitting = choices(recipe, spec, *room)
+        raise UserError(
+            f"base_placement is {recipe.base_placement}, and the weights take {needed / GIB:.1f} GiB of a card and "
+            f"{memory.on_host / GIB:.1f} GiB of host memory for each process; free are {card / GIB:.1f} and "
+            f"{host / GIB:.1f} GiB. "
+            + (
+                f"This fits: deepspeed: {fitting[0].deepspeed}, base_weights: {fitting[0].base_weights}, "
+                f"base_placement: {fitting[0].base_placement}, base_resident: {fitting[0].base_resident}, "
+                f"activation_checkpointing: {fitting[0].activation_checkpointing}."
+                if fitting
+                else "Nothing fits: use a larger card or host, or a smaller model."
+            )
+        )
+    return plan
+
+
 def load_as(
     config: dict[str, Any],
     directory: Path,
@@ -119,8 +169,11 @@ def load_as(
     base_weights: str | None,
     process: Process,
     edit: Edit = as_stored,
+    streamed: Sequence[int] = (),
+    shard_group: int | None = None,
 ) -> Flux2Transformer2DModel:
-    """The transformer in `directory`, partitioned where `config` has ZeRO-3."""
+    """The transformer in `directory`, partitioned where `config` has ZeRO-3. `streamed`, `shard_group`: see
+    `StreamedBase`."""
     with torch.device("meta"):
         model = transformer.build_transformer(directory)
     files, device = directory / "transformer", process.device
@@ -129,7 +182,8 @@ def load_as(
             model, files, dtype, device, make_partitioner(config), process.rank, base_weights, edit
         )
     else:
-        read_weights(model, files, dtype, device, base_weights, edit)
+        with streamed_base(model, streamed, device, shard_group) as pack:
+            read_weights(model, files, dtype, device, base_weights, edit, pack)
     return model
 
 
@@ -403,9 +457,8 @@ def build_run(
     loader = build_loader(recipe, inputs.index, inputs.order, process, conditioning)
     objective = build_objective(recipe, inputs.spec, conditioning, process.device)
     if recipe.preservation.uses_base:
-        # At stage 3 all ranks take part in each forward pass.
-        stage3 = inputs.plan.zero_stage == 3
-        objective = replace(objective, forward_base=engine.forward_base, always_base=stage3)
+        together = inputs.plan.passes_together
+        objective = replace(objective, forward_base=engine.forward_base, always_base=together)
     metrics = None
     if process.is_rank0 and first_step < recipe.steps:
         metrics = Metrics(

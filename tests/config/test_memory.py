@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux2_ds.config.autofit import choices
+from flux2_ds.config.autofit import choices, moved_bytes, place_base
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import (
     _CUDA_GRAPHS,
@@ -357,8 +357,9 @@ def test_without_a_card_the_plan_counts_the_least():
 def test_inputs_are_offloaded_where_nothing_else_fits():
     """A 24 GiB card holds dev at 1536² (9216 image tokens) only so, if the base stays on it."""
     found = choices(recipe_for(), RELEASED[DEV], 1, 9216, 24 * GIB, 64 * GIB)
-    assert (found[0].deepspeed, found[0].base_weights) == ("zero0", "nf4_fp8")
-    assert all(c.offload_activations == ("base weights" in c.memory.card) for c in found)
+    whole = [c for c in found if c.base_placement == "gpu"]
+    assert (whole[0].deepspeed, whole[0].base_weights) == ("zero0", "nf4_fp8")
+    assert all(c.offload_activations == ("base weights" in c.memory.card) for c in whole)
     roomy = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, 64 * GIB)
     assert not roomy[0].offload_activations
     given = recipe_for(offload_activations=True)
@@ -409,6 +410,7 @@ def test_choices_fit_and_the_fastest_is_first():
     assert [c.cost for c in found] == sorted(c.cost for c in found)
     small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, math.inf)
     assert small[0].base_weights == "nf4_fp8"
+    assert {c.base_placement for c in small if c.base_weights == "fp8"} == {"host", "gpu"}  # zero3
     assert choices(recipe_for(), RELEASED[DEV], 1, 4096, 4 * GIB, 1 * GIB) == []
 
 
@@ -488,6 +490,73 @@ def test_blocks_are_kept_before_passes_are_recorded(room, validation_fraction):
         for each in (None, False, True)
     ]
     assert counts[0] == counts[1] > counts[2]
+
+
+def test_a_base_elsewhere_leaves_two_blocks_on_the_card():
+    spec, weight = RELEASED[DEV], RELEASED[DEV].width ** 2
+    everywhere = estimate_for(DEV, 0, base_weights="fp8", cuda_graphs=False)
+    host = estimate_for(DEV, 0, base_weights="fp8", base_placement="host")
+    blocks = base_bytes(spec, "fp8", 2) - 2 * sum(other_matrices(spec))
+    assert host.host == {"base weights": pytest.approx(blocks)}
+    buffers = 2 * 26 * weight  # a double block's linears, with their rows' scales
+    assert host.card["streaming buffers"] == pytest.approx(buffers, rel=1e-3)
+    difference = everywhere.on_card - host.on_card
+    assert difference == pytest.approx(blocks - host.card["streaming buffers"])
+    shared = {"base_weights": "fp8", "base_placement": "sharded", "base_resident": 0.5}
+    sharded = estimate_for(DEV, 0, processes=4, **shared)
+    streamed = sum(26 if n < 8 else 13 for n in range(0, 56, 2)) * weight
+    assert not sharded.host
+    found = everywhere.card["base weights"] - sharded.card["base weights"]
+    assert found == pytest.approx(0.75 * streamed, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "card", "host", "changes", "expected"),
+    [
+        (1, 80, 64, {}, ("gpu", 0.0)),
+        (1, 32, 64, {}, ("host", 0.625)),
+        (1, 32, 4, {}, ("gpu", 0.0)),  # nothing fits, which the start says
+        (8, 32, 64, {}, ("host", 0.625)),
+        (8, 32, 64, {"launch": Launch(link="nvlink")}, ("sharded", 0.0)),
+        (1, 32, 64, {"launch": Launch(link="pcie5")}, ("host", 0.375)),
+        (1, 32, 64, {"deepspeed": "zero3"}, ("gpu", 0.0)),
+        (1, 32, 64, {"cuda_graphs": True}, ("gpu", 0.0)),
+        (1, 32, 64, {"base_placement": "host"}, ("host", 0.0)),
+    ],
+)
+def test_auto_places_the_base_where_it_fits(processes, card, host, changes, expected):
+    settings = {"base_placement": "auto", "base_weights": "fp8", "deepspeed": "zero2", **changes}
+    recipe = recipe_for(processes=processes, **settings)
+    spec, room = RELEASED[DEV], (card * GIB, host * GIB)
+    placed = place_base(recipe, spec, processes, 4096, *room)
+    assert (placed.base_placement, placed.base_resident) == expected
+    if expected[0] != "gpu" and changes.get("base_placement") != "host":
+        plan = make_plan(placed, processes)
+        kept = kept_blocks(spec, plan, 4096, room[0])
+        assert estimate(spec, plan, 4096, kept, room[0]).fits(*room)
+
+
+def test_the_plan_says_what_crosses_the_link():
+    spec = RELEASED[DEV]
+    single = base_bytes(spec, "fp8", 2) - 2 * sum(other_matrices(spec))
+    single *= 13 / sum(26 if n < 8 else 13 for n in range(56))
+
+    def moved(processes=1, **changes):
+        recipe = recipe_for(base_weights="fp8", processes=processes, **changes)
+        return moved_bytes(make_plan(recipe, processes), spec) / single
+
+    assert moved(base_placement="host") == pytest.approx(2 * 64 - 2 * 2 - 2)
+    assert moved(base_placement="host", base_resident=54 / 56) == pytest.approx(0)
+    assert moved(4, base_placement="sharded") == pytest.approx(0.75 * 122)
+    recipe = recipe_for(KLEIN_9B, base_placement="auto", base_weights="nf4_fp8", deepspeed="zero0")
+    told = plan_memory(make_plan(recipe, 1), Hosts(1), None, "7.5GiB", "32GiB")
+    assert told.fits and told.values()["streamed_per_micro_batch"] == told.moved
+    (line,) = [line for line in told.lines() if line.startswith("streams")]
+    assert "(host, 25% of the blocks resident)" in line and "s over pcie3" in line
+    assert "base_placement" not in " ".join(told.lines())
+    fixed = make_plan(replace(recipe, base_placement="gpu"), 1)
+    elsewhere = plan_memory(fixed, Hosts(1), None, "7.5GiB", "32GiB")
+    assert not elsewhere.fits and "--base_placement host" in elsewhere.refusal()
 
 
 def test_what_fits_can_be_trained():

@@ -11,7 +11,14 @@ import pytest
 
 from flux2_ds.config.model_spec import RELEASED
 from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser, shipped_directory
-from flux2_ds.config.plan import captures, compiles, learning_rate, make_plan, transposable
+from flux2_ds.config.plan import (
+    captures,
+    compiles,
+    learning_rate,
+    make_plan,
+    streamed_blocks,
+    transposable,
+)
 from flux2_ds.config.recipe import Batch, Data, Model, Optimizer, Recipe
 from flux2_ds.config.validate import check_recipe, ignored_settings
 from flux2_ds.errors import UserError
@@ -707,6 +714,7 @@ def test_passes_are_captured_by_default():
         ({"method": "full"}, "method is full"),
         ({"offload_activations": True}, "offload_activations is true"),
         ({"lora.dropout": 0.1}, "lora.dropout is 0.1"),
+        ({"base_placement": "host"}, "base_placement is host"),
     ],
 )
 def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
@@ -724,6 +732,7 @@ def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
         ({}, "base_weights is bf16, not fp8 or int8"),
         ({"base_weights": "nf4_int8"}, "base_weights is nf4_int8, not fp8 or int8"),
         ({"base_weights": "fp8", "deepspeed": "zero3"}, "has stage 3"),
+        ({"base_weights": "fp8", "base_placement": "host"}, "base_placement is host"),
     ],
 )
 def test_what_is_not_held_transposed(changes, reason):
@@ -736,6 +745,52 @@ def test_an_8_bit_base_may_be_held_transposed():
     for given, expected in ((None, True), (True, True), (False, False)):
         asked = make_recipe(base_weights="int8", cache_transposed_base=given)
         assert transposable(make_plan(asked, 1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "message"),
+    [
+        ({"base_placement": "host", "method": "full"}, 1, "frozen, and method is full"),
+        (
+            {"base_placement": "sharded", "deepspeed": "zero3"},
+            2,
+            "stage 3, .* Set deepspeed: zero2",
+        ),
+        ({"base_placement": "sharded"}, 1, "one process, .* Set base_placement: gpu or host"),
+        ({"base_placement": "sharded", "base_shard_group": 3}, 4, "groups of 3 .* to 2 or 4"),
+        ({"base_placement": "sharded", "base_shard_group": 4}, 2, "groups of 4 .* to 2"),
+        ({"base_placement": "sharded"}, 12, "groups of 8 .* to 2 or 3 or 4 or 6 or 12"),
+        ({"base_placement": "host", "base_resident": 1.5}, 1, "base_resident is 1.5"),
+    ],
+)
+def test_a_base_that_cannot_be_placed_is_refused(changes, processes, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(make_recipe(**{"batch.global_size": 24, **changes}), processes)
+
+
+def test_where_a_base_is():
+    def plan(processes=4, **changes):
+        return make_plan(make_recipe(**{"batch.global_size": 24, **changes}), processes)
+
+    assert (plan().shard_group, streamed_blocks(plan().recipe, 8)) == (None, [])
+    sharded = {"base_placement": "sharded", "base_resident": 0.25}
+    assert plan(**sharded).shard_group == 4
+    assert plan(**sharded, base_shard_group=2).shard_group == 2
+    assert plan(**{**sharded, "launch.processes": 2}).shard_group == 2
+    assert plan(24, **sharded).shard_group == 8
+    together = [
+        plan(n, base_placement=p).passes_together
+        for n, p in ((1, "auto"), (2, "auto"), (2, "host"))
+    ]
+    assert together == [False, True, False] and plan(**sharded).passes_together
+    assert streamed_blocks(plan(**sharded).recipe, 8) == [0, 1, 2, 4, 5, 6]
+    assert "75% of its blocks sharded over 4 GPUs" in plan(**sharded).lines()[0]
+    host = plan(base_placement="host", base_shard_group=2)
+    assert host.shard_group is None and streamed_blocks(host.recipe, 3) == [0, 1, 2]
+    assert "100% of its blocks in host memory" in host.lines()[0]
+    assert ignored_settings(host.recipe) == ["base_shard_group (base_placement is host)"]
+    everywhere = make_recipe(base_resident=0.5)
+    assert ignored_settings(everywhere) == ["base_resident (base_placement is gpu)"]
 
 
 def test_what_is_compiled():

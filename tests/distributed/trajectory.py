@@ -180,7 +180,15 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     with gathering(config):
         if "files" in case:  # the way train.py builds a model at stage 3
             base_weights = case.get("base_weights")
-            loaded = assembly.load_as(config, Path(case["files"]), dtype, base_weights, process)
+            loaded = assembly.load_as(
+                config,
+                Path(case["files"]),
+                dtype,
+                base_weights,
+                process,
+                streamed=case.get("streamed", ()),
+                shard_group=case.get("shard_group"),
+            )
         stage = config.get("zero_optimization", {}).get("stage", 0)
         model = build(case["method"], loaded, partitioned=stage == 3, dtype=dtype, **chosen)
     replays: list[int] = []

@@ -1,5 +1,6 @@
 """What is refused before a model is loaded, and what all processes decide alike."""
 
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from flux2_ds.config.memory import GIB, kept_blocks
-from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.model_spec import RELEASED, Spec
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Batch, Data, Launch, Model, Recipe
 from flux2_ds.distributed import Process
@@ -16,7 +17,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.load import place_weight
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.training import build as assembly
-from flux2_ds.training.build import check_machine, finish_model
+from flux2_ds.training.build import check_machine, finish_model, placed
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"))
@@ -56,6 +57,34 @@ def test_all_processes_keep_as_many_blocks_as_the_fullest_card_allows(
     model = transformer.new_transformer(spec)
     finish_model(model, spec, plan, Process(0, 2, CPU), 64)
     assert found == [spec.blocks - kept_blocks(spec, plan, 64, 0.601 * GIB)] and found[0] > 0
+
+
+def test_where_the_base_is_fits_the_fullest_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RELEASED["black-forest-labs/FLUX.2-klein-base-4B"]
+    others = {"batch": Batch(global_size=2), "base_weights": "fp8", "deepspeed": "zero0"}
+
+    def decided(placement: str, card: float, host: float) -> tuple[str, float]:
+        plan = make_plan(replace(RECIPE, base_placement=placement, **others), 2)
+        given = iter([["a", socket.gethostname()], [(80 * GIB, 64 * GIB), (card, host)]])
+        monkeypatch.setattr(assembly, "all_gather_object", lambda _: next(given))
+        recipe = placed(plan, spec, Process(0, 2, CPU), 4096).recipe
+        return recipe.base_placement, recipe.base_resident
+
+    assert decided("auto", 24 * GIB, 8 * GIB) == ("gpu", 0.0)
+    assert decided("auto", 5.5 * GIB, 8 * GIB)[0] == "host"
+    assert decided("host", 5.5 * GIB, 8 * GIB) == ("host", 0.0)
+    for card, host in ((0.5 * GIB, 8 * GIB), (8 * GIB, 0.5 * GIB)):
+        with pytest.raises(
+            UserError, match=r"is host, and the weights take 1\.0 GiB of a card and 3\.4 GiB"
+        ):
+            decided("host", card, host)
+    with pytest.raises(
+        UserError,
+        match=r"free are 12\.0 and 0\.5 GiB\. This fits: deepspeed: \w+, .* base_placement: gpu",
+    ):
+        decided("host", 12 * GIB, 0.5 * GIB)
+    with pytest.raises(UserError, match="Nothing fits: use a larger card"):
+        decided("auto", 0.5 * GIB, 0.5 * GIB)
 
 
 @pytest.mark.parametrize("room", [GIB, 0.55 * GIB])

@@ -197,10 +197,10 @@ def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        ({}, "Set activation_checkpointing: full (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or a smaller"),
-        ({"activation_checkpointing": "full", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or a smaller"),
+        ({}, "Set activation_checkpointing: full (it is auto), or a smaller batch.micro_size (it is 2), or base_weights: fp8 or nf4, or base_placement: host, or a smaller"),
+        ({"activation_checkpointing": "full", "batch": Batch(), "base_weights": "fp8"}, "Set offload_activations: true, or base_weights: nf4, or base_placement: host, or a smaller"),
         ({"activation_checkpointing": 0.5, "method": "full"}, "Set activation_checkpointing: full (it is 0.5), or a smaller batch.micro_size (it is 2), or a smaller data"),
-        ({"activation_checkpointing": 1.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8"}, "Set a smaller data.resolution"),
+        ({"activation_checkpointing": 1.0, "offload_activations": True, "batch": Batch(), "base_weights": "nf4_fp8", "base_placement": "host"}, "Set a smaller data.resolution"),
     ],
 )  # fmt: skip
 def test_a_card_that_is_too_small_is_said_before_step_1(change, advice):
