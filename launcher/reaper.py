@@ -14,7 +14,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from typing import NoReturn
 
 _POLL = 0.2  # s
@@ -33,15 +32,17 @@ def main() -> None:
         os.close(held)
         os.setsid()
         run(argv, lifeline)
-    code, heard = None, time.monotonic()
-    while code is None and time.monotonic() - heard <= silence:
+    code, quiet = None, 0.0  # s without a sign, of those in which this process has run
+    while code is None and quiet <= silence:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
-        elif select.select([0], [], [], _POLL)[0]:
-            heard = time.monotonic()
-            if not os.read(0, 4096):
-                break
+        elif not select.select([0], [], [], _POLL)[0]:
+            quiet += _POLL
+        elif os.read(0, 4096):
+            quiet = 0.0
+        else:
+            break
     with contextlib.suppress(ProcessLookupError):  # all of it has ended
         os.killpg(child, signal.SIGKILL)
     if code is None:

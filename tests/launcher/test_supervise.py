@@ -248,6 +248,23 @@ def test_a_reaper_ends_its_command_when_its_launcher_is_silent():
     reaper.stdin.close()
 
 
+def test_a_reaper_that_was_suspended_does_not_count_that_as_silence():
+    argv = [sys.executable, "-m", "launcher.reaper", "0.9", "sleep", "60"]
+    reaper = subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT)
+    assert reaper.stdin is not None
+    for pause in (0.0, 0.0, 0.0, 2.0, 0.0):
+        for _ in range(3):
+            time.sleep(0.1)
+            reaper.stdin.write(b"\n")
+            reaper.stdin.flush()
+        reaper.send_signal(signal.SIGSTOP)
+        time.sleep(pause)
+        reaper.send_signal(signal.SIGCONT)
+    assert reaper.poll() is None
+    reaper.stdin.close()
+    assert reaper.wait(timeout=30) == 128 + 9
+
+
 @pytest.mark.parametrize(
     ("plan", "restarts", "expected"),
     [
