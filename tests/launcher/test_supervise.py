@@ -249,9 +249,10 @@ def test_a_reaper_ends_its_command_when_its_launcher_is_silent():
 
 
 def test_a_reaper_that_was_suspended_does_not_count_that_as_silence():
-    argv = [sys.executable, "-m", "launcher.reaper", "0.9", "sleep", "60"]
-    reaper = subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT)
-    assert reaper.stdin is not None
+    argv = [sys.executable, "-m", "launcher.reaper", "1", "sh", "-c", "echo up; sleep 60"]
+    reaper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert reaper.stdin is not None and reaper.stdout is not None
+    assert reaper.stdout.readline() == b"up\n"
     for pause in (0.0, 0.0, 0.0, 2.0, 0.0):
         for _ in range(3):
             time.sleep(0.1)
