@@ -39,7 +39,8 @@ SSH = """\
 # As ssh and sshd do: the last word goes to a shell, which has few variables.
 if [ "$1" = -G ]; then echo "hostname $(hostname)"; exit; fi
 for last; do :; done
-env -i HOME="$HOME" PATH=/usr/bin:/bin {mark}="${mark}" sh -c "$last" <&0 &
+exec 3<&0  # a command in the background has no input but what it is given
+env -i HOME="$HOME" PATH=/usr/bin:/bin {mark}="${mark}" sh -c "$last" <&3 3<&- &
 wait $!
 """
 
