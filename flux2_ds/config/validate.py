@@ -110,6 +110,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             reason = f"base_weights is {recipe.base_weights}; what is left of the base would be quantized otherwise"
         elif lora.init_from is not None:
             reason = f"lora.init_from is {lora.init_from}, with which the adapter begins"
+        elif recipe.preservation.uses_base or recipe.validation.against_base:
+            used = "preservation" if recipe.preservation.uses_base else "validation.against_base"
+            reason = (
+                f"{used} switches the adapter off, which leaves the base without its largest part"
+            )
         if reason:
             yield f"lora.init is {lora.init}, and {reason}. Remove one of them."
     if lora.merge_strengths and len(lora.merge_strengths) != len(lora.merge_first):

@@ -444,6 +444,14 @@ def test_plan_says_what_the_adapter_begins_with_and_what_it_is_trained_over():
             "lora.init is olora, and base_weights is nf4",
         ),
         (
+            {"lora.init": "pissa", "validation.against_base": True},
+            "lora.init is pissa, and validation.against_base switches the adapter off",
+        ),
+        (
+            {"lora.init": "olora", "preservation.prompts": ["a"], "preservation.share": 0.2},
+            "lora.init is olora, and preservation switches the adapter off",
+        ),
+        (
             {"lora.init_from": "f", "lora.init": "pissa"},
             "lora.init is pissa, and lora.init_from is f",
         ),
