@@ -158,9 +158,10 @@ def main() -> None:
             )
         log.info("exported %s to %s, for %s%s",
                  chosen.path.name, written.path, ", ".join(written.programs), checked)  # fmt: skip
-        log_export(recipe.log, Path(recipe.run_dir), written.path, chosen.step)
+    paths = [written.path for written in exports]
+    log_export(recipe.log, Path(recipe.run_dir), paths, chosen.step)
     if options.push is not None:
-        paths = [written.path for written in exports] + card
+        paths += card
         message = f"step {chosen.step} of {Path(recipe.run_dir).resolve().name}"
         log.info("pushed to %s", push(options.push, card[0].parent, paths, message))
 

@@ -102,7 +102,7 @@ class Metrics:
     def saved(self, step: int, checkpoint: Path) -> None:
         """Give W&B a checkpoint, if it is to have them."""
         if self._wandb is not None and "checkpoints" in self._settings.artifacts:
-            self._wandb.log_artifact("checkpoint", checkpoint, step)
+            self._wandb.log_artifact("checkpoint", [checkpoint], step)
         self._refresh_report()
 
     def alert(self, title: str, text: str, *, last: bool = False) -> None:

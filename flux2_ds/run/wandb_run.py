@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
@@ -86,15 +86,18 @@ class WandbRun:
 
         self._later(send)
 
-    def log_artifact(self, kind: Literal["checkpoint", "export"], path: Path, step: int) -> None:
-        """Send a file or a directory, which may be gone once W&B has copied it."""
+    def log_artifact(
+        self, kind: Literal["checkpoint", "export"], paths: Sequence[Path], step: int
+    ) -> None:
+        """Send files and directories together; they may be gone once W&B has copied them."""
 
         def send(run: Any) -> None:
             import wandb
 
             artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata={"step": step})
             try:
-                (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
+                for path in paths:
+                    (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
             except (OSError, ValueError) as error:  # ValueError: it is gone
                 log.warning("W&B has no artifact of %s: %s", path, _first_line(error))
             else:
@@ -211,11 +214,11 @@ class WandbRun:
         )
 
 
-def log_export(settings: Log, run_dir: Path, path: Path, step: int) -> None:
-    """Send an export as an artifact of the run that it comes from, if that is wanted."""
+def log_export(settings: Log, run_dir: Path, paths: Sequence[Path], step: int) -> None:
+    """Send an export's files as an artifact of the run that it comes from, if that is wanted."""
     if settings.wandb != "disabled" and "exports" in settings.artifacts:
         run = WandbRun(run_dir, settings)
-        run.log_artifact("export", path, step)
+        run.log_artifact("export", paths, step)
         run.finish()
 
 

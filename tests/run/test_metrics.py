@@ -427,7 +427,7 @@ def test_an_offline_run_reads_back_with_every_series(run_dir):
     metrics.saved(3, run_dir / "step_3")  # which retention has removed
     metrics.alert("a step is skipped", "the gradient norm is nan at https://s.example/x?key=secret")
     metrics.close()
-    log_export(Log(**settings), run_dir, image, 2)
+    log_export(Log(**settings), run_dir, [image, checkpoint / "weights"], 2)
 
     series = wandb_series(run_dir)
     assert series.pop("samples/images") == [(1, "images/separated"), (2, "images/separated")]
@@ -446,9 +446,9 @@ def test_an_offline_run_reads_back_with_every_series(run_dir):
     kinds = [
         r.artifact for r in records if r.HasField("artifact") and r.artifact.type != "run_table"
     ]
-    assert [(a.type, list(a.aliases), a.manifest.contents[0].path) for a in kinds] == [
-        ("checkpoint", ["latest", "step_2"], "weights"),
-        ("export", ["latest", "step_2"], "0.png"),
+    assert [(a.type, sorted(a.aliases), [c.path for c in a.manifest.contents]) for a in kinds] == [
+        ("checkpoint", ["latest", "step_2"], ["weights"]),
+        ("export", ["latest", "step_2"], ["0.png", "weights"]),
     ]
     # All that is needed to send it later is in the run directory.
     assert all(Path(a.manifest.contents[0].local_path).is_relative_to(run_dir) for a in kinds)
@@ -459,7 +459,7 @@ def test_alerts_and_artifacts_are_for_those_who_ask(run_dir):
     metrics.alert("a", "b")
     metrics.saved(1, run_dir)
     metrics.close()
-    log_export(Log(), run_dir, run_dir, 1)
+    log_export(Log(), run_dir, [run_dir], 1)
     kinds = {record.WhichOneof("record_type") for record in wandb_records(run_dir)}
     assert "run" in kinds and not kinds & {"alert", "artifact"}
 
