@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from flux2_ds.config import bench_options
 from flux2_ds.config.model_spec import planned_spec, spec_here
-from flux2_ds.config.parse import parse_recipe, recipe_lines, recipe_parser
+from flux2_ds.config.parse import origin_lines, parse_recipe, recipe_lines, recipe_parser
 from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Launch, Recipe
 from flux2_ds.config.validate import check_recipe
@@ -128,7 +128,7 @@ def plan(argv: list[str]) -> None:
     except UserError as error:
         problems.append(str(error))
     if not options.json:
-        lines = [*the_plan.lines(spec), *(memory.lines() if memory else [])]
+        lines = [*origin_lines(argv), *the_plan.lines(spec), *(memory.lines() if memory else [])]
         print("\n".join([*lines, *data_lines(recipe, data)]))
     elif memory:
         print(json.dumps(memory.values(), indent=2))

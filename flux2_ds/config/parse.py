@@ -153,6 +153,20 @@ def given_settings(argv: list[str]) -> dict[str, str]:
     return given
 
 
+def origin_lines(argv: list[str]) -> list[str]:
+    """Which settings each file and the command line decide, for people; none where all are of one place."""
+    given = given_settings(_with_files(argv))
+    for pair in IN_EPOCHS.items():
+        if set(pair) <= given.keys():  # the earlier one does not count
+            del given[min(pair, key=list(given).index)]
+    places: dict[str, list[str]] = {}
+    for setting, where in given.items():
+        places.setdefault(where, []).append(setting)
+    if len(places) < 2:
+        return []
+    return [f"settings   {', '.join(names)}: {where}" for where, names in places.items()]
+
+
 def _choose_length(options: Namespace, given: dict[str, str]) -> None:
     """Of a setting in epochs and the same one in steps keep the one that is given last; both in one place are refused."""
     order = list(given)

@@ -22,7 +22,7 @@ from flux2_ds.config.memory import (
     other_matrices,
 )
 from flux2_ds.config.model_spec import RELEASED, Spec
-from flux2_ds.config.parse import load_recipe, shipped_directory
+from flux2_ds.config.parse import load_recipe, shipped_recipes
 from flux2_ds.config.plan import captures, make_plan, read_deepspeed
 from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.data.dataset import recordable
@@ -38,7 +38,7 @@ DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-
 KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
 ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
 ZERO3 = {**ZERO2, "stage": 3}
-RECIPES = sorted(shipped_directory("recipes").glob("*.yaml"))
+RECIPES = [path for path in shipped_recipes().values() if "\nrun_dir:" in path.read_text()]
 ALL_LINEARS = Lora(rank=32, targets="all")
 
 

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from flux2_ds.config.model_spec import RELEASED
-from flux2_ds.config.parse import load_recipe, parse_recipe, recipe_parser, shipped_directory
+from flux2_ds.config.parse import (
+    load_recipe,
+    parse_recipe,
+    recipe_parser,
+    shipped_directory,
+    shipped_recipes,
+)
 from flux2_ds.config.plan import (
     captures,
     compiles,
@@ -25,7 +31,7 @@ from flux2_ds.errors import UserError
 from launcher import cli
 
 DS_CONFIGS = sorted(shipped_directory("ds_configs").glob("*.json"))
-RECIPES = sorted(shipped_directory("recipes").glob("*.yaml"))
+RECIPES = [path for path in shipped_recipes().values() if "\nrun_dir:" in path.read_text()]
 ROOT = shipped_directory("recipes").parent
 
 
@@ -621,6 +627,35 @@ def commands_of(path: Path) -> list[tuple[str, list[str]]]:
         else:
             found.append(("by hand", line.partition(" flux2_ds.train ")[2].split()))
     return found
+
+
+PRESETS = [path for path in shipped_recipes().values() if path not in RECIPES]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_laid_over_the_recipe_of_a_card(preset, monkeypatch, capsys):
+    """It holds what is trained, nothing of the hardware; its header's commands are for such a pair."""
+    monkeypatch.chdir(ROOT)
+    commands = [
+        line[4:] for line in preset.read_text().splitlines() if line.startswith("#   flux2")
+    ]
+    assert [command.split()[1] for command in commands] == ["prepare", "train"]
+    for command in commands:
+        _, name, *arguments = shlex.split(command)
+        assert arguments[:4:2] == ["--config"] * 2 and arguments[3] == preset.stem
+        recipe, _ = parse_recipe(recipe_parser(name, ""), arguments)
+        alone = load_recipe(arguments[1])
+        assert recipe.lora.rank == 32 and recipe.run_dir == alone.run_dir
+        assert recipe.model == alone.model and recipe.batch == alone.batch
+    monkeypatch.setattr("sys.argv", ["flux2-ds", "plan", *arguments])
+    with pytest.raises(SystemExit):  # nothing is prepared
+        cli.main()
+    shown = re.findall(r"settings   (.*): (\S+)", capsys.readouterr().out)
+    origin = {name: where for names, where in shown for name in names.split(", ")}
+    assert origin["lora.rank"] == origin["optimizer.learning_rate"] == str(preset)
+    length = "steps" if recipe.epochs is None else "epochs"
+    assert origin[length] == str(preset) and len({"steps", "epochs"} & origin.keys()) == 1
+    assert Path(origin["model.path"]).stem == arguments[1]
 
 
 def test_commands_in_the_header_of_a_shipped_recipe_work(
