@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -28,11 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """What a command sets up in this process ends with the test."""
+def process_as_before() -> Iterator[None]:
+    """The log level and variables that a command sets in this process end with the test."""
     logger = logging.getLogger("flux2_ds")
     level = logger.level
-    yield
+    with patch.dict(os.environ):
+        yield
     logger.setLevel(level)
 
 
