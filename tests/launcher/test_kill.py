@@ -124,12 +124,12 @@ def test_whoever_is_killed_whenever_nothing_is_left_and_the_run_ends_alike(folde
     expected = result(folder / "undisturbed")
 
     draw = random.Random(SEED)
-    kills = runs = 0
+    kills, runs, done = 0, 0, False
     while True:
         run, hosts = folder / f"run {runs}", draw.choice((1, 2))
         launcher = start(folder, run.name, hosts)
         victim = ""
-        if kills < KILLS:
+        if kills < KILLS and not done:  # what is done ends undisturbed, and another run begins
             kills += 1
             moment = draw.uniform(0, 1.1 * duration)
             try:
@@ -159,6 +159,6 @@ def test_whoever_is_killed_whenever_nothing_is_left_and_the_run_ends_alike(folde
             assert done, f"{what}\n{out}"
         if code == 0:
             check_same(result(run), expected)
-            runs += 1
+            runs, done = runs + 1, False
             if kills == KILLS:
                 return
