@@ -51,7 +51,7 @@ def resolutions(setting: int | list[int]) -> list[int]:
 
 
 def choose_bucket(width: int, height: int, table: list[Bucket]) -> Bucket:
-    """The bucket that keeps most of a `width` × `height` picture; larger area breaks ties."""
+    """The bucket that keeps most of a `width` × `height` image; larger area breaks ties."""
     aspect = width / height
 
     def kept(bucket: Bucket) -> tuple[float, int]:
@@ -62,5 +62,5 @@ def choose_bucket(width: int, height: int, table: list[Bucket]) -> Bucket:
 
 
 def upscale_factor(width: int, height: int, bucket: Bucket) -> float:
-    """Factor by which the picture must be enlarged to cover the bucket; < 1 means it shrinks."""
+    """Factor by which the image must be enlarged to cover the bucket; < 1 means it shrinks."""
     return max(bucket.width / width, bucket.height / height)

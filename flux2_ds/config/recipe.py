@@ -51,10 +51,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Photographs and the shards made of them."""
+    """Images and the shards made of them."""
 
     images: Annotated[str | dict[str, str], PATH, MAY_CHANGE]
-    """Folder of pictures, searched recursively, or WebDataset tars of raw pictures; or several of
+    """Folder of images, searched recursively, or WebDataset tars of raw images; or several of
     them by name, `{me: photos/me, places: "s3://bucket/{000..099}.tar"}`. Read by `prepare` only;
     docs/data.md says how captions are found."""
     caption_column: Annotated[str | dict[str, str], MAY_CHANGE] = "text"
@@ -69,8 +69,8 @@ class Data:
     """How often an epoch serves the samples of a source, by the name it has in `images` or
     `more_shards`: 2 is twice, 0.1 a tenth of them, 0 none, so that only its held-out images are used. Default: 1."""
     resolution: Annotated[int | list[int], between(PIXELS_PER_TOKEN, 16384)] = 1024
-    """Pictures are resized to about resolution² pixels, keeping their aspect ratio; in px. Of
-    several, the largest that a picture fills."""
+    """Images are resized to about resolution² pixels, keeping their aspect ratio; in px. Of
+    several, the largest that an image fills."""
     bucket_step: Annotated[int, _PIXELS] = 64
     """Width and height of every bucket are multiples of this; a multiple of 16, in px."""
     max_aspect: Annotated[float, between(1, 64)] = 2.0
@@ -101,12 +101,12 @@ class Data:
     )
     """What follows an image's name in that of its reference, or with a number in those of several, in any case."""
     missing_caption: Literal["error", "skip", "fixed"] = "error"
-    """What to do with a picture without a caption: stop, skip and report it, or use
+    """What to do with an image without a caption: stop, skip and report it, or use
     `fixed_caption`."""
     fixed_caption: str = ""
-    """Caption of pictures that have none, with `missing_caption: fixed`."""
+    """Caption of images that have none, with `missing_caption: fixed`."""
     validation_fraction: Annotated[float, between(0, 0.5)] = 0.0
-    """Share of the pictures that `prepare` holds out from training for evaluation, chosen by a hash
+    """Share of the images that `prepare` holds out from training for evaluation, chosen by a hash
     of their names, so that the choice stays when the data grows; 0..0.5."""
     samples_per_shard: Annotated[int, at_least(1)] = 256
     """Largest number of samples in a shard."""
@@ -166,19 +166,19 @@ class Prepare:
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the VAE. fp32 is what the latents deserve; bf16 is faster."""
     vae_slicing: bool = False
-    """Encode the pictures of a batch one after the other: less memory."""
+    """Encode the images of a batch one after the other: less memory."""
     vae_tiling: bool = False
-    """Encode large pictures in overlapping tiles: less memory, slightly other latents."""
+    """Encode large images in overlapping tiles: less memory, slightly other latents."""
     image_batch_size: Annotated[int, at_least(1)] = 4
-    """Pictures encoded at once."""
+    """Images encoded at once."""
     reference_resolution: Annotated[int, between(PIXELS_PER_TOKEN, 16384)] = 1024
     """Reference images of more than this many px squared are made smaller; in px. Inference uses
     1024."""
     decode_threads: Annotated[int, _THREADS] = 4
-    """Threads of each process that decode and crop pictures."""
+    """Threads of each process that decode and crop images."""
     scratch_gb: Annotated[float, POSITIVE] = 100.0
     """Encoded captions that wait for their shard take at most this much disk in `data.shards`; when
-    it is full, the pictures so far are encoded first. In GB."""
+    it is full, the images so far are encoded first. In GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +251,7 @@ class Objective:
     caption_dropout: Annotated[float, between(0, 1)] = 0.0
     """Share of the samples trained with the empty caption; 0..1."""
     masked_loss: bool = False
-    """Weight the loss by the masks of the pictures that have one: `boat.mask.png` beside `boat.png`,
+    """Weight the loss by the masks of the images that have one: `boat.mask.png` beside `boat.png`,
     white where it is trained on."""
     unmasked_weight: Annotated[float, between(0, 1)] = 0.0
     """With `masked_loss`: weight of what a mask leaves out, beside 1 of what it keeps."""
@@ -370,7 +370,7 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The loss on pictures that are not trained on (`data.validation_fraction`), always with the same noise and
+    """The loss on images that are not trained on (`data.validation_fraction`), always with the same noise and
     timesteps, in the log and the metrics as `validation/loss`."""
 
     every: Annotated[int, at_least(1)] = 500
@@ -480,10 +480,10 @@ class Recipe:
     """Attention backend: torch's (cuDNN, flash, memory-efficient, math, or `native`: its choice) or
     an installed package. `auto`: cuDNN on Hopper, else native."""
     compile: Annotated[bool | None, MAY_CHANGE] = None
-    """Compile each block with torch.compile; for training, not for pictures. Default: on CUDA."""
+    """Compile each block with torch.compile; for training, not for images. Default: on CUDA."""
     cuda_graphs: Annotated[bool | None, MAY_CHANGE] = None
     """Record the forward and backward passes of each shape as CUDA graphs and replay them, so that Python
-    does not hold up small models and pictures. For adapters with compiled blocks, below ZeRO stage 3,
+    does not hold up small models and images. For adapters with compiled blocks, below ZeRO stage 3,
     with `base_placement: gpu`, without lora.dropout, offload_activations and reference images of several sizes. Default: so, in bf16, if
     memory allows."""
     cache_transposed_base: Annotated[bool | None, MAY_CHANGE] = None
@@ -499,7 +499,7 @@ class Recipe:
     slower. `none` is 0, `full` is 1, `auto` as few as the card has room for (on the CPU: none)."""
     offload_activations: Annotated[bool, MAY_CHANGE] = False
     """Keep what the blocks that recompute need, their inputs, in pinned host memory until the
-    backward pass: less memory on the card, for larger pictures and micro-batches."""
+    backward pass: less memory on the card, for larger images and micro-batches."""
     deepspeed: Annotated[str | dict[str, Any], PATH, MAY_CHANGE] = "zero2"
     """DeepSpeed config: the name of a shipped file (zero0, zero1, zero2, zero2_offload, zero3,
     zero3_offload_optimizer, zero3_offload), a path, or the config itself."""
@@ -508,7 +508,7 @@ class Recipe:
     model: Model
     """The FLUX.2 model to start from."""
     data: Data
-    """Photographs and the shards made of them."""
+    """Images and the shards made of them."""
     captions: Annotated[Captions, MAY_CHANGE] = field(default_factory=Captions)
     """The texts that are made of the captions."""
     prepare: Annotated[Prepare, MAY_CHANGE] = field(default_factory=Prepare)
@@ -528,9 +528,9 @@ class Recipe:
     log: Annotated[Log, MAY_CHANGE] = field(default_factory=Log)
     """Console, metrics.jsonl, Weights & Biases and TensorBoard."""
     validation: Annotated[Validation, MAY_CHANGE] = field(default_factory=Validation)
-    """The loss on pictures that are not trained on."""
+    """The loss on images that are not trained on."""
     preview: Annotated[Preview, MAY_CHANGE] = field(default_factory=Preview)
-    """Pictures of what is trained."""
+    """Images of what is trained."""
     launch: Annotated[Launch, MAY_CHANGE] = field(default_factory=Launch)
     """Where the recipe runs."""
 
