@@ -220,6 +220,8 @@ class Watchdog:
         reason = text.strip().splitlines()[-1]
         while _follows(error) and self.failure() is None and time.monotonic() < deadline:
             time.sleep(0.1)  # for someone to find the rank that this one has lost
+            with contextlib.suppress(OSError):  # of two ranks there is no other to find it
+                self._find_killed()
         if _follows(error):
             text, reason = "", f"it lost another process, which left no error: {reason}"
         self._claim(str(self._own), self._own.rank, reason, EXIT_FAILURE, text)

@@ -11,7 +11,7 @@ from pool import launch
 
 from flux2_ds.config.plan import read_deepspeed
 
-STEPS = 4
+STEPS = 2
 ALL = [0, 1, 2]
 pytestmark = pytest.mark.dist
 
