@@ -12,13 +12,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import cpuinfo
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -366,6 +367,7 @@ def main(orders: Connection) -> None:
     from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
 
     torch.set_num_threads(1)
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)  # CPU Adam asks each time, for seconds
     # Traced, differentiated and divided into passes as ever, but run by torch's own kernels.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     process = init_process_group("cpu")
