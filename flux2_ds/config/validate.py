@@ -154,8 +154,8 @@ def _caption_problems(recipe: Recipe) -> Iterator[str]:
                 f"{name}.{min(unknown)}: there is no such source in data.images; there are "
                 f"{', '.join(sorted(sources))}."
             )
-    companions = recipe.data.mask_suffixes + recipe.data.reference_suffixes
-    if len({each.lower() for each in companions}) < len(companions):
+    suffixes = recipe.data.mask_suffixes + recipe.data.reference_suffixes
+    if len({each.lower() for each in suffixes}) < len(suffixes):
         yield (
             f"data.mask_suffixes {recipe.data.mask_suffixes} and data.reference_suffixes "
             f"{recipe.data.reference_suffixes} have one suffix twice. Leave one out."
