@@ -174,6 +174,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         end_with_deepspeed()
         self._write()
+        self._entered = self._heartbeat(self._own.rank).stat().st_mtime_ns
+        self._find_killed()  # meets those that are there, however soon they are killed
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -271,8 +273,14 @@ class Watchdog:
             return
         if peer.host != self._own.host:
             self._peers[rank] = None
-        elif start_ticks(peer.pid) == peer.started:
+        elif start_ticks(peer.pid) == peer.started or self._written_since(rank):
             self._peers[rank] = peer
+
+    def _written_since(self, rank: int) -> bool:
+        """Whether a rank's heartbeat is newer than this one's first, so of the same start."""
+        with contextlib.suppress(OSError):  # it is being replaced
+            return self._heartbeat(rank).stat().st_mtime_ns >= self._entered
+        return False
 
     def _find_hang(self) -> None:
         """Name the rank that the others wait for, if none has moved for too long."""
@@ -349,15 +357,17 @@ class Watchdog:
             stalled = self._clock - self._moved
             beat = replace(self._own, beats=self._beats, stalled=stalled)
             self._written, self._written_at = beat.step, self._clock
-            path = self._logs / f"rank_{beat.rank}.json"
-            with atomic_path(path, writer=beat.pid) as partial:
+            with atomic_path(self._heartbeat(beat.rank), writer=beat.pid) as partial:
                 partial.write_text(json.dumps(asdict(beat)))
 
     def _read(self, rank: int) -> Heartbeat | None:
         try:
-            return Heartbeat(**json.loads((self._logs / f"rank_{rank}.json").read_text()))
+            return Heartbeat(**json.loads(self._heartbeat(rank).read_text()))
         except (OSError, ValueError, TypeError):
             return None  # not there yet
+
+    def _heartbeat(self, rank: int) -> Path:
+        return self._logs / f"rank_{rank}.json"
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"rank_{rank}.log"

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -287,6 +288,7 @@ def test_wandb_that_cannot_be_reached_stays_offline_and_ends_no_run(
         metrics = start(run_dir, "online", resumed_at)
         record(metrics, resumed_at + 10)
         metrics.close()
+        time.sleep(1.1)  # W&B names a start's folder by the second
     assert caplog.text.count("W&B cannot be reached") == 2
     assert "W&B failed" not in caplog.text
     assert steps_in(run_dir) == [10, 20]

@@ -21,7 +21,8 @@ import sys, time
 from pathlib import Path
 from flux2_ds.run import watchdog
 from flux2_ds.errors import OutageError, UserError
-watchdog._POLL, watchdog._BEAT, watchdog._SILENT, watchdog._GRACE = 0.05, 0.1, 1.0, 0.5
+watchdog._BEAT, watchdog._SILENT, watchdog._GRACE = 0.1, 1.0, 0.5
+watchdog._POLL = float(sys.argv[5])
 logs, rank, hang_timeout_s, program = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 with watchdog.Watchdog(logs, rank, 2, hang_timeout_s=hang_timeout_s) as me:
     while not (logs / f"rank_{1 - rank}.json").exists():
@@ -35,11 +36,11 @@ LOSES = "time.sleep(0.1); raise RuntimeError('[gloo/pair.cc] Connection closed b
 
 
 def pair(
-    logs: Path, first: str, second: str, hang_timeout_s: float = 0.0
+    logs: Path, first: str, second: str, hang_timeout_s: float = 0.0, poll: float = 0.05
 ) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(logs), str(rank), str(hang_timeout_s), program],
+            [sys.executable, "-c", PROCESS, *map(str, (logs, rank, hang_timeout_s, program, poll))],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -130,8 +131,10 @@ raise {kind}('what went wrong')
     other.communicate()
 
 
-def test_a_killed_process_is_named_by_the_others(tmp_path):
-    codes, (first, _) = ended(pair(tmp_path, LOSES, "import os; os.kill(os.getpid(), 9)"))
+@pytest.mark.parametrize("poll", [0.05, 5.0])  # killed after the others have looked, and before
+def test_a_killed_process_is_named_by_the_others(tmp_path, poll):
+    killed = "import os; os.kill(os.getpid(), 9)"
+    codes, (first, _) = ended(pair(tmp_path, LOSES, killed, poll=poll))
     assert codes == [1, -9]
     assert "rank 1 on" in first
     assert "it was killed" in first
