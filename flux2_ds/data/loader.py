@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class MicroBatch:
     """What one forward pass of one rank sees.
 
     `latents` [B, 32, H/8, W/8] fp32, raw; `text` [B, 512, D]; `noise` [B, tokens, 128] fp32;
-    `deviates` [B] fp32, standard normal, made into timesteps by `timesteps.py`. `masks`
+    `deviates` [B] fp32, standard normal, made into timesteps by `model/flow.py`. `masks`
     [B, H/16, W/16] in [0, 1] weights the loss, None weights nothing. `references`: raw latents
     [B, 32, h, w] of each sample's first reference image, of the second and so on. `sources`: each sample's
     source; `prompted`: whether its text is a prompt of `preservation`. Both are empty where nobody asks.
@@ -313,13 +314,14 @@ class Draw:
 def draw(seed: int, position: int, tokens: int) -> Draw:
     """Noise [tokens, 128], the deviate behind t and the caption drop of the sample at `position`.
 
-    Drawn on the CPU by a generator of its own, so they depend on nothing but the arguments.
+    Made of the generator's raw words, which numpy keeps from version to version, unlike its distributions.
     """
     bits = np.random.SFC64(np.random.SeedSequence((_STREAM, seed, position)))
-    generator = np.random.Generator(bits)
-    deviate, drop = generator.standard_normal(), generator.random()
+    first, second = bits.random_raw(2).tolist()
+    # 52 bits and a half one: never 0 or 1, where the normal distribution ends.
+    deviate = NormalDist().inv_cdf(((first >> 12) + 0.5) * 2**-52)
     noise = torch.from_numpy(normals(bits, tokens * 128)).view(tokens, 128)
-    return Draw(noise, deviate, drop)
+    return Draw(noise, deviate, (second >> 11) * 2**-53)
 
 
 def draw_variants(seed: int, position: int, texts: int, views: int) -> tuple[int, int]:
