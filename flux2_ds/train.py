@@ -193,9 +193,11 @@ def run_steps(run: Run) -> bool:
             run.progress.log(done, values)
         if due.checkpoint:
             history = run.validation.history if run.validation else []
-            run.checkpoints.save(done, last=due.last, validation=history)
+            with run.progress.paused():
+                run.checkpoints.save(done, last=due.last, validation=history)
         if due.preview and run.previews:
-            run.previews.render(done)
+            with run.progress.paused():
+                run.previews.render(done)
         if stopping and done < recipe.steps:
             log.info("stopped by %s after step %d", run.stop.reason or "another rank", done)
             return False

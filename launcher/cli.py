@@ -35,7 +35,7 @@ from flux2_ds.data.dataset import (
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean, run_root
 from flux2_ds.run.run_dir import with_adapter_file
-from launcher.commands import BENCH, start_commands
+from launcher.commands import BENCH, PREPARE, start_commands
 from launcher.doctor import check_zero, examine
 from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
 from launcher.plan_report import plan_memory
@@ -47,6 +47,7 @@ from launcher.supervise import (
     Stopper,
     modified,
     prepare_job,
+    print_line,
     run,
     supervise,
     train_job,
@@ -240,6 +241,8 @@ def start(
             elastic=options.elastic,
             node=node,
         )
+    if code == 0 and job.module == PREPARE and not node:
+        print_line(f"next       flux2-ds train {shlex.join(arguments)}")
     sys.exit(code)
 
 

@@ -272,6 +272,7 @@ def supervise(
             commands = start_commands(job.module, launch, now, arguments, node=node)
             for command in commands:
                 print_line(str(command))
+            print_line("loading torch and DeepSpeed takes some 10 s")
             if not node:
                 forget(job.logs)
             before, started = job.progress(), time.time()

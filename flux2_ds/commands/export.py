@@ -149,6 +149,7 @@ def main() -> None:
         trigger=options.trigger,
         repository=options.push,
     )
+    log.info("exporting  %s", chosen.path)
     exports, card = export(recipe, chosen, request)
     for written in exports:
         checked = ""

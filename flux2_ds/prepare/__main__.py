@@ -11,6 +11,7 @@ after a stop and adds what is new: finished shards are never rewritten.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
 from flux2_ds.run.run_dir import prepare_logs_directory
 from flux2_ds.run.watchdog import Watchdog
+
+log = logging.getLogger("flux2_ds")
 
 
 def main() -> None:
@@ -72,6 +75,9 @@ def prepare(
         if rank == 0:
             heartbeat(0, "planning the shards")
             plan = plan_shards(recipe, spec, own_contents)
+
+            if plan.jobs:
+                log.info("loading the encoders of %s", recipe.model.path)
 
         # Here: rank 0 finds what is wrong with the data before anyone waits for torch.
         from flux2_ds.distributed import broadcast_object, cpu_process_group

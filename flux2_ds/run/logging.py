@@ -52,7 +52,7 @@ class Console(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-def progress_bar(title: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
+def progress_bar(title: str, total: int | None, unit: str, **options: Any) -> tqdm[Any]:
     """A bar on a terminal; elsewhere one that shows nothing, because log lines say how far it is."""
     return tqdm(
         desc=title, total=total, unit=unit, disable=None, dynamic_ncols=True, leave=False, **options

@@ -32,7 +32,7 @@ class Cadence:
         """What is due after `done` steps, all of it at the end, which may have `ended` the run early.
 
         A run that is asked to stop saves and logs, but takes no time for validation and previews. Both come
-        with a log line, so that their seconds are in no step's.
+        with a log line.
         """
         last = stopping or ended or done == self.steps
 

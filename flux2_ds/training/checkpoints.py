@@ -18,6 +18,7 @@ from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
 from flux2_ds.engine.optimizers import compatible
 from flux2_ds.errors import UserError
+from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Metrics, check_metrics, metrics_digest
 from flux2_ds.run.run_dir import checkpoints_directory, merged_files
 
@@ -57,10 +58,12 @@ class Checkpoints:
 
         def followed(shard: TensorShard) -> TensorShard:
             self._heartbeat(step, "saving")
+            bar.update()
             return shard
 
         self._heartbeat(step, "saving")
         state = self._engine.state
+        bar = progress_bar("saving", None, "tensor", delay=1)
         try:
             path = manager.save(
                 self._root,
@@ -80,6 +83,8 @@ class Checkpoints:
                 raise
             log.error("%s Training goes on, with the next attempt at the next checkpoint.", error)
             return
+        finally:
+            bar.close()
         if self._process.is_rank0:
             log.info("saved %s", path)
             if self._metrics is not None:

@@ -161,6 +161,7 @@ def log_banner(inputs: Inputs, expected: Memory, first_step: int) -> None:
         for record in read_metrics(Path(recipe.run_dir) / METRICS_NAME)
         if record.get("perf/seconds_per_step")
     ]
+    facts["time"] = "known after the first steps"
     if paces:  # of an earlier start
         seconds = statistics.median(paces) * (recipe.steps - first_step)
         facts["time"] = f"{timedelta(seconds=round(seconds))} at the pace until now"

@@ -24,6 +24,7 @@ from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.run.atomic import atomic_path
+from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Metrics
 
 log = logging.getLogger("flux2_ds")
@@ -110,19 +111,20 @@ class Previews:
             last = len(self._prompts) - 1
             world_size = self._process.world_size
             # As many in every rank, because at stage 3 all of them take part in each forward pass.
-            for turn in range(math.ceil(len(self._prompts) / world_size)):
-                number = turn * world_size + self._process.rank
-                prompt = self._prompts[min(number, last)]
-                image = render(
-                    pipeline,
-                    self._settings,
-                    prompt,
-                    self._references,
-                    lambda: self._heartbeat(step, "rendering"),
-                )
-                if number <= last:
-                    with atomic_path(paths[number]) as partial:
-                        image.save(partial, "PNG")
+            turns = math.ceil(len(self._prompts) / world_size)
+            with progress_bar("previews", turns * self._settings.steps, "pass") as bar:
+
+                def moved() -> None:
+                    self._heartbeat(step, "rendering")
+                    bar.update()
+
+                for turn in range(turns):
+                    number = turn * world_size + self._process.rank
+                    prompt = self._prompts[min(number, last)]
+                    image = render(pipeline, self._settings, prompt, self._references, moved)
+                    if number <= last:
+                        with atomic_path(paths[number]) as partial:
+                            image.save(partial, "PNG")
 
     def _overview(self, newest: str) -> Image.Image:
         """A row a prompt, a column for each of some steps, the first and the `newest` among them."""

@@ -6,6 +6,8 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -45,6 +47,8 @@ PEAK_TFLOPS = {
     "RTX 5090": 209.5,
 }
 """Dense bf16 products with fp32 sums, by NVIDIA's data sheets; the first name that a card's has in it."""
+_PACE_STEPS = 3
+"""Steps of a start after which it says how long the run takes, if no log line has by then."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Progress:
         self._recompilations = Recompilations()
         self._started = time.perf_counter()
         if self._metrics is not None:
-            shape = "{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+            shape = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
             self._bar = progress_bar(
                 "",
                 self._recipe.steps,
@@ -125,6 +129,13 @@ class Progress:
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._flops = 0.0
         self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in this context is in no step's time."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def waited(self, seconds: float) -> None:
         """The loop has waited so long for the data of the next step."""
@@ -151,6 +162,10 @@ class Progress:
         self._pending.append(PendingStep(number, micro_batches, losses, norm, trace))
         while len(self._pending) > 1:
             self._check_step(self._pending.popleft())
+        if number == self._first_step + _PACE_STEPS + 1 and number < self._recipe.log.every:
+            done, steps = number - 1, self._recipe.steps
+            text = f"step {done}/{steps} | about {self._time_left(done)} left"
+            self._log_beside_bar(text)
 
     def _check_step(self, step: PendingStep) -> None:
         norm = float(step.gradient_norm)
@@ -250,8 +265,8 @@ class Progress:
             values["train/loss_smoothed"] = self._metrics.smoothed(loss)
             self._metrics.write(done, values)
             steps, held_out = self._recipe.steps, values.get("validation/loss")
+            rate = f"lr {values['train/learning_rate']:.2e}"
             pace = [
-                f"lr {values['train/learning_rate']:.2e}",
                 f"{values['perf/seconds_per_step']:.3f} s/step",
                 f"{values['perf/samples_per_second']:.2f} samples/s",
             ]
@@ -262,6 +277,7 @@ class Progress:
                 "loss of no step" if loss is None else f"loss {loss:.4f}",
                 *([] if held_out is None else [f"held-out loss {held_out:.4f}"]),
                 f"grad {values['train/gradient_norm']:.3f}",
+                rate,
                 *pace,
                 str(values["data/bucket"]),
                 f"epoch {values['data/epoch']:.2f}",
@@ -269,14 +285,18 @@ class Progress:
             ]
             if done < steps:
                 parts.append(f"{self._time_left(done)} left")
-            in_bar = self._bar is not None and not self._bar.disable
             if self._bar is not None:
                 smoothed = values["train/loss_smoothed"]
                 shown = [] if smoothed is None else [f"loss {smoothed:.4f}"]
-                self._bar.set_postfix_str(" | ".join([*shown, *pace, *card]))
-            # The bar has it all but what is held out.
-            log.info("%s", " | ".join(parts), extra={"console": not in_bar or held_out is not None})
+                # The most telling first: a narrow terminal cuts the end.
+                self._bar.set_postfix_str(" | ".join([*shown, *pace, *card, rate]))
+            self._log_beside_bar(" | ".join(parts), held_out is not None)
         self._reset()
+
+    def _log_beside_bar(self, line: str, told: bool = False) -> None:
+        """The bar has it all but what is `told`."""
+        in_bar = self._bar is not None and not self._bar.disable
+        log.info("%s", line, extra={"console": not in_bar or told})
 
     def _time_left(self, done: int) -> timedelta:
         """By what this start has needed until now, with validation, checkpoints and previews."""

@@ -13,6 +13,7 @@ from flux2_ds.data.loader import Loader
 from flux2_ds.data.order import ValidationOrder
 from flux2_ds.distributed import all_reduce_sum, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
+from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Values
 from flux2_ds.run.run_dir import stale
 from flux2_ds.training.loss import FlowObjective, Forward
@@ -95,7 +96,9 @@ class ValidationLoss:
         device, named = self._objective.device, self._groups[1 + len(BANDS) :]
         sums = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=device)
         with self._engine.evaluating():
-            for micro_batches in self._loader.steps(0, len(self._order)):
+            steps = self._loader.steps(0, len(self._order))
+            total = len(self._order)
+            for micro_batches in progress_bar("validation", total, "batch", iterable=steps):
                 self._heartbeat(step, "validating")
                 for batch in micro_batches:
                     # Also with none that counts: at ZeRO-3 all ranks make the same passes.

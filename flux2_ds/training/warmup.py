@@ -104,6 +104,7 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
             names,
             purpose,
             time.perf_counter() - before,
+            extra={"console": bar.disable},
         )
     bar.close()
     done = f"warm-up    {time.perf_counter() - start:.0f} s"

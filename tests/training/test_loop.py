@@ -28,6 +28,7 @@ from flux2_ds.errors import UserError
 from flux2_ds.run.metrics import Metrics, read_metrics
 from flux2_ds.run.run_dir import is_finished, stale, validation_history
 from flux2_ds.train import run_steps
+from flux2_ds.training import progress
 from flux2_ds.training.build import Run
 from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints
@@ -190,6 +191,28 @@ def test_a_loss_that_falls_no_more_ends_the_run_and_the_best_is_kept(
     assert validation_history(recipe, steps) == validation.history  # what a resume goes on with
     assert is_finished(recipe, steps)  # also for the launcher, which would start the run again
     assert not is_finished(recipe, 4) and not is_finished(recipe, 0)
+
+
+def test_checkpoints_and_previews_are_in_no_steps_time_but_in_the_time_left(
+    tmp_path, monkeypatch, caplog
+):
+    now, metrics = [0.0], recorder()
+
+    def tick(seconds: float) -> float:
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: tick(0.001)))
+    previews = Mock(render=lambda step: tick(100.0))
+    metrics.saved = lambda step, path: tick(10.0)
+    caplog.set_level(logging.INFO, logger="flux2_ds")
+    options = {"log_every": 9, "save_every": 1, "previews": previews, "metrics": metrics}
+    assert run_loop(tmp_path, StandIn(8 * [1.0]), 8, **options)
+    paces = [call.args[1]["perf/seconds_per_step"] for call in metrics.write.call_args_list]
+    assert len(paces) == 4 and max(paces) < 1
+    assert (
+        "step 3/8 | about 0:03:" in caplog.text
+    )  # as long as 3 checkpoints and a preview took, a step
 
 
 def saved(folder: Path) -> list[int]:

@@ -392,8 +392,10 @@ def test_the_banner_says_what_is_trained_and_how_long_a_resumed_run_takes(tmp_pa
         {"step": step, "perf/seconds_per_step": pace} for step, pace in ((0, 9), (1, 2), (2, 2))
     ]
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "run/metrics.jsonl").write_text(text)
     with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        inputs.log_banner(given, Memory({"a": 2**30}, {}), 0)
+        assert "  time    known after the first steps" in caplog.text.splitlines()
+        (tmp_path / "run/metrics.jsonl").write_text(text)
         inputs.log_banner(given, Memory({"a": 2**30}, {}), 100)
     lines = caplog.text.splitlines()
     for line in (
