@@ -45,13 +45,17 @@ _ALIVE = 60.0
 CHARTS = {
     "Loss": r"train/loss|train/loss_smoothed|validation/loss",
     "Loss by t": r"train/loss_(t.+)",
+    "Loss by purpose": r"train/loss_(images|regularization|preservation)",
     "Held-out loss by part": r"validation/loss_(.+)",
     "Gain over the base": r"validation/gain_?(.*)",
     "Learning rate": r"train/learning_rate",
     "Gradient norm": r"train/gradient_norm",
     "Seconds a step": r"perf/seconds_per_step",
-    "Where they go": r"perf/(data_wait|forward|backward|update)_seconds",
+    "Where a step's seconds go": r"perf/(data_wait|forward|backward|update)_seconds",
     "Samples a second": r"perf/samples_per_second",
+    "TFLOP/s of a rank": r"perf/tflops",
+    "Share of the card's peak": r"perf/mfu",
+    "Seconds between the fastest rank and the slowest": r"perf/rank_spread_seconds",
     "Memory, GiB": r"memory/(.+)_gib",
 }
 """Charts by title: a metric is in the first whose pattern it matches, or in one of its own. The group is its label."""
@@ -129,6 +133,17 @@ class RunReport:
     def step(self) -> int:
         """The last one that is on record."""
         return self.records[-1]["step"] if self.records else 0
+
+    @property
+    def subject(self) -> str:
+        """What was trained on what."""
+        method = str(self.recipe.get("method", "lora"))
+        rank = self.recipe.get("lora", {}).get("rank")
+        what = (
+            "Full fine-tune of" if method == "full" else f"{method[0].upper()}oRA of rank {rank} on"
+        )
+        samples = f", {self.data['samples']:,} samples" if self.data.get("samples") else ""
+        return f"{what} {self.recipe.get('model', {}).get('path')}{samples}"
 
     @property
     def status(self) -> str:
@@ -388,7 +403,7 @@ def _local(report: RunReport, location: str) -> Path:
 
 
 def charts(reports: list[RunReport]) -> list[dict[str, Any]]:
-    """What the page's script draws, of every run; of several, no chart that has parts."""
+    """What the page's script draws, of every run; of several, no chart that has parts and no single records."""
     kinds = {"each record": "faint", "held out": "dots"}
     of_runs = [report.charts() for report in reports]
     found: list[dict[str, Any]] = []
@@ -396,6 +411,8 @@ def charts(reports: list[RunReport]) -> list[dict[str, Any]]:
         series: list[dict[str, Any]] = []
         for number, (report, of_run) in enumerate(zip(reports, of_runs, strict=True)):
             for part, (label, points) in enumerate(of_run.get(title, {}).items()):
+                if len(reports) > 1 and label == "each record":
+                    continue
                 words = [report.name] * (len(reports) > 1) + [label] * bool(label)
                 series.append({
                     "label": ", ".join(words),
@@ -424,6 +441,7 @@ def differing_settings(reports: list[RunReport]) -> list[tuple[str, list[Any]]]:
     values = [flat(report.recipe, Recipe) for report in reports]
     names = dict.fromkeys(name for of_run in values for name in of_run)
     rows = [(name, [of_run.get(name, "") for of_run in values]) for name in names]
+    rows = [(name, row) for name, row in rows if name != "run_dir"]
     return [(name, row) for name, row in rows if any(value != row[0] for value in row)]
 
 

@@ -108,6 +108,7 @@ def test_the_page_says_what_happened(tmp_path):
     assert write_report(run) == run / "report.html"
     text = text_of(run / "report.html")
     for said in (
+        "LoRA of rank 32 on models/klein, 9 samples FLUX.2-klein, 2 double",
         "finished, 40 steps",
         "best held-out loss 0.5000 at step 40",
         "time in steps 0:01:20",
@@ -144,7 +145,8 @@ def test_runs_beside_each_other(tmp_path):
     assert "2 runs compared" in text
     assert "one/runs/cats finished, 40 steps" in text and "other/runs/cats finished, 20 " in text
     differing = text[text.index("Settings that differ") :]
-    assert "seed 0 7" in differing and "steps 40 20" in differing and "lora" not in differing
+    assert "seed 0 7" in differing and "steps 40 20" in differing
+    assert not re.search("lora|run_dir", differing)
     assert "a cat one/runs/cats step 0 step 40 other/runs/cats step 0 step 20" in text
 
 
