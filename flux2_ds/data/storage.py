@@ -1,6 +1,7 @@
 """Read files, or parts of them, on a local disk or under a URL. No torch.
 
-URLs are read through fsspec: http(s)://, s3://, gs://, hf:// and whatever else is installed. A read that
+URLs are read through fsspec: http(s)://, s3://, gs://, hf:// and whatever else is installed; parts of files over
+http(s):// and s3:// by urllib3, a connection for each thread. A read that
 fails is tried again with growing pauses, because stores and networks come back; what will not come
 back (no such file, no permission) is an error at once.
 """
@@ -10,13 +11,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urljoin
+from urllib.request import getproxies
 
 import fsspec
 import numpy as np
+from urllib3 import PoolManager, Retry, Timeout
+from urllib3.exceptions import MaxRetryError, SSLError
 
 from flux2_ds.config.recipe import is_url
 from flux2_ds.errors import OutageError, UserError, without_secrets
@@ -27,6 +34,7 @@ PAUSES_S = (1, 2, 4, 8, 16, 30, 60)
 """Waits between the tries of a read: a store may be away for two minutes."""
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _HTTP = ("http://", "https://")
+_CHUNK = 1 << 18
 _NOT_THE_STORE = (UserError, TypeError, AttributeError, NameError)
 
 Value = TypeVar("Value")
@@ -34,6 +42,14 @@ Value = TypeVar("Value")
 
 class DamagedError(Exception):
     """The bytes are not those that were written."""
+
+
+class StatusError(Exception):
+    """A web server's refusal."""
+
+    def __init__(self, status: int, reason: str | None, url: str) -> None:
+        super().__init__(f"{status}, {reason}, url={url!r}")
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +68,7 @@ class Blob:
         """The bytes, after `check`, which raises `DamagedError` if they are wrong."""
 
         def checked() -> memoryview:
-            data = memoryview(self._fetch()) if is_url(self.location) else self._load()
+            data = self._fetch() if is_url(self.location) else self._load()
             if self.size is not None and len(data) != self.size:
                 raise DamagedError(f"{len(data)} instead of {self.size} bytes at {self.offset}")
             check(data)
@@ -77,23 +93,50 @@ class Blob:
             buffer = np.empty(size, np.uint8).data  # memory that nobody fills with zeros first
             return buffer[: os.preadv(stream.fileno(), [buffer], self.offset)]
 
-    def _fetch(self) -> bytes:
+    def _fetch(self) -> memoryview:
         system, path = file_system(self.location)
-        part: dict[str, Any] = {"start": self.offset or None}
-        if self.size is not None:
-            part["end"] = self.offset + self.size
-            if self.location.startswith(_HTTP):
-                part["raise_for_status"] = self._check_part
-        data: bytes = system.cat_file(path, **part)
+        headers = getattr(system, "kwargs", {})
+        if self.location.startswith(_HTTP) and headers.keys() <= {"headers"}:
+            return self._download(path, headers.get("headers", {}))
+        if self.location.startswith("s3://") and self.size is not None and not getproxies():
+            with suppress(StatusError, FileNotFoundError, SSLError):
+                return self._download(system.sign(path), {})
+            # Then s3fs finds the bucket's region, has other certificates, or says what is wrong.
+        end = None if self.size is None else self.offset + self.size
+        data: bytes = system.cat_file(path, start=self.offset or None, end=end)
         if self.size is not None and len(data) > self.size:
-            raise self._no_ranges()  # other stores give no answer to look at before the bytes
-        return data
-
-    async def _check_part(self, response: Any) -> None:
-        """Look at the answer to a request for a part before its body is read; aiohttp calls this."""
-        if response.status == 200 and (self.offset or response.content_length != self.size):
-            response.close()
             raise self._no_ranges()
+        return memoryview(data)
+
+    def _download(self, url: str, headers: Mapping[str, str]) -> memoryview:
+        """The bytes over HTTP, received where they stay, by the thread that asks.
+
+        fsspec reads for all threads in one, and into memory that is not to be written to, so that it was copied again.
+        """
+        headers = {**headers, "Accept-Encoding": "identity"}
+        if self.size is not None:
+            headers["Range"] = f"bytes={self.offset}-{self.offset + self.size - 1}"
+        try:
+            response = connections().request("GET", url, headers=headers, preload_content=False)
+        except MaxRetryError as error:
+            raise error.reason or error from None  # its own text has the URL with its query
+        try:
+            if response.status == 404:
+                raise FileNotFoundError(url)
+            if response.status not in (200, 206):
+                where = urljoin(url, response.geturl() or "")
+                raise StatusError(response.status, response.reason, where)
+            length = int(response.headers.get("Content-Length", -1))
+            if self.size is None:
+                return memoryview(response.read())
+            if response.status == 200 and (self.offset or length != self.size):
+                raise self._no_ranges()
+            buffer, filled = np.empty(self.size, np.uint8).data, 0
+            while read := response.readinto(buffer[filled : filled + _CHUNK]):
+                filled += read
+            return buffer[:filled]
+        finally:
+            response.close()
 
     def _no_ranges(self) -> UserError:
         return UserError(
@@ -102,11 +145,19 @@ class Blob:
         )
 
 
+@cache
+def connections() -> PoolManager:
+    """Kept open from one read to the next, for as many threads as there are; trying again is left to us."""
+    retries = Retry(total=None, connect=0, read=0, status=0, other=0, redirect=10)
+    return PoolManager(maxsize=64, timeout=Timeout(connect=15, read=60), retries=retries)
+
+
 def file_system(location: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it. Trying again and again is left to us."""
     options: dict[str, Any] = {}
     if location.startswith("s3://"):
-        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+        retries = {"total_max_attempts": 1}
+        options = {"config_kwargs": {"retries": retries, "signature_version": "s3v4"}}
     elif location.startswith(_HTTP):
         from aiohttp import ClientTimeout  # here: the launcher need not wait for it
 

@@ -184,7 +184,6 @@ def test_a_server_without_ranges_is_said_before_it_has_sent_the_file(tmp_path):
 
 
 def test_a_store_without_ranges_is_said_at_once(tmp_path, monkeypatch, fresh_clients):
-    """One that speaks S3 has no answer to look at before the file has come."""
     (tmp_path / "bucket").mkdir()
     (tmp_path / "bucket" / "x.tar").write_bytes(bytes(range(256)) * 40)
     for name, value in {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}.items():
@@ -195,7 +194,26 @@ def test_a_store_without_ranges_is_said_at_once(tmp_path, monkeypatch, fresh_cli
         for offset in (0, 256):
             with pytest.raises(UserError, match=r"s3://bucket/x\.tar: asked for 256 .* whole file"):
                 Blob("s3://bucket/x.tar", offset, 256).read()
-        assert asked == ["/bucket/x.tar"] * 3
+        paths, signatures = zip(*(path.split("?X-Amz-Algorithm=") for path in asked), strict=True)
+        assert paths == ("/bucket/x.tar",) * 3 and all(signatures)
+
+
+def test_a_store_that_refuses_signed_urls_is_read_all_the_same(
+    tmp_path, monkeypatch, fresh_clients
+):
+    """As one in another region does."""
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "x.tar").write_bytes(b"content")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(400) if "?" in self.path else super().do_GET()
+
+    with serving(partial(Handler, directory=tmp_path)) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert Blob("s3://bucket/x.tar", 0, 7).read() == b"content"
 
 
 def answering(status: int) -> type[BaseHTTPRequestHandler]:
