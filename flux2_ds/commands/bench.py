@@ -248,8 +248,8 @@ def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:
     model = transformer.empty_transformer(spec)
     partition = make_partitioner(plan.deepspeed) if plan.zero_stage == 3 else None
     streamed = streamed_blocks(recipe, spec.blocks)
-    with streamed_base(model, streamed, device, plan.shard_group) as pack:
-        fill_randomly(model, dtype, recipe.base_weights, device, partition, pack)
+    with streamed_base(model, streamed, device, plan.shard_group) as base:
+        fill_randomly(model, dtype, recipe.base_weights, device, partition, base)
     transformer.keep_timestep_exact(model)
     expected = finish_model(model, spec, plan, process, bucket.tokens)
     engine = build_engine(model, plan)

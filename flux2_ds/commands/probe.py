@@ -3,8 +3,8 @@
     python -m flux2_ds.commands.probe --accelerator cuda [--cpu-adam | --bandwidth | --zero CONFIG]
 
 Prints JSON: findings (status, name, text, remedy) and facts that should be the same on all hosts. With
-`--bandwidth`, started like a training, it prints a finding a line: all-reduce, and the links from the
-first host.
+`--bandwidth`, started like a training, it prints a finding a line: all-reduce, and the links from host memory
+to the cards and from the first host to the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import socket
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from flux2_ds.config.autofit import LINKS
 from flux2_ds.distributed import all_gather_object, destroy_process_group, init_process_group
 from flux2_ds.engine.engine import cpu_adam
 from flux2_ds.engine.zero3 import check_zero
@@ -127,6 +129,11 @@ def measure_bandwidth(accelerator: Any) -> None:
         rate = 2 * (process.world_size - 1) / process.world_size * size / seconds
         text = f"all-reduce of {size // _MIB} MiB: {rate / 1e9:.2f} GB/s bus bandwidth"
         report("bandwidth", text)
+    if accelerator == "cuda":
+        pinned = torch.ones(size // 4, pin_memory=True)
+        rate = size / timed(lambda: data.copy_(pinned, non_blocking=True), process.device)
+        text = f"host memory to each card, all at once: {rate / 1e9:.1f} GB/s, launch.link: {link_of(rate)}"
+        report("card link", text)
     rates = {}
     # The first rank of every other host, one at a time.
     for host, rank in {host: hosts.index(host) for host in hosts if host != hosts[0]}.items():
@@ -145,6 +152,12 @@ def measure_bandwidth(accelerator: Any) -> None:
         if share < 0.6:
             report("odd link", f"{slowest} is at {share:.0%} of the typical host", "warning")
     destroy_process_group()
+
+
+def link_of(rate: float) -> str:
+    """The `launch.link` of PCIe that comes closest to so many bytes a second."""
+    links = [name for name in LINKS if name.startswith("pcie")]
+    return min(links, key=lambda name: abs(math.log(rate / LINKS[name])))
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

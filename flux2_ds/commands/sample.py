@@ -359,8 +359,8 @@ def load_transformer(
         model = transformer.build_transformer(directory)
     dtype = transformer.compute_dtype(recipe.precision)
     files, edit = directory / "transformer", merge_into(merged)
-    with streamed_base(model, streamed_blocks(recipe, len(blocks_of(model))), device) as pack:
-        read_weights(model, files, dtype, device, recipe.base_weights, edit, pack)
+    with streamed_base(model, streamed_blocks(recipe, len(blocks_of(model))), device) as base:
+        read_weights(model, files, dtype, device, recipe.base_weights, edit, base)
     attention = attention_backend(recipe, device)
     if attention is not None:
         model.set_attention_backend(attention)

@@ -136,7 +136,7 @@ def _weights(run: _Run) -> Memory:
     if streamed := streamed_bytes(recipe, run.spec):
         card["base weights"] = whole - sum(streamed)
         if run.plan.shard_group is None:
-            host["base weights"] = sum(streamed)
+            host["base weights"] = sum(streamed) / run.plan.per_host  # which share one copy
         else:
             card["base weights"] += sum(streamed) / run.plan.shard_group
         card["streaming buffers"] = buffer_bytes(streamed)

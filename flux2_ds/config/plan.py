@@ -49,6 +49,11 @@ class Plan:
         return shard_group(self.recipe, self.processes)
 
     @property
+    def per_host(self) -> int:
+        """Processes of a host, as far as the recipe tells."""
+        return min(self.processes, self.recipe.launch.processes or 8)
+
+    @property
     def passes_together(self) -> bool:
         """Whether all ranks take part in each forward pass, because each has but a part of the weights."""
         shards = self.processes > 1 and self.recipe.base_placement in ("sharded", "auto")

@@ -429,7 +429,7 @@ class Launch:
     """Processes on each machine. Default: one for each visible GPU; on the CPU one."""
     link: Literal["pcie3", "pcie4", "pcie5", "nvlink"] = "pcie4"
     """What joins each GPU to host memory and, with `base_placement: sharded`, to the other GPUs: for what `plan` and
-    `base_placement: auto` take for fastest. `nvlink` is between GPUs; to the host it means pcie5."""
+    `base_placement: auto` take for fastest; `flux2-ds doctor` measures it. `nvlink` is between GPUs; to the host it means pcie5."""
     hostfile: Annotated[str | None, PATH] = None
     """DeepSpeed hostfile (`host slots=8` a line) to run on several machines over ssh."""
     hang_timeout_s: Annotated[float, between(0, 10**7)] = 600.0
@@ -465,7 +465,7 @@ class Recipe:
     costs."""
     base_placement: Annotated[Literal["gpu", "host", "sharded", "auto"], MAY_CHANGE] = "gpu"
     """Where an adapter's frozen blocks are, below ZeRO stage 3. `gpu`: on every GPU. `host`: in pinned host
-    memory, a copy for each process. `sharded`: on the GPUs, a part on each. Two buffers on the GPU hold the block that
+    memory, one copy a machine. `sharded`: on the GPUs, a part on each. Two buffers on the GPU hold the block that
     is computed and the next one, which arrives meanwhile. What is computed stays the same. `auto`: `gpu` where
     that fits, else the fastest of the others with its `base_resident`, by the memory that is free and `launch.link`."""
     base_resident: Annotated[float, between(0, 1), MAY_CHANGE] = 0.0

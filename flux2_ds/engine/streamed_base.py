@@ -1,8 +1,8 @@
 """A frozen base that passes through the device block by block.
 
 ZeRO-3 gathers and frees a base as if it were trained. A frozen one never changes, so a block's weights are
-one packed run of bytes that is written once: whole in pinned host memory, or a part of it in each rank of a
-group. Two buffers on the device hold the block that is computed and the one that comes next: the blocks
+one packed run of bytes that is written once: whole in pinned host memory, which a machine's ranks share, or a
+part of it in each rank of a group. Two buffers on the device hold the block that is computed and the one that comes next: the blocks
 after each other in the forward pass, the blocks before each other in the backward pass.
 
 A block's parameters are views of one of the two buffers, the same for ever: their addresses and versions do
@@ -14,16 +14,19 @@ a block's output is what its backward pass begins with, and a hook there brings 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import Flux2Transformer2DModel
 from torch import distributed, nn
 
-from flux2_ds.engine.host_memory import mmap_large_allocations, pin_in_place
+from flux2_ds.distributed import all_gather_object
+from flux2_ds.engine.host_memory import pin_in_place
 from flux2_ds.errors import UserError
 from flux2_ds.model.activation_checkpointing import blocks_of
 
@@ -47,13 +50,13 @@ def streamed_base(
     streamed: Collection[int],
     device: torch.device,
     shard_group: int | None = None,
-) -> Iterator[Callable[[nn.Module], None] | None]:
-    """Let blocks stream as `StreamedBase` says: each is given to the function as soon as it is loaded."""
+) -> Iterator[StreamedBase | None]:
+    """Let blocks stream as `StreamedBase` says: each is packed as soon as it is loaded."""
     if not streamed:
         yield None
         return
     base = StreamedBase(model, streamed, device, shard_group)
-    yield base.pack
+    yield base
     base.connect()
 
 
@@ -61,8 +64,9 @@ class StreamedBase:
     """The streamed blocks of a model: `pack` each as soon as it is loaded, then `connect` them.
 
     `streamed`: the numbers of these blocks, in the order in which the blocks run. `shard_group`: how many
-    neighboring ranks share one copy; None: each process has a copy in host memory. Collective, as is every
-    pass of the model with a shard group: all its ranks make the same passes.
+    neighboring ranks share one copy on their devices; None: the ranks of a machine share one in host memory.
+    Those that share a copy load its blocks in turn. Collective, as is every pass of the model with a shard
+    group: all its ranks make the same passes.
     """
 
     def __init__(
@@ -76,46 +80,89 @@ class StreamedBase:
         self._device, self._group = device, None
         if shard_group is not None:
             self._group, _ = distributed.new_subgroups(shard_group)
+            self._rank, self._ranks = distributed.get_rank(self._group), shard_group
         else:
-            mmap_large_allocations()
+            here = _machine(), os.getpid()
+            together = [each for each in _of_all_ranks(here) if each[0] == here[0]]
+            self._rank, self._ranks = together.index(here), len(together)
+        paths = {block: path for path, block in model.named_modules()}
+        others = [b for n, b in enumerate(self._blocks) if n % self._ranks != self._rank]
+        self._of_others = tuple(f"{paths[block]}." for block in others)
         self._pieces: list[list[_Piece]] = []
-        self._stored: list[torch.Tensor] = []
+        self._sizes: list[int] = []
+        self._packed = torch.empty(0)  # what this rank has loaded and not given away
+        self._files: dict[int, int] = {}
+        self._stored: dict[int, torch.Tensor] = {}
         self._buffers: list[torch.Tensor] = []
         self._held: list[int | None] = [None, None]
         self._arrivals: list[Callable[[], Any] | None] = [None, None]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def loads(self, name: str) -> bool:
+        """Whether this rank reads that parameter; those of a block that another one loads stay on meta."""
+        return not name.startswith(self._of_others)
+
     def pack(self, block: nn.Module) -> None:
         """Move a loaded block's weights out of the way, if it is a streamed one; in the order of the blocks."""
-        if not any(block is each for each in self._blocks):
+        number = len(self._pieces)
+        if number == len(self._blocks) or block is not self._blocks[number]:
             return
         pieces, start = [], 0
         for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 pieces.append(_Piece(module, name, start, parameter.shape, parameter.dtype))
                 start = _aligned(start + parameter.nbytes, _ALIGNED)
-        ranks = 1 if self._group is None else distributed.get_world_size(self._group)
-        size = _aligned(start, _ALIGNED * ranks)
-        at = self._device if self._group else torch.device("cpu")
-        stored = torch.empty(size, dtype=torch.uint8, device=at)
+        size = _aligned(start, _ALIGNED * (1 if self._group is None else self._ranks))
+        self._pieces.append(pieces)
+        self._sizes.append(size)
+        own = number % self._ranks == self._rank
+        if own and self._group is None:
+            self._files[number] = os.memfd_create("flux2_ds base")
+            self._packed = self._stored[number] = _mapped(os.getpid(), self._files[number], size)
+        elif own:
+            self._packed = torch.empty(size, dtype=torch.uint8, device=self._device)
         for piece in pieces:
             parameter = getattr(piece.module, piece.name)
-            piece_of(stored, piece).copy_(parameter.data)
+            if own:
+                piece_of(self._packed, piece).copy_(parameter.data)
             setattr(piece.module, piece.name, nn.Parameter(parameter.to("meta"), False))
-        if self._group is not None:
-            stored = stored.chunk(ranks)[distributed.get_rank(self._group)].clone()
-        elif self._copies is not None:
-            _pin(stored)
-        self._pieces.append(pieces)
-        self._stored.append(stored)
+        last = number + 1 == len(self._blocks)
+        if self._group is not None and (last or (number + 1) % self._ranks == 0):
+            self._scatter()
+
+    def _scatter(self) -> None:
+        """Give each rank its part of the blocks that were loaded since the last time."""
+        assert self._group is not None
+        for number in range(len(self._stored), len(self._pieces)):
+            owner = number % self._ranks
+            size = self._sizes[number] // self._ranks
+            part = torch.empty(size, dtype=torch.uint8, device=self._device)
+            parts = list(self._packed.chunk(self._ranks)) if owner == self._rank else None
+            source = distributed.get_global_rank(self._group, owner)
+            distributed.scatter(part, parts, source, self._group)
+            self._stored[number] = part
+        self._packed = torch.empty(0)
+
+    def _share(self) -> None:
+        """Map the blocks that the machine's other ranks have loaded."""
+        for machine, pid, files in _of_all_ranks((_machine(), os.getpid(), self._files)):
+            if machine == _machine() and pid != os.getpid():
+                for number, file in files.items():
+                    self._stored[number] = _mapped(pid, file, self._sizes[number])
+        _of_all_ranks(None)  # all are mapped
+        for file in self._files.values():
+            os.close(file)
+        if self._copies is not None:
+            for stored in self._stored.values():
+                _pin(stored)
 
     def connect(self) -> None:
         """Make the packed blocks' parameters views of the buffers, which their passes fill."""
-        ranks = 1 if self._group is None else distributed.get_world_size(self._group)
+        if self._group is None:
+            self._share()
         for first in (0, 1):
-            size = max((stored.numel() * ranks for stored in self._stored[first::2]), default=0)
-            buffer = torch.zeros(size, dtype=torch.uint8, device=self._device)
-            self._buffers.append(buffer)
+            size = max(self._sizes[first::2], default=0)
+            self._buffers.append(torch.zeros(size, dtype=torch.uint8, device=self._device))
         for number, (block, pieces) in enumerate(zip(self._blocks, self._pieces, strict=True)):
             for piece in pieces:
                 # `.data` has a version of its own, which filling the buffer leaves as it is.
@@ -149,15 +196,12 @@ class StreamedBase:
     def _begin(self, number: int) -> None:
         """Begin to fill a block's buffer, once all that was queued before has read it."""
         stored, at = self._stored[number], number % 2
+        buffer = self._buffers[at][: self._sizes[number]]
         self._held[at] = number
         if self._group is not None:
-            ranks = distributed.get_world_size(self._group)
-            work = distributed.all_gather_into_tensor(
-                self._buffers[at][: ranks * stored.numel()], stored, self._group, async_op=True
-            )
+            work = distributed.all_gather_into_tensor(buffer, stored, self._group, async_op=True)
             self._arrivals[at] = work.wait
             return
-        buffer = self._buffers[at][: stored.numel()]
         if self._copies is None:
             buffer.copy_(stored)
             return
@@ -175,6 +219,22 @@ def piece_of(packed: torch.Tensor, piece: _Piece) -> torch.Tensor:
 
 def _aligned(size: int, step: int) -> int:
     return -(-size // step) * step
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    return all_gather_object(value) if distributed.is_initialized() else [value]
+
+
+def _machine() -> str:
+    """The same in processes that see each other's files in /proc."""
+    started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{started} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def _mapped(pid: int, file: int, size: int) -> torch.Tensor:
+    """A process's file in memory, which is gone with the last process that maps it."""
+    path = f"/proc/{pid}/fd/{file}"
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
 
 def _pin(tensor: torch.Tensor) -> None:

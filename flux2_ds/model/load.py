@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -27,6 +27,16 @@ def as_stored(name: str, weight: torch.Tensor, first: int, dtype: torch.dtype) -
     return weight.to(dtype)
 
 
+class Streamed(Protocol):
+    """Blocks that wait elsewhere; see `streamed_base.StreamedBase`."""
+
+    def loads(self, name: str) -> bool:
+        """Whether this rank reads that parameter; else it stays on meta."""
+
+    def pack(self, block: nn.Module) -> None:
+        """Take a complete block's weights away, if it is one of these."""
+
+
 def read_weights(
     model: nn.Module,
     directory: Path,
@@ -34,22 +44,24 @@ def read_weights(
     device: torch.device,
     base_weights: str | None = None,
     edit: Edit = as_stored,
-    loaded: Callable[[nn.Module], None] | None = None,
+    streamed: Streamed | None = None,
 ) -> None:
     """Fill `model`, built on the meta device, from `directory`'s files, in `dtype` on `device`.
 
     With quantized `base_weights` the blocks' linears become `QuantizedLinear`, each as soon as it is
     read, so that the peak is the quantized model and one tensor. Embedders, modulation, norms and the
-    output layer stay in `dtype`. `loaded` is called with each block as soon as it is complete.
+    output layer stay in `dtype`.
     """
     files, blocks = _checked_files(model, directory), _blocks_by_last_parameter(model)
     for name, parameter in _with_bar(model):
-        with open_file(files[name]) as file:
-            _checked_slice(file, files[name], name, parameter)
-            weight = edit(name, file.get_tensor(name).to(device), 0, dtype)
+        weight = parameter.to(dtype)
+        if streamed is None or streamed.loads(name):
+            with open_file(files[name]) as file:
+                _checked_slice(file, files[name], name, parameter)
+                weight = edit(name, file.get_tensor(name).to(device), 0, dtype)
         place_weight(model, name, weight, base_weights)
-        if loaded is not None and name in blocks:
-            loaded(blocks[name])
+        if streamed is not None and name in blocks:
+            streamed.pack(blocks[name])
 
 
 def _blocks_by_last_parameter(model: nn.Module) -> dict[str, nn.Module]:
@@ -122,7 +134,7 @@ def fill_randomly(
     base_weights: str | None,
     device: torch.device,
     partition: Callable[[nn.Module], None] | None = None,
-    loaded: Callable[[nn.Module], None] | None = None,
+    streamed: Streamed | None = None,
 ) -> None:
     """Give an empty transformer random weights, the same in every rank; see `read_partitioned` and
     `read_weights`."""
@@ -135,8 +147,8 @@ def fill_randomly(
         module = place_weight(model, name, weight, base_weights)
         if partition is not None:
             partition(module)
-        if loaded is not None and name in blocks:
-            loaded(blocks[name])
+        if streamed is not None and name in blocks:
+            streamed.pack(blocks[name])
 
 
 def place_weight(

@@ -131,6 +131,9 @@ def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
     if recipe.base_placement == "gpu":
         return plan
     hosts = all_gather_object(socket.gethostname())
+    if recipe.launch.processes is None and len(found := {hosts.count(each) for each in hosts}) == 1:
+        recipe = replace(recipe, launch=replace(recipe.launch, processes=found.pop()))
+        plan = replace(plan, recipe=recipe)
     host = psutil.virtual_memory().available / hosts.count(socket.gethostname())
     free = all_gather_object((free_memory(process.device), host))
     card, host = (min(each) for each in zip(*free, strict=True))
@@ -182,8 +185,8 @@ def load_as(
             model, files, dtype, device, make_partitioner(config), process.rank, base_weights, edit
         )
     else:
-        with streamed_base(model, streamed, device, shard_group) as pack:
-            read_weights(model, files, dtype, device, base_weights, edit, pack)
+        with streamed_base(model, streamed, device, shard_group) as base:
+            read_weights(model, files, dtype, device, base_weights, edit, base)
     return model
 
 

@@ -497,6 +497,8 @@ def test_a_base_elsewhere_leaves_two_blocks_on_the_card():
     everywhere = estimate_for(DEV, 0, base_weights="fp8", cuda_graphs=False)
     host = estimate_for(DEV, 0, base_weights="fp8", base_placement="host")
     blocks = base_bytes(spec, "fp8", 2) - 2 * sum(other_matrices(spec))
+    four = estimate_for(DEV, 0, 4, base_weights="fp8", base_placement="host")
+    assert four.host == {"base weights": pytest.approx(blocks / 4)}  # they share one copy
     assert host.host == {"base weights": pytest.approx(blocks)}
     buffers = 2 * 26 * weight  # a double block's linears, with their rows' scales
     assert host.card["streaming buffers"] == pytest.approx(buffers, rel=1e-3)

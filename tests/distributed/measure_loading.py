@@ -14,6 +14,8 @@ from flux2_ds.distributed import Process, destroy_process_group, init_process_gr
 from flux2_ds.engine.zero3 import make_partitioner
 from flux2_ds.model import load as weights
 from flux2_ds.model import transformer
+from flux2_ds.model.activation_checkpointing import blocks_of
+from flux2_ds.training.build import load_as
 
 
 def resident(line: str) -> int:
@@ -48,12 +50,31 @@ def load(directory: Path, base_weights: str | None, process: Process) -> dict[st
     return {"used": used, "own": own, "wrong": wrong}
 
 
+def load_streamed(directory: Path, group: int | None, process: Process) -> dict[str, object]:
+    """Bytes by which this process rose, bytes that it read, and how many of these every rank reads."""
+    read = {}
+
+    def noting(name: str, weight: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
+        read[name] = weight.nbytes
+        return weight.to(dtype)
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    model = load_as({}, directory, torch.bfloat16, None, process, noting, range(6), group)
+    used = resident("VmHWM") - before
+    shared = sum(size for name, size in read.items() if "transformer_blocks." not in name)
+    assert len(blocks_of(model)) == 6
+    return {"used": used, "own": sum(read.values()), "shared": shared, "wrong": []}
+
+
 def main(_orders: object, directory: Path, written: Path) -> None:
     """What every rank found goes to `written`."""
     torch.set_num_threads(1)
     process = init_process_group("cpu")
     distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
     found = {str(base): load(directory, base, process) for base in (None, "nf4")}
+    found |= {"host": load_streamed(directory, None, process)}
+    found |= {"sharded": load_streamed(directory, process.world_size, process)}
     results: list[object] = [None] * process.world_size
     distributed.all_gather_object(results, found)
     if process.is_rank0:

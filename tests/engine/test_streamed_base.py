@@ -58,8 +58,8 @@ def build(
     """With an adapter in the middle of its training. `checkpointed`: None leaves the blocks as diffusers
     made them."""
     model = transformer.empty_transformer(SPEC)
-    with streamed_base(model, streamed, CPU) as pack:
-        read_weights(model, files, dtype, CPU, base, loaded=pack)
+    with streamed_base(model, streamed, CPU) as blocks:
+        read_weights(model, files, dtype, CPU, base, streamed=blocks)
     transformer.keep_timestep_exact(model)
     settings = Lora(rank=4, targets="diffusers", dropout=dropout)
     add_lora(model, lora_config(SPEC, settings, dora=dora), seed=0)

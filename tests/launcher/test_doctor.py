@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux2_ds.commands.probe import runs_on
+from flux2_ds.commands.probe import link_of, runs_on
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import checkpoint_bytes
 from flux2_ds.config.model_spec import RELEASED
@@ -175,6 +175,13 @@ def test_a_disk_holds_the_download_the_shards_and_the_checkpoints(recipe, tmp_pa
 )
 def test_whether_torch_is_built_for_a_card(card, built, expected):
     assert runs_on(card, built) == expected
+
+
+@pytest.mark.parametrize(
+    ("rate", "link"), [(3e9, "pcie3"), (13e9, "pcie3"), (22e9, "pcie4"), (55e9, "pcie5")]
+)
+def test_a_measured_link_is_named_as_the_recipe_does(rate, link):
+    assert link_of(rate) == link
 
 
 def test_what_is_held_out_is_looked_at_like_what_is_trained_on(recipe, tmp_path):
