@@ -138,6 +138,7 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
         raise
     finally:
         run.progress.close()
+        run.checkpoints.wait(recipe.steps)  # an error is no reason to lose what is being written
 
     watchdog.heartbeat(0, "ending")
     log_memory(memory, process.device)
@@ -194,7 +195,8 @@ def run_steps(run: Run) -> bool:
         if due.checkpoint:
             history = run.validation.history if run.validation else []
             with run.progress.paused():
-                run.checkpoints.save(done, last=due.last, validation=history)
+                waited = run.checkpoints.save(done, last=due.last, validation=history)
+            run.progress.waited("checkpoint", waited)
         if due.preview and run.previews:
             with run.progress.paused():
                 run.previews.render(done)

@@ -77,7 +77,7 @@ class MemoryPlan:
         found.append("what fits, fastest first, with the flags that make it so:")
         found.append("  GPU GiB  host GiB")
         found += [
-            f"  {choice.memory.on_card / GIB:7.1f}  {choice.memory.on_host * self.per_host / GIB:8.1f}"
+            f"  {choice.memory.on_card / GIB:7.1f}  {choice.memory.needed_on_host * self.per_host / GIB:8.1f}"
             f"  {self.flags(choice)}"
             for choice in self.others
         ]
@@ -108,8 +108,8 @@ class MemoryPlan:
         if self.fits is not False:
             return None
         needs = f"{self.memory.on_card / GIB:.1f} GiB of each GPU"
-        if self.memory.host:
-            needs += f" and {self.memory.on_host * self.per_host / GIB:.1f} GiB of each host"
+        if self.memory.needed_on_host:
+            needs += f" and {self.memory.needed_on_host * self.per_host / GIB:.1f} GiB of each host"
         remedy = (
             f"add {self.flags(self.others[0])}"
             if self.others
@@ -138,7 +138,7 @@ class MemoryPlan:
                     "activation_checkpointing": choice.activation_checkpointing,
                     "offload_activations": choice.offload_activations,
                     "gpu_total": choice.memory.on_card,
-                    "host_total": choice.memory.on_host * self.per_host,
+                    "host_total": choice.memory.needed_on_host * self.per_host,
                     "flags": self.flags(choice),
                 }
                 for choice in self.others

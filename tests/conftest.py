@@ -74,12 +74,22 @@ def _save_alone() -> Callable[..., Path]:
 
 
 def save_alone(
-    root: Path, step: int, tensor_shards: Iterable[Any], state: dict[str, Any] | None = None
+    root: Path,
+    step: int,
+    tensor_shards: Iterable[Any],
+    state: dict[str, Any] | None = None,
+    *,
+    sharded: bool = False,
+    buffers: Any = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Save (kind, name, tensor) triples or `TensorShard`s as the only rank of its process group."""
+    """Save (kind, name, tensor) triples or `TensorShard`s as the only rank of its process group.
+
+    `buffers`: save in the background; `meanwhile` is done before it is waited for.
+    """
     import torch
 
-    from flux2_ds.checkpoint import manager
+    from flux2_ds.checkpoint import background, manager
     from flux2_ds.checkpoint.tensor_store import TensorShard
     from flux2_ds.distributed import Process
 
@@ -87,5 +97,14 @@ def save_alone(
         for shard in tensor_shards:
             yield shard if isinstance(shard, TensorShard) else TensorShard(*shard)
 
-    alone = Process(0, 1, torch.device("cpu"))
-    return manager.save(root, step, given, state or {}, alone, sharded=False)
+    what = root, step, given, state or {}, Process(0, 1, torch.device("cpu"))
+    if buffers is None:
+        return manager.save(*what, sharded=sharded)
+    failures: list[str | None] = []
+    saving = background.BackgroundSave(
+        *what, buffers, lambda path, failure: failures.append(failure), sharded=sharded
+    )
+    meanwhile()
+    saving.wait(lambda: None)
+    assert failures == [None]
+    return saving.path

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore, write
+from flux2_ds.checkpoint.tensor_store import File, TensorShard, TensorStore, files_of, write
 from flux2_ds.distributed import Process, all_gather_object
 from flux2_ds.errors import UserError
 from flux2_ds.run.run_dir import STATE_NAME, checkpoint_steps
@@ -140,35 +139,50 @@ def save(
     several ranks write. If one cannot, all raise a `SaveError`.
     """
     path = checkpoint_path(root, step)
-    partial = root / f".{path.name}.partial"
-
-    def all_ranks(action: Callable[[], Any]) -> list[Any]:
-        """The results of all ranks, by rank, once all have come this far."""
-        result, failure = None, None
-        try:
-            result = action()
-        except (OSError, SafetensorError) as error:
-            failure = str(error)
-        outcomes = all_gather_object((result, failure))
-        for rank, (_, why) in enumerate(outcomes):
-            if why is not None:
-                if process.is_rank0:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise SaveError(
-                    f"the checkpoint of step {step} cannot be written to {root}: {why} (rank {rank}). "
-                    "Make room there, or correct its permissions. Earlier checkpoints are untouched."
-                )
-        return [result for result, _ in outcomes]
+    partial = partial_path(path)
 
     def rank0(action: Callable[[], None]) -> None:
-        all_ranks(action if process.is_rank0 else lambda: None)
+        together(path, process, action if process.is_rank0 else lambda: None)
 
     rank0(lambda: begin(root, partial))
     rank = process.rank if sharded else None
-    written = all_ranks(lambda: write_files(partial, tensor_shards(), rank))
+    written = together(path, process, lambda: write_files(partial, files_of(tensor_shards(), rank)))
     files = {name: facts for one in written for name, facts in one.items()}
     rank0(lambda: finish(partial, path, {**state, "step": step, "files": files}))
     return path
+
+
+def together(path: Path, process: Process, action: Callable[[], Any]) -> list[Any]:
+    """The results of all ranks, by rank, once all have come this far. Collective.
+
+    Raises:
+        SaveError: one could not do it; what is written of checkpoint `path` is removed.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except OSError as error:
+        failure = str(error)
+    outcomes = all_gather_object((result, failure))
+    for rank, (_, why) in enumerate(outcomes):
+        if why is not None:
+            if process.is_rank0:
+                shutil.rmtree(partial_path(path), ignore_errors=True)
+            raise SaveError(not_written(path, why, rank))
+    return [result for result, _ in outcomes]
+
+
+def not_written(path: Path, why: str, rank: int) -> str:
+    """Say that a checkpoint cannot be written."""
+    return (
+        f"the checkpoint of step {int(path.name.removeprefix('step_'))} cannot be written to {path.parent}: {why} (rank {rank}). "
+        "Make room there, or correct its permissions. Earlier checkpoints are untouched."
+    )
+
+
+def partial_path(path: Path) -> Path:
+    """Where the checkpoint `path` is written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def begin(root: Path, partial: Path) -> None:
@@ -178,16 +192,15 @@ def begin(root: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def write_files(
-    partial: Path, tensor_shards: Iterable[TensorShard], rank: int | None
-) -> dict[str, dict[str, Any]]:
-    """Write tensors into a begun checkpoint, synced; returns size and sha256 of each file."""
+def write_files(partial: Path, files: Iterable[File]) -> dict[str, dict[str, Any]]:
+    """Write files into a begun checkpoint, synced; returns size and sha256 of each."""
     partial.mkdir(parents=True, exist_ok=True)  # another host may not see it yet
-    files = {}
-    for file in write(partial, tensor_shards, rank):
-        _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    return files
+    written = {}
+    for file in files:
+        path = write(partial, file)
+        _sync(path)
+        written[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return written
 
 
 def finish(partial: Path, path: Path, state: dict[str, Any]) -> None:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from flux2_ds.model.safetensors_file import write_all
 
 FILE_BYTES = 2 << 30
 """Shards go to disk in files of about this size, one of which is in host memory at a time."""
@@ -34,62 +32,57 @@ class TensorShard:
     shape: tuple[int, ...] | None = None
 
 
-def write(
-    folder: Path, tensor_shards: Iterable[TensorShard], rank: int | None = None
-) -> Iterator[Path]:
-    """Write shards, ordered by kind, into KIND.safetensors or KIND-RANK-NUMBER.safetensors; yields
-    each file when it is written.
+@dataclass(frozen=True)
+class File:
+    """Shards in host memory that go into one file."""
 
-    Floats are stored in fp32. `rank`: of this process, if several write.
-    """
-    numbers: Counter[str] = Counter()
-    for kind, group in _groups(tensor_shards, math.inf if rank is None else FILE_BYTES):
-        name = kind if rank is None else f"{kind}-{rank:04d}-{numbers[kind]:04d}"
-        numbers[kind] += 1
-        parts = [shard for shard in group if shard.shape is not None]
-        metadata = {
-            "starts": json.dumps({shard.name: shard.start for shard in parts}),
-            "shapes": json.dumps({shard.name: shard.shape for shard in parts}),
-        }
-        file = folder / f"{name}.safetensors"
-        write_tensors(file, {s.name: s.tensor for s in group}, metadata if parts else None)
-        yield file
+    name: str
+    shards: list[TensorShard]
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write `tensors` to `path`, contiguous, with the permissions that a new file gets here."""
-    with default_permissions(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-
-
-@contextmanager
-def default_permissions(path: Path) -> Iterator[None]:
-    """Give `path`, written inside, the permissions of a new file; safetensors writes 0600."""
-    path.touch()  # os.umask would set the mask for other threads, too
-    mode = stat.S_IMODE(path.stat().st_mode)
-    yield
-    path.chmod(mode)
-
-
-def _groups(
-    tensor_shards: Iterable[TensorShard], at_most: float
-) -> Iterator[tuple[str, list[TensorShard]]]:
-    """Shards in host memory that go into one file: of one kind, about `at_most` bytes."""
-    kind, size = "", 0
+def files_of(
+    tensor_shards: Iterable[TensorShard],
+    rank: int | None = None,
+    to_host: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: stored(tensor).to(
+        "cpu", copy=True
+    ),
+) -> Iterator[File]:
+    """Copy shards, ordered by kind, to host memory, a file at a time: KIND.safetensors, or in parts of about
+    `FILE_BYTES` KIND-RANK-NUMBER.safetensors. `rank`: of this process, if several write."""
     group: list[TensorShard] = []
+    kind, number, size = "", 0, 0
+
+    def file() -> File:
+        name = kind if rank is None else f"{kind}-{rank:04d}-{number:04d}"
+        return File(f"{name}.safetensors", group)
+
     for shard in tensor_shards:
-        if group and (shard.kind != kind or size >= at_most):
-            yield kind, group
-            group, size = [], 0
-        dtype = torch.float32 if shard.tensor.is_floating_point() else shard.tensor.dtype
+        if group and (shard.kind != kind or (rank is not None and size >= FILE_BYTES)):
+            yield file()
+            group, number, size = [], number + 1 if shard.kind == kind else 0, 0
         # A copy: the next shard may come in the same buffer.
-        tensor = shard.tensor.detach().to("cpu", dtype, copy=True)
+        tensor = to_host(shard.tensor.detach())
         kind, size = shard.kind, size + tensor.nbytes
         group.append(replace(shard, tensor=tensor))
     if group:
-        yield kind, group
+        yield file()
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is stored: floats in fp32."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def write(folder: Path, file: File) -> Path:
+    """Write a file of shards; the same bytes for the same shards."""
+    parts = [shard for shard in file.shards if shard.shape is not None]
+    metadata = {
+        "starts": json.dumps({shard.name: shard.start for shard in parts}),
+        "shapes": json.dumps({shard.name: shard.shape for shard in parts}),
+    }
+    path = folder / file.name
+    write_all(path, {s.name: s.tensor for s in file.shards}, metadata if parts else {})
+    return path
 
 
 class TensorStore:

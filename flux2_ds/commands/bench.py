@@ -223,10 +223,10 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         # Replaying CUDA graphs allocates nothing; what recorded them, did.
         result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
         result["predicted_gib"] = built.expected.on_card / GIB
-        if built.expected.host:
+        if built.expected.needed_on_host:
             grown = this.memory_info().rss - resident
             result["host_gib"] = max(all_gather_object(grown)) / GIB
-            result["predicted_host_gib"] = built.expected.on_host / GIB
+            result["predicted_host_gib"] = built.expected.needed_on_host / GIB
     if options.against == "diffusers":
         seconds = theirs.seconds * plan.accumulation
         result["diffusers_seconds_per_step"] = seconds

@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,6 +74,7 @@ from flux2_ds.run.run_dir import (
     as_trained,
     checkpoints_directory,
     export_path,
+    is_training,
 )
 from flux2_ds.run.wandb_run import log_export
 
@@ -133,6 +135,7 @@ def main() -> None:
     recipe, options = parse_recipe(parser)
     if options.push is not None:
         check_hub(options.push)
+    wait_until_written(recipe)
     chosen = choose(checkpoints_directory(recipe), options.step)
     # The run's may have changed since.
     recipe = as_trained(recipe, chosen.state()["recipe"], chosen.path)
@@ -177,6 +180,16 @@ def file_dtype(
         return torch.float8_e4m3fn
     fine = recipe.method == "dora" or (recipe.lora.init != "gaussian" and not reduced)
     return compute_dtype(asked or ("fp32" if fine and not merge else recipe.precision))
+
+
+def wait_until_written(recipe: Recipe) -> None:
+    """Wait for the checkpoint that a training is writing in run_dir, if one is."""
+    root, waited = checkpoints_directory(recipe), False
+    while (unfinished := list(root.glob(".step_*.partial"))) and is_training(recipe):
+        if not waited:
+            log.info("waiting for %s, which is still being written", unfinished[0].stem[1:])
+        waited = True
+        time.sleep(0.2)
 
 
 def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:

@@ -21,6 +21,7 @@ from flux2_ds.config.recipe import Recipe
 
 GIB = 2**30
 _CUDA_GRAPHS, TRANSPOSED = "CUDA graphs", "transposed base"
+_SNAPSHOT = "checkpoint snapshot"
 _OPTIONAL = {_CUDA_GRAPHS: "cuda_graphs", TRANSPOSED: "cache_transposed_base"}
 """What is made only where memory is left for it -> its setting."""
 
@@ -68,6 +69,11 @@ class Memory:
         return sum(self.host.values())
 
     @property
+    def needed_on_host(self) -> float:
+        """The same without a snapshot, which is taken in pieces where there is no room."""
+        return self.on_host - self.host.get(_SNAPSHOT, 0)
+
+    @property
     def records(self) -> bool:
         """Whether passes are recorded as CUDA graphs."""
         return _CUDA_GRAPHS in self.card
@@ -84,7 +90,7 @@ class Memory:
 
     def fits(self, card_bytes: float, host_bytes: float = math.inf) -> bool:
         """Whether so many free bytes are enough, with the CUDA context and 2 % of slack on the card."""
-        return self.on_card * 1.02 + _CONTEXT <= card_bytes and self.on_host <= host_bytes
+        return self.on_card * 1.02 + _CONTEXT <= card_bytes and self.needed_on_host <= host_bytes
 
 
 def estimate(
@@ -98,6 +104,9 @@ def estimate(
     """
     run = _Run(spec, plan)
     memory = _weights(run) | _training_state(run) | _activations(run, image_tokens, kept)
+    if plan.recipe.checkpoint.background:
+        # Of an adapter rank 0 has all.
+        memory.host[_SNAPSHOT] = checkpoint_bytes(spec, plan.recipe) / plan.processes
     optional = {}
     if captures(plan):
         optional[_CUDA_GRAPHS] = _cuda_graphs(run, memory)

@@ -337,6 +337,9 @@ class Checkpoint:
     """Checkpoints at multiples of this many steps are kept for good."""
     keep_best: bool = False
     """Keep the checkpoint with the lowest validation loss as well."""
+    background: bool = False
+    """Copy what is trained into host memory and write it while training goes on; in pieces, for which training
+    waits, where half of the free host memory does not hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)

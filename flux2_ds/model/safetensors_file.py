@@ -28,9 +28,14 @@ def write_safetensors(
     shapes: Shapes,
     tensor: Callable[[str], torch.Tensor],
     metadata: dict[str, str],
+    *,
+    progress: bool = True,
 ) -> None:
-    """Write the tensors that `tensor` gives by name, of which one at a time is in memory."""
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    """Write the tensors that `tensor` gives by name, of which one at a time is in memory.
+
+    `progress`: show a bar on a terminal.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     stop = 0
     for name in _order(shapes):
         dtype, shape = shapes[name]
@@ -40,8 +45,8 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        names = _order(shapes)
-        for name in tqdm(names, path.name, unit=" tensors", disable=None, leave=False, delay=1):
+        names, off = _order(shapes), None if progress else True
+        for name in tqdm(names, path.name, unit=" tensors", disable=off, leave=False, delay=1):
             value = tensor(name)
             if (value.dtype, tuple(value.shape)) != shapes[name]:
                 raise ValueError(
@@ -52,7 +57,7 @@ def write_safetensors(
 
 def write_all(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write tensors that are in memory."""
-    write_safetensors(path, shapes_of(tensors), tensors.__getitem__, metadata)
+    write_safetensors(path, shapes_of(tensors), tensors.__getitem__, metadata, progress=False)
 
 
 def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:

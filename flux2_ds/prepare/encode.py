@@ -13,13 +13,13 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import CONDITIONING_NAME, encoded_prompts
 from flux2_ds.data.shards import read_prompts, write_prompts
 from flux2_ds.distributed import Process, all_gather_object, barrier, broadcast_object
 from flux2_ds.model import latents
+from flux2_ds.model.safetensors_file import write_all
 from flux2_ds.prepare.captions import CaptionEncoder, CaptionFiles
 from flux2_ds.prepare.images import ShardWriter, in_chunks, load_vae
 from flux2_ds.prepare.manifest import Manifest
@@ -231,4 +231,4 @@ def write_conditioning(encoding: Encoding) -> None:
 def atomic_write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file, atomically."""
     with atomic_path(path) as partial:
-        write_tensors(partial, tensors)
+        write_all(partial, tensors, {})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 from flux2_ds.errors import UserError
 
@@ -61,3 +65,19 @@ def _number(environment: Mapping[str, str], name: str, least: int, below: int = 
     raise UserError(
         f"the environment variable {name} is {given!r}; it must be a number, {bounds}. {_REMEDY}"
     )
+
+
+def free_host_memory() -> float:
+    """Bytes that are free on this host, and in the control groups of this process, such as a container's."""
+    free = float(psutil.virtual_memory().available)
+    top = Path("/sys/fs/cgroup")
+    own = Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    for folder in (top / own, *(top / own).parents):
+        try:
+            limit = float((folder / "memory.max").read_text())
+            cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+            used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
+        except (OSError, ValueError):  # no such group; "max": no limit
+            continue
+        free = min(free, limit - used)
+    return free

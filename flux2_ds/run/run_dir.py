@@ -240,6 +240,18 @@ def lock_run_dir(recipe: Recipe, name: str = ".lock") -> IO[str]:
     )
 
 
+def is_training(recipe: Recipe) -> bool:
+    """Whether rank 0 of a training holds the lock of run_dir, as far as the file system tells."""
+    try:
+        with (Path(recipe.run_dir) / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def trained_recipe(recipe: Recipe) -> Recipe:
     """`recipe` with the method and adapter settings that its run was trained with."""
     stored = Path(recipe.run_dir) / RECIPE_NAME

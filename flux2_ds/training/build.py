@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
 
@@ -49,6 +48,7 @@ from flux2_ds.model.merge import BaseWeights, Merges, initial_adapter, merge_int
 from flux2_ds.model.safetensors_file import write_all
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.atomic import atomic_path
+from flux2_ds.run.environment import free_host_memory
 from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.run_dir import INITIAL_ADAPTER, merged_files, validation_history, versions
 from flux2_ds.run.watchdog import Watchdog
@@ -134,7 +134,7 @@ def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
     if recipe.launch.processes is None and len(found := {hosts.count(each) for each in hosts}) == 1:
         recipe = replace(recipe, launch=replace(recipe.launch, processes=found.pop()))
         plan = replace(plan, recipe=recipe)
-    host = psutil.virtual_memory().available / hosts.count(socket.gethostname())
+    host = free_host_memory() / hosts.count(socket.gethostname())
     free = all_gather_object((free_memory(process.device), host))
     card, host = (min(each) for each in zip(*free, strict=True))
     room = plan.processes, image_tokens, card, host
@@ -148,11 +148,11 @@ def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
     memory = estimate(spec, plan, image_tokens, 0, 0)
     parts = ("base weights", "streaming buffers", "adapter")
     needed = sum(memory.card.get(part, 0.0) for part in parts)
-    if needed > card or memory.on_host > host:
+    if needed > card or memory.needed_on_host > host:
         fitting = choices(recipe, spec, *room)
         raise UserError(
             f"base_placement is {recipe.base_placement}, and the weights take {needed / GIB:.1f} GiB of a card and "
-            f"{memory.on_host / GIB:.1f} GiB of host memory for each process; free are {card / GIB:.1f} and "
+            f"{memory.needed_on_host / GIB:.1f} GiB of host memory for each process; free are {card / GIB:.1f} and "
             f"{host / GIB:.1f} GiB. "
             + (
                 f"This fits: deepspeed: {fitting[0].deepspeed}, base_weights: {fitting[0].base_weights}, "
@@ -416,7 +416,7 @@ class Run:
         self.watchdog.heartbeat(first + 1, "waiting for data")
         since = time.perf_counter()
         for step, micro_batches in enumerate(self.loader.steps(first, last), start=first):
-            self.progress.waited(time.perf_counter() - since)
+            self.progress.waited("data", time.perf_counter() - since)
             yield step, micro_batches
             self.watchdog.heartbeat(step + 2, "waiting for data")
             since = time.perf_counter()
@@ -490,6 +490,7 @@ def build_run(
     if process.is_rank0 and first_step < recipe.steps:
         note_base_files(run_state, recipe, first_step, inputs.directory)
     validation = build_validation(inputs, engine, objective, first_step, watchdog.heartbeat)
+    hosts = all_gather_object(socket.gethostname())
     return Run(
         recipe=recipe,
         process=process,
@@ -517,10 +518,18 @@ def build_run(
                 samples=inputs.index.samples,
                 steps_per_epoch=inputs.order.steps_per_epoch,
                 expected=expected,
-                hosts=all_gather_object(socket.gethostname()),
+                hosts=hosts,
             ),
         ),
-        checkpoints=Checkpoints(engine, recipe, process, run_state, metrics, watchdog.heartbeat),
+        checkpoints=Checkpoints(
+            engine,
+            recipe,
+            process,
+            run_state,
+            metrics,
+            watchdog.heartbeat,
+            local_ranks=hosts.count(socket.gethostname()),
+        ),
         validation=validation,
         previews=build_previews(inputs, engine, metrics, watchdog.heartbeat),
         metrics=metrics,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from flux2_ds.checkpoint import manager
+from flux2_ds.checkpoint.background import BackgroundSave
 from flux2_ds.checkpoint.manager import SaveError
 from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.config.model_files import base_digest, changed_files, file_digests
@@ -16,8 +19,10 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import Index
 from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
+from flux2_ds.engine.host_memory import HostBuffers
 from flux2_ds.engine.optimizers import compatible
 from flux2_ds.errors import UserError
+from flux2_ds.run.environment import free_host_memory
 from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Metrics, check_metrics, metrics_digest
 from flux2_ds.run.run_dir import checkpoints_directory, merged_files
@@ -28,7 +33,8 @@ log = logging.getLogger("flux2_ds")
 class Checkpoints:
     """Saves what `engine` has trained, with `run_state`, and removes old checkpoints.
 
-    `metrics` is None in all ranks but 0. `heartbeat` is called with (step, phase) at each tensor.
+    `metrics` is None in all ranks but 0. `heartbeat` is called with (step, phase) at each tensor. `local_ranks`:
+    how many share this host.
     """
 
     def __init__(
@@ -39,15 +45,20 @@ class Checkpoints:
         run_state: dict[str, Any],
         metrics: Metrics | None,
         heartbeat: Callable[[int, str], None],
+        local_ranks: int = 1,
     ) -> None:
         self._engine, self._settings, self._process = engine, recipe.checkpoint, process
         self._root, self._run_state = checkpoints_directory(recipe), run_state
         self._run_dir = Path(recipe.run_dir)
         self._metrics, self._heartbeat = metrics, heartbeat
+        self._local_ranks = local_ranks
+        self._buffers: HostBuffers | None = None
+        self._pending: BackgroundSave | None = None
 
-    def save(self, step: int, *, last: bool, validation: Sequence[tuple[int, float]] = ()) -> None:
-        """Write a checkpoint; all ranks go on together once it is complete. Collective.
+    def save(self, step: int, *, last: bool, validation: Sequence[tuple[int, float]] = ()) -> float:
+        """Save a checkpoint; returns the seconds for which training waited. Collective.
 
+        It is complete on return, or with `checkpoint.background` later, but for the `last` of this start.
         `validation`: the step and loss of every evaluation until now.
 
         A run that goes on survives one that cannot be written: stopping would lose what it has trained.
@@ -61,43 +72,77 @@ class Checkpoints:
             bar.update()
             return shard
 
+        began = time.perf_counter()
         self._heartbeat(step, "saving")
-        state = self._engine.state
+        self.wait(step)
         bar = progress_bar("saving", None, "tensor", delay=1)
+        state, validation = self._engine.state, list(validation)
+        what = (
+            self._root,
+            step,
+            lambda: map(followed, state.tensor_shards()),
+            {
+                **self._run_state,
+                **state.counters(),
+                "validation": validation,
+                "metrics": metrics_digest(self._run_dir) if self._process.is_rank0 else None,
+            },
+            self._process,
+        )
+        done = partial(self._done, step, validation)
         try:
-            path = manager.save(
-                self._root,
-                step,
-                lambda: map(followed, state.tensor_shards()),
-                {
-                    **self._run_state,
-                    **state.counters(),
-                    "validation": validation,
-                    "metrics": metrics_digest(self._run_dir) if self._process.is_rank0 else None,
-                },
-                self._process,
-                sharded=state.sharded,
-            )
+            if self._settings.background and not last:
+                buffers = self._buffers = self._buffers or self._new_buffers()
+                self._pending = BackgroundSave(*what, buffers, done, sharded=state.sharded)
+            else:
+                path = manager.save(*what, sharded=state.sharded)
+                if self._process.is_rank0:
+                    done(path, None)
+                barrier()
         except SaveError as error:
             if last:
                 raise
-            log.error("%s Training goes on, with the next attempt at the next checkpoint.", error)
-            return
+            self._not_saved(str(error))
         finally:
             bar.close()
-        if self._process.is_rank0:
-            log.info("saved %s", path)
-            if self._metrics is not None:
-                self._metrics.saved(step, path)
-            settings = self._settings
-            best = manager.best_step(self._root, validation) if settings.keep_best else None
-            if best is not None:
-                log.info("best       step %d, held-out loss %.4f", best, dict(validation)[best])
-            try:
-                manager.remove_old(self._root, settings.keep_last, settings.keep_every, best)
-            except OSError as error:
-                log.warning("old checkpoints cannot be removed (%s); training goes on", error)
-        barrier()
+        waited = time.perf_counter() - began
+        log.info("training waited %.2f s for the checkpoint of step %d", waited, step)
+        return waited
+
+    def wait(self, step: int) -> None:
+        """Wait for the checkpoint that is being written, if there is one; each rank for its own part of it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.writing:
+            log.info("waiting for %s, which is still being written", pending.path.name)
+        pending.wait(lambda: self._heartbeat(step, "saving"))
+
+    def _new_buffers(self) -> HostBuffers:
+        # The other half is for the files on their way to the disk.
+        return HostBuffers(free_host_memory() / 2 / self._local_ranks, self._process.device)
+
+    def _not_saved(self, why: str) -> None:
+        log.error("%s Training goes on, with the next attempt at the next checkpoint.", why)
+
+    def _done(
+        self, step: int, validation: list[tuple[int, float]], path: Path, failure: str | None
+    ) -> None:
+        """What rank 0 does once a checkpoint is complete, or cannot be written."""
+        if failure is not None:
+            self._not_saved(failure)
+            return
+        log.info("saved %s", path)
+        if self._metrics is not None:
+            self._metrics.saved(step, path)
+        settings = self._settings
+        best = manager.best_step(self._root, validation) if settings.keep_best else None
+        if best is not None:
+            log.info("best       step %d, held-out loss %.4f", best, dict(validation)[best])
+        try:
+            manager.remove_old(self._root, settings.keep_last, settings.keep_every, best)
+        except OSError as error:
+            log.warning("old checkpoints cannot be removed (%s); training goes on", error)
 
 
 def note_base_files(

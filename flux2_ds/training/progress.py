@@ -137,9 +137,9 @@ class Progress:
         yield
         self._since += time.perf_counter() - began
 
-    def waited(self, seconds: float) -> None:
-        """The loop has waited so long for the data of the next step."""
-        self._spent["data"] += seconds
+    def waited(self, what: str, seconds: float) -> None:
+        """The loop has waited so long for the `data` of the next step, or for a `checkpoint`."""
+        self._spent[what] += seconds
 
     def push(
         self,
@@ -241,6 +241,8 @@ class Progress:
             "perf/backward_seconds": parts["backward"],
             "perf/update_seconds": parts["update"],
         }
+        if stall := self._spent["checkpoint"]:
+            values["perf/checkpoint_stall_seconds"] = stall
         if self._process.world_size > 1:
             slowest = of_ranks.index(max(of_ranks))
             values["perf/rank_spread_seconds"] = max(of_ranks) - min(of_ranks)

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +16,9 @@ import torch
 from torch import distributed
 
 from flux2_ds.checkpoint import manager as checkpoint
+from flux2_ds.checkpoint import tensor_store
+from flux2_ds.checkpoint.tensor_store import TensorShard
+from flux2_ds.engine.host_memory import HostBuffers
 from flux2_ds.errors import UserError
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -222,14 +227,49 @@ def test_leftover_of_an_interrupted_removal_does_not_stop_the_next(tmp_path, sav
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
 
 
+@pytest.mark.parametrize(("limit", "most"), [(math.inf, 12), (100, 5), (0, 2)])
+def test_a_snapshot_is_that_of_its_moment_whole_or_in_pieces(
+    tmp_path, limit, most, write_checkpoint, monkeypatch
+):
+    """Twelve files of 24 bytes; `most` of them are in host memory at a time, one of which is being filled."""
+    monkeypatch.setattr(tensor_store, "FILE_BYTES", 24)
+    parts = {name: torch.empty(6) for name in "abcd"}
+    changed, write = threading.Event(), checkpoint.write_files
+
+    def write_later(*what: Any) -> Any:
+        assert limit < math.inf or changed.wait(60)  # pieces are not waited for that long
+        return write(*what)
+
+    def change() -> None:
+        for part in parts.values():
+            part.zero_()
+        changed.set()
+
+    monkeypatch.setattr(checkpoint, "write_files", write_later)
+    buffers, found = HostBuffers(limit, torch.device("cpu")), []
+    for given in (None, buffers, buffers):
+        for number, part in enumerate(parts.values()):
+            part.fill_(number)
+        changed.clear() if given else changed.set()
+        shards = (TensorShard(kind, n, p, 6, (12,)) for kind in KINDS for n, p in parts.items())
+        root = tmp_path / str(len(found))
+        path = write_checkpoint(root, 3, shards, sharded=True, buffers=given, meanwhile=change)
+        found.append({file.name: file.read_bytes() for file in path.iterdir()})
+        assert [path] == list(root.iterdir())
+    assert len(found[0]) == 13
+    assert found[0] == found[1] == found[2]
+    allocated = sum(map(len, buffers._free.values()))
+    assert allocated == most if most == 12 else allocated <= most
+
+
 def test_killed_at_any_moment(tmp_path, save_alone):
-    """Twenty processes that save without pause, each killed: what is there is always intact."""
+    """Twenty processes that save without pause, each killed: what is there is always intact. Every other one
+    saves in the background."""
     chance, fork = random.Random(0), multiprocessing.get_context("fork")
     last = 0
-    for _ in range(20):
-        process = fork.Process(
-            target=save_each, args=(save_alone, tmp_path, itertools.count(last + 1))
-        )
+    for number in range(20):
+        steps = itertools.count(last + 1)
+        process = fork.Process(target=save_each, args=(save_alone, tmp_path, steps, number % 2))
         process.start()
         while max(steps_left(tmp_path), default=0) <= last:
             time.sleep(0.001)
@@ -249,9 +289,12 @@ def test_killed_at_any_moment(tmp_path, save_alone):
     assert len(list(tmp_path.iterdir())) == 2  # no leftovers beside the last two
 
 
-def save_each(save: Callable[..., Path], root: Path, steps: Iterable[int]) -> None:
+def save_each(
+    save: Callable[..., Path], root: Path, steps: Iterable[int], background: int = 0
+) -> None:
+    buffers = HostBuffers(math.inf, torch.device("cpu")) if background else None
     alone = {"backend": "gloo", "rank": 0, "world_size": 1}
     distributed.init_process_group(**alone, store=distributed.HashStore())
     for step in steps:
-        save(root, step, tensors(step))
+        save(root, step, tensors(step), buffers=buffers)
         checkpoint.remove_old(root, 2, None)

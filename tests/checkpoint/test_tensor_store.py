@@ -11,6 +11,10 @@ from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(35.0).view(5, 7) + 50}
 
 
+def write(folder: Path, shards: list[TensorShard], rank: int | None = None) -> list[Path]:
+    return [tensor_store.write(folder, file) for file in tensor_store.files_of(shards, rank)]
+
+
 def write_sharded(folder: Path, world_size: int) -> list[Path]:
     """Each rank has its run of the sequence of all elements, as at ZeRO stages 1 and 2."""
     total = sum(value.numel() for value in TENSORS.values())
@@ -24,7 +28,7 @@ def write_sharded(folder: Path, world_size: int) -> list[Path]:
                 flat = value.flatten()[start:stop]
                 tensor_shards.append(TensorShard("weights", name, flat, start, tuple(value.shape)))
             offset += value.numel()
-        files += tensor_store.write(folder, tensor_shards, rank)
+        files += write(folder, tensor_shards, rank)
     return files
 
 
@@ -45,7 +49,7 @@ def test_large_shards_go_into_several_files(tmp_path, monkeypatch):
     tensor_shards = [
         TensorShard(kind, n, torch.ones(4), 0, (4,)) for kind in ("weights", "ema") for n in names
     ]
-    files = [path.name for path in tensor_store.write(tmp_path, tensor_shards, rank=3)]
+    files = [path.name for path in write(tmp_path, tensor_shards, rank=3)]
     kinds = [f"{kind}-0003-000{i}.safetensors" for kind in ("weights", "ema") for i in range(3)]
     assert files == kinds
     found = TensorStore(tmp_path / name for name in files if name.startswith("ema"))
@@ -64,7 +68,7 @@ def test_codes_keep_their_type_and_full_tensors_their_plain_file(tmp_path):
 
     tensor_shards = [TensorShard("state1", "a", torch.tensor([[3, 4]], dtype=torch.uint8))]
     tensor_shards += [TensorShard("weights", "a", torch.tensor([[0.5]], dtype=torch.bfloat16))]
-    codes, weights = (load_file(path) for path in tensor_store.write(tmp_path, tensor_shards))
+    codes, weights = (load_file(path) for path in write(tmp_path, tensor_shards))
     assert codes["a"].dtype == torch.uint8
     assert (weights["a"].dtype, weights["a"].tolist()) == (torch.float32, [[0.5]])
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from safetensors.torch import load_file
 from flux2_ds.checkpoint.manager import Checkpoint
 from flux2_ds.checkpoint.tensor_store import TensorShard
 from flux2_ds.commands import export as export_module
-from flux2_ds.commands.export import READERS, Request, choose, export, file_dtype
+from flux2_ds.commands.export import (
+    READERS,
+    Request,
+    choose,
+    export,
+    file_dtype,
+    wait_until_written,
+)
 from flux2_ds.config.adapter import adapted_linears
 from flux2_ds.config.adapter_file import settings_of_file
 from flux2_ds.config.model_spec import Spec
@@ -31,7 +39,7 @@ from flux2_ds.model.adapter_layouts import Layout
 from flux2_ds.model.adapter_programs import CHECKED, read_file, read_merges
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.model.merge import BaseWeights
-from flux2_ds.run.run_dir import INITIAL_ADAPTER, as_trained
+from flux2_ds.run.run_dir import INITIAL_ADAPTER, as_trained, lock_run_dir
 from flux2_ds.training.build import build_model, write_initial_adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -376,6 +384,21 @@ def test_what_is_not_there_is_named(
     recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
     with pytest.raises(UserError, match=r"trained without optimizer\.ema_decay"):
         export_as(recipe, choose(root, 6), weights="ema")
+
+
+def test_a_checkpoint_that_is_being_written_is_waited_for(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_model, tmp_path / "run", "lora")
+    partial = tmp_path / "run" / "checkpoints" / ".step_00000004.partial"
+    partial.mkdir(parents=True)
+    wait_until_written(recipe)  # nobody trains: a kill has left it
+    with lock_run_dir(recipe):
+        waiting = threading.Thread(target=wait_until_written, args=(recipe,))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        partial.rename(partial.with_name("step_00000004"))
+        waiting.join(30)
+        assert not waiting.is_alive()
 
 
 def test_adapter_settings_are_those_of_the_checkpoint(

@@ -24,7 +24,7 @@ from flux2_ds.config.memory import (
 from flux2_ds.config.model_spec import RELEASED, Spec
 from flux2_ds.config.parse import load_recipe, shipped_recipes
 from flux2_ds.config.plan import captures, make_plan, read_deepspeed
-from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
+from flux2_ds.config.recipe import Batch, Checkpoint, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.data.dataset import recordable
 from flux2_ds.data.index import Index, Shard
 from flux2_ds.errors import UserError
@@ -248,6 +248,17 @@ def test_what_is_page_locked_takes_powers_of_two():
         "gradients": summed + groups,
         **adam,
     }
+
+
+def test_a_snapshot_is_in_host_memory_where_there_is_room():
+    """12 bytes of each of 9.08 · 10⁹ parameters in fp32, on four processes."""
+    plain, beside = (
+        estimate_for(KLEIN_9B, 0, 4, ZERO2, method="full", checkpoint=Checkpoint(background=on))
+        for on in (False, True)
+    )
+    assert beside.card == plain.card
+    assert beside.on_host - plain.on_host == pytest.approx(12 * 9.08e9 / 4, rel=0.01)
+    assert beside.fits(1e12, plain.on_host)
 
 
 def test_the_average_is_where_the_masters_are():

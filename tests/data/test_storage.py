@@ -23,9 +23,9 @@ import fsspec
 import pytest
 import torch
 from huggingface_hub import HfFileSystem, constants
+from safetensors.torch import save_file
 from test_loader import assert_same, make_loader, prepared
 
-from flux2_ds.checkpoint.tensor_store import write_tensors
 from flux2_ds.commands.loopback import CREDENTIALS, served
 from flux2_ds.config.recipe import Data
 from flux2_ds.data import storage
@@ -50,7 +50,7 @@ def folder(prepared) -> Path:
     """Shards with an index, as `prepare` leaves them."""
     path, index = prepared
     write_index(path, index)
-    write_tensors(path / CONDITIONING_NAME, CONDITIONING)
+    save_file(CONDITIONING, path / CONDITIONING_NAME)
     (path / "whole.bin").write_bytes(bytes(range(256)) * 40)
     return path
 

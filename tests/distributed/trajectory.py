@@ -154,13 +154,16 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
-    `base`: before each pass the plain model predicts, its adapter switched off.
+    `base`: before each pass the plain model predicts, its adapter switched off. `background`: a step after which
+    a checkpoint is saved beside the training.
     """
     from deepspeed.comm.comm import cdb as comm
 
     from flux2_ds import distributed as agreement
     from flux2_ds.checkpoint import manager as saving
+    from flux2_ds.checkpoint.background import BackgroundSave
     from flux2_ds.engine.engine import Engine
+    from flux2_ds.engine.host_memory import HostBuffers
     from flux2_ds.engine.zero3 import gathering
     from flux2_ds.training import build as assembly
 
@@ -226,7 +229,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
             engine.rehearse(partial(loss_of, batch=global_batch(number)))
         assert torch.equal(torch.get_rng_state(), generator)
     own = GLOBAL_BATCH // process.world_size
-    losses, unadapted = [], base()
+    losses, unadapted, pending = [], base(), None
     for step in range(first, case["steps"]):
         total = torch.zeros((), device=process.device)
         for at in range(process.rank * own, (process.rank + 1) * own, micro):
@@ -259,16 +262,18 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         losses.append(float(agreement.all_reduce_mean(total)))
         if case.get("previewed"):
             look(engine)
-        if "save" in case and step + 1 in (case["steps"], case.get("save_at")):
+        moments = (case["steps"], case.get("save_at"), case.get("background"))
+        if "save" in case and step + 1 in moments:
+            if pending is not None:
+                pending.wait(lambda: None)
+            state = engine.state
+            what = Path(case["save"]), step + 1, state.tensor_shards, state.counters(), process
             with killed_while_saving(case.get("kill_saving"), step + 1, process.rank):
-                saving.save(
-                    Path(case["save"]),
-                    step + 1,
-                    engine.state.tensor_shards,
-                    engine.state.counters(),
-                    process,
-                    sharded=engine.state.sharded,
-                )
+                if step + 1 == case.get("background"):
+                    buffers = HostBuffers(math.inf, process.device)
+                    pending = BackgroundSave(*what, buffers, ended, sharded=state.sharded)
+                else:
+                    saving.save(*what, sharded=state.sharded)
     if case.get("replayed"):
         assert len(replays) == 2 * (case["steps"] * own // micro - 1)
     if compiled:
@@ -343,6 +348,10 @@ build_optimizer = optimizers.build
 def fused(settings: Optimizer, parameters: Any, *, fused: bool) -> Any:
     """As on CUDA; torch has a fused AdamW for the CPU, too."""
     return build_optimizer(settings, parameters, fused=True)
+
+
+def ended(path: Path, failure: str | None) -> None:
+    assert failure is None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ MARK = "FLUX2_DS_KILL_TEST"
 RECIPE = f"""\
 {{run_dir: run, steps: {STEPS}, precision: fp32, deepspeed: zero0, model: {{path: model}}, lora: {{rank: 2}},
 data: {{images: photos, shards: shards, resolution: 64, bucket_step: 16}}, batch: {{global_size: 2, micro_size: 1}},
-checkpoint: {{every: 2}}, log: {{every: 1, wandb: disabled}}, launch: {{accelerator: cpu, processes: 2}}}}
+checkpoint: {{every: 2, background: true}}, log: {{every: 1, wandb: disabled}}, launch: {{accelerator: cpu, processes: 2}}}}
 """
 SSH = """\
 #!/bin/sh
@@ -89,8 +89,9 @@ def alive() -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def start(folder: Path, run_dir: str, hosts: int) -> subprocess.Popen[bytes]:
-    options = ["--launch.hostfile", "hostfile", "--launch.processes", "null"] if hosts == 2 else []
+def start(folder: Path, run_dir: str, hosts: int, *more: str) -> subprocess.Popen[bytes]:
+    options = [*more]
+    options += ["--launch.hostfile", "hostfile", "--launch.processes", "null"] if hosts == 2 else []
     with (folder / "out").open("w") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "launcher", "train", "--config", "recipe.yaml", "--run_dir", run_dir, *options],
@@ -118,7 +119,7 @@ def check_same(found: Any, expected: Any) -> None:
 
 def test_whoever_is_killed_whenever_nothing_is_left_and_the_run_ends_alike(folder: Path) -> None:
     began = time.monotonic()
-    launcher = start(folder, "undisturbed", hosts=2)
+    launcher = start(folder, "undisturbed", 2, "--checkpoint.background", "false")
     assert launcher.wait(timeout=300) == 0, (folder / "out").read_text()
     duration = time.monotonic() - began
     expected = result(folder / "undisturbed")

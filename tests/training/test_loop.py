@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import re
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,7 +150,10 @@ def run_loop(
         stop=StopRequest(folder / "stop"),
         watchdog=watchdog,
     )
-    return run_steps(run)
+    try:
+        return run_steps(run)
+    finally:  # as in train()
+        run.checkpoints.wait(steps)
 
 
 def held_out_losses(*losses: float, patience: int = 99) -> Any:
@@ -375,24 +380,69 @@ def test_steps_that_the_loss_scaler_skips_are_no_failure(tmp_path):
     assert [(v["train/loss"], v["optim/skipped_steps"]) for v in values] == [(None, 1), (2.0, 1)]
 
 
-def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(
+    tmp_path, monkeypatch, caplog, background
+):
     write = manager.write_files
 
-    def full(partial: Path, tensor_shards: Any, part: int | None) -> Any:
+    def full(partial: Path, files: Any) -> Any:
         if "04" in partial.name or "09" in partial.name:
             (partial / "weights.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(partial, tensor_shards, part)
+        return write(partial, files)
 
     monkeypatch.setattr(manager, "write_files", full)
-    assert run_loop(tmp_path, StandIn([1.0] * 6), 6, save_every=2)
+    keep = Checkpoint(keep_last=9, background=background)
+    assert run_loop(tmp_path, StandIn([1.0] * 6), 6, save_every=2, keep=keep)
     assert "step 4 cannot be written" in caplog.text
     assert "No space left on device (rank 0)" in caplog.text
     assert saved(tmp_path) == [2, 6]
     with pytest.raises(UserError, match="the checkpoint of step 9 cannot be written"):
-        run_loop(tmp_path, StandIn([1.0] * 9), 9)
+        run_loop(tmp_path, StandIn([1.0] * 9), 9, keep=keep)
     assert saved(tmp_path) == [2, 6]
     assert not list(tmp_path.glob("checkpoints/.*"))  # the half is removed
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(
+    tmp_path, monkeypatch, caplog
+):
+    """That of step 2 is written at the third step's log line, and step 4's waits for it."""
+    write, metrics, go_on = manager.write_files, recorder(), threading.Event()
+    monkeypatch.setattr(manager, "write_files", lambda *what: go_on.wait(60) and write(*what))
+    seen = {}
+
+    def record(step: int, values: dict[str, float]) -> None:
+        seen[step] = saved(tmp_path), values.get("perf/checkpoint_stall_seconds")
+        if step == 4:
+            threading.Timer(0.2, go_on.set).start()
+
+    metrics.write.side_effect = record
+    keep = Checkpoint(background=True, keep_last=2, keep_best=True)
+    options = {"save_every": 2, "keep": keep, "validation": held_out_losses(0.1, 0.2, 0.3, 0.4)}
+    with caplog.at_level(logging.INFO, logger="flux2_ds"):
+        assert run_loop(tmp_path, StandIn([1.0] * 8), 8, metrics, **options)
+    assert seen[3][0] == seen[4][0] == []
+    assert 2 in seen[5][0]
+    assert seen[2][1] is None and seen[4][1] is None
+    assert 0 < seen[3][1] < 0.2 <= seen[5][1]
+    assert caplog.text.count("waiting for step_00000002, which is still being written") == 1
+    assert saved(tmp_path) == [2, 6, 8]
+
+
+def test_an_error_loses_no_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    write = manager.write_files
+    monkeypatch.setattr(manager, "write_files", lambda *what: time.sleep(0.3) or write(*what))
+    engine = StandIn([1.0, 1.0, math.nan, 1.0])
+    with pytest.raises(UserError, match="the loss is nan at step 3"):
+        run_loop(tmp_path, engine, 4, save_every=2, keep=Checkpoint(background=True))
+    assert saved(tmp_path) == [2]
+
+
+def test_a_defect_in_the_writing_thread_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(manager, "write_files", Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        run_loop(tmp_path, StandIn([1.0] * 9), 9, save_every=2, keep=Checkpoint(background=True))
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank():
