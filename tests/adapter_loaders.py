@@ -62,7 +62,7 @@ def bfl_shapes(double: int, single: int, width: int) -> dict[str, tuple[int, int
 
 
 def comfyui(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
-    """comfy/lora.py `load_lora` and `model_lora_keys_unet`, comfy/weight_adapter/lora.py and base.py."""
+    """comfy/lora.py `load_lora` and `model_lora_keys_unet`, comfy/weight_adapter/lora.py, lokr.py, loha.py and base.py."""
     targets: dict[str, tuple[str, int | None]] = {}
     for module in weights:
         targets[f"diffusion_model.{module}"] = (module, None)
@@ -87,6 +87,14 @@ def comfyui(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
         )
         alpha, scale = tensors.get(f"{key}.alpha"), tensors.get(f"{key}.dora_scale")
         used |= {f"{key}.{end}" for end in ("alpha", "dora_scale")} & tensors.keys()
+        product = _product(tensors, key, alpha)
+        if product is not None:
+            weight = changed[module]
+            if third is not None:
+                size = weight.shape[0] // 3
+                weight = weight.narrow(0, third * size, size)
+            weight += product[0].reshape(weight.shape)
+            used |= product[1]
         if pair is None:
             continue
         used |= set(pair)
@@ -107,10 +115,15 @@ def comfyui(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
 
 
 def musubi_tuner(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
-    """utils/lora_utils.py `load_safetensors_with_lora_and_fp8`, as flux_2_generate_image.py calls it."""
+    """utils/lora_utils.py `load_safetensors_with_lora_and_fp8`, as flux_2_generate_image.py calls it, with networks/lokr.py
+    and loha.py `merge_weights_to_tensor`."""
     used, changed = set(), dict(weights)
     for module, weight in weights.items():
         key = f"lora_unet_{module.replace('.', '_')}"
+        product = _product(tensors, key, tensors.get(f"{key}.alpha"))
+        if product is not None and f"{key}.lokr_w1_a" not in tensors:
+            changed[module] = weight + product[0]
+            used |= product[1] | {f"{key}.alpha"}
         pair = _pair(tensors, key, ("lora_up.weight", "lora_down.weight"))
         if pair is None:
             continue
@@ -137,10 +150,16 @@ def ai_toolkit(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
 
 def onetrainer(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
     """util/load_lora_util.py, module/LoRAModule.py, on diffusers' model, q, k and v apart; `lora_decompose` with
-    `lora_decompose_output_axis` for a DoRA."""
+    `lora_decompose_output_axis` for a DoRA; of a LoKr or LoHa rank, factor and full matrices are those of the settings,
+    and a linear without its alpha is refused."""
     used, changed = set(), dict(weights)
     for module, weight in weights.items():
         key = f"transformer.{module}"
+        flat = f"lycoris_{module.replace('.', '_')}"
+        product = _product(tensors, flat, tensors.get(f"{flat}.alpha"))
+        if product is not None and f"{flat}.alpha" in tensors:
+            changed[module] = weight + product[0]
+            used |= product[1] | {f"{flat}.alpha"}
         pair = _pair(
             tensors, key, ("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight")
         )
@@ -155,6 +174,27 @@ def onetrainer(weights: Tensors, tensors: Tensors) -> tuple[Tensors, set[str]]:
         changed[module] = sum_
         used |= {*pair, f"{key}.alpha", magnitude}
     return changed, tensors.keys() - used
+
+
+def _product(
+    tensors: Tensors, key: str, alpha: torch.Tensor | None
+) -> tuple[torch.Tensor, set[str]] | None:
+    """LyCORIS' update of a LoKr or LoHa, and the names of its tensors; a full matrix is not scaled."""
+    kind = "hada" if f"{key}.hada_w1_a" in tensors else "lokr"
+    matrices, used, rank = [], set(), None
+    for matrix in (f"{key}.{kind}_w1", f"{key}.{kind}_w2"):
+        if matrix in tensors:
+            matrices.append(tensors[matrix])
+            used.add(matrix)
+        elif f"{matrix}_a" in tensors:
+            up, down = tensors[f"{matrix}_a"], tensors[f"{matrix}_b"]
+            matrices.append(up @ down)
+            used |= {f"{matrix}_a", f"{matrix}_b"}
+            rank = down.shape[0]
+    if len(matrices) < 2:
+        return None
+    change = matrices[0] * matrices[1] if kind == "hada" else torch.kron(*matrices)
+    return change * (1 if alpha is None or rank is None else alpha.item() / rank), used
 
 
 def _pair(tensors: Tensors, key: str, *ends: tuple[str, str]) -> tuple[str, str] | None:

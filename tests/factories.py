@@ -57,7 +57,7 @@ def build_adapted(
     model = build_transformer(spec, torch.bfloat16, base_weights)
     transformer.keep_timestep_exact(model)
     settings = Lora(rank=4, targets="diffusers", dropout=dropout)
-    add_lora(model, lora_config(spec, settings, dora=dora), seed=0)
+    add_lora(model, lora_config(spec, settings, "dora" if dora else "lora"), seed=0)
     for name, parameter in transformer.trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)

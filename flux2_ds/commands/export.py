@@ -37,8 +37,8 @@ from flux2_ds.commands.model_card import (
     push,
     write_card,
 )
-from flux2_ds.config.adapter import adapted_linears, of_rank
-from flux2_ds.config.adapter_file import bfl_place, parts_of
+from flux2_ds.config.adapter import ADAPTER_KINDS, adapted_linears, of_rank
+from flux2_ds.config.adapter_file import bfl_place, find_factors, parts_of
 from flux2_ds.config.model_files import DIGESTS, file_digests, model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
 from flux2_ds.config.parse import parse_recipe, recipe_parser
@@ -49,9 +49,12 @@ from flux2_ds.model.adapter_layouts import (
     Layout,
     Update,
     bfl_tensors,
+    change_of,
     difference,
     diffusers_tensors,
     kohya_tensors,
+    lycoris_tensors,
+    multiplied,
     of_lower_rank,
 )
 from flux2_ds.model.adapter_programs import (
@@ -83,8 +86,10 @@ log = logging.getLogger("flux2_ds")
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 FILE_SIZE = "10GB"
 """Of an exported transformer; one such file is in memory at a time."""
-READERS: dict[Layout, str] = {"diffusers": "diffusers", "bfl": "comfyui", "kohya": "musubi"}
-"""Layout -> the program that its file is named after."""
+READERS: dict[Layout, str] = {
+    "diffusers": "diffusers", "bfl": "comfyui", "kohya": "musubi", "lycoris": "lycoris",
+}  # fmt: skip
+"""Layout -> the program, or the layout that several have, that its file is named after."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.02}
 """Largest relative error of an update after a file was read back, by the file's precision."""
 
@@ -118,7 +123,7 @@ def main() -> None:
                         help="The trained weights, or their moving average.")  # fmt: skip
     parser.add_argument("--layout", type=Layout | None, default=None,
                         help="Names of an adapter's tensors. Default: a file for diffusers and one (bfl) for "
-                             "ComfyUI; kohya is musubi-tuner's.")  # fmt: skip
+                             "ComfyUI; of a LoKr or LoHa one (lycoris); kohya is musubi-tuner's.")  # fmt: skip
     parser.add_argument("--merge", type=bool, default=False,
                         help="Write the whole transformer with the adapter in it instead of the adapter: a "
                              "directory (--layout diffusers) or one file for ComfyUI (--layout bfl).")  # fmt: skip
@@ -244,7 +249,7 @@ def export(
     if request.rank is not None and (request.rank < 1 or recipe.method != "lora"):
         raise UserError(
             f"--rank is {request.rank}, and method {recipe.method}; it must be at least 1, and is for a LoRA: a DoRA's "
-            "magnitudes are those of its whole update. Remove it."
+            "magnitudes are those of its whole update, and a LoKr or LoHa is small for its rank. Remove it."
         )
     if whole and layout == "kohya":
         raise UserError("--layout kohya is for adapters alone. Export --layout bfl, or diffusers.")
@@ -253,11 +258,23 @@ def export(
             "--layout kohya: the programs that read these names drop the magnitudes of a DoRA, and half "
             "of the update is wrong without them. Export --layout bfl for ComfyUI, or --merge --layout bfl."
         )
+    if layout and not whole and (layout, recipe.method) not in CHECKED:
+        fitting = " or ".join(each for each, method in CHECKED if method == recipe.method)
+        raise UserError(
+            f"--layout {layout}: no program loads a {ADAPTER_KINDS[recipe.method]} by these names. Export --layout {fitting}, "
+            "or --merge true."
+        )
+    if whole and layout == "lycoris":
+        raise UserError(
+            "--layout lycoris is for a LoKr or LoHa. Export --layout bfl, or diffusers."
+        )
     if request.dtype == torch.float8_e4m3fn and not (whole and layout == "bfl"):
         raise UserError(
             "--dtype fp8 is for all weights in one file: add --layout bfl, and --merge to an adapter."
         )
     layouts: tuple[Layout, ...] = ("diffusers", "bfl") if layout is None else (layout,)
+    if layout is None and recipe.method in ("lokr", "loha"):
+        layouts = ("lycoris",)
     parts = ["transformer"] if request.merge or (dora and "bfl" in layouts) else []
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     origin = Origin(
@@ -268,7 +285,9 @@ def export(
         request.title or Path(recipe.run_dir).resolve().name,
         request.trigger,
         request.repository,
-        recipe.lora,
+        replace(
+            recipe.lora, decompose_both=False
+        ),  # W1 is written as a full matrix, which it is in every program
     )
     store = chosen.store("weights" if request.weights == "trained" else "ema")
     path = export_path(recipe, chosen.step, request.weights)
@@ -340,8 +359,15 @@ def _reduced(adapter: Adapter, rank: int, origin: Origin) -> tuple[Adapter, Orig
 
 
 def stored_adapter(store: TensorStore, recipe: Recipe, spec: Spec) -> Adapter:
-    """The trained adapter, its scale multiplied into A."""
+    """The trained adapter, its scale multiplied into A, or into the first factor."""
     linears, adapter = adapted_linears(spec, recipe.lora), {}
+    if recipe.method in ("lokr", "loha"):
+        keys = {name.removesuffix(f".{ADAPTER}"): name for name in store.shapes}
+        for factors in find_factors(keys, spec, ("{name}",)):
+            tensors = {n: store.tensor(keys[n]) for names in factors.matrices for n in names}
+            scale = linears[factors.name].scale
+            adapter[factors.name] = multiplied(change_of(factors, tensors), scale)
+        return adapter
     for name in store.shapes:
         linear, found, _ = name.partition(f".lora_A.{ADAPTER}.weight")
         if found:
@@ -370,9 +396,10 @@ def export_adapter(
 
     `base`: for a DoRA in `bfl`.
     """
-    dora = recipe.method == "dora"
     if layout == "diffusers":
         tensors = diffusers_tensors(adapter)
+    elif layout == "lycoris":
+        tensors = lycoris_tensors(adapter)
     elif layout == "kohya":
         tensors = kohya_tensors(adapter)
     elif base is None:
@@ -383,11 +410,12 @@ def export_adapter(
         tensors = bfl_tensors(adapter, scales)
     # A rank is not rounded: bf16 has no 261.
     tensors = {n: t if n.endswith(".alpha") else t.to(dtype) for n, t in tensors.items()}
-    metadata = file_metadata(origin, path.stem, tensors, black_forest=layout != "diffusers")
-    if layout == "diffusers":
-        config = lora_config(origin.spec, exported_settings(origin.lora), dora=dora)
+    diffusers_names = layout in ("diffusers", "lycoris")
+    metadata = file_metadata(origin, path.stem, tensors, black_forest=not diffusers_names)
+    if diffusers_names and recipe.method != "loha":
+        config = lora_config(origin.spec, exported_settings(origin.lora), recipe.method)
         metadata["lora_adapter_metadata"] = _adapter_metadata(config.to_dict())
-    programs = CHECKED[layout, dora]
+    programs = CHECKED[layout, recipe.method]
     metadata["flux2_ds.checked_for"] = ", ".join(programs)
     with atomic_path(path) as unfinished:
         write_all(unfinished, tensors, metadata)

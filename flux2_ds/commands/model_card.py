@@ -117,6 +117,10 @@ class Origin:
         return max(sides) if isinstance(sides, list) else int(sides)
 
 
+_MODULES = {"lokr": "networks.lokr", "loha": "networks.loha"}
+"""Method -> the module of kohya's scripts that trains such adapters."""
+
+
 def file_metadata(
     origin: Origin, name: str, tensors: dict[str, torch.Tensor] | None, *, black_forest: bool
 ) -> dict[str, str]:
@@ -164,7 +168,7 @@ def file_metadata(
     }
     if not full:
         values |= {
-            "ss_network_module": "networks.lora_flux_2",
+            "ss_network_module": _MODULES.get(settings["method"], "networks.lora_flux_2"),
             "ss_network_dim": adapter["rank"],
             # The strength is in the factors: every program that looks for an alpha finds the rank.
             "ss_network_alpha": adapter["rank"],
@@ -204,7 +208,7 @@ def write_card(folder: Path, origin: Origin, exports: list[Export], previews: Pa
     parts += [
         _beside(origin),
         _files(folder, exports),
-        *(_use(folder, each, origin) for each in exports),
+        *(_use(folder, *use, origin) for use in _uses(exports)),
     ]
     parts += [_table(origin), f"Its use is subject to the licence of {origin.base}."]
     written[0].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -232,10 +236,17 @@ def _files(folder: Path, exports: list[Export]) -> str:
     return "## Files\n\n" + "\n".join(rows)
 
 
-def _use(folder: Path, export: Export, origin: Origin) -> str:
+def _uses(exports: list[Export]) -> list[tuple[Export, str]]:
+    """Each file with its first program; the only file of an adapter with diffusers, too, if it is one of them."""
+    uses = [(each, each.programs[0]) for each in exports]
+    if len(uses) == 1 and "diffusers" in exports[0].programs[1:]:
+        uses.append((exports[0], "diffusers"))
+    return uses
+
+
+def _use(folder: Path, export: Export, reader: str, origin: Origin) -> str:
     name, pipeline = export.path.relative_to(folder), origin.spec.pipeline
     adapter = export.error is not None
-    reader = export.programs[0]
     if reader == "ComfyUI" and adapter:
         how = (
             f"Put `{name}` into `models/loras` and load it with a LoraLoaderModelOnly node between the "

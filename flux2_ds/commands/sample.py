@@ -31,7 +31,7 @@ from typing import Any, Final
 import psutil
 import torch
 from diffusers import Flux2Transformer2DModel
-from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from flux2_ds.config.adapter import merges
@@ -61,7 +61,7 @@ from flux2_ds.model.adapter_layouts import Adapter
 from flux2_ds.model.adapter_programs import read_adapter, read_merges
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.load import check_card, open_file, read_weights
-from flux2_ds.model.lora import ADAPTER, LoraLinear, add_lora, set_adapter
+from flux2_ds.model.lora import ADAPTER, add_lora, config_of, set_adapter
 from flux2_ds.model.merge import Merges, merge_into
 from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.text_encoder import TextEncoder
@@ -381,18 +381,7 @@ def check_transformer(folder: Path) -> None:
 
 def put_adapter(model: Flux2Transformer2DModel, adapter: Adapter) -> None:
     """Add an adapter, in the layers in which one is trained."""
-    ranks = {name: update.down.shape[0] for name, update in adapter.items()}
-    rank = max(ranks.values())
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern={name: each for name, each in ranks.items() if each != rank},
-        alpha_pattern={name: each for name, each in ranks.items() if each != rank},
-        target_modules=list(adapter),
-        init_lora_weights="gaussian",
-        use_dora=any(update.magnitude is not None for update in adapter.values()),
-    )
-    add_lora(model, config, seed=0)
+    add_lora(model, config_of(adapter), seed=0)
     set_adapter(model, adapter)
     model.eval()
 
@@ -400,7 +389,7 @@ def put_adapter(model: Flux2Transformer2DModel, adapter: Adapter) -> None:
 def set_strength(model: Flux2Transformer2DModel, strength: float) -> None:
     """Multiply the adapter's update."""
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, BaseTunerLayer):
             module.set_scale(ADAPTER, strength)
 
 

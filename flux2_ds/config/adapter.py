@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -13,8 +13,12 @@ from flux2_ds.config.model_spec import TARGETS, Spec, linear_shapes, target_modu
 from flux2_ds.config.recipe import Lora, Recipe
 from flux2_ds.errors import UserError, shown
 
-ADAPTER_FIELDS = ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern")
+ADAPTER_FIELDS = (
+    "rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "factor", "decompose_both",
+)  # fmt: skip
 """The settings of `lora` that decide an adapter's tensors and scales."""
+ADAPTER_KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
+"""Method -> its name in the field."""
 
 
 class AdaptedLinear(NamedTuple):
@@ -26,10 +30,69 @@ class AdaptedLinear(NamedTuple):
     alpha: float
     scale: float
     """alpha / r; of rsLoRA alpha / √r (arXiv 2312.03732, equation 4)."""
+    kronecker: Kronecker
 
-    def tensors(self, *, dora: bool) -> list[int]:
-        """Elements of A, B and a DoRA's magnitudes."""
-        return [self.rank * self.columns, self.rank * self.rows] + [self.rows] * dora
+    def tensors(self, method: str) -> list[int]:
+        """Elements of the adapter's tensors."""
+        low_rank = [self.rank * self.columns, self.rank * self.rows]
+        if method == "lokr":
+            return self.kronecker.tensors(self.rank)
+        return {"lora": low_rank, "dora": [*low_rank, self.rows], "loha": 2 * low_rank}[method]
+
+    def kept(self, method: str) -> int:
+        """Elements for each token that the backward pass needs beside those of a LoRA."""
+        if method == "lokr":
+            (_, b), (c, _) = self.kronecker.shape
+            return c * (b + self.rank * (not self.kronecker.full[1]))
+        return self.rank**2 if method == "loha" else 0
+
+
+class Kronecker(NamedTuple):
+    """How a LoKr takes a linear apart: W1 [a, c] ⊗ W2 [b, d] for W [a·b, c·d]."""
+
+    shape: tuple[tuple[int, int], tuple[int, int]]
+    """((a, b), (c, d))."""
+    full: tuple[bool, bool]
+    """Whether W1 and W2 are full matrices, not products of rank r."""
+
+    def tensors(self, rank: int) -> list[int]:
+        """Elements of the tensors of W1 and W2."""
+        sides = zip(*self.shape, strict=True)
+        parts = [
+            [m * n] if full else [m * rank, rank * n]
+            for (m, n), full in zip(sides, self.full, strict=True)
+        ]
+        return parts[0] + parts[1]
+
+
+def kronecker(rows: int, columns: int, rank: int, settings: Lora) -> Kronecker:
+    """As LyCORIS and PEFT's LoKr do it."""
+    (a, b), (c, d) = _divided(rows, settings.factor), _divided(columns, settings.factor)
+    full = not settings.decompose_both or 2 * rank >= max(a, c), 2 * rank >= max(b, d)
+    return Kronecker(((a, b), (c, d)), full)
+
+
+def _divided(size: int, factor: int | None) -> tuple[int, int]:
+    """`factor` and the other one of `size`; the largest divisor up to it and to √size, if it is none."""
+    if factor is None or size % factor:
+        highest = min(math.isqrt(size), factor or size)
+        factor = next(m for m in range(highest, 0, -1) if size % m == 0)
+    return factor, size // factor
+
+
+def common_factor(what: str, shapes: Iterable[Sequence[tuple[int, int]]]) -> int | None:
+    """The `lora.factor` that takes all linears of `what` apart into W1 and W2 of these shapes.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [((a, b), (c, d)) for (a, c), (b, d) in shapes]
+    for factor in (None, *sorted({a for (a, _), _ in found if a > 1})):
+        if all(_divided(m * n, factor) == (m, n) for sides in found for m, n in sides):
+            return factor
+    raise UserError(
+        f"{what} takes its linears apart by several factors, which lora.factor cannot. Name another file."
+    )
 
 
 def adapted_linears(spec: Spec, settings: Lora) -> dict[str, AdaptedLinear]:
@@ -54,7 +117,9 @@ def adapted_linears(spec: Spec, settings: Lora) -> dict[str, AdaptedLinear]:
         rank = ranks.get(name, settings.rank)
         alpha = alphas.get(name, rank if settings.alpha is None else settings.alpha)
         scale = alpha / (math.sqrt(rank) if settings.rslora else rank)
-        found[name] = AdaptedLinear(*shapes[name], rank, alpha, scale)
+        rows, columns = shapes[name]
+        parts = kronecker(rows, columns, rank, settings)
+        found[name] = AdaptedLinear(rows, columns, rank, alpha, scale, parts)
     return found
 
 
@@ -92,9 +157,8 @@ def _matches(setting: str, pattern: str, names: Iterable[str]) -> list[str]:
 
 def adapter_tensors(spec: Spec, recipe: Recipe) -> list[int]:
     """Elements of each of the adapter's tensors."""
-    dora = recipe.method == "dora"
     linears = adapted_linears(spec, recipe.lora).values()
-    return [elements for linear in linears for elements in linear.tensors(dora=dora)]
+    return [elements for linear in linears for elements in linear.tensors(recipe.method)]
 
 
 def adapter_line(spec: Spec, recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
 """What an adapter file holds, from the names and shapes at its start: layout, linears, ranks, kind. No torch.
 
-Three layouts: diffusers' names; Black Forest Labs' (`diffusion_model.`), in which q, k and v of a double block are
-one linear; and kohya's, which are the same with underscores.
+Four layouts: diffusers' names; LyCORIS', which are the same with underscores; Black Forest Labs'
+(`diffusion_model.`), in which q, k and v of a double block are one linear; and kohya's, the same with underscores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flux2_ds.config.adapter import ADAPTER_FIELDS, adapted_linears
+from flux2_ds.config.adapter import ADAPTER_FIELDS, adapted_linears, common_factor, kronecker
 from flux2_ds.config.model_spec import TARGETS, Spec, linear_shapes, target_modules
 from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError, shown
@@ -39,8 +39,15 @@ BFL_SINGLE = {"attn.to_qkv_mlp_proj": ("linear1", 0), "attn.to_out": ("linear2",
 _FUSED = 3
 """Linears in a `qkv`."""
 
-NAMES = ("transformer.{name}", "diffusion_model.{bfl}", "lora_unet_{flat}")
+NAMES = ("transformer.{name}", "diffusion_model.{bfl}", "lora_unet_{flat}", "lycoris_{dashed}")
 AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+LOKR = tuple(
+    (*w1, *w2)
+    for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+)
+"""A linear's tensors: of LoRA in two spellings; W1 and W2 of a LoKr are full matrices or products."""
 MAGNITUDE = "lora_magnitude_vector.weight"
 _MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -75,38 +82,66 @@ def parts_of(module: str) -> list[str]:
     return [f"{prefix}.{linear}" for linear, (name, _) in table.items() if name == inner]
 
 
-class Pair(NamedTuple):
-    """The factors of a linear in a file; `rows`: of B, those that are this linear's."""
+class Factors(NamedTuple):
+    """The tensors of a linear in a file; `rows`: of the update, those that are this linear's."""
 
     name: str
     key: str
-    down: str
-    up: str
+    ends: tuple[str, ...]
     rows: slice
     fused: bool
 
+    @property
+    def method(self) -> str:
+        """Which kind of adapter it is; a DoRA's factors are a LoRA's."""
+        return {"lokr": "lokr", "hada": "loha"}.get(self.ends[0][:4], "lora")
 
-def find_pairs(
+    @property
+    def matrices(self) -> list[list[str]]:
+        """Of LoRA B·A, of the others W1 and W2: the tensors of which each is the product, or that it is."""
+        if self.method == "lora":
+            return [[f"{self.key}.{end}" for end in reversed(self.ends)]]
+        found: dict[str, list[str]] = {}
+        for end in self.ends:
+            found.setdefault(end[:7], []).append(f"{self.key}.{end}")
+        return list(found.values())
+
+    def shapes(self, tensors: dict[str, _Tensor]) -> list[tuple[int, int]] | None:
+        """Of its matrices; None if tensors do not fit together."""
+        sides = [[tensors[name].shape for name in names] for names in self.matrices]
+        for each in sides:
+            if any(len(shape) != 2 for shape in each) or (each[1:] and each[0][1] != each[1][0]):
+                return None
+        return [(each[0][0], each[-1][1]) for each in sides]
+
+    def rank(self, tensors: dict[str, _Tensor]) -> int | None:
+        """The last matrix's, where it is a product."""
+        first, *second = self.matrices[-1]
+        return tensors[first].shape[1] if second else None
+
+
+def find_factors(
     keys: Collection[str],
     spec: Spec,
     names: tuple[str, ...] = NAMES,
-    factors: tuple[tuple[str, str], ...] = (AB, DOWN_UP),
-) -> Iterator[Pair]:
+    kinds: tuple[tuple[str, ...], ...] = (AB, DOWN_UP, LOHA, *LOKR),
+) -> Iterator[Factors]:
     """The factors of the linears of a model of this size.
 
-    In `names` {bfl} is Black Forest Labs' module, {flat} the same with underscores, {name} diffusers'.
+    In `names` {bfl} is Black Forest Labs' module, {name} diffusers'; {flat} and {dashed} the same with underscores.
     """
     known = set(keys)
     for name, (rows, _) in linear_shapes(spec).items():
         place = bfl_place(name)
-        titles = {"bfl": place.module, "flat": place.module.replace(".", "_"), "name": name}
+        titles = {"bfl": place.module, "flat": place.module.replace(".", "_"),
+                  "name": name, "dashed": name.replace(".", "_")}  # fmt: skip
         for pattern in names:
             key = pattern.format(**titles)
-            fused = "{name}" not in pattern and place.parts > 1
+            fused = ("{bfl}" in pattern or "{flat}" in pattern) and place.parts > 1
             part = slice(place.part * rows, (place.part + 1) * rows) if fused else slice(None)
-            for down, up in factors:
-                if {f"{key}.{down}", f"{key}.{up}"} <= known:
-                    yield Pair(name, key, f"{key}.{down}", f"{key}.{up}", part, fused)
+            for ends in kinds:
+                if {f"{key}.{end}" for end in ends} <= known:
+                    yield Factors(name, key, ends, part, fused)
                     break
 
 
@@ -114,7 +149,7 @@ class FileSettings(NamedTuple):
     """What a file decides of a run's adapter."""
 
     lora: Lora
-    dora: bool
+    method: str
     scaled: bool
     """Its factors are multiplied by the scale already, as flux2-ds writes them."""
 
@@ -134,35 +169,38 @@ def settings_of_file(setting: str, path: str, spec: Spec | None) -> FileSettings
                         r"single(?:_transformer)?_blocks[._](\d+)")
     ]  # fmt: skip
     model = spec or Spec("klein", "", blocks[0], blocks[1], 1, 1, 1, guidance=False)
-    pairs = list(find_pairs(tensors, model))
-    ends = ("alpha", MAGNITUDE)
-    used = {name for pair in pairs for name in (pair.down, pair.up)}
-    used |= {f"{pair.key}.{end}" for pair in pairs for end in ends} & tensors.keys()
-    wrong = _wrong(tensors, used, blocks, pairs, model if spec else None)
+    found = list(find_factors(tensors, model))
+    used = {name for each in found for names in each.matrices for name in names}
+    used |= {f"{each.key}.{end}" for each in found for end in ("alpha", MAGNITUDE)} & tensors.keys()
+    wrong = _wrong(tensors, used, blocks, found, model if spec else None)
     if wrong:
         of = f"of {spec}" if spec else "of FLUX.2"
         raise UserError(f"{setting} {path} is no adapter {of}: {wrong}. Name another file.")
-    dora = any(f"{pair.key}.{MAGNITUDE}" in tensors for pair in pairs)
+    dora = any(f"{each.key}.{MAGNITUDE}" in tensors for each in found)
+    method = "dora" if dora else found[0].method
     if "flux2_ds.lora" in metadata:
         trained = json.loads(metadata["flux2_ds.lora"])
-        found = _as_trained(setting, path, trained, pairs, tensors, model)
-        return FileSettings(found, dora, scaled=True)
-    ranks = {pair.name: tensors[pair.down].shape[0] for pair in pairs}
+        lora = _as_trained(setting, path, trained, found, tensors, model)
+        return FileSettings(lora, method, scaled=True)
+    sizes = {each.name: each.shapes(tensors) for each in found}
+    ranks = {each.name: each.rank(tensors) or max(sizes[each.name][-1]) for each in found}  # type: ignore[index]
     rank = Counter(ranks.values()).most_common(1)[0][0]
     peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     alphas: dict[str, float] = {}
-    for pair in pairs:
-        alphas[pair.name] = _alpha(path, tensors.get(f"{pair.key}.alpha")) or ranks[pair.name]
+    for each in found:
+        alphas[each.name] = ranks[each.name]
+        if each.rank(tensors) is not None:  # LyCORIS does not scale a full matrix
+            alphas[each.name] = _alpha(path, tensors.get(f"{each.key}.alpha")) or ranks[each.name]
         if "transformer.lora_alpha" in peft:
             patterns: dict[str, float] = peft.get("transformer.alpha_pattern") or {}
-            matching = [a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", pair.name)]
-            alphas[pair.name] = (*matching, peft["transformer.lora_alpha"])[0]
+            matching = [a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", each.name)]
+            alphas[each.name] = (*matching, peft["transformer.lora_alpha"])[0]
     follows = all(alphas[name] == ranks[name] for name in alphas)
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     names: str | list[str] = list(ranks)
     if spec is not None:  # else the model may have more blocks than the file
         names = next((each for each in TARGETS if target_modules(spec, each) == names), names)
-    found = Lora(
+    lora = Lora(
         rank=rank,
         alpha=None if follows else alpha,
         rslora=bool(peft.get("transformer.use_rslora")),
@@ -170,14 +208,17 @@ def settings_of_file(setting: str, path: str, spec: Spec | None) -> FileSettings
         rank_pattern={re.escape(n): each for n, each in ranks.items() if each != rank},
         alpha_pattern={re.escape(n): a for n, a in alphas.items() if not follows and a != alpha},
     )
-    return FileSettings(found, dora, scaled=False)
+    if method == "lokr":
+        shapes = (shapes for shapes in sizes.values() if shapes)
+        lora = replace(lora, factor=common_factor(f"{setting} {path}", shapes))
+    return FileSettings(lora, method, scaled=False)
 
 
 def _wrong(
     tensors: dict[str, _Tensor],
     used: set[str],
     blocks: list[int],
-    pairs: list[Pair],
+    found: list[Factors],
     spec: Spec | None,
 ) -> str | None:
     """Why it is no adapter of this model."""
@@ -190,25 +231,32 @@ def _wrong(
         return "a DoRA of ComfyUI's, which holds magnitudes for its own arithmetic; take the file for diffusers"
     if unknown:
         return f"{len(unknown)} tensors are for no linear, or lack their other factor; the first is {unknown[0]}"
-    if not pairs:
+    if not found:
         return "it adapts no linear"
-    with_magnitude = [pair.name for pair in pairs if f"{pair.key}.{MAGNITUDE}" in tensors]
-    if with_magnitude and len(with_magnitude) < len(pairs):
-        return f"it has magnitudes for {len(with_magnitude)} of {len(pairs)} linears only"
-    if len({pair.name for pair in pairs}) < len(pairs):
+    if len(kinds := {each.method for each in found}) > 1:
+        return f"it is {' and '.join(sorted(kinds))} at once"
+    with_magnitude = [each.name for each in found if f"{each.key}.{MAGNITUDE}" in tensors]
+    if with_magnitude and len(with_magnitude) < len(found):
+        return f"it has magnitudes for {len(with_magnitude)} of {len(found)} linears only"
+    if len({each.name for each in found}) < len(found):
         return "it has some linear under two names"
     shapes = linear_shapes(spec) if spec else {}
-    for pair in pairs:
-        down, up = tensors[pair.down].shape, tensors[pair.up].shape
-        rows, columns = shapes.get(pair.name, (0, 0))
-        expected = (rows * (_FUSED if pair.fused else 1), columns)
+    for each in found:
+        rows, columns = shapes.get(each.name, (0, 0))
+        expected = (rows * (_FUSED if each.fused else 1), columns)
+        matrices = each.shapes(tensors)
+        if each.method == "lokr" and each.fused:
+            return "it has one LoKr for q, k and v of a double block, which are three linears here"
+        if matrices is not None:
+            (m, n), (p, q) = matrices[0], matrices[-1]
+            whole = (m * p, n * q) if each.method == "lokr" else (m, n)
         if (
-            len(down) != 2
-            or len(up) != 2
-            or down[0] != up[1]
-            or (spec and (up[0], down[1]) != expected)
+            matrices is None
+            or (spec and whole != expected)
+            or (each.method == "loha" and (m, n) != (p, q))
         ):
-            return f"{pair.name} is {up} × {down} there, and {list(expected)} in the model"
+            held = " × ".join(str(tensors[name].shape) for names in each.matrices for name in names)
+            return f"{each.name} is {held} there, and {list(expected)} in the model"
     return None
 
 
@@ -216,25 +264,34 @@ def _as_trained(
     setting: str,
     path: str,
     values: dict[str, Any],
-    pairs: list[Pair],
+    found: list[Factors],
     tensors: dict[str, _Tensor],
     spec: Spec,
 ) -> Lora:
     """The settings that a file of flux2-ds says it was trained with."""
     settings = Lora(**{name: values[name] for name in ADAPTER_FIELDS if name in values})
-    linears, stored = adapted_linears(spec, settings), {pair.name: pair for pair in pairs}
+    linears, stored = adapted_linears(spec, settings), {each.name: each for each in found}
     for name, linear in linears.items():
-        pair = stored.get(name)
-        ranks = [linear.rank]
-        if pair is not None and pair.fused:
-            parts = parts_of(bfl_place(name).module)
-            ranks = [linears[part].rank for part in parts if part in linears]
-        if pair is None or tensors[pair.down].shape[0] != sum(ranks):
+        parts = parts_of(bfl_place(name).module)
+        rank = linear.rank
+        if name in stored and stored[name].fused:
+            rank = sum(linears[part].rank for part in parts if part in linears)
+        if name not in stored or not _fits(stored[name], rank, tensors, settings):
             raise UserError(
                 f"{setting} {path} is damaged: its metadata (flux2_ds.lora) has {name} with rank {linear.rank}, its "
                 "tensors do not. Export it again."
             )
     return settings
+
+
+def _fits(each: Factors, rank: int, tensors: dict[str, _Tensor], settings: Lora) -> bool:
+    """Whether a linear's tensors are of that rank, and a LoKr's of the settings' factors."""
+    if each.method != "lokr":
+        return each.rank(tensors) == rank
+    (a, c), (b, d) = each.shapes(tensors) or [(0, 0), (0, 0)]
+    parts = kronecker(a * b, c * d, rank, settings)
+    expected = None if parts.full[1] else rank
+    return parts.shape == ((a, b), (c, d)) and each.rank(tensors) == expected
 
 
 class _Tensor(NamedTuple):

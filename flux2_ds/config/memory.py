@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flux2_ds.config.adapter import adapter_tensors
+from flux2_ds.config.adapter import adapted_linears, adapter_tensors
 from flux2_ds.config.model_spec import (
     DOUBLE_LINEARS,
     PIXELS_PER_TOKEN,
@@ -30,15 +30,17 @@ _KEPT = {
     (True, "lora", True): (12, 11),
     (True, "dora", False): (13.5, 12),
     (True, "dora", True): (24, 21),
+    (True, "lokr", False): (18, 15),
     (True, "full", False): (13, 12),
     (False, "lora", False): (24.5, 19),
     (False, "lora", True): (36, 24),
     (False, "dora", False): (35.5, 29),
     (False, "dora", True): (47, 34),
+    (False, "lokr", False): (18, 15),
     (False, "full", False): (32, 21),
 }
 """(compiled, method, with dropout) -> residual streams that a double and a single block keep for the backward
-pass without checkpointing; adapters on all linears."""
+pass without checkpointing; adapters on all linears. Of LoKr and LoHa without what its factors add for each token."""
 _WORKING = 34  # streams of the block that runs
 _RENDERING = 21  # the same without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at the image's full size
@@ -242,7 +244,7 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
     stream = tokens * recipe.batch.micro_size * spec.width * run.element
     double = max(0, kept - spec.single_blocks)
     single = kept - double
-    in_double, in_single = kept_streams(recipe)
+    in_double, in_single = kept_streams(recipe, spec)
     card, host = stream * (in_double * double + in_single * single), {}
     if recipe.offload_activations:
         text = _pinned_bytes(stream * TEXT_TOKENS / tokens)
@@ -254,6 +256,10 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
         card += stream * (spec.blocks - kept)
     # The block that runs: its intermediates, and its widest weight as the product reads it.
     working = _WORKING * stream + expanded_bytes(spec, recipe.base_weights)
+    if recipe.method == "loha":  # its factors as those of a LoRA of rank r²
+        each = [run.element * linear.rank**2 * (linear.rows + linear.columns)
+                for linear in adapted_linears(spec, recipe.lora).values()]  # fmt: skip
+        card, working = card + sum(each) * kept / spec.blocks, working + 3 * max(each)
     batch = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     return Memory({"activations": card, "working": working, "batch": batch}, host)
 
@@ -275,10 +281,18 @@ def _cuda_graphs(run: _Run, memory: Memory) -> float:
     return 4 * run.trained * copies + memory.card["batch"] + max(others)
 
 
-def kept_streams(recipe: Recipe) -> tuple[float, float]:
+def kept_streams(recipe: Recipe, spec: Spec) -> tuple[float, float]:
     """What a double and a single block keep for the backward pass without checkpointing, in streams."""
     drops = recipe.method != "full" and recipe.lora.dropout > 0
-    return _KEPT[compiles(recipe), recipe.method, drops]
+    like = "lora" if recipe.method == "loha" else recipe.method
+    double, single = _KEPT[compiles(recipe), like, drops]
+    if recipe.method not in ("lokr", "loha"):
+        return double, single
+    more = [0, 0]
+    for name, linear in adapted_linears(spec, recipe.lora).items():
+        more[name.startswith("single")] += linear.kept(recipe.method)
+    double += more[0] / spec.width / max(1, spec.double_blocks)
+    return double, single + more[1] / spec.width / max(1, spec.single_blocks)
 
 
 def _pinned_bytes(size: float) -> float:

@@ -183,10 +183,11 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """The adapter, with `method: lora` or `dora`."""
+    """The adapter, with any `method` but `full`."""
 
     rank: Annotated[int, between(1, 65536)] = 32
-    """Rank r of the update."""
+    """Rank r of the update. With `method: loha` the update has rank r²; 4 to 16 are usual. With `lokr` r is that of
+    the larger Kronecker factor, which is a full matrix from half of its longer side on."""
     alpha: Annotated[float | None, POSITIVE] = None
     """Scale of the update is alpha / rank. Default: alpha = rank."""
     rslora: bool = False
@@ -201,13 +202,18 @@ class Lora:
     alpha_pattern: Annotated[dict[str, float], POSITIVE] = field(default_factory=dict)
     """Other alphas, by an expression."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
-    """Dropout on the adapter's input; 0..1."""
+    """Dropout on the adapter's input; 0..1. For `lora` and `dora`."""
+    factor: Annotated[int | None, at_least(2)] = None
+    """With `method: lokr`: rows and columns of the smaller Kronecker factor, where it divides the linear's; else the
+    next smaller divisor. Small: a larger, more expressive adapter. Default: near the square root."""
+    decompose_both: bool = False
+    """With `method: lokr`: the smaller Kronecker factor has rank r, too."""
     init: Literal["gaussian", "pissa", "olora"] = "gaussian"
     """What A and B begin as. `gaussian`: A random, B zero. `pissa`: the largest singular vectors of W; `olora`: the
     first columns of its QR; both are taken out of the base, which must not be quantized. For `method: lora`."""
     init_from: Annotated[str | None, PATH] = None
-    """Adapter file to go on training, in diffusers' names, Black Forest Labs' or kohya's. Rank, alpha, rslora and
-    targets are the file's. Read once: a run that continues has its checkpoint."""
+    """Adapter file to go on training, in diffusers' names, Black Forest Labs', kohya's or LyCORIS'. Rank, alpha,
+    rslora, factor and targets are the file's. Read once: a run that continues has its checkpoint."""
     merge_first: Annotated[list[str], PATH] = field(default_factory=list)
     """Adapter files that become part of the base while training, sampling and previews, and are left out of
     the export: what is trained over them is used beside them. For a distilled klein, its assistant adapter."""
@@ -457,8 +463,9 @@ class Recipe:
     epochs: Annotated[float | None, POSITIVE] = None
     """Length in epochs of the prepared data, in place of `steps`; with `data.weights` an epoch serves
     each source as often as its weight says. A run keeps the steps that this came to."""
-    method: Literal["lora", "dora", "full"] = "lora"
-    """Train a LoRA or DoRA adapter, or all weights."""
+    method: Literal["lora", "dora", "lokr", "loha", "full"] = "lora"
+    """Train an adapter, or all weights. `lokr`: ΔW is a Kronecker product (arXiv 2309.14859), `loha`: an elementwise
+    product of two low-rank matrices (arXiv 2108.06098). docs/adapters.md says which programs load which."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision: model, activations and engine follow it."""
     base_weights: Literal["bf16", "fp8", "int8", "nf4", "nf4_fp8", "nf4_int8"] | None = None
@@ -517,7 +524,7 @@ class Recipe:
     prepare: Annotated[Prepare, MAY_CHANGE] = field(default_factory=Prepare)
     """How `prepare` encodes."""
     lora: Lora = field(default_factory=Lora)
-    """The adapter, with `method: lora` or `dora`."""
+    """The adapter, with any `method` but `full`."""
     batch: Batch = field(default_factory=Batch)
     """Batch arithmetic."""
     objective: Objective = field(default_factory=Objective)

@@ -100,7 +100,14 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"lora.{given[0]} is {getattr(lora, given[0])}, and method is full, which has no adapter. Remove it: `flux2-ds "
             "export --merge true` writes weights with an adapter in them, which model.path may name."
         )
-    if lora.init != "gaussian" and recipe.method != "full":
+    if recipe.method in ("lokr", "loha"):
+        only_lora = {"dropout": "lora or dora", "rslora": "lora or dora", "init": "lora"}
+        for name in (name for name in only_lora if _given(lora, name)):
+            yield (
+                f"lora.{name} is {getattr(lora, name)}, and method {recipe.method}, which has no such thing. Remove it, or "
+                f"set method: {only_lora[name]}."
+            )
+    elif lora.init != "gaussian" and recipe.method != "full":
         reason = None
         if recipe.method == "dora":
             reason = (
@@ -293,8 +300,8 @@ def _optimizer_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Ite
         )
     if adam.name == "muon" and recipe.method != "lora":
         yield (
-            f"optimizer.name is muon, which updates matrices only, and method {recipe.method} trains "
-            "vectors, too. Set method: lora, or optimizer.name: adamw."
+            f"optimizer.name is muon, which makes an update of one size in every direction of a matrix, and method "
+            f"{recipe.method} trains vectors or factors of a product, too. Set method: lora, or optimizer.name: adamw."
         )
     if adam.name == "prodigy" and adam.learning_rate < 0.1:
         yield (
@@ -386,6 +393,10 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
     objective, adam, data = recipe.objective, recipe.optimizer, recipe.data
     if recipe.method == "full" and recipe.lora != Lora():
         yield "lora", "method is full"
+    elif recipe.method != "lokr":
+        for name in ("factor", "decompose_both"):
+            if _given(recipe.lora, name):
+                yield f"lora.{name}", f"method is {recipe.method}"
     for name, used_by in _TIMESTEPS.items():
         if _given(objective, name) and objective.timestep_sampling not in used_by:
             yield f"objective.{name}", f"timestep_sampling is {objective.timestep_sampling}"
@@ -442,14 +453,15 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
 
 
 _USUAL_RATES = {"prodigy": (0.1, 10.0), "muon": (1e-5, 1.0)}
-_USUAL_OF_METHOD = {"lora": (1e-7, 0.01), "dora": (1e-7, 0.01), "full": (1e-8, 1e-3)}
+_USUAL_OF_METHOD = {"full": (1e-8, 1e-3)}
+_USUAL_OF_ADAPTERS = 1e-7, 0.01
 """Learning rates that are in use, with a factor of ten above and below; outside of them is a slip."""
 
 
 def doubtful_settings(recipe: Recipe) -> Iterator[str]:
     """Find what is possible and can hardly be meant."""
     adam, steps = recipe.optimizer, recipe.steps
-    low, high = _USUAL_RATES.get(adam.name, _USUAL_OF_METHOD[recipe.method])
+    low, high = _USUAL_RATES.get(adam.name, _USUAL_OF_METHOD.get(recipe.method, _USUAL_OF_ADAPTERS))
     if not low <= adam.learning_rate <= high:
         yield (
             f"optimizer.learning_rate is {adam.learning_rate:g}; with {adam.name} and method "

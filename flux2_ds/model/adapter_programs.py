@@ -15,32 +15,49 @@ from typing import Any
 
 import diffusers
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from flux2_ds.config.adapter import adapted_linears, merges
-from flux2_ds.config.adapter_file import AB, DOWN_UP, MAGNITUDE, NAMES, find_pairs, settings_of_file
+from flux2_ds.config.adapter_file import (
+    AB,
+    DOWN_UP,
+    LOHA,
+    LOKR,
+    MAGNITUDE,
+    NAMES,
+    find_factors,
+    settings_of_file,
+)
 from flux2_ds.config.model_spec import Spec, linear_shapes
 from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.adapter_layouts import (
     Adapter,
+    Change,
+    Kronecker,
     Layout,
     Update,
+    all_tensors,
+    change_of,
+    change_rows,
+    change_shape,
+    multiplied,
 )
-from flux2_ds.model.merge import BaseWeights, Merges, changed_rows
+from flux2_ds.model.merge import ELEMENTS, BaseWeights, Merges, changed_rows
 from flux2_ds.model.safetensors_file import stored_digest
 
 
 @dataclass(frozen=True)
 class Program:
-    """How a program finds the update of a linear; see `find_pairs`."""
+    """How a program finds the update of a linear; see `find_factors`."""
 
     title: str
     names: tuple[str, ...]
-    factors: tuple[tuple[str, str], ...]
+    kinds: tuple[tuple[str, ...], ...]
     alpha: bool
     """Multiplies by alpha / rank, where a file has an alpha; otherwise the file's alpha is passed over."""
     dora: str | None = None
@@ -50,31 +67,46 @@ class Program:
 PROGRAMS = (
     Program(
         "ComfyUI",
-        ("diffusion_model.{bfl}", "lora_unet_{flat}", "transformer.{name}", "{name}"),
-        (DOWN_UP, AB),
+        (
+            "diffusion_model.{bfl}",
+            "lora_unet_{flat}",
+            "transformer.{name}",
+            "{name}",
+            "lycoris_{dashed}",
+        ),
+        (DOWN_UP, AB, LOHA, *LOKR),
         alpha=True,
         dora="dora_scale",
     ),
-    Program("musubi-tuner", ("lora_unet_{flat}",), (DOWN_UP,), alpha=True),
+    Program(
+        "musubi-tuner",
+        ("lora_unet_{flat}",),
+        (DOWN_UP, LOHA, ("lokr_w1", "lokr_w2"), ("lokr_w1", "lokr_w2_a", "lokr_w2_b")),
+        alpha=True,
+    ),
     Program("ai-toolkit", ("diffusion_model.{bfl}", "transformer.{bfl}"), (AB,), alpha=False),
     Program(
         "OneTrainer",
-        ("transformer.{name}",),
-        (AB, DOWN_UP),
+        ("transformer.{name}", "lycoris_{dashed}"),
+        (AB, DOWN_UP, LOHA, *LOKR),
         alpha=True,
         dora="lora_magnitude_vector.weight",
     ),
 )
 
 
-CHECKED: dict[tuple[Layout, bool], tuple[str, ...]] = {
-    ("diffusers", False): ("diffusers", "ComfyUI", "OneTrainer"),
-    ("bfl", False): ("ComfyUI", "diffusers", "ai-toolkit"),
-    ("kohya", False): ("musubi-tuner", "ComfyUI", "diffusers"),
-    ("diffusers", True): ("diffusers", "OneTrainer"),
-    ("bfl", True): ("ComfyUI",),
+CHECKED: dict[tuple[Layout, str], tuple[str, ...]] = {
+    ("diffusers", "lora"): ("diffusers", "ComfyUI", "OneTrainer"),
+    ("bfl", "lora"): ("ComfyUI", "diffusers", "ai-toolkit"),
+    ("kohya", "lora"): ("musubi-tuner", "ComfyUI", "diffusers"),
+    ("diffusers", "dora"): ("diffusers", "OneTrainer"),
+    ("bfl", "dora"): ("ComfyUI",),
+    ("lycoris", "lokr"): ("ComfyUI", "diffusers", "OneTrainer"),
+    ("kohya", "lokr"): ("musubi-tuner", "ComfyUI"),
+    ("lycoris", "loha"): ("ComfyUI", "OneTrainer"),
+    ("kohya", "loha"): ("musubi-tuner", "ComfyUI"),
 }
-"""Layout, and whether it is a DoRA -> the programs that load all of the file."""
+"""Layout and method -> the programs that load all of the file."""
 
 
 @dataclass
@@ -91,21 +123,22 @@ class Reading:
 def read_as(program: Program, tensors: dict[str, torch.Tensor], spec: Spec) -> Reading:
     """What a program described by data loads."""
     reading, used = Reading(), set()
-    for pair in find_pairs(tensors, spec, program.names, program.factors):
-        down, up = tensors[pair.down].float(), tensors[pair.up].float()
-        alpha, dora = f"{pair.key}.alpha", f"{pair.key}.{program.dora}"
-        used |= {pair.down, pair.up, alpha}
-        if program.alpha and alpha in tensors:
-            down = down * (tensors[alpha].item() / down.shape[0])
+    for each in find_factors(tensors, spec, program.names, program.kinds):
+        alpha, dora = f"{each.key}.alpha", f"{each.key}.{program.dora}"
+        used |= {alpha}.union(*each.matrices)
         magnitude = None
         if program.dora and dora in tensors:
             used.add(dora)
-            vector = tensors[dora].float().flatten()[pair.rows]
+            vector = tensors[dora].float().flatten()[each.rows]
             if program.dora == "dora_scale":
-                reading.dora_scales[pair.name] = vector
+                reading.dora_scales[each.name] = vector
             else:
                 magnitude = vector
-        reading.adapter[pair.name] = Update(down, up[pair.rows], magnitude)
+        change = change_of(each, tensors, magnitude)
+        product = each.matrices[-1]
+        if program.alpha and alpha in tensors and len(product) > 1:  # a full matrix is not scaled
+            change = multiplied(change, tensors[alpha].item() / tensors[product[1]].shape[0])
+        reading.adapter[each.name] = change
     reading.ignored = sorted(tensors.keys() - used)
     return reading
 
@@ -121,18 +154,26 @@ def read_by_diffusers(path: Path, spec: Spec) -> Reading:
     reading = Reading()
     for name, module in model.named_modules():
         layer: Any = module  # PEFT's
-        if "file" not in getattr(layer, "lora_A", ()):
+        if not isinstance(layer, BaseTunerLayer):
             continue
-        down, up = layer.lora_A["file"].weight, layer.lora_B["file"].weight
-        magnitude = None
-        if "file" in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector["file"].weight.detach()
-        if any(tensor.is_meta for tensor in (down, up, magnitude) if tensor is not None):
+        held = {
+            end: getattr(parameters["file"], "weight", parameters["file"]).detach()
+            for end in layer.adapter_layer_names
+            if "file" in (parameters := getattr(layer, end))
+        }
+        if any(tensor.is_meta for tensor in held.values()):
             reading.ignored.append(name)  # made for a module, but not filled
-            continue
-        reading.adapter[name] = Update(
-            down.detach() * layer.scaling["file"], up.detach(), magnitude
-        )
+        elif "lora_A" in held:
+            reading.adapter[name] = Update(
+                held["lora_A"] * layer.scaling["file"],
+                held["lora_B"],
+                held.get("lora_magnitude_vector"),
+            )
+        else:
+            w1 = held.get("lokr_w1")
+            w1 = held["lokr_w1_a"] @ held["lokr_w1_b"] if w1 is None else w1
+            w2 = tuple(tensor for end, tensor in held.items() if end.startswith("lokr_w2"))
+            reading.adapter[name] = Kronecker(w1 * layer.scaling["file"], w2)
     return reading
 
 
@@ -170,18 +211,22 @@ def read_adapter(path: Path, spec: Spec) -> Adapter:
     shapes = linear_shapes(spec)
     try:
         _check_digest(path)  # diffusers reads pickles, too
+        with safe_open(path, framework="pt") as file:
+            if any(".hada_" in name for name in file.keys()):  # noqa: SIM118
+                return read_file("--adapter", str(path), spec)  # diffusers reads no LoHa
         reading = read_by_diffusers(path, spec)
+    except UserError:
+        raise
     except Exception as error:  # whatever diffusers does with a file that is none
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} cannot be used as an adapter of {spec} ({reason}). Export it again, or name another file."
         ) from error
     wrong = [f"it has nothing for {name}" for name in reading.ignored]
-    for name, (down, up, magnitude) in reading.adapter.items():
-        rows, columns = shapes.get(name, (0, 0))
-        if (up.shape[0], down.shape[1]) != (rows, columns) or up.shape[1] != down.shape[0]:
+    for name, change in reading.adapter.items():
+        if change_shape(change) != shapes.get(name):
             wrong.append(f"{name} has another shape")
-        if not all(x.isfinite().all() for x in (down, up, magnitude) if x is not None):
+        if not all(tensor.isfinite().all() for tensor in all_tensors(change)):
             wrong.append(f"{name} is not finite")
     if wrong or not reading.adapter:
         reason = wrong[0] if wrong else "it adapts no linear"
@@ -191,7 +236,7 @@ def read_adapter(path: Path, spec: Spec) -> Adapter:
     return reading.adapter
 
 
-_OURS = Program("flux2-ds", NAMES, (AB, DOWN_UP), alpha=False, dora=MAGNITUDE)
+_OURS = Program("flux2-ds", NAMES, (AB, DOWN_UP, LOHA, *LOKR), alpha=False, dora=MAGNITUDE)
 
 
 def read_file(setting: str, path: str, spec: Spec) -> Adapter:
@@ -208,10 +253,9 @@ def read_file(setting: str, path: str, spec: Spec) -> Adapter:
     reading = read_as(_OURS, load_file(path), spec).adapter
     adapter = {}
     for name, linear in adapted_linears(spec, settings).items():
-        update = reading[name]
-        if not all(x.isfinite().all() for x in update if x is not None):
+        if not all(tensor.isfinite().all() for tensor in all_tensors(reading[name])):
             raise UserError(f"{setting} {path}: {name} is not finite. Name another file.")
-        adapter[name] = update if scaled else update._replace(down=update.down * linear.scale)
+        adapter[name] = reading[name] if scaled else multiplied(reading[name], linear.scale)
     return adapter
 
 
@@ -232,7 +276,11 @@ def largest_error(reading: Reading, adapter: Adapter, base: BaseWeights | None =
     errors = []
     for name, found in reading.adapter.items():
         # Where q is adapted and k is not, their one module of Black Forest Labs' changes k by zero.
-        update = adapter.get(name, Update(found.down[:0], found.up[:, :0]))
+        update = adapter.get(name)
+        if not isinstance(found, Update):
+            errors.append(_rows_error(found, update))
+            continue
+        update = update or Update(found.down[:0], found.up[:, :0])
         if name in reading.dora_scales and base is not None:
             errors.append(_weight_error(base, name, found, reading.dora_scales[name], update))
         elif update.magnitude is None or found.magnitude is not None:
@@ -253,6 +301,20 @@ def _update_error(found: Update, update: Update) -> float:
         distance = (found.magnitude.double() - update.magnitude.double()).norm().item()
         error = max(error, _relative(distance, update.magnitude.double().norm().item()))
     return error
+
+
+def _rows_error(found: Change, change: Change | None) -> float:
+    """Of a LoKr or LoHa, some rows of the weight's size at a time."""
+    count, width = change_shape(found)
+    step = max(1, ELEMENTS // width)
+    distance = size = 0.0
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        there = change_rows(found, rows).double()
+        here = torch.zeros_like(there) if change is None else change_rows(change, rows).double()
+        distance += (there - here).square().sum().item()
+        size += here.square().sum().item()
+    return _relative(math.sqrt(distance), math.sqrt(size))
 
 
 def _product_norm(up: torch.Tensor, down: torch.Tensor) -> float:

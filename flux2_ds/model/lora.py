@@ -1,8 +1,9 @@
 """The adapter: its configuration, its arithmetic, and its names in a file.
 
-PEFT owns the configuration, the parameters and the file format; `LoraLinear` replaces the arithmetic.
+PEFT owns the configuration, the parameters and the file format; the layers here replace the arithmetic.
 PEFT multiplies in the adapter's own dtype, which is fp32 here: on a 55,296 wide output that is slower
-than the frozen product beside it. And its DoRA materializes B·A and W + B·A in every forward pass.
+than the frozen product beside it. And its DoRA materializes B·A and W + B·A in every forward pass, its LoKr
+and LoHa ΔW.
 """
 
 from __future__ import annotations
@@ -13,82 +14,157 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from peft import LoraConfig
-from peft.tuners import lora
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft.tuners import loha, lokr, lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn import functional
 
-from flux2_ds.config.adapter import adapted_linears, of_rank
+from flux2_ds.config.adapter import adapted_linears, common_factor, of_rank
 from flux2_ds.config.adapter_file import bfl_place, parts_of
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
-from flux2_ds.model.adapter_layouts import Adapter
+from flux2_ds.model.adapter_layouts import (
+    Adapter,
+    Hadamard,
+    Kronecker,
+    Update,
+    all_tensors,
+    change_rank,
+    columns_of,
+    multiplied,
+)
 from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
 from flux2_ds.ops.quantized_linear import QuantizedLinear, dequantize
 
 ADAPTER = "default"
 
 
-def lora_config(spec: Spec, settings: Lora, *, dora: bool) -> LoraConfig:
+def lora_config(spec: Spec, settings: Lora, method: str = "lora") -> PeftConfig:
     """PEFT's description of the adapter; A is drawn from N(0, 1/r²), B is zero."""
     linears = adapted_linears(spec, settings)
     alpha = settings.rank if settings.alpha is None else settings.alpha
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=alpha,
+    common: dict[str, Any] = {
+        "r": settings.rank,
         # A name is a pattern that matches itself alone.
-        rank_pattern={n: each.rank for n, each in linears.items() if each.rank != settings.rank},
-        alpha_pattern={n: each.alpha for n, each in linears.items() if each.alpha != alpha},
+        "rank_pattern": {n: each.rank for n, each in linears.items() if each.rank != settings.rank},
+        "alpha_pattern": {n: each.alpha for n, each in linears.items() if each.alpha != alpha},
+        "target_modules": list(linears),
+    }
+    if method == "loha":
+        return LoHaConfig(alpha=alpha, **common)
+    if method == "lokr":
+        return LoKrConfig(
+            alpha=alpha,
+            decompose_factor=settings.factor or -1,
+            decompose_both=settings.decompose_both,
+            init_weights="lycoris",
+            **common,
+        )
+    return LoraConfig(
+        lora_alpha=alpha,
         use_rslora=settings.rslora,
         lora_dropout=settings.dropout,
-        target_modules=list(linears),
         init_lora_weights="gaussian",
-        use_dora=dora,
+        use_dora=method == "dora",
+        **common,
     )
 
 
-def add_lora(model: Flux2Transformer2DModel, config: LoraConfig, seed: int) -> None:
+def config_of(adapter: Adapter) -> PeftConfig:
+    """PEFT's description of an adapter that is there, with nothing left to scale."""
+    ranks = {name: change_rank(change) for name, change in adapter.items()}
+    rank = max(ranks.values())
+    others = {name: each for name, each in ranks.items() if each != rank}
+    common = {
+        "r": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(adapter),
+    }
+    changes = list(adapter.values())
+    if isinstance(changes[0], Hadamard):
+        return LoHaConfig(alpha=rank, **common)
+    if isinstance(changes[0], Kronecker):
+        shapes = [(w1.shape, (w2[0].shape[0], w2[-1].shape[1])) for w1, w2 in changes]
+        factor = common_factor("the LoKr", shapes)
+        return LoKrConfig(alpha=rank, decompose_factor=factor or -1, **common)
+    dora = any(update.magnitude is not None for update in changes)
+    return LoraConfig(lora_alpha=rank, init_lora_weights="gaussian", use_dora=dora, **common)
+
+
+def add_lora(model: Flux2Transformer2DModel, config: PeftConfig, seed: int) -> None:
     """Freeze the base and add an adapter in fp32, initialized from `seed` alone.
 
     Raises:
         ValueError: a target name matched no module, so that fewer linears were adapted.
     """
     model.requires_grad_(False)
-    targeted = len(config.target_modules)  # PEFT shortens the list when it injects
-    config._register_custom_module({nn.Linear: LoraLinear, QuantizedLinear: LoraLinear})
+    targeted = len(config.target_modules or ())  # PEFT shortens the list when it injects
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        # PEFT does not know QuantizedLinear, which LoraLinear is made for.
-        warnings.filterwarnings("ignore", message="Unsupported layer type")
-        model.add_adapter(config, adapter_name=ADAPTER)
+        if isinstance(config, LoraConfig):
+            config._register_custom_module({nn.Linear: LoraLinear, QuantizedLinear: LoraLinear})
+            # PEFT does not know QuantizedLinear, which LoraLinear is made for.
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            model.add_adapter(config, adapter_name=ADAPTER)
+        else:
+            _add_product(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    adapted = sum(isinstance(module, LoraLinear) for module in model.modules())
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
     if adapted != targeted:
         raise ValueError(f"{adapted} linears adapted, {targeted} targeted")
+
+
+def _add_product(model: nn.Module, config: PeftConfig) -> None:
+    """Put PEFT's LoKr or LoHa over linears, which PEFT itself does over `nn.Linear` alone."""
+    kind = LoKrLinear if isinstance(config, LoKrConfig) else LoHaLinear
+    named = [(name, m) for name, m in model.named_modules() if name in config.target_modules]
+    for name, linear in named:
+        rank = (config.rank_pattern or {}).get(name, config.r)
+        alpha = (config.alpha_pattern or {}).get(name, config.alpha)
+        # PEFT reads sizes and device alone; the weight may be quantized or partitioned.
+        sizes = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        one = torch.zeros(1, device=next(linear.parameters()).device)
+        sizes.weight = nn.Parameter(one.expand(sizes.weight.shape), requires_grad=False)
+        layer = kind(sizes, ADAPTER, config=config, r=rank, alpha=alpha)
+        layer.base_layer = linear
+        model.set_submodule(name, layer)
 
 
 @torch.no_grad()
 def set_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Let the model's adapter change its linears as `adapter` does, which has an update for each."""
     layers: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
     for name, layer in layers.items():
-        down, up, magnitude = adapter[name]
-        rank = layer.r[ADAPTER]
-        if down.shape[0] != rank:
+        change, rank = adapter[name], layer.r[ADAPTER]
+        if not isinstance(change, Kronecker) and change_rank(change) != rank:
             # Of one module for q, k and v, with their factors one after the other.
             beside = [part for part in parts_of(bfl_place(name).module) if part in layers]
             start = sum(layers[part].r[ADAPTER] for part in beside[: beside.index(name)])
-            down, up = down[start : start + rank], up[:, start : start + rank]
-        layer.lora_A[ADAPTER].weight.copy_(down / layer.scaling[ADAPTER])
-        layer.lora_B[ADAPTER].weight.copy_(up)
-        if magnitude is not None:
-            held = layer.lora_magnitude_vector[ADAPTER].weight
-            held.copy_(torch.where(held == 0, 0.0, magnitude.to(held)))  # 0 for a row of zeros in W
+            change = columns_of(change, slice(start, start + rank))
+        if isinstance(change, Update):
+            layer.lora_A[ADAPTER].weight.copy_(change.down / layer.scaling[ADAPTER])
+            layer.lora_B[ADAPTER].weight.copy_(change.up)
+            if change.magnitude is not None:
+                held = layer.lora_magnitude_vector[ADAPTER].weight
+                magnitude = change.magnitude.to(held)
+                held.copy_(torch.where(held == 0, 0.0, magnitude))  # 0 for a row of zeros in W
+            continue
+        ends = [end for end in layer.adapter_layer_names if ADAPTER in getattr(layer, end)]
+        if isinstance(change, Kronecker) and len(ends) < len(all_tensors(change)):
+            change = change._replace(
+                w2=(change.w2[0] @ change.w2[1],)
+            )  # of a rank at which ours is full
+        for end, tensor in zip(
+            ends, all_tensors(multiplied(change, 1 / layer.scaling[ADAPTER])), strict=True
+        ):
+            getattr(layer, end)[ADAPTER].copy_(tensor)
 
 
 class LoraLinear(lora.Linear):
@@ -102,9 +178,7 @@ class LoraLinear(lora.Linear):
         super().__init__(base_layer, adapter_name, **kwargs)
         # Not over a base that ZeRO-3 partitions, which it gathers when the base layer is called. Asked once:
         # a compiler that sees DeepSpeed's number of a parameter makes a graph for each (torch 2.11).
-        self._fused = isinstance(base_layer, QuantizedLinear) and not hasattr(
-            base_layer.values, "ds_id"
-        )
+        self._fused = _whole_and_quantized(base_layer)
         if adapter_name in self.lora_magnitude_vector:
             norm = _row_norms(base_layer)  # PEFT's own are in W's dtype
             self.lora_magnitude_vector[adapter_name].weight.data = norm.clone()
@@ -129,7 +203,7 @@ class LoraLinear(lora.Linear):
                 # gain ∘ (x Wᵀ + x_a Bᵀ) without a pass over it: an 8-bit product applies the scales of
                 # W's rows to its sums. In bf16 W would be rounded with its gain.
                 scale, lora_b, gain = scale * gain[:, None], lora_b * gain[:, None], None
-            y = self._fused_linear(x, scaling * lora_a, lora_b, scale)
+            y = _fused_linear(self.base_layer, x, scaling * lora_a, lora_b, scale)
         else:
             x_a = functional.linear(dropped, (scaling * lora_a).to(x.dtype))
             y = _add(self.base_layer(x), x_a, lora_b)
@@ -139,15 +213,6 @@ class LoraLinear(lora.Linear):
         # dropped input too.
         inner = y if dropped is x else _add(self.base_layer(dropped), x_a, lora_b)
         return y + (gain - 1).to(x.dtype) * inner
-
-    def _fused_linear(
-        self, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        weight = self.base_layer.quantized(scale)
-        rows, _ = quantized_lora_linear(
-            x.flatten(0, -2), lora_a.to(x.dtype), lora_b.to(x.dtype), *weight
-        )
-        return rows.view(*x.shape[:-1], self.base_layer.out_features)
 
     @torch.no_grad()
     def _weight_norm(
@@ -161,6 +226,75 @@ class LoraLinear(lora.Linear):
         cross = (projected * lora_b).sum(-1)
         square = ((lora_b @ (lora_a @ lora_a.t())) * lora_b).sum(-1)
         return (self.base_norm.float() ** 2 + 2 * scaling * cross + scaling**2 * square).sqrt()
+
+
+class LoKrLinear(lokr.Linear):
+    """y = x Wᵀ + s·x (W1 ⊗ W2)ᵀ, by (W1 ⊗ W2) vec(X) = vec(W1 X W2ᵀ) for x as X [c, d].
+
+    W1 [a, c] and W2 [b, d], or W2's factors of rank r, are fp32 parameters, cast to x's dtype. No N × K intermediate.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        base: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return base
+        (adapter,) = self.active_adapters
+        if adapter in self.lokr_w1:
+            w1 = self.lokr_w1[adapter]
+        else:
+            w1 = self.lokr_w1_a[adapter] @ self.lokr_w1_b[adapter]
+        if adapter in self.lokr_w2:
+            w2 = [self.lokr_w2[adapter]]
+        else:
+            w2 = [self.lokr_w2_b[adapter], self.lokr_w2_a[adapter]]
+        product = x.unflatten(-1, (w1.shape[1], -1))
+        for factor in w2:
+            product = functional.linear(product, factor.to(x.dtype))
+        change = (self.scaling[adapter] * w1).to(x.dtype) @ product
+        return base + change.flatten(-2)
+
+
+class LoHaLinear(loha.Linear):
+    """y = x Wᵀ + s·x (U₁D₁ ∘ U₂D₂)ᵀ, as a LoRA of rank r²: its A and B are the row-wise and the column-wise
+    Khatri-Rao products of D₁ and D₂ [r, K] and of U₁ and U₂ [N, r]. No N × K intermediate.
+    """
+
+    def reset_adapter_parameters(self, adapter_name: str) -> None:
+        """As LyCORIS and other trainers draw them: with PEFT's start the first updates are some hundred times
+        smaller at the same learning rate."""
+        nn.init.normal_(self.hada_w1_a[adapter_name], std=0.1)
+        nn.init.normal_(self.hada_w1_b[adapter_name])
+        nn.init.zeros_(self.hada_w2_a[adapter_name])
+        nn.init.normal_(self.hada_w2_b[adapter_name])
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        if self.disable_adapters:
+            plain: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        (adapter,) = self.active_adapters
+        d1, d2 = self.hada_w1_b[adapter], self.hada_w2_b[adapter]
+        u1, u2 = self.hada_w1_a[adapter], self.hada_w2_a[adapter]
+        lora_a = (self.scaling[adapter] * d1[:, None] * d2).flatten(0, 1)
+        lora_b = (u1[:, :, None] * u2[:, None]).flatten(1)
+        if _whole_and_quantized(self.base_layer):
+            return _fused_linear(self.base_layer, x, lora_a, lora_b, self.base_layer.scale)
+        return _add(self.base_layer(x), functional.linear(x, lora_a.to(x.dtype)), lora_b)
+
+
+def _whole_and_quantized(base: nn.Module) -> bool:
+    return isinstance(base, QuantizedLinear) and not hasattr(base.values, "ds_id")
+
+
+def _fused_linear(
+    base: Any, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    weight = base.quantized(scale)
+    rows, _ = quantized_lora_linear(
+        x.flatten(0, -2), lora_a.to(x.dtype), lora_b.to(x.dtype), *weight
+    )
+    return rows.view(*x.shape[:-1], base.out_features)
 
 
 def _row_norms(base: nn.Module) -> torch.Tensor:

@@ -11,10 +11,10 @@ from flux2_ds.config.adapter import adapted_linears
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError
-from flux2_ds.model.adapter_layouts import Adapter, Update
+from flux2_ds.model.adapter_layouts import Adapter, Change, Update, change_rows
 from flux2_ds.model.load import Edit, open_file, tensor_files
 
-_ELEMENTS = 1 << 25
+ELEMENTS = 1 << 25
 """Of a weight that are in memory at once: 128 MiB in fp32."""
 
 
@@ -31,7 +31,7 @@ def merge_into(merges: Merges) -> Edit:
         if not updates:
             return weight.to(dtype)
         merged = weight.new_empty(weight.shape, dtype=dtype)
-        step = max(1, _ELEMENTS // weight.shape[1])
+        step = max(1, ELEMENTS // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             part = weight[start : start + step].float()
             rows = slice(first + start, first + start + part.shape[0])
@@ -107,14 +107,16 @@ class BaseWeights:
         with open_file(self._files[key]) as file:
             stored = file.get_slice(key)
             count, width = stored.get_shape()
-            step = max(1, _ELEMENTS // width)
+            step = max(1, ELEMENTS // width)
             for start in range(0, count, step):
                 rows = slice(start, min(start + step, count))
                 yield rows, self._merge(key, stored[rows], start, torch.float32)
 
 
-def changed_rows(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
+def changed_rows(weight: torch.Tensor, update: Change, rows: slice) -> torch.Tensor:
     """Rows of W with the update in them, from these rows of W; fp32."""
+    if not isinstance(update, Update):
+        return weight + change_rows(update, rows).to(weight)
     changed = torch.addmm(weight, update.up[rows].to(weight), update.down.to(weight))
     if update.magnitude is None:
         return changed

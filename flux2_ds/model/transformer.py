@@ -68,8 +68,7 @@ def make_trainable(model: Flux2Transformer2DModel, spec: Spec, recipe: Recipe) -
     if recipe.method == "full":
         model.requires_grad_(True)
     else:
-        dora = recipe.method == "dora"
-        add_lora(model, lora_config(spec, recipe.lora, dora=dora), recipe.seed)
+        add_lora(model, lora_config(spec, recipe.lora, recipe.method), recipe.seed)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -131,12 +131,13 @@ def write_run_dir(plan: Plan) -> None:
 
 
 def export_path(
-    recipe: Recipe, step: int, weights: Weights = "trained", reader: str = "diffusers"
+    recipe: Recipe, step: int, weights: Weights = "trained", reader: str | None = None
 ) -> Path:
     """Where the export of a checkpoint is: a file for an adapter, a directory for all weights.
 
-    `reader`: the program that the file is for.
+    `reader`: the program that the file is for; by default that of the layout that every export has.
     """
+    reader = reader or ("lycoris" if recipe.method in ("lokr", "loha") else "diffusers")
     run_dir = Path(recipe.run_dir)
     name = f"step_{step:08d}{'-ema' if weights == 'ema' else ''}"
     if recipe.method == "full":
@@ -278,9 +279,8 @@ def with_adapter_file(recipe: Recipe) -> Recipe:
         if found.init_from != path:
             return recipe  # which is refused as another run
     else:
-        found, dora, _ = settings_of_file("lora.init_from", path, spec)
-        if dora != (recipe.method == "dora"):
-            kind = "dora" if dora else "lora"
+        found, kind, _ = settings_of_file("lora.init_from", path, spec)
+        if kind != recipe.method:
             raise UserError(
                 f"method is {recipe.method}, and lora.init_from {path} is a {kind}. Set method: {kind}."
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from flux2_ds.config.adapter import ADAPTER_KINDS
 from flux2_ds.config.memory import GIB, Memory, trained_parameters
 from flux2_ds.config.model_files import model_directory
 from flux2_ds.config.model_spec import Spec, read_spec
@@ -138,7 +139,7 @@ def log_banner(inputs: Inputs, expected: Memory, first_step: int) -> None:
         room = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.0f}"
     method = "full fine-tune"
     if recipe.method != "full":
-        method = f"{recipe.method[0].upper()}oRA rank {recipe.lora.rank}"
+        method = f"{ADAPTER_KINDS[recipe.method]} rank {recipe.lora.rank}"
     trained = trained_parameters(inputs.spec, recipe)
     of_steps = (recipe.steps - first_step) * recipe.batch.global_size
     epochs = of_steps / recipe.batch.global_size / inputs.order.steps_per_epoch

@@ -13,6 +13,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from factories import load_pipeline
+from peft.tuners.lycoris_utils import LycorisLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -65,7 +66,7 @@ def trained(recipe: Recipe, spec: Spec) -> Flux2Transformer2DModel:
     if recipe.method == "full":
         model.requires_grad_(True)
     else:
-        config = lora_config(spec, recipe.lora, dora=recipe.method == "dora")
+        config = lora_config(spec, recipe.lora, recipe.method)
         add_lora(model, config, seed=0)
     generator = torch.Generator().manual_seed(5)
     for parameter in transformer.trainable(model).values():
@@ -112,6 +113,7 @@ def export_as(
         ("lora", "bfl"),
         ("lora", "kohya"),
         ("dora", "diffusers"),
+        ("lokr", None),
         ("full", None),
     ],
 )
@@ -145,7 +147,9 @@ def weights_after(model: Flux2Transformer2DModel, spec: Spec) -> Tensors:
     named = dict(model.named_parameters())
     weights = {}
     for name, weight in named.items():
-        if "transformer_blocks." not in name or weight.ndim != 2 or ".lora_" in name:
+        if "transformer_blocks." not in name or weight.ndim != 2 or not name.endswith(".weight"):
+            continue
+        if ".lora_" in name:
             continue
         linear = name.removesuffix(".weight").removesuffix(".base_layer")
         after, down = weight.detach(), named.get(f"{linear}.lora_A.default.weight")
@@ -153,6 +157,8 @@ def weights_after(model: Flux2Transformer2DModel, spec: Spec) -> Tensors:
             layer: Any = model.get_submodule(linear)
             up = named[f"{linear}.lora_B.default.weight"]
             after = after + layer.scaling["default"] * up.detach() @ down.detach()
+        elif isinstance(layer := model.get_submodule(linear), LycorisLayer):
+            after = after + layer.get_delta_weight("default").detach()  # by PEFT
         magnitude = named.get(f"{linear}.lora_magnitude_vector.default.weight")
         if magnitude is not None:
             after = magnitude.detach()[:, None] * after / after.norm(dim=1, keepdim=True)
@@ -194,12 +200,18 @@ PATTERNS = {
 }
 
 
+NO_FUSED = {
+    "targets": ["ff.*", "attn.to_out", "attn.to_qkv_mlp_proj"],
+    "rank_pattern": {"ff.*": 40},
+}
+
+
 @pytest.mark.parametrize(
     "lora",
-    [{}, {"targets": "attention"}, {"targets": "diffusers", "rslora": True}, PATTERNS],
-    ids=["all", "attention", "rslora", "patterns"],
+    [{}, {"targets": "attention"}, {"targets": "diffusers", "rslora": True}, PATTERNS, NO_FUSED],
+    ids=["all", "attention", "rslora", "patterns", "no fused"],
 )
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "loha"])
 def test_the_programs_that_a_file_is_for_load_what_was_trained(
     method: str,
     lora: dict[str, Any],
@@ -209,14 +221,25 @@ def test_the_programs_that_a_file_is_for_load_what_was_trained(
     write_checkpoint: Write,
 ) -> None:
     """And those that it is not for do not: the table says no less than what is so."""
+    if method in ("lokr", "loha") and lora.get("rslora"):
+        lora = {
+            "targets": "diffusers",
+            "factor": 8,
+            "decompose_both": True,
+            "alpha_pattern": {"attn.*": 3.0},
+        }
     recipe = recipe_for(tiny_model, tmp_path / "run", method, **lora)
     base = Flux2Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
     before = weights_after(base, tiny_spec)
     model = trained(recipe, tiny_spec)
     after = weights_after(model, tiny_spec)
     chosen = save(model, recipe, write_checkpoint)
-    for layout, dora in CHECKED:
-        if dora != (method == "dora"):
+    for layout, kind in CHECKED:
+        if kind != method:
+            continue
+        if (layout, kind) == ("kohya", "lokr") and lora != NO_FUSED:
+            with pytest.raises(UserError, match="q, k and v are one linear there"):
+                export_as(recipe, chosen, layout=layout)
             continue
         (path,) = export_as(recipe, chosen, layout=layout)
         tensors = load_file(path)
@@ -231,10 +254,10 @@ def test_the_programs_that_a_file_is_for_load_what_was_trained(
                 if not torch.equal(weight, theirs[name])
             }
             right = not ignored and max(errors.values()) < 1e-4
-            assert right == (program in CHECKED[layout, dora]), (layout, program, errors)
+            assert right == (program in CHECKED[layout, method]), (layout, program, errors)
         with safe_open(path, "pt") as file:
             checked = file.metadata()["flux2_ds.checked_for"]
-        assert checked == ", ".join(CHECKED[layout, dora])
+        assert checked == ", ".join(CHECKED[layout, method])
 
 
 def test_an_adapter_is_exported_for_diffusers_and_for_comfyui(
@@ -269,7 +292,13 @@ def test_a_file_that_does_not_hold_what_was_trained_is_not_kept(
 
 @pytest.mark.parametrize(
     ("method", "layout", "message"),
-    [("dora", "kohya", "drop the magnitudes"), ("full", "kohya", "--layout kohya is for adapters")],
+    [
+        ("dora", "kohya", "drop the magnitudes"),
+        ("full", "kohya", "--layout kohya is for adapters"),
+        ("full", "lycoris", "--layout lycoris is for a LoKr or LoHa"),
+        ("lora", "lycoris", "no program loads a LoRA by these names. Export --layout diffusers or"),
+        ("loha", "diffusers", "no program loads a LoHa by these names. Export --layout lycoris or"),
+    ],
 )
 def test_layouts_that_cannot_hold_what_was_trained(
     method: str,
@@ -304,7 +333,7 @@ def test_the_precision_of_the_file_is_the_one_asked_for(
     assert len(tensors) == 2 * linears
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "loha", "full"])
 @pytest.mark.parametrize("layout", ["diffusers", "bfl"])
 def test_all_weights_with_the_adapter_in_them(
     method: str,

@@ -217,7 +217,7 @@ def test_sizes_are_those_of_what_is_loaded(tiny_model: Path, tiny_spec: Spec) ->
         )
         model = sample.load_transformer(recipe, tiny_model, CPU)
         pipeline = load_image_pipeline(tiny_model, tiny_spec, model, CPU)
-        config = lora_config(tiny_spec, recipe.lora, dora=False)
+        config = lora_config(tiny_spec, recipe.lora)
         add_lora(model, config, 0)
         held = [*model.parameters(), *pipeline.vae.parameters(), *pipeline.vae.buffers()]
         found = sample.part_bytes(recipe, tiny_spec, tiny_model, [])

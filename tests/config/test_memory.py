@@ -90,16 +90,18 @@ def test_parameters_are_counted_as_they_are(name):
     assert sum(p.numel() for p in model.parameters()) - sum(sizes) < 1e-5 * sum(sizes)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "loha"])
 @pytest.mark.parametrize(
     "targets", ["all", "attention", "diffusers", ["attn.to_q", "ff.linear_.*"]]
 )
 @pytest.mark.parametrize("ranks", [{}, {"attn.to_q": 9}])
 def test_adapters_are_counted_as_they_are(method, targets, ranks):
     spec = Spec("dev", "Flux2Pipeline", 2, 3, 4, 32, 96, guidance=True)
-    recipe = recipe_for(method=method, lora=Lora(rank=5, targets=targets, rank_pattern=ranks))
+    others = {"factor": 6, "decompose_both": True} if method == "lokr" and ranks else {}
+    lora = Lora(rank=5, targets=targets, rank_pattern=ranks, **others)
+    recipe = recipe_for(method=method, lora=lora)
     model = transformer.new_transformer(spec)
-    config = lora_config(spec, recipe.lora, dora=method == "dora")
+    config = lora_config(spec, recipe.lora, method)
     add_lora(model, config, seed=0)
     count = sum(p.numel() for p in transformer.trainable(model).values())
     assert adapter_parameters(spec, recipe) == count

@@ -445,6 +445,13 @@ def test_plan_says_what_the_adapter_begins_with_and_what_it_is_trained_over():
         ({"method": "full", "lora.init_from": "f"}, r"lora.init_from is f, and method is full"),
         ({"method": "full", "lora.merge_first": ["f"]}, r"lora.merge_first is \['f'\], and method"),
         ({"method": "dora", "lora.init": "pissa"}, "lora.init is pissa, and method is dora"),
+        ({"method": "lokr", "lora.dropout": 0.1}, "lora.dropout is 0.1, and method lokr"),
+        ({"method": "loha", "lora.rslora": True}, "lora.rslora is True, and method loha"),
+        ({"method": "loha", "lora.init": "olora"}, "Remove it, or set method: lora"),
+        (
+            {"method": "lokr", "optimizer.name": "muon", "deepspeed": "zero0"},
+            "trains vectors or factors",
+        ),
         (
             {"base_weights": "nf4", "lora.init": "olora"},
             "lora.init is olora, and base_weights is nf4",

@@ -63,7 +63,7 @@ def build(
     rank: int = 3,
     spread: float = 0.2,
 ) -> torch.nn.Module:
-    """`model` or `base()` made trainable. A LoRA's B is spread about zero, so that A has gradients.
+    """`model` or `base()` made trainable. A LoRA's B, or another factor that is zero, is spread about it, so that the others have gradients.
 
     `blocks`: how they run, if not as diffusers runs them.
     """
@@ -74,11 +74,11 @@ def build(
     if method == "full":
         model.requires_grad_(True)
     else:
-        config = lora_config(SPEC, Lora(rank=rank), dora=method == "dora")
+        config = lora_config(SPEC, Lora(rank=rank), method)
         add_lora(model, config, seed=1)
         generator = torch.Generator().manual_seed(2)
-        for name, parameter in transformer.trainable(model).items():
-            if "lora_B" in name:
+        for parameter in transformer.trainable(model).values():
+            if not parameter.any():
                 parameter.data.normal_(0, spread, generator=generator)
     if blocks is not None:
         configure_blocks(model, **blocks, attention=None, partitioned=partitioned)

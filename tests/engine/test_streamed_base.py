@@ -62,7 +62,7 @@ def build(
         read_weights(model, files, dtype, CPU, base, streamed=blocks)
     transformer.keep_timestep_exact(model)
     settings = Lora(rank=4, targets="diffusers", dropout=dropout)
-    add_lora(model, lora_config(SPEC, settings, dora=dora), seed=0)
+    add_lora(model, lora_config(SPEC, settings, "dora" if dora else "lora"), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in transformer.trainable(model).items():
         if "lora_B" in name:

@@ -106,7 +106,7 @@ def test_blocks_follow_diffusers(checkpointed, compiled, attention):
     torch.manual_seed(0)
     plain = transformer.new_transformer(spec).cuda().bfloat16()
     transformer.keep_timestep_exact(plain)
-    add_lora(plain, lora_config(spec, Lora(rank=4), dora=False), seed=0)
+    add_lora(plain, lora_config(spec, Lora(rank=4)), seed=0)
     for name, parameter in transformer.trainable(plain).items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)

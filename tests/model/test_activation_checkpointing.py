@@ -126,6 +126,8 @@ def test_compiled_blocks_save_what_they_are_told_to(
         # Compiling takes seconds: each pair of choices once.
         ("lora", 0.0, None, True), ("lora", 0.1, "fp8", True), ("dora", 0.1, None, True),
         ("dora", 0.0, "fp8", True),
+        *((method, 0.0, base, compiled) for method in ("lokr", "loha")
+          for base, compiled in ((None, False), ("fp8", False), (None, True))),
     ],
 )  # fmt: skip
 def test_blocks_save_what_the_plan_counts(
@@ -136,7 +138,7 @@ def test_blocks_save_what_the_plan_counts(
     model = build_transformer(spec, torch.bfloat16, base)
     transformer.keep_timestep_exact(model)
     if method != "full":
-        add_lora(model, lora_config(spec, lora, dora=method == "dora"), seed=0)
+        add_lora(model, lora_config(spec, lora, method), seed=0)
     for embedder in (model.x_embedder, model.context_embedder):
         embedder.requires_grad_(
             True
@@ -153,7 +155,7 @@ def test_blocks_save_what_the_plan_counts(
         compile=compiled,
     )
     stream = (image + text) * spec.width * 2
-    counted = stream * sum(kept_streams(recipe))
+    counted = stream * sum(kept_streams(recipe, spec))
     if (method, dropout, base, compiled) == ("dora", 0.0, "fp8", False):
         counted *= 0.77  # the plan counts what a base that ZeRO-3 partitions needs
     # The second of each kind: the first ones save what all of them read, the last what follows them.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import ONE_OF_EACH, SPECS, build_transformer, error, gaussian
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from flux2_ds.config.adapter import adapted_linears
@@ -19,10 +20,14 @@ from flux2_ds.config.recipe import Lora
 from flux2_ds.errors import UserError
 from flux2_ds.model.adapter_layouts import (
     Adapter,
+    Hadamard,
+    Kronecker,
     Update,
     bfl_tensors,
+    change_rows,
     diffusers_tensors,
     kohya_tensors,
+    lycoris_tensors,
 )
 from flux2_ds.model.adapter_programs import read_file
 from flux2_ds.model.load import read_weights
@@ -32,7 +37,8 @@ from flux2_ds.model.transformer import empty_transformer
 
 SPEC = SPECS["klein"]
 Tensors = dict[str, torch.Tensor]
-LAYOUTS = {"diffusers": diffusers_tensors, "bfl": bfl_tensors, "kohya": kohya_tensors}
+LAYOUTS = {"diffusers": diffusers_tensors, "bfl": bfl_tensors, "kohya": kohya_tensors,
+           "lycoris": lycoris_tensors}  # fmt: skip
 SETTINGS = {
     "all": Lora(rank=4, alpha=6.0),
     "rslora": Lora(rank=4, rslora=True, targets="diffusers"),
@@ -46,13 +52,23 @@ SETTINGS = {
 }
 
 
-def adapter_of(settings: Lora, spec: Spec = SPEC, dora: bool = False) -> Adapter:
-    adapter = {}
+def adapter_of(
+    settings: Lora, spec: Spec = SPEC, dora: bool = False, method: str = "lora"
+) -> Adapter:
+    adapter: Adapter = {}
     for seed, (name, linear) in enumerate(adapted_linears(spec, settings).items()):
         down = gaussian(linear.rank, linear.columns, seed=seed)
         up = gaussian(linear.rows, linear.rank, seed=seed + 500) / 20
         magnitude = gaussian(linear.rows, seed=seed).abs() + 0.5 if dora else None
         adapter[name] = Update(down, up, magnitude)
+        if method == "loha":
+            adapter[name] = Hadamard(adapter[name], Update(down.roll(1, 1), up.roll(1, 0)))
+        if method == "lokr":
+            (a, b), (c, d) = linear.kronecker.shape
+            r, full = linear.rank, linear.kronecker.full[1]
+            shapes = [(b, d)] if full else [(b, r), (r, d)]
+            w2 = tuple(gaussian(*shape, seed=seed + n) for n, shape in enumerate(shapes))
+            adapter[name] = Kronecker(gaussian(a, c, seed=seed + 9), w2)
     return adapter
 
 
@@ -63,21 +79,21 @@ def write(path: Path, tensors: Tensors, **metadata: str) -> str:
 
 
 @pytest.mark.parametrize("says", [True, False], ids=["of flux2-ds", "of another program"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["diffusers", "bfl", "kohya"])
 @pytest.mark.parametrize("which", SETTINGS)
 def test_a_run_begins_as_the_file(which: str, layout: str, says: bool, tmp_path: Path) -> None:
     settings = SETTINGS[which]
     adapter = adapter_of(settings)
     metadata = {"flux2_ds.lora": json.dumps(asdict(settings))} if says else {}
     path = write(tmp_path / "a.safetensors", LAYOUTS[layout](adapter), **metadata)
-    found, dora, _ = settings_of_file("lora.init_from", path, SPEC)
-    assert not dora
+    found, method, _ = settings_of_file("lora.init_from", path, SPEC)
+    assert method == "lora"
     if says:
         assert found == settings
     elif which != "patterns":
         assert (found.alpha, found.targets) == (None, settings.targets)
     model = build_transformer(SPEC)
-    add_lora(model, lora_config(SPEC, found, dora=False), seed=0)
+    add_lora(model, lora_config(SPEC, found), seed=0)
     set_adapter(model, read_file("lora.init_from", path, SPEC))
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
@@ -95,18 +111,50 @@ def test_a_dora_begins_as_the_file(tmp_path: Path) -> None:
     settings = Lora(rank=3)
     adapter = adapter_of(settings, dora=True)
     path = write(tmp_path / "a.safetensors", diffusers_tensors(adapter))
-    found, dora, _ = settings_of_file("lora.init_from", path, SPEC)
-    assert dora and found == settings
+    found, method, _ = settings_of_file("lora.init_from", path, SPEC)
+    assert method == "dora" and found == settings
     model = build_transformer(SPEC)
     empty = "transformer_blocks.0.attn.to_q"
     model.get_submodule(empty).weight.data[5] = 0
-    add_lora(model, lora_config(SPEC, found, dora=True), seed=0)
+    add_lora(model, lora_config(SPEC, found, "dora"), seed=0)
     set_adapter(model, read_file("lora.init_from", path, SPEC))
     for name, update in adapter.items():
         m = model.get_submodule(name).lora_magnitude_vector["default"].weight
         expected = update.magnitude.clone()
         expected[5] *= name != empty  # a row of zeros in W has none
         assert torch.equal(m, expected)
+
+
+PRODUCTS = {
+    "lokr": Lora(rank=4, alpha=2.0),
+    "of a factor": Lora(rank=5, factor=4, rank_pattern={"attn.to_out": 99}, targets="diffusers"),
+    "loha": Lora(rank=3, alpha=6.0, targets="attention"),
+}
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["of flux2-ds", "of another program"])
+@pytest.mark.parametrize("layout", ["lycoris", "kohya"])
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_a_lokr_or_loha_begins_as_the_file(
+    which: str, layout: str, says: bool, tmp_path: Path
+) -> None:
+    method = "loha" if which == "loha" else "lokr"
+    settings = PRODUCTS[which]
+    if layout == "kohya" and method == "lokr":
+        settings = replace(settings, targets=["attn.to_out", "attn.to_add_out"])
+    adapter = adapter_of(settings, method=method)
+    metadata = {"flux2_ds.lora": json.dumps(asdict(settings))} if says else {}
+    path = write(tmp_path / "a.safetensors", LAYOUTS[layout](adapter), **metadata)
+    found, kind, _ = settings_of_file("lora.init_from", path, SPEC)
+    assert kind == method and settings_of_file("lora.init_from", path, None).method == method
+    model = build_transformer(SPEC)
+    add_lora(model, lora_config(SPEC, found, method), seed=0)
+    set_adapter(model, read_file("lora.init_from", path, SPEC))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert layers.keys() == adapter.keys()
+    for name, layer in layers.items():
+        expected = change_rows(adapter[name], slice(None))
+        assert error(layer.get_delta_weight("default"), expected) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -174,6 +222,35 @@ def test_a_damaged_or_foreign_file_is_refused(
         read_file("lora.init_from", path, SPEC)
 
 
+def test_products_that_cannot_be_trained_here_are_refused(tmp_path: Path) -> None:
+    lokr = lycoris_tensors(adapter_of(Lora(rank=3), method="lokr"))
+    first = "lycoris_transformer_blocks_0_attn_to_q"
+    qkv = {
+        n.replace(first, "lora_unet_double_blocks_0_img_attn_qkv"): t
+        for n, t in lokr.items()
+        if first in n
+    }
+    several = lycoris_tensors(adapter_of(Lora(rank=3, factor=2, targets="attn.to_q"), method="lokr")) | {
+        name: tensor for name, tensor in lokr.items() if "to_k" in name
+    }  # fmt: skip
+    loha = lycoris_tensors(adapter_of(Lora(rank=3), method="loha"))
+    for tensors, message in (
+        (qkv, "one LoKr for q, k and v"),
+        (several, "apart by several factors"),
+        ({n: t for n, t in lokr.items() if n != f"{first}.lokr_w1"}, "lack their other factor"),
+        (lokr | {f"{first}.lokr_w1": torch.ones(3, 3)}, r"is \[3, 3\] × \[8, 3\]"),
+        ({n: t for n, t in loha.items() if n != f"{first}.hada_w2_a"}, "lack their other factor"),
+        (loha | {f"{first}.hada_w2_b": torch.ones(3, 9)}, r"\[3, 9\] there"),
+        (
+            loha | {n: t for n, t in lokr.items() if "to_k" in n},
+            "6 tensors are for no linear",
+        ),
+    ):
+        path = write(tmp_path / "a.safetensors", tensors)
+        with pytest.raises(UserError, match=message):
+            read_file("lora.init_from", path, SPEC)
+
+
 def test_files_of_another_size_or_none_are_refused(tmp_path: Path) -> None:
     wide = replace(SPEC, heads=4)
     path = write(tmp_path / "a.safetensors", bfl_tensors(adapter_of(Lora(rank=3), wide)))
@@ -219,24 +296,24 @@ def test_a_setting_that_contradicts_the_file_is_refused(
             with_file(given, found, SPEC)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr", "loha"])
 @pytest.mark.parametrize("mode", [None, "int8", "nf4"])
 def test_adapters_are_merged_into_the_base_in_fp32(
-    mode: str | None, dora: bool, tmp_path: Path
+    mode: str | None, method: str, tmp_path: Path
 ) -> None:
     """W + Σ s·ΔW, one after the other, rounded once, and quantized then; whichever rows are read."""
     plain = build_transformer(ONE_OF_EACH, torch.bfloat16).state_dict()
     (tmp_path / "plain").mkdir()
     save_file(plain, tmp_path / "plain" / "diffusion_pytorch_model.safetensors")
-    merges = [(adapter_of(Lora(rank=3), ONE_OF_EACH, dora), 0.7),
+    merges = [(adapter_of(Lora(rank=3), ONE_OF_EACH, method == "dora", method), 0.7),
               (adapter_of(Lora(rank=2, targets="attn.to_k"), ONE_OF_EACH), -2.0)]  # fmt: skip
     merged = {}
     for name, weight in plain.items():
         changed = weight.double()
         for adapter, strength in merges:
             if (update := adapter.get(name.removesuffix(".weight"))) is not None:
-                new = changed + update.up.double() @ update.down.double()
-                if update.magnitude is not None:
+                new = changed + change_rows(update, slice(None)).double()
+                if isinstance(update, Update) and update.magnitude is not None:
                     new *= (update.magnitude / new.norm(dim=1))[:, None]
                 changed = changed + strength * (new - changed)
         merged[name] = changed

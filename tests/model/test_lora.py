@@ -1,9 +1,11 @@
 """The adapter's arithmetic against PEFT's own, on plain, bf16 and quantised bases."""
 
+import copy
+
 import pytest
 import torch
 from factories import ONE_OF_EACH, build_transformer, error, gaussian, predict
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from flux2_ds.config.recipe import Lora
@@ -91,6 +93,73 @@ def test_a_bf16_input_is_computed_in_bf16(dora: bool) -> None:
     for name, value in expected.items():
         assert error(found[name], value) < 0.01, name
     assert all(found[name].dtype == torch.float32 for name in trained(layer))
+
+
+def product_layer(linear: nn.Module, config: PeftConfig) -> nn.Module:
+    """`linear` with a LoKr or LoHa in the middle of its training."""
+    model = nn.ModuleDict({"linear": linear})
+    add_lora(model, config, seed=0)
+    for seed, parameter in enumerate(trained(model.linear).values(), start=10):
+        parameter.data = 0.3 * gaussian(*parameter.shape, seed=seed)
+    return model.linear
+
+
+PRODUCTS = {
+    "loha": LoHaConfig(r=3, alpha=8),
+    "lokr": LoKrConfig(r=3, alpha=8, init_weights="lycoris"),
+    "of a factor": LoKrConfig(r=1, alpha=8, decompose_factor=8, decompose_both=True),
+    "full": LoKrConfig(r=40, alpha=8, decompose_factor=4),
+}
+
+
+@pytest.mark.parametrize("mode", [None, "bf16", "nf4", "int8", "fp8"])
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_lokr_and_loha_are_those_of_peft(which: str, mode: str | None) -> None:
+    """With every gradient; over a quantised base PEFT's over the weight as it is stored. Off, they are the base."""
+    config = copy.deepcopy(PRODUCTS[which])
+    config.target_modules = ["linear"]
+    dtype, linear = torch.float32, base()
+    if mode == "bf16":
+        dtype, linear = torch.bfloat16, base(torch.bfloat16)
+    elif mode is not None:
+        linear = QuantizedLinear(linear.weight, *BASE_WEIGHTS[mode])
+    plain = base()
+    plain.weight.data = linear.weight.float()
+    layer = product_layer(linear, copy.deepcopy(config))
+    theirs = inject_adapter_in_model(config, nn.ModuleDict({"linear": plain})).linear
+    parameters = trained(layer)
+    assert {n: p.shape for n, p in parameters.items()} == {
+        n: p.shape for n, p in trained(theirs).items()
+    }
+    for name, parameter in trained(theirs).items():
+        parameter.data = parameters[name].detach().clone()
+    found, expected = run(layer, dtype), run(theirs)
+    tolerance = {None: 2e-6, "nf4": 0.005, "bf16": 0.02, "int8": 0.02, "fp8": 0.06}[mode]
+    for name, value in expected.items():
+        assert error(found[name], value) < tolerance, name
+    layer.enable_adapters(False)
+    with torch.no_grad():
+        x = gaussian(3, IN, seed=1).to(dtype)
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("which", ["lokr", "loha"])
+def test_a_lokr_or_loha_begins_as_nothing_and_the_same_everywhere(which: str) -> None:
+    """And its first gradient is not zero."""
+    for mode in (None, "nf4_fp8"):
+        model = build_transformer(ONE_OF_EACH, torch.bfloat16, mode)
+        transformer.keep_timestep_exact(model)
+        before, config = predict(model), lora_config(ONE_OF_EACH, Lora(rank=4), which)
+        add_lora(model, config, seed=3)
+        assert torch.equal(predict(model), before)
+        predict(model).float().square().mean().backward()
+        named = transformer.trainable(model)
+        assert all(p.dtype == torch.float32 for p in named.values())
+        assert sum(bool(p.grad.any()) for p in named.values()) >= 14
+        other = build_transformer(ONE_OF_EACH)
+        add_lora(other, lora_config(ONE_OF_EACH, Lora(rank=4), which), seed=3)
+        for name, parameter in transformer.trainable(other).items():
+            assert torch.equal(named[name], parameter)
 
 
 EMPTY_ROW = 7
@@ -204,7 +273,11 @@ def test_a_transformer_with_an_adapter(mode: str | None, dora: bool) -> None:
     transformer.keep_timestep_exact(model)
     before = predict(model)
     assert before.dtype == torch.bfloat16
-    add_lora(model, lora_config(ONE_OF_EACH, Lora(rank=4, targets="all"), dora=dora), seed=0)
+    add_lora(
+        model,
+        lora_config(ONE_OF_EACH, Lora(rank=4, targets="all"), "dora" if dora else "lora"),
+        seed=0,
+    )
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     assert len(layers) == 14
     expected = nn.Linear if mode is None else QuantizedLinear

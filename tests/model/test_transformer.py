@@ -53,7 +53,7 @@ def test_a_fresh_adapter_changes_nothing(variant: str, dora: bool) -> None:
     model = build_transformer(spec)
     with torch.no_grad():
         before = model(**inputs(spec)).sample
-        add_lora(model, lora_config(spec, Lora(rank=4), dora=dora), seed=0)
+        add_lora(model, lora_config(spec, Lora(rank=4), "dora" if dora else "lora"), seed=0)
         after = model(**inputs(spec)).sample
     if dora:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -64,7 +64,7 @@ def test_a_fresh_adapter_changes_nothing(variant: str, dora: bool) -> None:
 def test_only_the_adapter_is_trained_and_it_is_fp32() -> None:
     spec = SPECS["klein"]
     model = build_transformer(spec, torch.bfloat16)
-    add_lora(model, lora_config(spec, Lora(rank=4), dora=False), seed=0)
+    add_lora(model, lora_config(spec, Lora(rank=4)), seed=0)
     named = transformer.trainable(model)
     assert len(named) == 2 * (12 * 2 + 2 * 3)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in named.items())
@@ -79,7 +79,7 @@ def test_the_adapter_depends_on_its_seed_alone() -> None:
         model = build_transformer(spec)
         torch.manual_seed(disturb)
         state = torch.random.get_rng_state()
-        add_lora(model, lora_config(spec, Lora(rank=4), dora=False), seed)
+        add_lora(model, lora_config(spec, Lora(rank=4)), seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         return list(transformer.trainable(model).values())
 
@@ -147,7 +147,7 @@ def test_what_overflows_fp16_is_clamped() -> None:
     for dtype in (torch.float32, torch.float16):
         model = build_transformer(spec)
         transformer.keep_timestep_exact(model)
-        add_lora(model, lora_config(spec, Lora(rank=4), dora=False), seed=0)
+        add_lora(model, lora_config(spec, Lora(rank=4)), seed=0)
         block = model.single_transformer_blocks[0]
         block.attn.to_out.weight.data *= 3e5  # still within fp16 itself
         model.single_stream_modulation.linear.weight.data *= 30
