@@ -155,27 +155,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     check_machine(plan, device)
     plan = placed(plan, spec, process, bucket.tokens)
     recipe = plan.recipe
-
-    result: dict[str, Any] = {
-        "model": f"{recipe.model.path} ({spec})",
-        "method": recipe.method,
-        "rank": recipe.lora.rank,
-        "targets": recipe.lora.targets,
-        "base_weights": recipe.base_weights or recipe.precision,
-        "base_placement": recipe.base_placement,
-        "base_resident": recipe.base_resident,
-        "activation_checkpointing": recipe.activation_checkpointing,
-        "offload_activations": recipe.offload_activations,
-        "deepspeed": f"ZeRO {plan.zero_stage}"
-        + (" offload" if plan.offloads("offload_optimizer") else ""),
-        "image": str(bucket),
-        "processes": process.world_size,
-        "global_batch": recipe.batch.global_size,
-        "micro_batch": recipe.batch.micro_size,
-        "card": torch.cuda.get_device_name(device) if on_card else "CPU",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
+    result = setup(plan, spec, bucket, process)
     log.info(
         "bench      %s, %s, %s in micro-batches of %d, on %s",
         *(spec, recipe.method, bucket, recipe.batch.micro_size, result["card"]),
@@ -184,6 +164,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     def timed(what: str, step: Step) -> Timing:
         return measure(step, process, options.warm_up, options.measure, what)
 
+    theirs = bare = None
     if options.against == "diffusers":
         # First, because it leaves nothing behind.
         theirs = timed("diffusers' loop", diffusers_step(spec, recipe, bucket, device))
@@ -191,32 +172,29 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     if on_card:
         result["gemm_tflops"] = gemm_speed(process)
         torch.cuda.empty_cache()
-
-    this = psutil.Process()
-    resident, built, bare = this.memory_info().rss, None, None
+    this, built = psutil.Process(), None
+    resident = this.memory_info().rss
     try:
         built = build(plan, spec, bucket, process)
         if options.against == "bare":
-            bare = timed(
-                "bare step", bare_step(built.model, recipe, built.objective, built.batches)
-            )
+            plain = bare_step(built.model, recipe, built.objective, built.batches)
+            bare = timed("bare step", plain)
         timing = timed("step", built.step)
     except torch.OutOfMemoryError as error:
         spare = built.expected.spare if built else []
         message = out_of_memory(recipe, "step", str(bucket), error, spare)
         raise UserError(message) from error
-    result["cuda_graphs"] = built.expected.records
-    result["cache_transposed_base"] = built.expected.transposes
-    samples = recipe.batch.global_size
-    work = spec.step_flops(bucket.tokens, recipe.method) * samples / process.world_size
+    grown = this.memory_info().rss - resident
+
+    work = spec.step_flops(bucket.tokens, recipe.method) * recipe.batch.global_size
     result |= {
         "cuda_graphs": built.expected.records,
         "cache_transposed_base": built.expected.transposes,
         "first_step_seconds": (bare or timing).first_seconds,
         "seconds_per_step": timing.seconds,
         "fastest_seconds_per_step": timing.fastest,
-        "samples_per_second": samples / timing.seconds,
-        "tflops_per_process": work / timing.seconds / 1e12,
+        "samples_per_second": recipe.batch.global_size / timing.seconds,
+        "tflops_per_process": work / process.world_size / timing.seconds / 1e12,
     }
     if on_card:
         result["share_of_gemm"] = result["tflops_per_process"] / result["gemm_tflops"]
@@ -224,10 +202,9 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["peak_gib"] = max(timing.peak_bytes, bare.peak_bytes if bare else 0) / GIB
         result["predicted_gib"] = built.expected.on_card / GIB
         if built.expected.needed_on_host:
-            grown = this.memory_info().rss - resident
             result["host_gib"] = max(all_gather_object(grown)) / GIB
             result["predicted_host_gib"] = built.expected.needed_on_host / GIB
-    if options.against == "diffusers":
+    if theirs is not None:
         seconds = theirs.seconds * plan.accumulation
         result["diffusers_seconds_per_step"] = seconds
         result["diffusers_peak_gib"] = theirs.peak_bytes / GIB
@@ -239,6 +216,32 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
         result["kernels"] = costliest_kernels(built.step, Path(options.profile), process)
     destroy_process_group()
     return result
+
+
+def setup(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> dict[str, Any]:
+    """What is timed, on what."""
+    recipe, on_card = plan.recipe, process.device.type == "cuda"
+    offload = " offload" * plan.offloads("offload_optimizer")
+    settings = (
+        *("base_placement", "base_resident"),
+        *("activation_checkpointing", "offload_activations"),
+    )
+    return {
+        "model": f"{recipe.model.path} ({spec})",
+        "method": recipe.method,
+        "rank": recipe.lora.rank,
+        "targets": recipe.lora.targets,
+        "base_weights": recipe.base_weights or recipe.precision,
+        **{name: getattr(recipe, name) for name in settings},
+        "deepspeed": f"ZeRO {plan.zero_stage}{offload}",
+        "image": str(bucket),
+        "processes": process.world_size,
+        "global_batch": recipe.batch.global_size,
+        "micro_batch": recipe.batch.micro_size,
+        "card": torch.cuda.get_device_name(process.device) if on_card else "CPU",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
 
 
 def build(plan: Plan, spec: Spec, bucket: Bucket, process: Process) -> Built:

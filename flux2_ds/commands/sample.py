@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,13 +76,92 @@ log = logging.getLogger("flux2_ds")
 _PARTS = ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
 TEXT: Final = "text encoder"
 MODEL: Final = "transformer"
-PICTURE: Final = "picture"
-"""What memory must hold, one after the other; a picture with the transformer."""
+IMAGE: Final = "image"
+"""What memory must hold, one after the other; an image with the transformer."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, and checked as far as that takes no model."""
+
+    recipe: Recipe
+    trained: Path
+    """An export of the run, or an adapter file."""
+    title: str
+    output: Path
+    named: bool
+    """Whether the output's name was given."""
+    seeds: list[int]
+    strengths: list[float]
 
 
 def main() -> None:
     """Entry point of `flux2-ds sample`."""
     set_up_console()
+    request = read_request()
+    recipe, trained = request.recipe, request.trained
+    references = [open_reference(path, recipe.preview) for path in recipe.preview.references]
+    directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
+    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
+    device = torch.device("cpu" if recipe.launch.accelerator == "cpu" else "cuda:0")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.accelerator is cuda, and no GPU is visible here. Use a machine with one, or add "
+            "--launch.accelerator cpu."
+        )
+    adapter: Adapter = {}
+    if recipe.method == "full":
+        check_transformer(trained)
+    else:
+        adapter = read_adapter(trained, spec)
+    merged = read_merges(recipe.lora, spec)
+    text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
+    check_card(recipe.base_weights, device)
+    check_backend(recipe, device)
+    recipe = with_room(recipe, spec, directory, references, text_device, device)
+
+    output = free_output(request.output, given=request.named, settings={
+        "model": recipe.model.path, "base_weights": recipe.base_weights or recipe.precision,
+        "trained": str(trained), "preview": asdict(recipe.preview), "seeds": request.seeds,
+        "strengths": request.strengths, **({"merged": merges(recipe.lora)} if merged else {}),
+    })  # fmt: skip
+    with enough_memory(recipe, TEXT):
+        prompts = encode_prompts(recipe, spec, directory, text_device)
+    with enough_memory(recipe, MODEL):
+        model = load_transformer(recipe, directory, device, merged)
+        pipeline = load_image_pipeline(directory, spec, model, device)
+    del model
+    previews = [replace(recipe.preview, seed=seed) for seed in request.seeds]
+
+    def column() -> list[Image.Image]:
+        return [
+            render(pipeline, each, prompt, references) for prompt in prompts for each in previews
+        ]
+
+    held = recipe.base_weights or recipe.precision
+    with enough_memory(recipe, IMAGE):
+        columns = {f"base model, {held}": column()}
+        if recipe.method == "full":
+            # Two of them need not fit into memory.
+            pipeline.transformer = None
+            pipeline.transformer = load_transformer(recipe, trained.parent, device)
+            columns[request.title] = column()
+        else:
+            put_adapter(pipeline.transformer, adapter)
+            for strength in request.strengths:
+                set_strength(pipeline.transformer, strength)
+                times = "" if request.strengths == [1.0] else f" × {strength:g}"
+                columns[request.title + times] = column()
+    count = write_images(request, output, columns)
+    log.info("rendered %d images over %s with %s: %s", count, held, trained, output)
+
+
+def read_request() -> Request:
+    """What the command line asks for.
+
+    Raises:
+        UserError: an option that cannot be, or an export that is not there.
+    """
     parser = recipe_parser(
         "flux2-ds sample", "Render prompts without and with the trained weights."
     )
@@ -91,7 +170,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Weights, default="trained",
                         help="The export of the trained weights, or of their moving average.")  # fmt: skip
     parser.add_argument("--output", type=str | None, default=None,
-                        help="Picture to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
+                        help="Image to write. Default: RUN_DIR/samples/step_N.png.")  # fmt: skip
     parser.add_argument("--adapter", type=str | None, default=None,
                         help="Adapter file to render, of any run and layout that diffusers reads.")  # fmt: skip
     parser.add_argument("--strengths", type=list[float], default=[1.0],
@@ -111,9 +190,9 @@ def main() -> None:
     if options.adapter is None:
         recipe = trained_recipe(recipe)
         trained = choose_export(recipe, options.step, options.weights)
-        name = f"step_{step_of(trained):08d}{'-ema' if options.weights == 'ema' else ''}"
-        output = Path(options.output or Path(recipe.run_dir) / "samples" / f"{name}.png")
-        title = f"{recipe.method}, step {step_of(trained)}{', ema' * (options.weights == 'ema')}"
+        step, ema = step_of(trained), options.weights == "ema"
+        output = Path(recipe.run_dir) / "samples" / f"step_{step:08d}{'-ema' * ema}.png"
+        title = f"{recipe.method}, step {step}{', ema' * ema}"
     else:
         if options.step is not None or options.weights != "trained":
             raise UserError(
@@ -121,81 +200,52 @@ def main() -> None:
             )
         recipe = replace(recipe, method="lora")
         trained = Path(options.adapter)
-        output = Path(options.output or trained.parent / "samples" / f"{trained.stem}.png")
-        title = trained.stem
+        output, title = trained.parent / "samples" / f"{trained.stem}.png", trained.stem
     if recipe.base_placement == "sharded":  # over one process
         recipe = replace(recipe, base_placement="gpu")
     if recipe.method == "full" and strengths != [1.0]:
         raise UserError("--strengths is for adapters; method is full. Remove it.")
-    references = [open_reference(path, recipe.preview) for path in recipe.preview.references]
-    directory = model_directory(recipe.model.path, recipe.model.revision, _PARTS)
-    spec = read_spec(directory, allow_distilled=recipe.model.allow_distilled)
-    device = torch.device("cpu" if recipe.launch.accelerator == "cpu" else "cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "launch.accelerator is cuda, and no GPU is visible here. Use a machine with one, or add "
-            "--launch.accelerator cpu."
-        )
-    if recipe.method == "full":
-        adapter: Adapter = {}
-        check_transformer(trained)
-    else:
-        adapter = read_adapter(trained, spec)
-    merged = read_merges(recipe.lora, spec)
-    text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
-    check_card(recipe.base_weights, device)
-    check_backend(recipe, device)
+    named = options.output is not None
+    return Request(
+        recipe, trained, title, Path(options.output) if named else output, named, seeds, strengths
+    )
+
+
+def with_room(
+    recipe: Recipe,
+    spec: Spec,
+    directory: Path,
+    references: list[Image.Image],
+    text_device: torch.device,
+    device: torch.device,
+) -> Recipe:
+    """The recipe with `base_placement: auto` decided.
+
+    Raises:
+        UserError: memory cannot hold one of the parts.
+    """
     sizes, free = part_bytes(recipe, spec, directory, references), free_bytes(device)
-    if recipe.base_placement == "auto" and sizes["weights"] + sizes["picture"] > free:
+    if recipe.base_placement == "auto" and sizes["weights"] + sizes["image"] > free:
         recipe = replace(recipe, base_placement="host", base_resident=0.0)
         sizes = part_bytes(recipe, spec, directory, references)
     check_room(recipe, TEXT, sizes[TEXT], free_bytes(text_device))
     check_room(recipe, MODEL, sizes["weights"], free)
-    check_room(recipe, PICTURE, sizes["weights"] + sizes["picture"], free)
+    check_room(recipe, IMAGE, sizes["weights"] + sizes["image"], free)
+    return recipe
 
-    output = free_output(output, given=options.output is not None, settings={
-        "model": recipe.model.path, "base_weights": recipe.base_weights or recipe.precision,
-        "trained": str(trained), "preview": asdict(recipe.preview), "seeds": seeds,
-        "strengths": strengths, **({"merged": merges(recipe.lora)} if merged else {}),
-    })  # fmt: skip
-    with enough_memory(recipe, TEXT):
-        prompts = encode_prompts(recipe, spec, directory, text_device)
-    with enough_memory(recipe, MODEL):
-        model = load_transformer(recipe, directory, device, merged)
-        pipeline = load_image_pipeline(directory, spec, model, device)
-    del model
 
-    def column() -> list[Image.Image]:
-        previews = [replace(recipe.preview, seed=seed) for seed in seeds]
-        return [
-            render(pipeline, each, prompt, references) for prompt in prompts for each in previews
-        ]
-
-    held = recipe.base_weights or recipe.precision
-    with enough_memory(recipe, PICTURE):
-        columns = {f"base model, {held}": column()}
-        if recipe.method == "full":
-            # Two of them need not fit into memory.
-            pipeline.transformer = None
-            pipeline.transformer = load_transformer(recipe, trained.parent, device)
-            columns[title] = column()
-        else:
-            put_adapter(pipeline.transformer, adapter)
-            for strength in strengths:
-                set_strength(pipeline.transformer, strength)
-                columns[title if strengths == [1.0] else f"{title} × {strength:g}"] = column()
+def write_images(request: Request, output: Path, columns: dict[str, list[Image.Image]]) -> int:
+    """Write the grid, and each image into the folder beside it; returns how many these are."""
+    prompts, seeds = request.recipe.preview.prompts, request.seeds
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
-    for number, images in enumerate(columns.values()):
-        kind = f"x{strengths[number - 1]:g}" if number else "base"
+    kinds = ["base", *(f"x{strength:g}" for strength in request.strengths)]
+    for kind, images in zip(kinds, columns.values(), strict=True):
         for (prompt, seed), image in zip(rows, images, strict=True):
             image.save(output.with_suffix("") / f"{prompt}-seed{seed}-{kind}.png")
-    texts = [recipe.preview.prompts[prompt] for prompt, _ in rows]
-    if len(seeds) > 1:
-        texts = [f"{text} (seed {seed})" for text, (_, seed) in zip(texts, rows, strict=True)]
+    several = len(seeds) > 1
+    texts = [prompts[prompt] + f" (seed {seed})" * several for prompt, seed in rows]
     grid(texts, tuple(columns), tuple(columns.values())).save(output)
-    log.info(
-        "rendered %d images over %s with %s: %s", len(rows) * len(columns), held, trained, output
-    )
+    return len(rows) * len(columns)
 
 
 def free_output(output: Path, settings: dict[str, Any], *, given: bool) -> Path:
@@ -240,10 +290,10 @@ def part_bytes(
     # The pipeline makes larger references smaller.
     tokens = sum(min(image.width * image.height, 1024**2) for image in references) + pixels
     (channels,) = vae["decoder.conv_norm_out.weight"]
-    picture = rendering_bytes(
+    image = rendering_bytes(
         spec, recipe.base_weights, element, tokens // PIXELS_PER_TOKEN**2, pixels, channels
     )
-    return {TEXT: of_text * elements(text), "weights": weights, "picture": picture}
+    return {TEXT: of_text * elements(text), "weights": weights, "image": image}
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
@@ -301,9 +351,9 @@ def described(recipe: Recipe, part: str) -> str:
     held = f"base_weights {recipe.base_weights or recipe.precision}"
     if recipe.method == "full":
         held = f"precision {recipe.precision}"
-    if part == PICTURE:
+    if part == IMAGE:
         preview = recipe.preview
-        return f"a picture of {preview.width}x{preview.height} px over the {MODEL} with {held}"
+        return f"an image of {preview.width}x{preview.height} px over the {MODEL} with {held}"
     return f"the {MODEL} with {held}"
 
 

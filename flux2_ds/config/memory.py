@@ -417,9 +417,9 @@ def rendering_bytes(
     pixels: int,
     channels: int,
 ) -> float:
-    """Least bytes beside the weights while a picture is denoised and decoded; kernels' workspaces come on top.
+    """Least bytes beside the weights while an image is denoised and decoded; kernels' workspaces come on top.
 
-    `image_tokens`: references included. `channels`: of the VAE's decoder at the picture's full size. Both
+    `image_tokens`: references included. `channels`: of the VAE's decoder at the image's full size. Both
     parts were counted in tensors that exist at once, on the CPU.
     """
     stream = (image_tokens + TEXT_TOKENS) * spec.width * element
@@ -437,7 +437,7 @@ def expanded_bytes(spec: Spec, base_weights: str | None) -> int:
 
 # What to change if memory is not enough
 
-Doing = Literal["step", "text encoder", "transformer", "picture"]
+Doing = Literal["step", "text encoder", "transformer", "image"]
 
 
 def out_of_memory(
@@ -476,7 +476,7 @@ def advice(recipe: Recipe, doing: Doing, spare: Sequence[str] = ()) -> str:
             (prepare.text_device != "cpu", "prepare.text_device: cpu"),
         ],
         "transformer": [(smaller_base, "base_weights: nf4"), (streamable, "base_placement: host")],
-        "picture": [
+        "image": [
             (True, "smaller preview.width and preview.height"),
             (bool(preview.references), "fewer preview.references"),
             (smaller_base, "base_weights: nf4"),

@@ -49,7 +49,7 @@ def exported(recipe: Recipe, spec: Spec, write_checkpoint: Callable[..., Path]) 
 
 
 def unrounded(pipeline: Any) -> Any:
-    """The pipeline, giving what the VAE decodes: in 8 bits tiny models' pictures are all alike."""
+    """The pipeline, giving what the VAE decodes: in 8 bits tiny models' images are all alike."""
     pipeline.image_processor.postprocess = lambda image, **_: list(image)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -57,14 +57,14 @@ def unrounded(pipeline: Any) -> Any:
 
 def theirs(pipeline: Any, references: list[Image.Image]) -> torch.Tensor:
     """What diffusers renders from the prompts."""
-    pictures = [
+    images = [
         pipeline(
             prompt=prompt, image=references or None, height=64, width=96, num_inference_steps=2,
             guidance_scale=4.0, generator=torch.Generator().manual_seed(0),
         ).images[0]
         for prompt in ("a cat", "a dog")
     ]  # fmt: skip
-    return torch.stack(pictures)
+    return torch.stack(images)
 
 
 @pytest.mark.parametrize(("method", "base"), [("lora", "nf4"), ("dora", None), ("full", None)])
@@ -89,12 +89,12 @@ def test_both_columns_are_diffusers_own(
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert bool(quantized) == (base is not None)
     pipeline = unrounded(load_image_pipeline(tiny_model, tiny_spec, model, CPU))
-    before = pictures(pipeline, recipe, prompts, references)
+    before = images(pipeline, recipe, prompts, references)
     if method == "full":
         pipeline.transformer = sample.load_transformer(recipe, file.parent, CPU)
     else:
         sample.put_adapter(model, sample.read_adapter(file, tiny_spec))
-    after = pictures(pipeline, recipe, prompts, references)
+    after = images(pipeline, recipe, prompts, references)
 
     reference = unrounded(load_pipeline(tiny_model, tiny_spec, torch.float32))
     for name, linear in quantized.items():
@@ -118,7 +118,7 @@ def test_both_columns_are_diffusers_own(
             sample.check_transformer(file)
 
 
-def pictures(
+def images(
     pipeline: Any, recipe: Recipe, prompts: list[Prompt], references: list[Image.Image]
 ) -> torch.Tensor:
     return torch.stack([render(pipeline, recipe.preview, p, references) for p in prompts])
@@ -250,7 +250,7 @@ class Live(TorchDispatchMode):
 
 
 def noise(spec: Spec, tokens: int) -> dict[str, torch.Tensor]:
-    """The transformer's inputs for a picture of so many tokens."""
+    """The transformer's inputs for an image of so many tokens."""
     guidance = {"guidance": torch.ones(1)} if spec.guidance else {}
     return guidance | {
         "hidden_states": torch.randn(1, tokens, 128),
@@ -261,7 +261,7 @@ def noise(spec: Spec, tokens: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_picture_takes_what_is_counted(tiny_model: Path, tiny_spec: Spec) -> None:
+def test_an_image_takes_what_is_counted(tiny_model: Path, tiny_spec: Spec) -> None:
     """Of both parts the peak of living tensors is the formula's, and hardly more."""
     recipe = previewed(tiny_model, Path("unused"))
     recipe = dataclasses.replace(recipe, preview=Preview(height=512, width=384, steps=1))
@@ -281,10 +281,10 @@ def test_a_picture_takes_what_is_counted(tiny_model: Path, tiny_spec: Spec) -> N
     for live, counted in ((forward, (tokens, 0)), (decoding, (0, pixels))):
         least = rendering_bytes(tiny_spec, None, 4, *counted, channels)
         assert least <= live.peak < 1.15 * least
-    found = sample.part_bytes(recipe, tiny_spec, tiny_model, [])["picture"]
+    found = sample.part_bytes(recipe, tiny_spec, tiny_model, [])["image"]
     assert found == pytest.approx(max(forward.peak, decoding.peak), rel=0.15)
     references = 3 * [Image.new("RGB", (2048, 1024))]  # of which the pipeline takes 1024² px
-    more = sample.part_bytes(recipe, tiny_spec, tiny_model, references)["picture"]
+    more = sample.part_bytes(recipe, tiny_spec, tiny_model, references)["image"]
     assert more == rendering_bytes(tiny_spec, None, 4, tokens + 3 * 4096, 0, 0) > found
 
 
@@ -321,7 +321,7 @@ def test_what_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
         ({"method": "full"}, "transformer", r"precision fp32 .* free\. Run sample on a larger"),
         ({"prepare": Prepare(text_weights="int8")}, "text encoder", "int8 .*text_weights: nf4, or"),
         (text, "text encoder", r"Set prepare\.text_device: cpu, or run"),
-        ({}, "picture", r"96x64 px .*Set smaller preview\.width .* or base_weights: nf4, or"),
+        ({}, "image", r"96x64 px .*Set smaller preview\.width .* or base_weights: nf4, or"),
     ):
         changed = dataclasses.replace(recipe, **changes)
         size = r"takes at least 32\.0 GiB, and 23\.5 GiB are free"
@@ -336,7 +336,7 @@ def test_what_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
     [
         ("encode_prompts", r"the text encoder .* 9 GiB\)\. Set prepare\.text_weights: nf4"),
         ("load_transformer", r"the transformer with .* 9 GiB\)\. Set base_weights: nf4"),
-        ("render", r"a picture of 96x64 px over .* 9 GiB\)\. Set smaller preview\.width"),
+        ("render", r"an image of 96x64 px over .* 9 GiB\)\. Set smaller preview\.width"),
     ],
 )
 def test_a_card_that_is_too_small_after_all(
@@ -380,7 +380,7 @@ def test_the_newest_export_of_the_weights_asked_for_is_chosen(tmp_path: Path, me
         sample.choose_export(recipe, 3, "ema")
 
 
-def test_an_output_that_is_no_picture_is_refused() -> None:
+def test_an_output_that_is_no_image_is_refused() -> None:
     check_format("--output", Path("a.PNG"))
     for name in ("a", "a.txt"):
         with pytest.raises(UserError, match=rf"--output {name}: no image format"):
