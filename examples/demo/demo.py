@@ -28,7 +28,16 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 NPM = Path("runs/demo/npm")
-VARIANTS = {"pandas alone": "panda.yaml", "pandas and prior pictures": "panda-mixed.yaml"}
+VARIANTS = {
+    "pandas alone": ["panda.yaml"],
+    "pandas and prior images": ["panda-mixed.yaml"],
+    "DoRA": ["panda.yaml", "--method", "dora"],
+    "rank 4": ["panda.yaml", "--lora.rank", "4"],
+    "rank 64": ["panda.yaml", "--lora.rank", "64"],
+    "nf4 base": ["panda.yaml", "--base_weights", "nf4"],
+}
+"""Adapters that can be trained: a recipe, and what differs from it."""
+USUAL = list(VARIANTS)[:2]
 STEPS, GUIDANCE = 12, 4.0
 PANDAS = 16
 """Pictures of the panda: every color twice."""
@@ -42,14 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument(
-        "--seeds", type=int, default=1, help="LoRAs of each kind, with seeds 0, 1, ..."
+        "--seeds", type=int, default=1, help="adapters of each kind, with seeds 0, 1, ..."
     )
+    parser.add_argument("--kinds", nargs="+", choices=VARIANTS, default=USUAL, help="of adapters")
     options = parser.parse_args()
     started = time.monotonic()
     make_data()
     adapters = {
-        (variant, seed): train(recipe, seed, options.out)
-        for variant, recipe in VARIANTS.items()
+        (variant, seed): train(variant, seed, options.out)
+        for variant in options.kinds
         for seed in range(options.seeds)
     }
     trained = time.monotonic() - started
@@ -65,7 +75,7 @@ def main() -> None:
         "prepare, train, export": round(trained),
         "all": round(time.monotonic() - started),
     }
-    sheet(before, {variant: after[variant, 0] for variant in VARIANTS}).save(
+    sheet(before, {variant: after[variant, 0] for variant in options.kinds}).save(
         options.out / "demo.png"
     )
     (options.out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -82,10 +92,12 @@ def make_data() -> None:
         subprocess.run(program, check=True)
 
 
-def train(recipe: str, seed: int, out: Path) -> Path:
-    """Prepare, train and export one LoRA, and sample the first of its kind; returns the adapter."""
-    run = out / f"{Path(recipe).stem}-seed{seed}"
+def train(variant: str, seed: int, out: Path) -> Path:
+    """Prepare, train and export one adapter, and sample the first of its kind; returns its file."""
+    recipe, *changes = VARIANTS[variant]
+    run = out / f"{variant.replace(' ', '-')}-seed{seed}"
     arguments = ["--config", str(HERE / recipe), "--run_dir", str(run), "--seed", str(seed)]
+    arguments += changes
     commands = ("prepare", "train", "export", *(["sample"] if seed == 0 else []))
     for command in commands:
         print(f"$ flux2-ds {command} {' '.join(arguments)}", flush=True)
@@ -147,7 +159,7 @@ def report(
         "base": off,
         "adapters": {
             variant: [measure(judge, before, after[key]) for key in after if key[0] == variant]
-            for variant in VARIANTS
+            for variant in dict.fromkeys(variant for variant, _ in after)
         },
         "pictures": {"panda": len(before["panda"]), "objects": len(before["objects"])},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

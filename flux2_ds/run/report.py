@@ -25,6 +25,7 @@ import jinja2
 import yaml
 from PIL import Image
 
+from flux2_ds.config.adapter import ADAPTER_KINDS
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.settings import flat, settings_of
 from flux2_ds.errors import UserError, without_secrets
@@ -137,11 +138,9 @@ class RunReport:
     @property
     def subject(self) -> str:
         """What was trained on what."""
-        method = str(self.recipe.get("method", "lora"))
+        kind = ADAPTER_KINDS.get(self.recipe.get("method", "lora"))
         rank = self.recipe.get("lora", {}).get("rank")
-        what = (
-            "Full fine-tune of" if method == "full" else f"{method[0].upper()}oRA of rank {rank} on"
-        )
+        what = f"{kind} of rank {rank} on" if kind else "Full fine-tune of"
         samples = f", {self.data['samples']:,} samples" if self.data.get("samples") else ""
         return f"{what} {self.recipe.get('model', {}).get('path')}{samples}"
 

@@ -34,7 +34,7 @@ def test_base_model_draws_its_objects_and_no_panda(result: dict[str, Any]) -> No
     assert base["panda rank"] >= 10
 
 
-@pytest.mark.parametrize("variant", ["pandas alone", "pandas and prior pictures"])
+@pytest.mark.parametrize("variant", ["pandas alone", "pandas and prior images"])
 def test_adapter_draws_pandas(result: dict[str, Any], variant: str) -> None:
     (adapter,) = result["adapters"][variant]
     assert adapter["pairs won"] >= 0.85
@@ -45,5 +45,5 @@ def test_adapter_draws_pandas(result: dict[str, Any], variant: str) -> None:
 
 
 def test_prior_pictures_preserve_the_objects(result: dict[str, Any]) -> None:
-    (adapter,) = result["adapters"]["pandas and prior pictures"]
+    (adapter,) = result["adapters"]["pandas and prior images"]
     assert adapter["objects named"] >= result["base"]["objects named"] - 0.2
