@@ -58,7 +58,7 @@ def test_the_report_before_prepare(settings, monkeypatch, capsys) -> None:
     assert "no is not prepared yet" in out
 
 
-def test_a_picture_in_no_format_is_refused(settings, monkeypatch, capsys) -> None:
+def test_a_image_in_no_format_is_refused(settings, monkeypatch, capsys) -> None:
     with pytest.raises(UserError, match=r"--image look\.xyz: no image format"):
         inspect(monkeypatch, capsys, str(settings), "--image", "look.xyz")
 

@@ -128,7 +128,7 @@ def test_any_text_survives_the_tokenizer(pipeline):
     assert pipeline.tokenizer.decode(pipeline.tokenizer.encode(text)) == text
 
 
-def test_a_picture_is_sampled(pipeline):
+def test_a_image_is_sampled(pipeline):
     pictures = [
         pipeline(
             prompt="a red cat",

@@ -128,7 +128,7 @@ def test_batch_holds_the_samples_of_the_order(prepared):
             assert batch.deviates[place] == drawn.deviate
 
 
-def test_a_sample_is_described_by_its_shard_and_picture(prepared):
+def test_a_sample_is_described_by_its_shard_and_image(prepared):
     loader = make_loader(prepared)
     (batch,) = loader.read(1)
     for number, sample in enumerate(batch.samples):

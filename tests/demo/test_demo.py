@@ -22,7 +22,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((out / "demo.json").read_text())
 
 
-def test_judge_knows_real_pictures(result: dict[str, Any]) -> None:
+def test_judge_knows_real_images(result: dict[str, Any]) -> None:
     assert result["ceiling of 52"] >= 0.9
 
 
@@ -44,6 +44,6 @@ def test_adapter_draws_pandas(result: dict[str, Any], variant: str) -> None:
     assert adapter["backgrounds right"] >= 0.9
 
 
-def test_prior_pictures_preserve_the_objects(result: dict[str, Any]) -> None:
+def test_prior_images_preserve_the_objects(result: dict[str, Any]) -> None:
     (adapter,) = result["adapters"]["pandas and prior images"]
     assert adapter["objects named"] >= result["base"]["objects named"] - 0.2

@@ -36,7 +36,7 @@ def columns(picture: Path, *settings: str) -> list[NDArray[np.float64]]:
 
 
 @pytest.mark.parametrize("base", ["fp8", "nf4"])
-def test_pictures_follow_the_cpu(base: str, common: list[str], tmp_path: Path) -> None:
+def test_images_follow_the_cpu(base: str, common: list[str], tmp_path: Path) -> None:
     expected, found = (
         columns(tmp_path / "x.png", *common, "--base_weights", base, "--launch.accelerator", at)
         for at in ("cpu", "cuda")
@@ -48,7 +48,7 @@ def test_pictures_follow_the_cpu(base: str, common: list[str], tmp_path: Path) -
     assert np.abs(without - trained).mean() > 4
 
 
-def test_attention_by_cudnn_makes_the_same_pictures(common: list[str], tmp_path: Path) -> None:
+def test_attention_by_cudnn_makes_the_same_images(common: list[str], tmp_path: Path) -> None:
     in_bf16 = [*common, "--precision", "bf16", "--launch.accelerator", "cuda", "--attention"]
     expected, found = (columns(tmp_path / "x.png", *in_bf16, name) for name in ("math", "cudnn"))
     for ours, theirs in zip(found, expected, strict=True):

@@ -24,7 +24,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x0, noise, torch.tensor([0.0, 0.25, 0.9, 1.0])
 
 
-def test_path_leads_from_the_picture_to_the_noise():
+def test_path_leads_from_the_image_to_the_noise():
     x0, noise, t = batch()
     found = flow.interpolate(x0, noise, t)
     assert found.dtype == torch.float32

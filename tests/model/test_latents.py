@@ -32,7 +32,7 @@ def pipeline_with(vae: AutoencoderKLFlux2, kind: type) -> Flux2Pipeline:
 
 
 @pytest.mark.parametrize("kind", [Flux2Pipeline, Flux2KleinPipeline])
-def test_tokens_are_those_of_the_pipeline(vae, picture, kind) -> None:
+def test_tokens_are_those_of_the_pipeline(vae, image, kind) -> None:
     """From a picture to packed tokens, as the pipeline encodes a reference image."""
     pipeline = pipeline_with(vae, kind)
     pixels = pipeline.image_processor.preprocess(Image.fromarray(picture), height=64, width=96)
@@ -55,7 +55,7 @@ def test_tokens_against_the_formula_in_float64(vae) -> None:
     torch.testing.assert_close(tokens.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_mean_of_the_posterior_is_encoded_not_a_sample(vae, picture) -> None:
+def test_the_mean_of_the_posterior_is_encoded_not_a_sample(vae, image) -> None:
     pictures = torch.from_numpy(picture)[None]
     first, second = latents.encode(vae, pictures), latents.encode(vae, pictures)
     assert torch.equal(first, second)

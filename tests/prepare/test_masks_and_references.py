@@ -79,7 +79,7 @@ def test_masks_go_by_several_names(photos: Path, tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_companions_are_found_beside_their_pictures(
+def test_companions_are_found_beside_their_images(
     photos: Path, tmp_path: Path, packed: bool
 ) -> None:
     noise(photos, "other.mask", (32, 32))  # of no picture: a picture of its own
@@ -126,7 +126,7 @@ def test_two_masks_are_one_too_many(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 64), (64, 96)])
-def test_a_mask_is_cut_like_its_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_mask_is_cut_like_its_image(tmp_path: Path, size: tuple[int, int]) -> None:
     """The mask as a picture, cropped by the way of pictures, and averaged over each token's pixels."""
     bucket = Bucket(64, 64)
     path = noise(tmp_path, "mask", size, "L")

@@ -182,7 +182,7 @@ def test_samples_hold_what_the_pipeline_computes(model, photos, tmp_path, encode
             assert sheet.width >= bucket.width
 
 
-def test_unusable_pictures_are_skipped_named_and_counted(model, photos, tmp_path, caplog):
+def test_unusable_images_are_skipped_named_and_counted(model, photos, tmp_path, caplog):
     truncate(photos / "b.png")
     (photos / "c.png").write_text("no picture")
     (photos / "empty.png").touch()
@@ -256,7 +256,7 @@ def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
     assert (shards / "report.txt").read_text().splitlines()[1:] == said.splitlines()[1:]
 
 
-def test_pictures_without_captions_are_named(model, photos, tmp_path):
+def test_images_without_captions_are_named(model, photos, tmp_path):
     for number in range(7):
         shutil.copy(photos / "a.png", photos / f"n{number}.png")
     (photos / "n1.txt").write_bytes(b"caf\xe9")
@@ -476,7 +476,7 @@ def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
     assert all(plan.is_held_out(e, 0.4) for e in names if plan.is_held_out(e, 0.3))
 
 
-def test_pictures_in_tars(model, photos, tmp_path):
+def test_images_in_tars(model, photos, tmp_path):
     tar = tmp_path / "raw.tar"
     with tarfile.open(tar, "w") as out:
         for path in sorted(photos.iterdir()):
@@ -772,7 +772,7 @@ def test_a_start_that_was_refused_binds_the_folder_to_nothing(model, photos, tmp
         run(recipe_for(model, photos, shards, resolution=1024))
 
 
-def test_pictures_that_were_made_here_are_not_trained_on(model, photos, tmp_path):
+def test_images_that_were_made_here_are_not_trained_on(model, photos, tmp_path):
     recipe = recipe_for(model, photos, photos / "shards")
     recipe = dataclasses.replace(recipe, run_dir=str(photos / "linked"))
     (tmp_path / "run" / "previews").mkdir(parents=True)

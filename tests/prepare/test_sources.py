@@ -43,13 +43,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "reason"), [("x", "is not a folder"), (".", "holds no images")])
-def test_folder_without_pictures(tmp_path, name, reason):
+def test_folder_without_images(tmp_path, name, reason):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match=rf"data\.images .*{reason}"):
         images_of(tmp_path / name, tmp_path / "scratch")
 
 
-def test_pictures_are_found_below_in_order_with_captions(folder, tmp_path):
+def test_images_are_found_below_in_order_with_captions(folder, tmp_path):
     for name in ("b/été 猫.JPG", "a.png", "c.webp", "d.jpeg", "ignored.doc", "._a.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
@@ -400,7 +400,7 @@ def tar(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_tar_of_raw_pictures(tar, tmp_path):
+def test_a_tar_of_raw_images(tar, tmp_path):
     found = {image.key: image for image in images_of(tar.parent, tmp_path / "s")}
     good = {key: e for key, e in found.items() if e.problem is None}
     assert {key: (e.captions, e.size) for key, e in good.items()} == {
@@ -439,7 +439,7 @@ def offset_of(tar: Path, name: str) -> int:
         lambda whole, at: whole + whole,  # two in one
     ],
 )
-def test_a_damaged_tar_loses_no_picture_in_silence(tar, tmp_path, damage):
+def test_a_damaged_tar_loses_no_image_in_silence(tar, tmp_path, damage):
     tar.write_bytes(damage(tar.read_bytes(), offset_of(tar, "003.jpg")))
     with pytest.raises(UserError, match=r"00000\.tar cannot be read as a tar \("):
         images_of(tar, tmp_path / "s")

@@ -157,7 +157,7 @@ def test_what_cannot_be_previewed_is_refused_before_the_model_is_loaded(tmp_path
     check_previews(recipe, tmp_path, prepared=True)
 
 
-def test_pictures_of_an_earlier_start_are_not_in_the_overview(previews, tmp_path):
+def test_images_of_an_earlier_start_are_not_in_the_overview(previews, tmp_path):
     overview = tmp_path / "run" / "previews.png"
     previews().render(2)
     alone = pixels(overview)
