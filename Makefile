@@ -42,7 +42,7 @@ test: $(INSTALLED) ## all tests that need no GPU
 test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
 	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode
 
-test-kill: $(INSTALLED) ## N=100 random kills of a training, SEED=0: some 20 s each
+test-kill: $(INSTALLED) ## N=100 random kills of a training, SEED=0: some 10 s each
 	KILLS=$(or $(N),100) SEED=$(or $(SEED),0) $(OFFLINE) $(BIN)/pytest -q -s tests/launcher/test_kill.py
 
 fuzz: $(INSTALLED) ## N=1000 recipes at random and as many damaged files, SEED=0

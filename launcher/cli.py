@@ -125,7 +125,7 @@ def plan(argv: list[str]) -> None:
     spec, memory, problems = None, None, []
     try:
         memory = plan_memory(the_plan, hosts, data and data[0], options.gpu, options.host)
-        spec = planned_spec(recipe.model.path)
+        spec = planned_spec(recipe.model.path, recipe.model.revision)
     except UserError as error:
         problems.append(str(error))
     if not options.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -115,12 +116,17 @@ def ask_hosts(slots: dict[str, int], common: list[str]) -> dict[str, Findings]:
             if host:
                 argv = ssh(host, argv, forwarded(os.environ))
             children[host] = subprocess.Popen(
-                argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                argv,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
         return {host: answer_of(host, child, started) for host, child in children.items()}
     finally:
         for child in children.values():
-            child.kill()
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # and the probe that it waits for
 
 
 def answer_of(host: str, child: subprocess.Popen[str], started: float) -> Findings:

@@ -154,7 +154,8 @@ def plan_memory(
     Raises:
         UserError: a size that is none, or a model whose dimensions are not known.
     """
-    recipe, spec = plan.recipe, planned_spec(plan.recipe.model.path)
+    recipe = plan.recipe
+    spec = planned_spec(recipe.model.path, recipe.model.revision)
     tokens = index.largest_tokens if index else _largest_bucket(recipe)
     most = plan.recipe.launch.processes or 8
     per_host = max(hosts.slots.values(), default=min(hosts.processes, most))

@@ -4,6 +4,14 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+# ruff: noqa: F401
+import deepspeed.launcher.launch
+import deepspeed.launcher.runner
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+
 import flux2_ds.commands.bench
 import flux2_ds.prepare.__main__
-import flux2_ds.train  # noqa: F401
+import flux2_ds.train
+import launcher.cli
+import launcher.reaper

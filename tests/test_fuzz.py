@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from torch import distributed, nn
 
 from flux2_ds.checkpoint import manager
@@ -216,8 +217,13 @@ def model(recipe: Recipe) -> None:
 
 
 def adapter(recipe: Recipe) -> list[torch.Tensor]:
-    read = sample.read_adapter(sample.choose_export(recipe, None), read_spec(Path("model")))
-    return [tensor for update in read.values() for tensor in (update.down, update.up)]
+    """Its factors, and what its header says of it."""
+    file = sample.choose_export(recipe, None)
+    read = sample.read_adapter(file, read_spec(Path("model")))
+    with safe_open(file, framework="pt") as opened:
+        says = json.dumps(opened.metadata(), sort_keys=True).encode()
+    factors = [tensor for update in read.values() for tensor in (update.down, update.up)]
+    return [*factors, torch.frombuffer(bytearray(says), dtype=torch.uint8)]
 
 
 def run_dir(recipe: Recipe) -> None:

@@ -151,7 +151,7 @@ def bench(recipe: Recipe, options: Any) -> dict[str, Any]:
     if options.card is not None and on_card:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * GIB / total), device)
-    spec = planned_spec(recipe.model.path)
+    spec = planned_spec(recipe.model.path, recipe.model.revision)
     check_machine(plan, device)
     plan = placed(plan, spec, process, bucket.tokens)
     recipe = plan.recipe

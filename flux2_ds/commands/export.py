@@ -67,7 +67,7 @@ from flux2_ds.model.adapter_programs import (
 from flux2_ds.model.lora import ADAPTER, exported_magnitude, exported_settings, lora_config
 from flux2_ds.model.merge import BaseWeights, dora_scale
 from flux2_ds.model.merge_files import write_bfl_transformer
-from flux2_ds.model.safetensors_file import write_all, write_safetensors
+from flux2_ds.model.safetensors_file import write_adapter, write_safetensors
 from flux2_ds.model.transformer import compute_dtype
 from flux2_ds.run.atomic import PARTIAL, atomic_path
 from flux2_ds.run.logging import set_up_console
@@ -418,7 +418,7 @@ def export_adapter(
     programs = CHECKED[layout, recipe.method]
     metadata["flux2_ds.checked_for"] = ", ".join(programs)
     with atomic_path(path) as unfinished:
-        write_all(unfinished, tensors, metadata)
+        write_adapter(unfinished, tensors, metadata)
         errors = {
             title: largest_error(read_with(title, unfinished, origin.spec), adapter, base)
             for title in programs

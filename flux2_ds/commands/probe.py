@@ -49,7 +49,8 @@ def main() -> None:
         measure_bandwidth(options.accelerator)
     else:
         lines, facts = examine_torch(options.accelerator)
-        lines += [examine_cpu_adam()] * options.cpu_adam
+        if options.cpu_adam:
+            lines.append(examine_cpu_adam())
         print(json.dumps({"lines": lines, "facts": facts}))
 
 

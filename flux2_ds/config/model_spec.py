@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from flux2_ds.errors import UserError, shown
 
 TEXT_TOKENS = 512
@@ -104,27 +107,40 @@ _SIZES = {
 config leaves out guidance_embeds), and what it may be."""
 
 
-def planned_spec(path: str) -> Spec:
-    """The dimensions of `model.path`, a directory here or the id of a released model.
+def planned_spec(path: str, revision: str | None = None) -> Spec:
+    """The dimensions of `model.path`.
 
     Raises:
-        UserError: neither.
+        UserError: they are not known without fetching it.
     """
-    if Path(path).is_dir():
-        return read_spec(Path(path), allow_distilled=True)
-    if path not in RELEASED:
+    if (spec := known_spec(path, revision)) is None:
         raise UserError(
-            f"model.path {path!r} is neither a directory here nor one of {', '.join(RELEASED)}, so "
-            "its size is not known. Give a local directory."
+            f"model.path {path!r} is no directory here, not in the Hugging Face hub's cache, and none of "
+            f"{', '.join(RELEASED)}, so its size is not known. Give a directory, or run: hf download {path}"
         )
-    return RELEASED[path]
+    return spec
 
 
-def known_spec(path: str) -> Spec | None:
+def known_spec(path: str, revision: str | None = None) -> Spec | None:
     """The model's dimensions, if they are known without fetching it."""
+    if path in RELEASED and not Path(path).is_dir():
+        return RELEASED[path]
+    directory = _local_directory(path, revision)
+    return read_spec(directory, allow_distilled=True) if directory else None
+
+
+def _local_directory(path: str, revision: str | None) -> Path | None:
+    """The directory `path`, or what the hub's cache has of that model."""
     if Path(path).is_dir():
-        return read_spec(Path(path), allow_distilled=True)
-    return RELEASED.get(path)
+        return Path(path)
+    try:
+        index, config = (
+            try_to_load_from_cache(path, name, revision=revision)
+            for name in ("model_index.json", "transformer/config.json")
+        )
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) and isinstance(config, str) else None
 
 
 def is_distilled(path: str) -> bool:

@@ -15,27 +15,10 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
 
 from flux2_ds.config.recipe import IN_EPOCHS, Recipe
-from flux2_ds.config.settings import flat, settings_of
+from flux2_ds.config.settings import PATH, flat, settings_of
 from flux2_ds.errors import UserError, did_you_mean, shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-PATHS = (
-    "run_dir",
-    "deepspeed",
-    "model.path",
-    "data.images",
-    "data.shards",
-    "data.more_shards",
-    "data.cache",
-    "lora.init_from",
-    "lora.merge_first",
-    "preview.references",
-    "launch.hostfile",
-)
-"""Settings that are a path, several, or paths by name; `~/`, which a shell expands neither in YAML nor after `=`, is
-the user's home in them."""
-
 
 RENAMED = {
     "activations": "activation_checkpointing (none for keep, full for recompute, 1 - x for a share x)",
@@ -385,17 +368,25 @@ def _refuse_empty(settings: Any, kind: type, within: str = "") -> None:
 
 
 def _expand_home(settings: Namespace) -> None:
-    """Put the user's home for `~/` into the paths of a parsed recipe."""
-    for name in PATHS:
-        settings[name] = _expanded(settings[name])
+    """Put the user's home for `~/` into the paths of a parsed recipe; refuse what no file can be called."""
+    for name, setting in settings_of(Recipe).items():
+        if PATH in setting.marks:
+            settings[name] = _expanded(name, settings[name])
 
 
-def _expanded(value: Any) -> Any:
+def _expanded(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _expanded(each) for name, each in value.items()}
+        return {key: _expanded(f"{name}.{key}", each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_expanded(each) for each in value]
-    return str(Path(value).expanduser()) if str(value).startswith("~/") else value
+        return [_expanded(name, each) for each in value]
+    if not isinstance(value, str):
+        return value
+    path = str(Path(value).expanduser()) if value.startswith("~/") else value
+    if not path or len(path) > 4000 or max(len(part.encode()) for part in path.split("/")) > 255:
+        raise UserError(
+            f"{name} is {shown(value)}; a path has 1 to 255 bytes between two slashes, and at most 4000 in all."
+        )
+    return path
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -48,7 +48,7 @@ from flux2_ds.model.adapter_layouts import (
     multiplied,
 )
 from flux2_ds.model.merge import ELEMENTS, BaseWeights, Merges, changed_rows
-from flux2_ds.model.safetensors_file import stored_digest
+from flux2_ds.model.safetensors_file import check_file
 
 
 @dataclass(frozen=True)
@@ -197,20 +197,11 @@ def read_with(title: str, path: Path, spec: Spec) -> Reading:
     return read_as(program, load_file(path), spec)
 
 
-def _check_digest(path: Path) -> None:
-    """Refuse a file of flux2-ds whose tensors are not those that were written."""
-    with safe_open(path, framework="pt") as file:
-        told = file.metadata() or {}
-    digest = told.get("modelspec.hash_sha256")
-    if "flux2_ds.checked_for" in told and digest != f"0x{stored_digest(path)}":
-        raise ValueError("it does not have its sha256")
-
-
 def read_adapter(path: Path, spec: Spec) -> Adapter:
     """An adapter file, as diffusers reads it; refused if it is damaged or not one of this model."""
     shapes = linear_shapes(spec)
     try:
-        _check_digest(path)  # diffusers reads pickles, too
+        check_file(path)  # diffusers reads pickles, too
         with safe_open(path, framework="pt") as file:
             if any(".hada_" in name for name in file.keys()):  # noqa: SIM118
                 return read_file("--adapter", str(path), spec)  # diffusers reads no LoHa
@@ -247,8 +238,8 @@ def read_file(setting: str, path: str, spec: Spec) -> Adapter:
     """
     settings, _, scaled = settings_of_file(setting, path, spec)
     try:
-        _check_digest(Path(path))
-    except (ValueError, OSError, SafetensorError) as error:
+        check_file(Path(path))
+    except (ValueError, OSError) as error:
         raise UserError(f"{setting} {path} is damaged ({error}). Name another file.") from error
     reading = read_as(_OURS, load_file(path), spec).adapter
     adapter = {}

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -18,6 +19,9 @@ _NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
 }
+
+_SHA256 = "flux2_ds.sha256"
+_SHA256_FIELD = f'"{_SHA256}":"'.encode()
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name of a tensor -> what it will be."""
@@ -60,6 +64,42 @@ def write_all(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, 
     write_safetensors(path, shapes_of(tensors), tensors.__getitem__, metadata, progress=False)
 
 
+def write_adapter(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors that are in memory, and into the metadata the sha256 of the whole file with zeros in its place."""
+    write_all(path, tensors, metadata | {_SHA256: "0" * 64})
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        place = file.read(8 + _header_size(file)).index(_SHA256_FIELD) + len(_SHA256_FIELD)
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def check_file(path: Path) -> None:
+    """Refuse an adapter file of flux2-ds that is not what was written; of other programs' files nothing is known.
+
+    Raises:
+        ValueError: it does not have its sha256.
+    """
+    with path.open("rb") as file:
+        head = file.read(8 + min(_header_size(file), path.stat().st_size))
+        if b'"flux2_ds.' not in head:  # any of several keys
+            return
+        before, field, after = head.partition(_SHA256_FIELD)
+        digest = hashlib.sha256(before + field + b"0" * 64 + after[64:])
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if after[:64] != digest.hexdigest().encode():
+        raise ValueError("it does not have its sha256")
+
+
+def _header_size(file: BinaryIO) -> int:
+    """Bytes of the header after the first eight, which tell; leaves the file at its beginning."""
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    file.seek(0)
+    return size
+
+
 def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:
     """Of tensors that are in memory."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -71,13 +111,6 @@ def content_digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in _order(shapes_of(tensors)):
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
-
-
-def stored_digest(path: Path) -> str:
-    """The sha256 of what comes after the header of a file."""
-    with path.open("rb") as stream:
-        stream.seek(int.from_bytes(stream.read(8), "little") + 8)
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _order(shapes: Shapes) -> Iterable[str]:

@@ -272,7 +272,7 @@ def with_adapter_file(recipe: Recipe) -> Recipe:
     path, stored = recipe.lora.init_from, Path(recipe.run_dir) / RECIPE_NAME
     if path is None or recipe.method == "full":
         return recipe
-    spec = known_spec(recipe.model.path)
+    spec = known_spec(recipe.model.path, recipe.model.revision)
     if newest_step(recipe) > 0 and stored in entries(stored.parent):
         with _reading(stored):
             found = Lora(**yaml.safe_load(stored.read_text())["lora"])

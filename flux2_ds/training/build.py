@@ -45,7 +45,7 @@ from flux2_ds.model.cuda_graphs import use_cuda_graphs
 from flux2_ds.model.load import Edit, as_stored, check_card, read_partitioned, read_weights
 from flux2_ds.model.lora import set_adapter
 from flux2_ds.model.merge import BaseWeights, Merges, initial_adapter, merge_into
-from flux2_ds.model.safetensors_file import write_all
+from flux2_ds.model.safetensors_file import write_adapter
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.environment import free_host_memory
@@ -122,7 +122,7 @@ def write_initial_adapter(
         tensors = diffusers_tensors(initial_adapter(base, spec, settings, process.device))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as unfinished:
-        write_all(unfinished, tensors, {"flux2_ds.lora": json.dumps(asdict(settings))})
+        write_adapter(unfinished, tensors, {"flux2_ds.lora": json.dumps(asdict(settings))})
 
 
 def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:

@@ -154,6 +154,8 @@ def test_a_damaged_adapter_is_refused(
         "cut": file.read_bytes()[:-100],
         "none": b"not an adapter",
         "flipped": (whole := file.read_bytes())[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+        "header": whole.replace(b'"modelspec.', b'"modelspek.', 1),
+        "unsigned": whole.replace(b"flux2_ds.sha256", b"flux2_ds.shb256"),
         "nan": safetensors.save({**tensors, name: tensors[name] * float("nan")}),
         "other": safetensors.save(
             {key: tensor[:, :-1].contiguous() for key, tensor in tensors.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds.config.model_spec import read_spec, spec_here
+from flux2_ds.config.model_spec import planned_spec, read_spec, spec_here
 from flux2_ds.errors import UserError
 
 DEV = {
@@ -42,7 +42,7 @@ def write_model(folder: Path, variant: str, index: dict | None = None, **config:
         "vae": ["diffusers", "AutoencoderKLFlux2"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
-    (folder / "transformer").mkdir()
+    (folder / "transformer").mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({**parts, **(index or {})}))
     (folder / "transformer" / "config.json").write_text(
         json.dumps({"_class_name": "Flux2Transformer2DModel", **dimensions, **config})
@@ -146,3 +146,20 @@ def test_klein_must_say_that_it_takes_no_guidance(tmp_path):
     path.write_text(path.read_text().replace('"guidance_embeds"', '"other"'))
     with pytest.raises(UserError, match="guidance_embeds is True"):
         read_spec(folder)
+
+
+def test_the_size_of_a_model_in_the_hubs_cache_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"in the .* cache.*hf download me/klein$"):
+        planned_spec("me/klein")
+    cached = tmp_path / "models--me--klein"
+    write_model(cached / "snapshots" / "0123", "klein")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    assert planned_spec("me/klein") == planned_spec("black-forest-labs/FLUX.2-klein-base-4B")
+    with pytest.raises(UserError, match="hf download"):
+        planned_spec("me/klein", "v2")
+    with pytest.raises(UserError, match="no directory here"):
+        planned_spec("a/b/c")

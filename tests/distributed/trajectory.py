@@ -314,7 +314,7 @@ def run_bench(settings: dict[str, Any], process: Any) -> list[float]:
         bench,
         init_process_group=lambda accelerator: process,
         destroy_process_group=barrier,
-        planned_spec=lambda path: SPEC,
+        planned_spec=lambda *_: SPEC,
         measure=recorded,
     ):
         result = bench.bench(recipe, asked)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from flux2_ds.commands.probe import link_of, runs_on
@@ -249,6 +250,7 @@ def test_hosts_are_asked_over_ssh(tmp_path, monkeypatch):
         assert (
             said["torch"].status == "ok" and findings.facts["python"] == platform.python_version()
         )
+        assert "cpu adam" not in said  # which is compiled only for a config that offloads
         assert "data.shards it's has no index.json" in said["shards"].text
     assert list(here.iterdir()) == []
 
@@ -260,8 +262,10 @@ def test_a_host_that_does_not_answer_is_a_failure(tmp_path, monkeypatch):
     line = ask(tmp_path, monkeypatch, "node02", "echo No module named launcher >&2; exit 1")
     assert line.text == "No module named launcher"
     monkeypatch.setattr(doctor, "_LIMIT", 0.2)
-    line = ask(tmp_path, monkeypatch, "", "sleep 60")
+    line = ask(tmp_path, monkeypatch, "", "sleep 61.5")
     assert line.text == "this host did not answer in 0 s"
+    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert ["sleep", "61.5"] not in commands  # nor what the host has started
 
 
 def test_a_clock_that_is_off_is_a_warning(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Jobs of real processes: signals, kills, restarts, and hosts that are left out."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,18 +251,18 @@ def test_a_reaper_ends_its_command_when_its_launcher_is_silent():
 
 
 def test_a_reaper_that_was_suspended_does_not_count_that_as_silence():
-    argv = [sys.executable, "-m", "launcher.reaper", "1", "sh", "-c", "echo up; sleep 60"]
+    argv = [sys.executable, "-m", "launcher.reaper", "3", "sh", "-c", "echo up; sleep 60"]
     reaper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert reaper.stdin is not None and reaper.stdout is not None
     assert reaper.stdout.readline() == b"up\n"
-    for pause in (0.0, 0.0, 0.0, 2.0, 0.0):
-        for _ in range(3):
-            time.sleep(0.1)
-            reaper.stdin.write(b"\n")
-            reaper.stdin.flush()
-        reaper.send_signal(signal.SIGSTOP)
-        time.sleep(pause)
-        reaper.send_signal(signal.SIGCONT)
+    reaper.stdin.write(b"\n")
+    reaper.stdin.flush()
+    while any(fcntl.ioctl(reaper.stdin, termios.FIONREAD, bytes(4))):
+        time.sleep(0.01)  # what it has not read would be a sign when it goes on
+    reaper.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    reaper.send_signal(signal.SIGCONT)
+    time.sleep(0.6)  # the kernel lets it wait for what was left of a poll
     assert reaper.poll() is None
     reaper.stdin.close()
     assert reaper.wait(timeout=30) == 128 + 9

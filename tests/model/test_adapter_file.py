@@ -33,6 +33,7 @@ from flux2_ds.model.adapter_programs import read_file
 from flux2_ds.model.load import read_weights
 from flux2_ds.model.lora import LoraLinear, add_lora, lora_config, set_adapter
 from flux2_ds.model.merge import BaseWeights, initial_adapter, merge_into
+from flux2_ds.model.safetensors_file import write_adapter
 from flux2_ds.model.transformer import empty_transformer
 
 SPEC = SPECS["klein"]
@@ -74,7 +75,10 @@ def adapter_of(
 
 def write(path: Path, tensors: Tensors, **metadata: str) -> str:
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, {"format": "pt", **metadata})
+    if metadata:  # as flux2-ds
+        write_adapter(path, tensors, metadata)
+    else:
+        save_file(tensors, path, {"format": "pt"})
     return str(path)
 
 
