@@ -72,7 +72,7 @@ def start_commands(
     node: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> list[Command]:
-    """Return the `deepspeed` commands that run `module` with `arguments` in every rank: one for this
+    """Return the commands, all but one `deepspeed`, that run `module` with `arguments` in every rank: one for this
     machine, or one for each host of a hostfile; with `node` that host's alone, without ssh, at a port
     that all hosts know.
 
@@ -88,11 +88,16 @@ def start_commands(
     end = ["--master_port", str(port), "--no_local_rank", "--module", module, *arguments]
     if hosts.hostfile is None:
         where = ["--num_gpus", str(hosts.processes)]
-        if hosts.devices:
-            where = ["--include", "localhost:" + ",".join(map(str, hosts.devices))]
+        devices = ",".join(map(str, hosts.devices))
+        if devices:
+            where = ["--include", f"localhost:{devices}"]
         if "OMP_NUM_THREADS" not in environment:
             threads = (os.cpu_count() or 1) // hosts.processes
             variables["OMP_NUM_THREADS"] = str(max(1, threads))
+        if module == PREPARE and hosts.processes == 1:
+            # DeepSpeed's launcher imports torch, and the user waits to hear what is wrong with the data.
+            variables |= {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+            return [Command(["python", "-m", module, *arguments], variables)]
         return [Command([*start, *where, *end], variables)]
     variables = forwarded(environment) | variables
     start += ["--hostfile", str(hosts.hostfile), "--no_ssh", "--master_addr", hosts.address]

@@ -272,7 +272,8 @@ def supervise(
             commands = start_commands(job.module, launch, now, arguments, node=node)
             for command in commands:
                 print_line(str(command))
-            print_line("loading torch and DeepSpeed takes some 10 s")
+            if commands[0].argv[0] == "deepspeed":
+                print_line("loading torch and DeepSpeed takes some 10 s")
             if not node:
                 forget(job.logs)
             before, started = job.progress(), time.time()
@@ -328,7 +329,7 @@ def what_ended(code: int, logs: Path | None = None) -> str:
     if number not in {*signal.Signals}:
         return f"code {code}, without a record of it" + (f"; the logs: {logs}" if logs else "")
     ranks = [str(place) for place in unended(logs)] if logs and of_rank else []
-    who = "; ".join(ranks) or ("a rank" if of_rank else "DeepSpeed's launcher")
+    who = "; ".join(ranks) or ("a rank" if of_rank else "the launched process")
     memory = " (out of memory? see dmesg)" if number == signal.SIGKILL else ""
     return f"{who}: killed by {signal.Signals(number).name}{memory}"
 

@@ -20,6 +20,7 @@ from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.atomic import atomic_write_text
 
 FORMAT = 3
+OLDER = "an older version of flux2-ds wrote it, whose form this one does not read"
 INDEX_NAME = "index.json"
 CONDITIONING_NAME = "conditioning.safetensors"
 """Latent statistics (`latent_mean`, `latent_std`: [128] fp32) and the encoded empty caption
@@ -212,7 +213,11 @@ def parse_index(content: bytes, path: str) -> Index:
         found = value.get("format")
         if found != FORMAT:
             raise UserError(
-                f"{path} has format {found}, this version reads {FORMAT}. Prepare the shards again."
+                f"{path} has format {found}, this version of flux2-ds reads {FORMAT}. Prepare the shards again."
+            )
+        if "sha256" not in value:
+            raise UserError(
+                f"{path} has no sha256: {OLDER}. Prepare the shards again, in another folder."
             )
         if value.pop("sha256") != _sha256(value):
             raise ValueError("it does not have its sha256")

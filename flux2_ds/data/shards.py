@@ -41,7 +41,15 @@ from safetensors.torch import save as save_tensors
 
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import TEXT_TOKENS, TOKEN_CHANNELS
-from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, PROMPTS_NAME, Index, Part, Shard
+from flux2_ds.data.index import (
+    CONDITIONING_NAME,
+    INDEX_NAME,
+    OLDER,
+    PROMPTS_NAME,
+    Index,
+    Part,
+    Shard,
+)
 from flux2_ds.data.storage import Blob, DamagedError, join
 from flux2_ds.errors import UserError
 from flux2_ds.run.atomic import atomic_path
@@ -371,7 +379,10 @@ def read_prompts(folder: str, prompts: Iterable[str], text_width: int) -> dict[s
     try:
         content = Blob(path).view()
         known = tensors_in(content)
-        digests = json.loads(_header(content)["__metadata__"]["xxh3"])
+        notes = _header(content).get("__metadata__", {})
+        if "xxh3" not in notes:
+            raise ValueError(f"it has no digests: {OLDER}")
+        digests = json.loads(notes["xxh3"])
         found = {prompt: known[prompt] for prompt in prompts}
         for prompt, text in found.items():
             if _tensor_digest(text) != digests[prompt]:
@@ -381,5 +392,5 @@ def read_prompts(folder: str, prompts: Iterable[str], text_width: int) -> dict[s
         return found
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
+            f"{path} cannot be used ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
         ) from error

@@ -33,7 +33,7 @@ from flux2_ds.prepare.folder import (
     contents,
     lock_folder,
 )
-from flux2_ds.prepare.plan import plan_shards
+from flux2_ds.prepare.plan import Usable, find_usable, plan_shards
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
 from flux2_ds.run.run_dir import prepare_logs_directory
@@ -54,10 +54,13 @@ def main() -> None:
         Watchdog(logs, rank, world_size, hang_timeout_s=recipe.launch.hang_timeout_s) as watchdog,
     ):
         set_up_log(logs, rank)
+        watchdog.heartbeat(0, "looking for images")
+        usable = find_usable(recipe) if rank == 0 else None  # before anyone waits for a model
         watchdog.heartbeat(0, "fetching the model")
         parts = ["vae", "text_encoder", "tokenizer", "scheduler"]
         directory = model_directory(recipe.model.path, recipe.model.revision, parts)
-        prepare(recipe, directory, read_spec(directory, allow_distilled=True), watchdog.heartbeat)
+        spec = read_spec(directory, allow_distilled=True)
+        prepare(recipe, directory, spec, watchdog.heartbeat, usable)
 
 
 def prepare(
@@ -65,6 +68,7 @@ def prepare(
     directory: Path,
     spec: Spec,
     heartbeat: Callable[[int, str], None] = lambda step, phase: None,
+    usable: Usable | None = None,
 ) -> Index | None:
     """Write shards, index.json and report as one rank of all; returns the index on rank 0."""
     folder = Path(recipe.data.shards)
@@ -74,12 +78,12 @@ def prepare(
         plan = None
         if rank == 0:
             heartbeat(0, "planning the shards")
-            plan = plan_shards(recipe, spec, own_contents)
+            plan = plan_shards(recipe, usable or find_usable(recipe), spec, own_contents)
 
             if plan.jobs:
                 log.info("loading the encoders of %s", recipe.model.path)
 
-        # Here: rank 0 finds what is wrong with the data before anyone waits for torch.
+        # Here: nobody waits for torch to hear what is wrong with the data.
         from flux2_ds.distributed import broadcast_object, cpu_process_group
         from flux2_ds.prepare.encode import Encoding, encode
         from flux2_ds.prepare.report import finish

@@ -77,21 +77,37 @@ class Plan:
     unused: Unused
 
 
-def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
-    """Find the images, compare them with the shards that there are, and plan the others."""
-    data = recipe.data
-    folder, skipped = check_folder(data.shards), Skipped()
-    if not is_unused(folder):
-        check_contents(folder, contents)
+@dataclass(frozen=True)
+class Usable:
+    """The images that can be used as far as their files' names and captions go, with their texts."""
+
+    images: list[SourceImage]
+    skipped: Skipped
+    unused: Unused
+
+
+def find_usable(recipe: Recipe) -> Usable:
+    """Look for the images and their captions, and refuse what is wrong with them, all at once."""
+    data, skipped = recipe.data, Skipped()
+    scratch = check_folder(data.shards) / MANIFESTS / "tars"
     log.info("looking for images in %s", data.images)
-    found, unused = find_images(data, folder / MANIFESTS / "tars", own_folders(recipe))
+    found, unused = find_images(data, scratch, own_folders(recipe))
+    log.info("found %d images", len(found))
     if unused.files:
         log.warning(unused.line().strip())
     if not data.repeats_from_folders and (like := _repeats(found)):
         log.warning(
             "data.repeats_from_folders: true would serve %s so many times an epoch", ", ".join(like)
         )
-    found = with_texts(with_captions(found, data, skipped), recipe)
+    return Usable(with_texts(with_captions(found, data, skipped), recipe), skipped, unused)
+
+
+def plan_shards(recipe: Recipe, usable: Usable, spec: Spec, contents: dict[str, Any]) -> Plan:
+    """Compare the images with the shards that there are, and plan the others."""
+    data, folder = recipe.data, check_folder(recipe.data.shards)
+    found, skipped = usable.images, usable.skipped
+    if not is_unused(folder):
+        check_contents(folder, contents)
     manifests = read_manifests(folder)
     comparison = compare(found, manifests)
     if not comparison.kept and made_of_others(found, manifests):
@@ -101,17 +117,16 @@ def plan_shards(recipe: Recipe, spec: Spec, contents: dict[str, Any]) -> Plan:
         )
     skipped.reasons |= comparison.skipped
     images = choose_buckets(comparison.new, data, skipped)
-    usable = {planned.image.source for planned in (*images, *comparison.kept)}
+    sources = {planned.image.source for planned in (*images, *comparison.kept)}
     for source in {DEFAULT_SOURCE: ""} if isinstance(data.images, str) else data.images:
-        if source not in usable:
+        if source not in sources:
             raise nothing_usable(
                 data.images if isinstance(data.images, str) else data.images[source]
             )
     warn_of_flips(images)
     claim_contents(folder, contents)
-    plan = Plan(
-        group_into_shards(images, manifests, data), manifests, images, comparison, skipped, unused
-    )
+    jobs = group_into_shards(images, manifests, data)
+    plan = Plan(jobs, manifests, images, comparison, skipped, usable.unused)
     log_plan(plan)
     check_disk(folder, plan.jobs, spec, recipe)
     return plan

@@ -70,7 +70,8 @@ def finish(
     summary = report.summary()
     values = json.dumps(report.values(), indent=1, ensure_ascii=False)
     atomic_write_text(folder / REPORT_NAME, values + "\n")
-    atomic_write_text(folder / SUMMARY_NAME, summary)
+    unused = plan.unused.line().strip()  # said at the start
+    atomic_write_text(folder / SUMMARY_NAME, summary + f"{unused}\n" * bool(unused))
     write_contact_sheets(folder / SHEETS, images)
     log.info("%s%s", summary, write_index(folder, index))
     return index
@@ -132,7 +133,7 @@ class Report:
             *self.warnings,
         ]
         lines += [
-            f"{len(details)} images with {kind}: "
+            f"{_images(len(details))} with {kind}: "
             + some([name + f" ({detail})" * bool(detail) for name, detail in details.items()])
             for kind, details in self.notes.items()
         ]
@@ -143,14 +144,12 @@ class Report:
             )
             longest = sorted(self.long_captions.items(), key=lambda item: -item[1])
             lines += [f"  {count:5d} tokens: {text[:70]}…" for text, count in longest[:_EXAMPLES]]
-        lines.append(f"{len(skipped)} images skipped")
+        lines.append(f"{_images(len(skipped))} skipped")
         kinds: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             kinds.setdefault(_kind(reason), []).append(name)
         for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
             lines.append(f"  {len(names):5d} {kind}: {some(names)}")
-        if self.plan.unused.files:
-            lines.append(self.plan.unused.line().strip())
         return "\n".join(lines) + "\n"
 
 
@@ -169,6 +168,10 @@ def collect_notes(
         kind: dict(sorted(names.items(), key=lambda item: item[1], reverse=True))
         for kind, names in sorted(kinds.items())
     }
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def some(names: list[str]) -> str:

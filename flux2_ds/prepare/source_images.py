@@ -113,7 +113,8 @@ class Unused:
             for suffix, (count, first) in kinds
         ]
         total = sum(count for count, _ in self.files.values())
-        return f" {total} other files are not used: {', '.join(named)}."
+        files = "other file is" if total == 1 else "other files are"
+        return f" {total} {files} not used: {', '.join(named)}."
 
 
 _UNPACK = "unpack it; "

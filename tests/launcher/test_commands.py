@@ -10,7 +10,7 @@ from test_hosts import NODES
 
 from flux2_ds.config.recipe import Launch
 from flux2_ds.errors import UserError
-from launcher.commands import TRAIN, Command, start_commands
+from launcher.commands import PREPARE, TRAIN, Command, start_commands
 from launcher.hosts import Hosts
 
 
@@ -42,6 +42,16 @@ def test_a_timeout_of_the_environment_that_is_none_is_refused(given):
 def test_command_names_the_gpus_that_were_chosen():
     (command,) = commands(Launch(), Hosts(2, devices=(2, 3)), [])
     assert command.argv[3:6] == ["--include", "localhost:2,3", "--master_port"]
+
+
+def test_one_process_prepares_without_deepspeeds_launcher():
+    """Which imports torch before anything is said of the data."""
+    launch, given = Launch(accelerator="cpu"), {"OMP_NUM_THREADS": "8"}
+    (command,) = start_commands(PREPARE, launch, Hosts(1, devices=(3,)), ["-x"], environment=given)
+    assert command.argv == ["python", "-m", "flux2_ds.prepare", "-x"]
+    assert command.environment["CUDA_VISIBLE_DEVICES"] == "3"
+    (command,) = start_commands(PREPARE, launch, Hosts(2), [], environment=given)
+    assert command.argv[0] == "deepspeed"
 
 
 SECRETS = {

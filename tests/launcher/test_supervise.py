@@ -223,9 +223,9 @@ def kill_rank(job: Launched) -> psutil.Process:
     ("ranks", "victim", "real", "code", "said"),
     [
         (2, kill_launcher, False, -9, ""),
-        (2, kill_reaper, False, 1, "DeepSpeed's launcher: killed by SIGKILL"),
-        (2, kill_reapers_child, False, 1, "DeepSpeed's launcher: killed by SIGKILL"),
-        (2, kill_runner, False, 1, "DeepSpeed's launcher: killed by SIGKILL"),
+        (2, kill_reaper, False, 1, "the launched process: killed by SIGKILL"),
+        (2, kill_reapers_child, False, 1, "the launched process: killed by SIGKILL"),
+        (2, kill_runner, False, 1, "the launched process: killed by SIGKILL"),
         (2, kill_deepspeeds_launcher, True, 1, "ended too early, perhaps killed: step 0 of 40"),
         (2, kill_rank, False, 1, "it was killed"),
         (1, kill_rank, True, 1, "computing in step 7: killed by SIGKILL (out of memory?"),
@@ -294,7 +294,7 @@ def test_restarts_are_counted_from_the_last_progress(start, tmp_path, plan, rest
     [
         (247, "a rank: killed by SIGKILL (out of memory? see dmesg)"),
         (245, "a rank: killed by SIGSEGV"),
-        (137, "DeepSpeed's launcher: killed by SIGKILL (out of memory? see dmesg)"),
+        (137, "the launched process: killed by SIGKILL (out of memory? see dmesg)"),
         (255, "code 255, without a record of it"),  # ssh's
         (3, "code 3, without a record of it"),
     ],
