@@ -128,6 +128,8 @@ def count_gpus() -> int:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Return the number of processes by host, from lines like `node01 slots=8`."""
     try:
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise ValueError("it is no file")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"launch.hostfile {path} cannot be read ({error}).") from error

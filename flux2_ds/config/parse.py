@@ -16,7 +16,7 @@ from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settin
 
 from flux2_ds.config.recipe import IN_EPOCHS, Recipe
 from flux2_ds.config.settings import PATH, flat, settings_of
-from flux2_ds.errors import UserError, did_you_mean, shown
+from flux2_ds.errors import USER_INFO, UserError, did_you_mean, shown
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -116,7 +116,9 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     _expand_home(options)
     names = [item.name for item in dataclasses.fields(Recipe)]
     values = parser.instantiate(options)
-    return Recipe(**{name: values[name] for name in names}), options
+    recipe = Recipe(**{name: values[name] for name in names})
+    check_urls(recipe)  # before anything reads them, and says so
+    return recipe, options
 
 
 def given_settings(argv: list[str]) -> dict[str, str]:
@@ -211,7 +213,9 @@ def find_recipe(name: str) -> Path:
         return shipped[name]
     if path.stem in RENAMED_RECIPES:
         raise UserError(f"--config {name} is called {RENAMED_RECIPES[path.stem]} now.")
-    what = "is a directory" if path.is_dir() else "does not exist"
+    what = (
+        "is a directory" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+    )
     near = did_you_mean(path.stem, shipped)
     raise UserError(
         f"--config {shown(name)}: {path.absolute()} {what}. By name there are {', '.join(shipped)}.{near}"
@@ -387,6 +391,31 @@ def _expanded(name: str, value: Any) -> Any:
             f"{name} is {shown(value)}; a path has 1 to 255 bytes between two slashes, and at most 4000 in all."
         )
     return path
+
+
+def check_urls(recipe: Recipe) -> None:
+    """Refuse passwords, user names of web servers, and queries; `sftp://me@host` has none."""
+    data = recipe.data
+    images = {"": data.images} if isinstance(data.images, str) else data.images
+    named = {
+        "model.path": recipe.model.path,
+        "data.shards": data.shards,
+        **{f"data.images.{name}".rstrip("."): location for name, location in images.items()},
+        **{f"data.more_shards.{name}": location for name, location in data.more_shards.items()},
+    }
+    for name, location in named.items():
+        if USER_INFO.search(location):
+            raise UserError(
+                f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
+                "show it. Take it out and give credentials as docs/data.md says under Reading."
+            )
+        # In other stores' names a ? may stand for any character.
+        if re.search(r"https?://[^?#;]*[?#;]|://[^?#;]*[?#;][^/]*=", location, re.IGNORECASE):
+            raise UserError(
+                f"{name} is a URL with a query (?...), a fragment (#) or parameters (;), such as signed URLs have; logs, recipe.yaml and W&B "
+                "would show it, and it does not name a folder or a .tar. Take it out and give credentials as "
+                "docs/data.md says under Reading."
+            )
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -23,7 +22,7 @@ from flux2_ds.config.recipe import (
     trigger_words,
 )
 from flux2_ds.config.settings import check_ranges, settings_of
-from flux2_ds.errors import USER_INFO, UserError
+from flux2_ds.errors import UserError
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -42,7 +41,6 @@ def check_training(recipe: Recipe, processes: int, zero: dict[str, Any]) -> None
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     data, every = recipe.data, recipe.checkpoint.every
-    yield from _secrets(recipe)
     if not recipe.preview.prompts:
         yield "preview.prompts is []; it must have one prompt or more."
     if recipe.checkpoint.keep_every is not None and recipe.checkpoint.keep_every % every:
@@ -180,31 +178,6 @@ def _caption_problems(recipe: Recipe) -> Iterator[str]:
             f"captions.variants is {captions.variants}, and all would be the same text. Set captions.shuffle_tags: "
             "true or captions.tag_dropout, or remove it."
         )
-
-
-def _secrets(recipe: Recipe) -> Iterator[str]:
-    """Find passwords, user names of web servers, and queries; `sftp://me@host` has none."""
-    data = recipe.data
-    images = {"": data.images} if isinstance(data.images, str) else data.images
-    named = {
-        "model.path": recipe.model.path,
-        "data.shards": data.shards,
-        **{f"data.images.{name}".rstrip("."): location for name, location in images.items()},
-        **{f"data.more_shards.{name}": location for name, location in data.more_shards.items()},
-    }
-    for name, location in named.items():
-        if USER_INFO.search(location):
-            yield (
-                f"{name} is a URL with a user name or a password in it, and logs, recipe.yaml and W&B would "
-                "show it. Take it out and give credentials as docs/data.md says under Reading."
-            )
-        # In other stores' names a ? may stand for any character.
-        if re.search(r"https?://[^?#;]*[?#;]|://[^?#;]*[?#;][^/]*=", location, re.IGNORECASE):
-            yield (
-                f"{name} is a URL with a query (?...), a fragment (#) or parameters (;), such as signed URLs have; logs, recipe.yaml and W&B "
-                "would show it, and it does not name a folder or a .tar. Take it out and give credentials as "
-                "docs/data.md says under Reading."
-            )
 
 
 def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> Iterator[str]:

@@ -207,10 +207,11 @@ def tried_again(location: str, read: Callable[[], Value]) -> Value:
 def _refused(error: Exception) -> bool:
     """Whether the store has nothing of this name, or not for these credentials."""
     # Here, like all that belongs to a kind of store.
-    from botocore.exceptions import NoCredentialsError, ProfileNotFound
+    from botocore.exceptions import NoCredentialsError, ParamValidationError, ProfileNotFound
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if isinstance(error, (NoCredentialsError, ProfileNotFound, OfflineModeIsEnabled)):
+    final = (NoCredentialsError, ParamValidationError, ProfileNotFound, OfflineModeIsEnabled)
+    if isinstance(error, final):
         return True
     response = getattr(error, "response", None)
     status = (
@@ -223,4 +224,4 @@ def _refused(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     text = without_secrets(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0].rstrip('.:')}" if text else type(error).__name__

@@ -163,6 +163,7 @@ def test_wrong_file_is_refused_by_name(tmp_path, changes, named):
             f"--data.shards=a/{'é' * 128}",
             "...; a path has 1 to 255 bytes between",
         ),
+        ("--data.shards=s3://me:x@bucket/shards", "data.shards is a URL with a user name"),
         ("--run_dir=", "run_dir is ''; a path has 1 to"),
     ],
 )

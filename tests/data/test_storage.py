@@ -22,6 +22,7 @@ from unittest.mock import Mock
 import fsspec
 import pytest
 import torch
+from botocore.exceptions import ParamValidationError
 from huggingface_hub import HfFileSystem, constants
 from safetensors.torch import save_file
 from test_loader import assert_same, make_loader, prepared
@@ -263,10 +264,11 @@ class GoogleError(Exception):
     [
         (GoogleError(401), UserError),
         (OSError("Forbidden: https://host/b/x.tar?alt=media\nno access"), UserError),
+        (ParamValidationError(report="no name of a bucket"), UserError),
         (GoogleError(503), OutageError),
     ],
 )
-def test_what_google_refuses_is_an_error_at_once(monkeypatch, answer, error):
+def test_what_a_store_refuses_is_an_error_at_once(monkeypatch, answer, error):
     monkeypatch.setattr(storage, "PAUSES_S", (0.01,))
     store = Mock(cat_file=Mock(side_effect=answer))
     monkeypatch.setattr(storage, "file_system", lambda _: (store, "b/x.tar"))

@@ -60,9 +60,10 @@ def test_the_example_is_a_hostfile():
     assert read_hostfile(ROOT / "examples" / "hostfile") == {"node01": 8, "node02": 8}
 
 
-def test_missing_hostfile_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"launch\.hostfile .*absent cannot be read"):
-        find_hosts(Launch(hostfile=str(tmp_path / "absent")))
+@pytest.mark.parametrize("path", ["absent", "/dev/zero"])
+def test_what_is_no_file_is_refused(path):
+    with pytest.raises(UserError, match=rf"launch\.hostfile {path} cannot be read"):
+        find_hosts(Launch(hostfile=path))
 
 
 @pytest.mark.parametrize(
