@@ -1,10 +1,12 @@
-"""Measure how near a quantized base stays to the plain one, on the recipe's own model and shards.
+"""Measure how near a quantized base, or a full fine-tune in fp8, stays to the plain one, on the recipe's own model
+and shards.
 
     flux2-ds quality --config RECIPE [--steps 300] [--modes '[fp8, nf4]'] [--json]
 
 An adapter is trained over the plain base. With it, gradients of the same global batches are taken over
 the plain base and over each quantized one, and compared block by block. Then an adapter is trained over
-each, from the same start with the same samples, noise and timesteps. One process.
+each, from the same start with the same samples, noise and timesteps. One process. With `method: full` the model
+itself is trained, and its products are in fp8 (`compute: fp8`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import gc
 import json
 import logging
 import statistics
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +64,8 @@ class Nearness:
     error_median: float
     error_worst: float
     worst_block: str
+    cosines: dict[str, float]
+    """Median of each block."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,14 @@ class Experiment:
         """The global batches after the last one of the training, in micro-batches."""
 
     def build(self, mode: str) -> tuple[torch.nn.Module, Recipe]:
-        """A model with its base in `mode` and a new adapter, and the recipe that it follows."""
+        """A model with its base in `mode` and a new adapter, or that multiplies in `mode`, and the recipe that it
+        follows."""
+        full = self.recipe.method == "full"
         # Nothing is warmed up here, so shapes come in any order.
         recipe = replace(
             self.recipe,
-            base_weights=cast(Any, mode) if mode in BASE_WEIGHTS else None,
+            base_weights=cast(Any, mode) if mode in BASE_WEIGHTS and not full else None,
+            compute="fp8" if mode == "fp8" and full else "precision",
             precision="fp32" if mode == "fp32" else self.recipe.precision,
             cuda_graphs=False,
             cache_transposed_base=False,
@@ -105,11 +114,11 @@ class Experiment:
         plan, tokens = make_plan(recipe, 1), self.index.largest_tokens
         return build_model(self.directory, self.spec, plan, self.process, tokens)[0], recipe
 
-    def train(self, model: torch.nn.Module, recipe: Recipe) -> list[float]:
+    def train(self, model: torch.nn.Module, recipe: Recipe, mode: str) -> list[float]:
         """Train as the recipe says; returns the loss of each step."""
         engine = build_engine(model, make_plan(recipe, 1))
         steps = self.loader.steps(0, recipe.steps)
-        mode, losses = recipe.base_weights or recipe.precision, []
+        losses: list[torch.Tensor] = []
         for step, micro_batches in enumerate(tqdm(steps, mode, recipe.steps, unit="step")):
             seed_dropout(recipe.seed, step, 0)
             losses += train_step(engine, self.objective, micro_batches, learning_rate(recipe, step))
@@ -123,7 +132,7 @@ class Experiment:
 
     def _gradient(self, model: torch.nn.Module, micro_batches: list[MicroBatch]) -> Tensors:
         named = transformer.trainable(model)
-        total = {name: torch.zeros_like(p) for name, p in named.items()}
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
         for micro_batch in micro_batches:
             loss = self.objective.loss(transformer.predictor(model), micro_batch)
             found = torch.autograd.grad(loss, list(named.values()))
@@ -132,35 +141,39 @@ class Experiment:
         blocks: dict[str, list[torch.Tensor]] = {}
         for name, gradient in total.items():
             blocks.setdefault(".".join(name.split(".")[:2]), []).append(gradient.flatten().cpu())
-        return {block: torch.cat(parts).double() for block, parts in blocks.items()}
+        return {block: torch.cat(parts) for block, parts in blocks.items()}
 
 
 def main() -> None:
     """Entry point of `flux2-ds quality`."""
-    parser = recipe_parser("flux2-ds quality", "Compare quantized bases with the plain one.")
+    parser = recipe_parser(
+        "flux2-ds quality", "Compare quantized bases, or fp8 products, with plain ones."
+    )
     add = parser.add_argument
-    add("--modes", type=list[str], default=list(BASE_WEIGHTS), help="Of base_weights; or fp32.")
+    add("--modes", type=list[str] | None, default=None, help="Of base_weights or compute; or fp32.")
     add("--image", type=str, default=None, help="Draw the losses' distance from the plain one.")
     add("--batches", type=int, default=4, help="Global batches whose gradients are compared.")
     add("--json", action="store_true", help="Print one JSON object, with the loss of each step.")
     recipe, options = parse_recipe(parser)
     recipe = with_adapter_file(recipe)
     set_up_console()
-    modes = [*BASE_WEIGHTS, "fp32"]
-    if not options.modes or not {*options.modes} <= {*modes}:
-        raise UserError(f"--modes is {options.modes}; it must name some of {', '.join(modes)}.")
+    usual = ["fp8"] if recipe.method == "full" else [*BASE_WEIGHTS]
+    modes, known = usual if options.modes is None else options.modes, [*usual, "fp32"]
+    if not modes or not {*modes} <= {*known}:
+        raise UserError(
+            f"--modes is {modes}; with method {recipe.method} it must name some of {', '.join(known)}."
+        )
     suffixes = Figure().canvas.get_supported_filetypes()
     if options.image is not None and Path(options.image).suffix[1:].lower() not in suffixes:
         raise UserError(f"--image is {options.image}; its suffix must be .{', .'.join(suffixes)}.")
     if options.batches < 1:
         raise UserError(f"--batches is {options.batches}; it must be at least 1.")
-    if recipe.method == "full":
-        raise UserError("method is full, which trains the base itself. Set method: lora.")
     if recipe.lora.init != "gaussian":
         raise UserError(
             f"lora.init is {recipe.lora.init}, which goes with a plain base alone. Set lora.init: gaussian."
         )
-    results = compare(in_steps(recipe), options.modes, options.batches)
+    with redirect_stdout(sys.stderr):  # on which DeepSpeed prints
+        results = compare(in_steps(recipe), modes, options.batches)
     if options.image is not None:
         draw(results, Path(options.image))
     if options.json:
@@ -181,22 +194,22 @@ def compare(recipe: Recipe, modes: list[str], batches: int) -> list[Trained]:
     results: list[Trained] = []
 
     def train(model: torch.nn.Module, changed: Recipe, mode: str, near: Nearness | None) -> None:
-        results.append(Trained(mode, experiment.train(model, changed), near))
+        results.append(Trained(mode, experiment.train(model, changed, mode), near))
         log.info("%s: loss %.4f at the end", mode, results[-1].loss)
 
     model, changed = experiment.build(recipe.precision)
-    start = copied_adapter(model)
+    start = copied_weights(model)
     train(model, changed, recipe.precision, None)
-    adapter, expected = copied_adapter(model), list(experiment.gradients(model))
+    trained, expected = copied_weights(model), list(experiment.gradients(model))
     for mode in modes:
         del model
         free_memory()
         model, changed = experiment.build(mode)
-        set_adapter(model, adapter)
+        set_weights(model, trained)
         near = compared(list(experiment.gradients(model)), expected)
         log.info("%s: gradients' cosine %.4f, error %.3f (medians)", mode, near.cosine_median,
                  near.error_median)  # fmt: skip
-        set_adapter(model, start)
+        set_weights(model, start)
         train(model, changed, mode, near)
     destroy_process_group()
     return results
@@ -207,24 +220,27 @@ def compared(found: list[Tensors], expected: list[Tensors]) -> Nearness:
     cosines, errors = [], []
     for ours, plain in zip(found, expected, strict=True):
         for block, gradient in plain.items():
-            cosine = torch.nn.functional.cosine_similarity(ours[block], gradient, dim=0)
-            cosines.append((float(cosine), block))
-            errors.append(float((ours[block] - gradient).norm() / gradient.norm()))
-    worst, block = min(cosines)
+            one, other = ours[block].double(), gradient.double()
+            cosines.append((float(torch.nn.functional.cosine_similarity(one, other, dim=0)), block))
+            errors.append(float((one - other).norm() / other.norm()))
+    worst, worst_block = min(cosines)
     median = statistics.median
-    return Nearness(median(c for c, _ in cosines), worst, median(errors), max(errors), block)
+    blocks = {name: median(c for c, block in cosines if block == name) for name in expected[0]}
+    return Nearness(
+        median(c for c, _ in cosines), worst, median(errors), max(errors), worst_block, blocks
+    )
 
 
-def copied_adapter(model: torch.nn.Module) -> Tensors:
-    """The adapter's weights, on the host."""
+def copied_weights(model: torch.nn.Module) -> Tensors:
+    """The trained weights, on the host."""
     return {name: p.detach().cpu().clone() for name, p in transformer.trainable(model).items()}
 
 
 @torch.no_grad()
-def set_adapter(model: torch.nn.Module, adapter: Tensors) -> None:
-    """Set the adapter's weights."""
+def set_weights(model: torch.nn.Module, weights: Tensors) -> None:
+    """Set the trained weights."""
     for name, parameter in transformer.trainable(model).items():
-        parameter.copy_(adapter[name])
+        parameter.copy_(weights[name])
 
 
 def free_memory() -> None:
@@ -239,7 +255,7 @@ def table(results: list[Trained]) -> list[str]:
     """The results as a Markdown table."""
     plain, *others = results
     lines = [
-        "| base_weights | gradient's cosine, median | worst | relative error, median | worst | worst block "
+        "| mode | gradient's cosine, median | worst | relative error, median | worst | worst block "
         "| loss | against plain |",
         "|---|---|---|---|---|---|---|---|",
         f"| plain {plain.mode} | | | | | | {plain.loss:.4f} | |",

@@ -76,7 +76,8 @@ class Plan:
             )
         return [
             f"model      {recipe.model.path}, {method}, {recipe.precision}, "
-            f"base {recipe.base_weights or recipe.precision}" + _placement(self),
+            f"base {recipe.base_weights or recipe.precision}"
+            + (", multiplied in fp8" if recipe.compute == "fp8" else _placement(self)),
             *self._adapter_lines(spec),
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
             f"{self.accumulation} accumulation × {self.processes} processes",

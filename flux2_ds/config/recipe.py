@@ -473,6 +473,10 @@ class Recipe:
     in 4 bits, multiplied in `precision`; `nf4_fp8`, `nf4_int8`: held in 4, multiplied in 8. `bf16`:
     neither, with `precision: bf16`. Default: as `precision`. docs/memory-and-speed.md says what each
     costs."""
+    compute: Literal["precision", "fp8"] = "precision"
+    """What the blocks' linears of a full fine-tune in bf16 are multiplied in. `fp8`: forward and both gradients in 8
+    bits, with a scale for each row; the weights, the first and the last block and all other layers stay in bf16. For Ada,
+    Hopper and newer. An adapter's frozen base has `base_weights` for that."""
     base_placement: Annotated[Literal["gpu", "host", "sharded", "auto"], MAY_CHANGE] = "gpu"
     """Where an adapter's frozen blocks are, below ZeRO stage 3. `gpu`: on every GPU. `host`: in pinned host
     memory, one copy a machine. `sharded`: on the GPUs, a part on each. Two buffers on the GPU hold the block that

@@ -133,6 +133,17 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"base_weights is {base}, but method full trains the base itself. Remove base_weights, or "
             "set method: lora."
         )
+    if recipe.compute == "fp8":
+        if recipe.method != "full":
+            yield (
+                f"compute is fp8, which is for weights that are trained, and method is {recipe.method}. Set "
+                "base_weights: fp8, with which an adapter's frozen base is multiplied in fp8, and remove compute."
+            )
+        if recipe.precision != "bf16":
+            yield (
+                f"compute is fp8 and precision {recipe.precision}; fp8 products are for weights and activations in "
+                "bf16. Set precision: bf16, or remove compute."
+            )
     if base == "bf16" and recipe.precision != "bf16":
         yield (
             f"base_weights is bf16 and precision {recipe.precision}; an unquantized base has the dtype "

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from flux2_ds.ops import lora_ops as lora_ops  # registers the operators named below
+from flux2_ds.ops import fp8_linear as fp8_linear  # registers the operators named below, as does
+from flux2_ds.ops import lora_ops as lora_ops
 from flux2_ds.ops.fused_single_block import fuse_single_blocks
 
 Forward = Callable[..., Any]
@@ -46,6 +47,7 @@ SAVED_OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.flux2_ds.fp8_linear.default,
     torch.ops.flux2_ds.quantized_linear.default,
     torch.ops.flux2_ds.lora_add.default,
     torch.ops.flux2_ds.quantized_lora_linear.default,

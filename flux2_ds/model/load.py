@@ -169,19 +169,20 @@ def place_weight(
     return model.get_submodule(path)
 
 
-def check_card(base_weights: str | None, device: torch.device) -> None:
-    """Refuse quantized weights that this GPU cannot multiply."""
-    if device.type != "cuda" or base_weights not in BASE_WEIGHTS:
+def check_card(base_weights: str | None, device: torch.device, compute: str = "precision") -> None:
+    """Refuse quantized weights, and fp8 products of trained ones, that this GPU cannot multiply."""
+    if device.type != "cuda" or (base_weights not in BASE_WEIGHTS and compute != "fp8"):
         return
+    asked, other = f"base_weights is {base_weights}", "set base_weights: int8, or remove it"
     # nf4 has fp8 scales, which Triton reads on such GPUs only.
-    needed, family, other = (
-        ((8, 0), "Ampere", "remove base_weights")
-        if base_weights == "int8"
-        else ((8, 9), "Ada or Hopper", "set base_weights: int8, or remove it")
-    )
+    needed, family = (8, 9), "Ada or Hopper"
+    if compute == "fp8":
+        asked, other = "compute is fp8", "remove compute"
+    elif base_weights == "int8":
+        needed, family, other = (8, 0), "Ampere", "remove base_weights"
     if torch.cuda.get_device_capability(device) < needed:
         raise UserError(
-            f"base_weights is {base_weights}, which needs {family} or newer; this GPU is a "
+            f"{asked}, which needs {family} or newer; this GPU is a "
             f"{torch.cuda.get_device_name(device)}. Use another GPU, or {other}."
         )
 

@@ -14,6 +14,7 @@ from torch import nn
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.model.lora import add_lora, lora_config
+from flux2_ds.ops.fp8_linear import Fp8Linear
 
 
 def build_transformer(directory: Path) -> Flux2Transformer2DModel:
@@ -67,8 +68,20 @@ def make_trainable(model: Flux2Transformer2DModel, spec: Spec, recipe: Recipe) -
     """Let what the recipe trains have gradients: all weights, or an adapter, which is added."""
     if recipe.method == "full":
         model.requires_grad_(True)
+        if recipe.compute == "fp8":
+            multiply_in_fp8(model)
     else:
         add_lora(model, lora_config(spec, recipe.lora, recipe.method), recipe.seed)
+
+
+def multiply_in_fp8(model: Flux2Transformer2DModel) -> None:
+    """Multiply the linears of all blocks but the first and the last in fp8, forward and backward. Parameters, their
+    names and hooks stay."""
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    for block in blocks[1:-1]:
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Fp8Linear
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

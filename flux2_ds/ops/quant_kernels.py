@@ -115,6 +115,43 @@ def quantize_rows(
 
 
 @triton.jit
+def _quantize_columns(
+    x, peaks, values, scales, rows, columns, padded, largest, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of x, quantized by the largest values of its columns and turned around."""
+    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = column < columns
+    peak = tl.load(peaks + column, mask=inside, other=0.0).to(tl.float32)
+    peak = tl.where(peak == peak, peak, float("inf"))  # see `_quantize_rows`
+    scale = tl.div_rn(tl.maximum(peak, 1e-12), largest)
+    part = _read_rows(x, x, row, rows, column, columns, False) * tl.div_rn(1.0, scale)[None, :]
+    part = tl.minimum(tl.maximum(part, -largest), largest)
+    tl.store(
+        values + column[:, None] * padded + row[None, :],
+        tl.trans(part.to(values.dtype.element_ty)),
+        mask=inside[:, None] & (row < padded)[None, :],
+    )
+    tl.store(scales + column, scale, mask=inside & (tl.program_id(1) == 0))
+
+
+def quantize_columns(
+    x: torch.Tensor, dtype: torch.dtype, largest: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `quantized_linear.quantize_columns`; `largest`: the largest magnitude of `dtype`."""
+    x = x.contiguous()
+    rows, columns = x.shape
+    tile, padded = _TRANSPOSE_TILE, -(-rows // 16) * 16
+    values = torch.empty(columns, padded, device=x.device, dtype=dtype)
+    scales = torch.empty(columns, 1, device=x.device, dtype=torch.float32)
+    peaks = torch.linalg.vector_norm(x, torch.inf, dim=0)
+    _quantize_columns[(triton.cdiv(columns, tile), triton.cdiv(padded, tile))](
+        x, peaks, values, scales, rows, columns, padded, largest, TILE=tile, num_warps=8, **_EXACT
+    )
+    return values, scales
+
+
+@triton.jit
 def _expand_nf4(
     codes, block_scale, row_scale, table, out, rows, columns, factor,
     FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

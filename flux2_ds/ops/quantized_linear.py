@@ -202,6 +202,14 @@ def quantize_rows(
     return scaled.to(_DTYPE[kind]), scale
 
 
+def quantize_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] -> (values [K, M] in fp8, scales [K, 1] fp32), xᵀ ≈ values ∘ scales; M is padded with zeros to
+    the multiple of 16 that a product on the card can sum over."""
+    if x.is_cuda:
+        return kernels.quantize_columns(x, _DTYPE["fp8"], MAX["fp8"])
+    return quantize_rows(x.t(), None, "fp8")
+
+
 def operand(w: QuantizedWeight, *, transposed: bool = False) -> torch.Tensor:
     """What a product reads, [N, K] or [K, N]: W in bf16, or 8-bit values in units of `_unit`."""
     dtype = _DTYPE[w.compute]
@@ -232,10 +240,14 @@ def _transpose(values: torch.Tensor) -> torch.Tensor:
     return kernels.transpose(values) if values.is_cuda else values.t().contiguous()
 
 
-def _multiply(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype
+def multiply(
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype,
+    *, fast: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """(a ∘ a_scale)(b ∘ b_scaleᵀ)ᵀ for 8-bit a [M, K], b [N, K], scales [M, 1] and [1, N] in fp32."""
+    """(a ∘ a_scale)(b ∘ b_scaleᵀ)ᵀ for 8-bit a [M, K], b [N, K], scales [M, 1] and [1, N] in fp32.
+
+    `fast`: a card's fp8 products sum in the tensor cores' own precision, which on Hopper is less than fp32.
+    """
     if not a.is_cuda:  # of fp8 the same products, summed in fp32
         product = torch._int_mm(a, b.t()) if a.dtype == torch.int8 else a.float() @ b.float().t()
         return (product * a_scale * b_scale).to(dtype)
@@ -244,6 +256,12 @@ def _multiply(
         padding = max(0, 17 - a.shape[0])
         padded = nn.functional.pad(a, (0, 0, 0, padding)) if padding else a
         product = torch._int_mm(padded, b.t())[: a.shape[0]]
+        return kernels.scale_product(product, a_scale, b_scale, dtype)
+    if (
+        not fast
+    ):  # torch multiplies by rows in full precision much slower than with one scale (torchao)
+        one = _ones(a.device, 1).view(())
+        product = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
         return kernels.scale_product(product, a_scale, b_scale, dtype)
     y = torch._scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -257,7 +275,7 @@ def linear(x: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
     if w.compute == "bf16":
         return x @ weight.to(x.dtype).t()
     values, scale = quantize_rows(x, None, w.compute)
-    return _multiply(values, scale, weight, _unit(w), x.dtype)
+    return multiply(values, scale, weight, _unit(w), x.dtype)
 
 
 def linear_grad(grad: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
@@ -270,7 +288,7 @@ def linear_grad(grad: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
     else:
         weight = w.transposed.view(_DTYPE[w.compute])
     values, scale = quantize_rows(grad, _unit(w), w.compute)
-    return _multiply(values, scale, weight, _ones(grad.device, weight.shape[0]), grad.dtype)
+    return multiply(values, scale, weight, _ones(grad.device, weight.shape[0]), grad.dtype)
 
 
 # Operators of torch: a compiler takes each as one node, and a checkpointing policy can name it.

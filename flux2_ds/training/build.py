@@ -318,7 +318,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
     recipe = plan.recipe
     check_zero(plan.deepspeed)
     check_backend(recipe, device)
-    check_card(recipe.base_weights, device)
+    check_card(recipe.base_weights, device, recipe.compute)
 
 
 def log_memory(expected: Memory, device: torch.device) -> None:

@@ -145,7 +145,8 @@ def log_banner(inputs: Inputs, expected: Memory, first_step: int) -> None:
     epochs = of_steps / recipe.batch.global_size / inputs.order.steps_per_epoch
     facts = {
         "model": f"{recipe.model.path}, {method}, {trained / 1e6:.3g} M parameters, {recipe.precision}"
-        + (f" over {recipe.base_weights}" if recipe.base_weights else ""),
+        + (f" over {recipe.base_weights}" if recipe.base_weights else "")
+        + (", multiplied in fp8" if recipe.compute == "fp8" else ""),
         "data": f"{index.samples:,} samples in {buckets} bucket{'s' * (buckets > 1)}"
         + (f", {inputs.held_out.samples:,} held out" if inputs.held_out.samples else ""),
         "on": f"{plan.processes} × {card}, ZeRO stage {plan.zero_stage}",

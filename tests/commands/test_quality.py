@@ -35,11 +35,12 @@ def test_gradients_are_compared_block_by_block():
     doubled_and_turned = {"a": torch.tensor([6.0, 8.0]), "b": torch.tensor([0.0, 2.0])}
     near = compared([dict(plain), doubled_and_turned], [plain, plain])
     # Cosines 1, 1, 1, 0; errors 0, 0, 1, √5.
-    assert near == Nearness(1.0, 0.0, 0.5, pytest.approx(5**0.5), "b")
+    median = {"a": 1.0, "b": 0.5}
+    assert near == Nearness(1.0, 0.0, 0.5, pytest.approx(5**0.5), "b", median)
 
 
 def test_the_table_labels_what_drifts():
-    near = Nearness(0.99, 0.98, 0.1, 0.2, "single_transformer_blocks.1")
+    near = Nearness(0.99, 0.98, 0.1, 0.2, "single_transformer_blocks.1", {})
     plain = Trained("bf16", [9.0] * 6 + [1.0, 1.0], None)
     rows = [
         Trained(mode, [9.0] * 6 + [loss, loss], near)
@@ -56,7 +57,10 @@ def test_the_table_labels_what_drifts():
     [
         (["--modes", "[fp8, fp4]"], "--modes is .*'fp4'.* must name some of fp8, int8, nf4"),
         (["--batches", "0"], "--batches is 0"),
-        (["--method", "full"], "method is full"),
+        (
+            ["--method", "full", "--modes", "[nf4]"],
+            "'nf4'.*; with method full it must name some of fp8, fp32",
+        ),
         (["--image", "loss.xyz"], "--image is loss.xyz; its suffix must be .*.png"),
         (["--image", "loss"], "--image is loss; its suffix must be"),
     ],
@@ -68,23 +72,29 @@ def test_what_cannot_be_compared_is_refused(monkeypatch, given, message):
         quality.main()
 
 
-@pytest.mark.parametrize("tiny_model", ["klein"], indirect=True)
-def test_only_the_base_makes_a_difference(tiny_model, tmp_path, monkeypatch, capsys):
-    """The same base again gives the same losses and gradients to the last bit; 4 bits do not."""
-    (tmp_path / "images").mkdir()
+def prepared(tiny_model, folder):
+    """Settings of a recipe on two images, whose shards are made."""
+    (folder / "images").mkdir()
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 256, (48, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
-        (tmp_path / "images" / f"{number}.txt").write_text(f"caption {number}")
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(f"caption {number}")
     values = {
         **SETTINGS,
         "model.path": tiny_model,
-        "data.images": tmp_path / "images",
-        "data.shards": tmp_path / "shards",
+        "data.images": folder / "images",
+        "data.shards": folder / "shards",
     }
     settings = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     recipe, _ = parse_recipe(recipe_parser("quality", ""), settings)
     prepare.prepare(recipe, tiny_model, read_spec(tiny_model))
+    return settings
+
+
+@pytest.mark.parametrize("tiny_model", ["klein"], indirect=True)
+def test_only_the_base_makes_a_difference(tiny_model, tmp_path, monkeypatch, capsys):
+    """The same base again gives the same losses and gradients to the last bit; 4 bits do not."""
+    settings = prepared(tiny_model, tmp_path)
     # What goes with the recipe's base need not go with the plain one.
     settings += [
         "--base_weights",
@@ -97,7 +107,9 @@ def test_only_the_base_makes_a_difference(tiny_model, tmp_path, monkeypatch, cap
     ]
     settings += ["--modes", "[fp32, nf4]", "--image", str(tmp_path / "p.png")]
     monkeypatch.setattr(sys, "argv", ["quality", *settings])
-    quality.main()
+    with monkeypatch.context() as kept:  # DeepSpeed makes no second process group
+        kept.setattr(quality, "destroy_process_group", lambda: None)
+        quality.main()
     plain, again, quantised = json.loads(capsys.readouterr().out)
     assert again["losses"] == plain["losses"]
     assert len(set(plain["losses"])) == SETTINGS["steps"]
@@ -109,3 +121,21 @@ def test_only_the_base_makes_a_difference(tiny_model, tmp_path, monkeypatch, cap
     assert quantised["losses"] == pytest.approx(plain["losses"], rel=0.1)
     assert 0.5 < quantised["nearness"]["cosine_worst"] < 0.9999
     assert quantised["nearness"]["error_worst"] > quantised["nearness"]["error_median"] > 0.01
+    monkeypatch.delenv("RANK")  # which a process that is alone sets itself
+    # A full fine-tune has its products in fp8 in a base's place.
+    full = ["--method", "full", "--precision", "bf16", "--deepspeed", "zero1", "--modes", "[fp8]"]
+    settings = [
+        *settings[: settings.index("--base_weights")],
+        *full,
+        "--optimizer.learning_rate",
+        "1e-3",
+    ]
+    monkeypatch.setattr(sys, "argv", ["quality", *settings, "--batches", "1", "--json"])
+    quality.main()
+    plain, fp8 = json.loads(capsys.readouterr().out)
+    assert plain["mode"] == "bf16" and fp8["mode"] == "fp8"
+    assert fp8["losses"] != plain["losses"]
+    assert fp8["losses"] == pytest.approx(plain["losses"], rel=0.02)
+    cosines = fp8["nearness"]["cosines"]
+    assert {"transformer_blocks.0", "single_transformer_blocks.0", "proj_out.weight"} <= {*cosines}
+    assert 0.9 < min(cosines.values()) < 0.9999, cosines

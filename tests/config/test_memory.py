@@ -218,6 +218,21 @@ def test_offload_moves_and_processes_divide():
     assert away.on_card == pytest.approx(here.on_card - sum(here.card[part] for part in parts))
 
 
+def test_fp8_products_of_trained_weights_take_their_operands():
+    """And nothing else: not the weights, nor what is saved for the backward pass. By plan they are faster."""
+    spec, room = RELEASED[KLEIN_9B], (4096, 80 * GIB, math.inf)
+    plain, fp8 = (recipe_for(KLEIN_9B, 4, method="full", compute=c) for c in ("precision", "fp8"))
+    one, other = (estimate(spec, make_plan(each, 4), 4096, 0) for each in (plain, fp8))
+    more = {
+        part: other.card[part] - size for part, size in one.card.items() if other.card[part] != size
+    }
+    widest = max(block_matrices(spec))
+    operands = (4096 + 512) * (9 + 1) * spec.width
+    assert widest == 9 * spec.width**2 and more == {"working": operands + 2 * widest}
+    costs = [choices(each, spec, 4, *room)[0].cost for each in (plain, fp8)]
+    assert costs[1] < 0.9 * costs[0]
+
+
 def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3():
     """Bytes of each parameter on the card and on the host, on two processes; read in DeepSpeed."""
     trained = sum(block_matrices(RELEASED[KLEIN_4B]) + other_matrices(RELEASED[KLEIN_4B]))

@@ -788,6 +788,31 @@ def test_what_is_not_held_transposed(changes, reason):
         make_plan(make_recipe(cache_transposed_base=True, **changes), 1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "lora"},
+            "for weights that are trained, and method is lora. Set base_weights: fp8",
+        ),
+        ({"method": "dora"}, "and method is dora"),
+        ({"precision": "fp32"}, "precision fp32; .* Set precision: bf16"),
+        ({"precision": "fp16"}, "precision fp16; .* Set precision: bf16"),
+        ({}, None),
+        ({"deepspeed": "zero3_offload"}, None),
+    ],
+)
+def test_fp8_products_are_for_weights_that_are_trained_in_bf16(changes, message):
+    recipe = make_recipe(**{"compute": "fp8", "method": "full", **changes})
+    if message is None:
+        assert (
+            "full fine-tune, bf16, base bf16, multiplied in fp8" in make_plan(recipe, 1).lines()[0]
+        )
+    else:
+        with pytest.raises(UserError, match=f"compute is fp8.*{message}"):
+            make_plan(recipe, 1)
+
+
 def test_an_8_bit_base_may_be_held_transposed():
     for given, expected in ((None, True), (True, True), (False, False)):
         asked = make_recipe(base_weights="int8", cache_transposed_base=given)

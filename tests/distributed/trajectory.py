@@ -57,6 +57,7 @@ def build(
     model: Flux2Transformer2DModel | None = None,
     *,
     base_weights: str | None = None,
+    compute: str = "precision",
     blocks: dict[str, Any] | None = None,
     partitioned: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -73,6 +74,8 @@ def build(
             place_weight(model, name, weight.data, base_weights)
     if method == "full":
         model.requires_grad_(True)
+        if compute == "fp8":
+            transformer.multiply_in_fp8(model)
     else:
         config = lora_config(SPEC, Lora(rank=rank), method)
         add_lora(model, config, seed=1)
@@ -151,7 +154,7 @@ def learning_rate_of(settings: dict[str, Any]) -> float:
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
     """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
 
-    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights` and `blocks` replace the defaults;
+    `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights`, `compute` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     `base`: before each pass the plain model predicts, its adapter switched off. `background`: a step after which
@@ -178,7 +181,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     }
     offload = "offload_optimizer" in config.get("zero_optimization", {})
     dtype = getattr(torch, case.get("dtype", "bfloat16" if "bf16" in config else "float32"))
-    options = ("base_weights", "blocks", "rank", "spread")
+    options = ("base_weights", "compute", "blocks", "rank", "spread")
     chosen = {name: case[name] for name in options if name in case}
     loaded = None
     with gathering(config):

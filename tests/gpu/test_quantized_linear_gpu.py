@@ -10,6 +10,7 @@ import torch
 from factories import error, gaussian, uneven
 from torch import nn
 
+from flux2_ds.ops.fp8_linear import Fp8Linear
 from flux2_ds.ops.lora_ops import lora_add, quantized_lora_linear
 from flux2_ds.ops.quantized_linear import (
     BASE_WEIGHTS,
@@ -20,6 +21,7 @@ from flux2_ds.ops.quantized_linear import (
     nf4_table,
     operand,
     quantize,
+    quantize_columns,
     quantize_rows,
 )
 
@@ -98,6 +100,59 @@ def test_a_row_that_is_not_finite_spoils_its_products_and_no_other(kind):
     values, scales = quantize_rows(rows.cuda(), None, kind)
     products = values.float() @ gaussian(300, 8, seed=1).cuda() * scales
     assert products.isfinite().all(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    # One value, tokens that are no multiple of 16, sizes that fill no tile of 128, a real gradient's.
+    "shape",
+    [(1, 1), (5, 100), (300, 130), (128, 128), (4608, 27648)],
+)
+def test_columns_are_quantized_as_on_the_cpu(shape, dtype):
+    skip_without_fp8("fp8")
+    x = (gaussian(*shape) * torch.logspace(-4, 2, shape[1])).to(dtype)
+    x[:, 0] = 0
+    expected, expected_scale = quantize_columns(x)
+    found, scale = quantize_columns(x.cuda())
+    tokens = shape[0]
+    assert found.shape == (shape[1], -(-tokens // 16) * 16)
+    assert not found[:, tokens:].float().any()
+    assert_equal(found[:, :tokens].contiguous(), expected)
+    assert_equal(scale, expected_scale)
+    turned, _ = quantize_columns(x.cuda().t())  # which is not contiguous
+    assert_equal(turned[:, : shape[1]].contiguous(), quantize_columns(x.t())[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 512, 4613])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_three_products_of_a_trained_linear(tokens, compiled):
+    """As on the CPU, where sums are in fp32: the same codes, other sums. Values of one size, so that a scale
+    in a wrong place is caught by the CPU's tests alone."""
+    skip_without_fp8("fp8")
+    plain = nn.Linear(320, 144, bias=False).bfloat16()
+    plain.__class__ = Fp8Linear
+    results = []
+    for layer in (plain, copy.deepcopy(plain).cuda()):
+        on_card = layer.weight.is_cuda
+        run = torch.compile(layer, fullgraph=True) if compiled and on_card else layer
+        x = gaussian(1, tokens, 320, seed=1).bfloat16().to(layer.weight.device).requires_grad_()
+        y = run(x)
+        y.backward(gaussian(1, tokens, 144, seed=2).bfloat16().to(y.device))
+        assert y.dtype == x.grad.dtype == layer.weight.grad.dtype == torch.bfloat16
+        results.append((y, x.grad, layer.weight.grad))
+    for name, expected, found in zip(("y", "∂x", "∂W"), *results, strict=True):
+        assert error(found, expected) < 0.006, name
+
+
+def test_what_is_not_finite_reaches_the_weights_gradient():
+    skip_without_fp8("fp8")
+    x, grad = gaussian(32, 64), gaussian(32, 48, seed=1)
+    x[5, 7], x[9, 11] = math.nan, math.inf
+    layer = nn.Linear(64, 48, bias=False).bfloat16().cuda()
+    layer.__class__ = Fp8Linear
+    layer(x.bfloat16().cuda()).backward(grad.bfloat16().cuda())
+    finite = layer.weight.grad.isfinite().all(0)
+    assert finite.logical_not().nonzero().flatten().tolist() == [7, 11]
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4_fp8", "nf4_int8"])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
-from factories import ONE_OF_EACH, build_adapted, build_transformer, predict
+from factories import ONE_OF_EACH, build_adapted, build_transformer, error, predict
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -19,7 +19,8 @@ from flux2_ds.config.recipe import Data, Lora, Model, Recipe
 from flux2_ds.model import activation_checkpointing, transformer
 from flux2_ds.model.activation_checkpointing import blocks_of, configure_blocks
 from flux2_ds.model.lora import add_lora, lora_config
-from flux2_ds.ops import quantized_linear
+from flux2_ds.ops import fp8_linear, quantized_linear
+from flux2_ds.ops.fused_single_block import fuse_single_blocks
 
 CHECKPOINTED = (2, 1, 0)  # of the two blocks of ONE_OF_EACH
 
@@ -86,6 +87,39 @@ def test_checkpointing_changes_no_result(base: str | None, dropout: float) -> No
         model = build_adapted(ONE_OF_EACH, base, dropout)
         configure_blocks(model, checkpointed=checkpointed, compiled=False, attention=None)
         assert_same(step(model), plain, checkpointed)
+
+
+def test_fp8_products_of_trained_weights_are_the_same_however_the_blocks_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled as one graph a kind, checkpointed or not; a block that keeps computes none of them twice."""
+    products, multiply = [], fp8_linear.multiply
+    monkeypatch.setattr(
+        fp8_linear, "multiply", lambda *a, **k: (products.append(a), multiply(*a, **k))[1]
+    )
+
+    def build() -> Flux2Transformer2DModel:
+        spec = replace(
+            ONE_OF_EACH, double_blocks=2, single_blocks=2
+        )  # the first and the last are not in fp8
+        model = build_transformer(spec, torch.bfloat16)
+        transformer.multiply_in_fp8(model)
+        transformer.keep_timestep_exact(model)
+        fuse_single_blocks(model)
+        return model.train()
+
+    plain = step(build())
+    once = len(products)
+    assert once == 3 * (12 + 2)
+    for compiled, checkpointed, again in ((False, 4, 12 + 2), (True, 2, 12), (True, 0, 0)):
+        model = build()
+        configure_blocks(model, checkpointed=checkpointed, compiled=compiled, attention=None)
+        products.clear()
+        found = step(model)
+        assert torch.equal(found.loss, plain.loss)
+        for name, grad in plain.gradients.items():  # between the products bf16 is rounded elsewhere
+            assert error(found.gradients[name], grad) < 0.01, (compiled, checkpointed, name)
+        assert len(products) == once + again, (compiled, checkpointed)
 
 
 @pytest.mark.parametrize("dora", [False, True])
