@@ -293,7 +293,7 @@ def _table(origin: Origin) -> str:
         targets = targets_line(adapter["targets"])
         scale = f"{alpha:g} / √rank" if adapter.get("rslora") else f"{alpha:g}"
         rows["rank, alpha, targets"] = f"{adapter['rank']}, {scale}, `{targets}`"
-        for setting in ("rank_pattern", "alpha_pattern"):
+        for setting in ("rank_pattern", "alpha_pattern", "factor"):
             if adapter.get(setting):
                 rows[setting] = f"`{json.dumps(adapter[setting])}`"
         if adapter["init_from"]:

@@ -26,6 +26,7 @@ from diffusers import Flux2Transformer2DModel
 
 from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.config.model_spec import Spec
+from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Batch, Data, Launch, Lora, Model, Optimizer, Recipe
 from flux2_ds.engine import optimizers
 from flux2_ds.model import transformer
@@ -157,6 +158,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights`, `compute` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
+    `lora`: settings with which a start builds the model, from `files` by the config `name`, in `run_dir`.
     `base`: before each pass the plain model predicts, its adapter switched off. `background`: a step after which
     a checkpoint is saved beside the training.
     """
@@ -185,7 +187,22 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     chosen = {name: case[name] for name in options if name in case}
     loaded = None
     with gathering(config):
-        if "files" in case:  # the way train.py builds a model at stage 3
+        if "lora" in case:  # the way train.py starts
+            recipe = Recipe(
+                run_dir=case["run_dir"],
+                method=case["method"],
+                precision="fp32",
+                deepspeed=case["name"],
+                model=Model(path=case["files"]),
+                data=Data(images="", shards=""),
+                batch=Batch(global_size=GLOBAL_BATCH, micro_size=micro),
+                lora=Lora(**case["lora"]),
+                launch=Launch(accelerator="cpu"),
+            )
+            plan = make_plan(recipe, process.world_size)
+            files, resumed = Path(case["files"]), "load" in case
+            loaded, _ = assembly.build_model(files, SPEC, plan, process, 6, resumed=resumed)
+        elif "files" in case:  # the way train.py builds a model at stage 3
             base_weights = case.get("base_weights")
             loaded = assembly.load_as(
                 config,
@@ -197,7 +214,9 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 shard_group=case.get("shard_group"),
             )
         stage = config.get("zero_optimization", {}).get("stage", 0)
-        model = build(case["method"], loaded, partitioned=stage == 3, dtype=dtype, **chosen)
+        model: torch.nn.Module | None = loaded
+        if "lora" not in case:
+            model = build(case["method"], loaded, partitioned=stage == 3, dtype=dtype, **chosen)
     replays: list[int] = []
     if case.get("replayed"):
         use_cuda_graphs(model, partial(computed_again, replays))
