@@ -22,9 +22,9 @@ import torch
 
 from flux2_ds.config.memory import out_of_memory
 from flux2_ds.config.parse import parse_recipe, recipe_parser
-from flux2_ds.config.plan import captures, learning_rate
+from flux2_ds.config.plan import learning_rate
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import in_steps, recordable
+from flux2_ds.data.dataset import in_steps
 from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
 from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
 from flux2_ds.run.environment import rank_and_world_size
@@ -93,18 +93,15 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
 
     watchdog.heartbeat(0, "loading the model")
     log.info("loading    %s", recipe.model.path)
-    plan = recordable(inputs.plan, inputs.index)
-    if captures(inputs.plan) and not captures(plan):
-        log.info("no CUDA graphs: the samples' reference images have several sizes")
     model, memory = build_model(
         inputs.directory,
         inputs.spec,
-        plan,
+        inputs.plan,
         process,
         inputs.index.largest_tokens,
         resumed=newest_step(recipe) > 0,
     )
-    engine = build_engine(model, plan)
+    engine = build_engine(model, inputs.plan)
 
     watchdog.heartbeat(0, "reading the checkpoint")
     first_step = resume(engine, recipe, inputs.index, process, inputs.directory)

@@ -29,6 +29,7 @@ from flux2_ds.data.dataset import (
     check_run,
     in_steps,
     length_line,
+    mask_and_reference_lines,
     read_data,
     validation_line,
 )
@@ -150,11 +151,13 @@ def plan(argv: list[str]) -> None:
 def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
     """Return what is trained on and what validates, for people."""
     if data is None:
-        return [f"data       {recipe.data.shards} is not prepared yet"]
+        waits = "is not prepared yet; reference images, which take memory, are counted then"
+        return [f"data       {recipe.data.shards} {waits}"]
     index, validation = data
     order = build_order(recipe, index)
     lines = [f"data       {index.samples} samples, {length_line(recipe, order)}", *order.warnings()]
-    lines += [f"           {line}" for line in index.stored_lines()]
+    more = [*index.stored_lines(), *mask_and_reference_lines(recipe, index)]
+    lines += [f"           {line}" for line in more]
     return lines + [f"held out   {validation_line(recipe, validation)}"] * bool(validation.samples)
 
 

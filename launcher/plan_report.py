@@ -14,7 +14,6 @@ from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.config.model_spec import planned_spec
 from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
-from flux2_ds.data.dataset import recordable
 from flux2_ds.data.index import Index
 from flux2_ds.errors import UserError
 from launcher.hosts import Hosts
@@ -165,8 +164,6 @@ def plan_memory(
     if automatic:
         room = card_bytes or math.inf, host_bytes
         plan = make_plan(place_base(recipe, spec, plan.processes, tokens, *room), plan.processes)
-    if index is not None:
-        plan = recordable(plan, index)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept, card_bytes or 0)
     checkpointed = 1 - kept / spec.blocks

@@ -68,8 +68,8 @@ def main() -> None:
     if not is_prepared(shards):
         print_part("data", [f"{shards} is not prepared yet"])
         return
-    index, held_out = read_data(recipe)
-    check_shards(index, held_out, spec, directory, recipe)
+    index, _ = read_data(recipe)
+    check_shards(index, spec, directory, recipe)
     print_part("latents", latent_lines(shards, index, options.samples))
     print_part("sample", sample_lines(directory, spec, shards, index))
     print_part("masks, refs", mask_and_reference_lines(recipe, index))

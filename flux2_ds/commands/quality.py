@@ -89,8 +89,8 @@ class Experiment:
         self.recipe, self.process = recipe, process
         self.directory = model_directory(recipe.model.path, recipe.model.revision, ["transformer"])
         self.spec = read_spec(self.directory, allow_distilled=recipe.model.allow_distilled)
-        self.index, held_out = read_data(recipe)
-        check_shards(self.index, held_out, self.spec, self.directory, recipe)
+        self.index, _ = read_data(recipe)
+        check_shards(self.index, self.spec, self.directory, recipe)
         conditioning = read_conditioning(recipe.data.shards, self.index)
         order = build_order(recipe, self.index)
         self.loader = build_loader(recipe, self.index, order, process, conditioning)

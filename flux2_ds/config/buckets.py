@@ -1,19 +1,28 @@
-"""Aspect-ratio buckets: the resolutions that images are cropped to."""
+"""Aspect-ratio buckets: the resolutions that images are cropped to, and those of their references."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One resolution; height and width in px, multiples of 16."""
+    """One resolution, and those of the reference images: samples of one bucket can share a forward pass. Height and
+    width in px, multiples of 16."""
 
     height: int
     width: int
+    references: tuple[Bucket, ...] = ()
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Bucket:
+        """A bucket from its JSON values."""
+        references = tuple(map(Bucket.of, values["references"]))
+        return Bucket(values["height"], values["width"], references)
 
     @property
     def aspect(self) -> float:
@@ -22,11 +31,22 @@ class Bucket:
 
     @property
     def tokens(self) -> int:
-        """Image tokens of one sample."""
+        """Tokens of the image of one sample."""
         return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
 
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of the image and its references."""
+        return self.tokens + sum(each.tokens for each in self.references)
+
+    @property
+    def alone(self) -> Bucket:
+        """The image without its references."""
+        return replace(self, references=())
+
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
+        references = ",".join(map(str, self.references))
+        return f"{self.width}x{self.height}" + f" with references {references}" * bool(references)
 
 
 def bucket_table(resolution: int, step: int, max_aspect: float) -> list[Bucket]:

@@ -263,6 +263,11 @@ def _in_one_line(message: str, parser: ArgumentParser) -> str:
     if value and rules:
         line = f"{value[1]} is {shown(value[2])}; it must be {' or '.join(rules)}."
         line += did_you_mean(value[2], " ".join(rules).replace(",", "").split())
+    if missing := re.search(r"arguments are required: (.*)", line):
+        line = (
+            f"not given: {missing[1]}. A preset such as character.yaml, or a file of your own, adds to the recipe of a "
+            "card, which comes before it: --config gpu24gb-klein4b --config character."
+        )
     known = [name for name in parser._option_string_actions if name.startswith("--")]
     if found := re.search(r"unrecognized arguments: --([\w.]+)", line):
         line = f"there is no option --{found[1]}.{did_you_mean(f'--{found[1]}', known)}"

@@ -121,6 +121,8 @@ def _objective_lines(recipe: Recipe, together: bool) -> list[str]:
     parts = [f"loss {objective.loss}"] if objective.loss != "mse" else []
     parts += [f"weighting {objective.weighting}"] if objective.weighting != "none" else []
     parts += [f"shift {s:g} for {name}" for name, s in objective.source_shift.items()]
+    if objective.reference_dropout:
+        parts.append(f"no references in {objective.reference_dropout:.0%} of the steps")
     lines = [f"objective  {', '.join(parts)}"] if parts else []
     if not kept.sources and not kept.prompts:
         return lines
@@ -129,14 +131,17 @@ def _objective_lines(recipe: Recipe, together: bool) -> list[str]:
         target = "their images" if kept.target == "image" else "the plain model"
         what.append(f"{', '.join(kept.sources)} towards {target}")
     if kept.prompts:
-        what.append(f"{len(kept.prompts)} prompts in {kept.share:.0%} of the other samples")
+        of = f" of one in {kept.every} steps" * (kept.every > 1)
+        what.append(f"{len(kept.prompts)} prompts in {kept.share:.0%} of the other samples{of}")
     cost = "no pass more"
     if kept.uses_base:
         which = f"{1 - (1 - kept.share) ** recipe.batch.micro_size:.0%} of the micro-batches"
         if together:
             which = "every micro-batch"
-        elif kept.sources and kept.target == "base":
+        if kept.sources_to_base and not together:
             which = "each micro-batch with such a sample"
+        elif kept.every > 1 and not kept.sources_to_base:
+            which += f" of one in {kept.every} steps"
         cost = f"a forward pass more for {which}"
     return [*lines, f"preserving {'; '.join(what)}; weight {kept.weight:g}; {cost}"]
 

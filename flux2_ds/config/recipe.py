@@ -72,7 +72,8 @@ class Data:
     """Images are resized to about resolution² pixels, keeping their aspect ratio; in px. Of
     several, the largest that an image fills."""
     bucket_step: Annotated[int, _PIXELS] = 64
-    """Width and height of every bucket are multiples of this; a multiple of 16, in px."""
+    """Width and height of every bucket, and of reference images of their own size, are multiples of this; a multiple of 16, in
+    px."""
     max_aspect: Annotated[float, between(1, 64)] = 2.0
     """Longest side over shortest side of the most elongated bucket."""
     max_upscale: Annotated[float, POSITIVE] = 1.05
@@ -256,6 +257,9 @@ class Objective:
     """Guidance value given to FLUX.2-dev while training. klein has no such input."""
     caption_dropout: Annotated[float, between(0, 1)] = 0.0
     """Share of the samples trained with the empty caption; 0..1."""
+    reference_dropout: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the steps whose samples are trained without their reference images, so that the model still makes
+    images from text alone; 0..1."""
     masked_loss: bool = False
     """Weight the loss by the masks of the images that have one: `boat.mask.png` beside `boat.png`,
     white where it is trained on."""
@@ -290,15 +294,27 @@ class Preservation:
     prompts: list[str] = field(default_factory=list)
     """Prompts whose images are not to change, such as the class of what is trained: in `share` of the other samples one
     of them is in the caption's place, and the target is as with `base`. `prepare` encodes them."""
-    share: Annotated[float, BELOW_ONE] = 0.0
+    share: Annotated[float, between(0, 1)] = 0.0
     """Share of the samples with one of `prompts`; 0..1."""
+    every: Annotated[int, at_least(1)] = 1
+    """With `prompts`: only every so many-th step has such samples, `share` of its own. Fewer steps then take the forward
+    pass more."""
     weight: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of all these samples in the loss, beside 1 of the others."""
 
     @property
     def uses_base(self) -> bool:
         """Whether the model predicts without its adapter while it is trained."""
-        return bool(self.prompts) or (bool(self.sources) and self.target == "base")
+        return bool(self.prompts) or self.sources_to_base
+
+    @property
+    def sources_to_base(self) -> bool:
+        """Whether regularization images are trained towards the model without its adapter."""
+        return bool(self.sources) and self.target == "base"
+
+    def due(self, step: int) -> bool:
+        """Whether samples of `step`, from 0, may get one of `prompts`."""
+        return (step + 1) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,7 +514,7 @@ class Recipe:
     cuda_graphs: Annotated[bool | None, MAY_CHANGE] = None
     """Record the forward and backward passes of each shape as CUDA graphs and replay them, so that Python
     does not hold up small models and images. For adapters with compiled blocks, below ZeRO stage 3,
-    with `base_placement: gpu`, without lora.dropout, offload_activations and reference images of several sizes. Default: so, in bf16, if
+    with `base_placement: gpu`, without lora.dropout and offload_activations. Default: so, in bf16, if
     memory allows."""
     cache_transposed_base: Annotated[bool | None, MAY_CHANGE] = None
     """Hold an fp8 or int8 base a second time, transposed, which spares the backward pass turning every weight

@@ -67,6 +67,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"preservation.prompts is {kept.prompts} and share {kept.share:g}: one has no effect without the other. "
             "Give both, share 0.25 say, or neither."
         )
+    if kept.share == 1 and kept.every == 1:
+        yield (
+            "preservation.share is 1 and preservation.every 1: no sample is left to learn from. Set share to 0.25, say, or "
+            "every to 4: every fourth step is then for preservation alone."
+        )
     if recipe.validation.against_base and recipe.method == "full":
         yield (
             "validation.against_base is true, but method full has no adapter to switch off. Set "
@@ -395,6 +400,13 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
     kept = recipe.preservation
     if _given(kept, "weight") and not kept.sources and not kept.prompts:
         yield "preservation.weight", "there are no preservation.sources and no prompts"
+    if kept.prompts and kept.every > recipe.steps and recipe.epochs is None:
+        yield (
+            "preservation.prompts",
+            f"preservation.every is {kept.every}, and there are {recipe.steps} steps",
+        )
+    if _given(kept, "every") and not kept.prompts:
+        yield "preservation.every", "there are no preservation.prompts"
     if _given(kept, "target") and not kept.sources:
         yield "preservation.target", "there are no preservation.sources"
     if _given(objective, "guidance") and spec is not None and not spec.guidance:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flux2_ds.config.adapter import adapted_linears
+from flux2_ds.config.adapter_file import settings_of_file
 from flux2_ds.config.model_spec import RELEASED, Spec
-from flux2_ds.config.plan import Plan, captures
 from flux2_ds.config.recipe import Captions, Recipe, is_url
 from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
@@ -19,19 +19,6 @@ from flux2_ds.data.storage import join
 from flux2_ds.errors import UserError
 from flux2_ds.run.run_dir import check_run_dir
 from flux2_ds.run.wandb_run import check_trackers
-
-
-def recordable(plan: Plan, index: Index) -> Plan:
-    """The plan, without CUDA graphs if new shapes may come at any time, for which they would leave no memory."""
-    if not captures(plan) or all(shard.references != "several" for shard in index.shards):
-        return plan
-    if plan.recipe.cuda_graphs:
-        raise UserError(
-            "cuda_graphs is true, and the samples' reference images have several sizes, so that passes of new "
-            "shapes come at any time. Remove cuda_graphs."
-        )
-    return replace(plan, recipe=replace(plan.recipe, cuda_graphs=False))
-
 
 log = logging.getLogger("flux2_ds")
 
@@ -178,21 +165,23 @@ def run_checks(
     known = spec or RELEASED.get(recipe.model.path)
     if known is not None and recipe.method != "full":
         checks["adapter"] = partial(adapted_linears, known, recipe.lora)
+    checks |= {
+        f"merge_first {path}": partial(settings_of_file, "lora.merge_first", path, known)
+        for path in recipe.lora.merge_first
+    }
     if data is not None:
-        checks["shards"] = partial(check_shards, *data, spec, directory, recipe)
+        checks["shards"] = partial(check_shards, data[0], spec, directory, recipe)
     return checks
 
 
-def check_shards(
-    index: Index, held_out: Index, spec: Spec | None, directory: Path | None, recipe: Recipe
-) -> None:
+def check_shards(index: Index, spec: Spec | None, directory: Path | None, recipe: Recipe) -> None:
     """Refuse shards that another model than that in `directory` made, or that do not fit the recipe. All
     that look at shards ask this. `spec` and `directory` are None while they are not known, because the
     model is yet to be fetched."""
     if spec is not None:
         check_variant(recipe, index, spec)
     check_settings(recipe, index)
-    check_masks_and_references(recipe, index, held_out)
+    check_masks_and_references(recipe, index)
     if directory is None:
         return
     from flux2_ds.config.model_files import (
@@ -258,26 +247,19 @@ def check_settings(recipe: Recipe, index: Index) -> None:
             )
 
 
-def check_masks_and_references(recipe: Recipe, index: Index, held_out: Index) -> None:
-    """Refuse masks that are wanted and not there, and reference images that cannot be batched, also
-    among what is held out."""
+def check_masks_and_references(recipe: Recipe, index: Index) -> None:
+    """Refuse masks and references that are wanted and not there."""
     shards = recipe.data.shards
     if recipe.objective.masked_loss and not any(shard.masks for shard in index.shards):
         raise UserError(
             f"objective.masked_loss is true, but no image in data.shards {shards} has a mask. Add "
             "NAME.mask.png beside NAME.png and prepare again, or set it to false."
         )
-    if recipe.batch.micro_size == 1:
-        return
-    for which, part in (("images", index), ("held-out images", held_out)):
-        for bucket in part.bucket_counts():
-            sizes = {shard.references for shard in part.shards if shard.bucket == bucket}
-            if len(sizes) > 1 or "several" in sizes:
-                raise UserError(
-                    f"the {which} of bucket {bucket} in data.shards {shards} have reference images "
-                    f"of different number or size, and batch.micro_size is {recipe.batch.micro_size}. "
-                    "Set it to 1: such samples cannot share a forward pass."
-                )
+    if recipe.objective.reference_dropout and not any(s.bucket.references for s in index.shards):
+        raise UserError(
+            f"objective.reference_dropout is {recipe.objective.reference_dropout:g}, but no image in data.shards {shards} has a "
+            "reference image. Add NAME.reference.png beside NAME.png and prepare again, or set it to 0."
+        )
 
 
 def mask_and_reference_lines(recipe: Recipe, index: Index) -> list[str]:
@@ -289,10 +271,13 @@ def mask_and_reference_lines(recipe: Recipe, index: Index) -> list[str]:
             "used" if recipe.objective.masked_loss else "not used: objective.masked_loss is false"
         )
         lines.append(f"{masks} masks, {used}")
-    references = sorted({shard.references for shard in index.shards} - {""})
-    if references:
-        sizes = ["several sizes" if each == "several" else f"{each} px" for each in references]
-        lines.append(f"reference images of {' or '.join(sizes)}")
+    counts = {bucket: n for bucket, n in index.bucket_counts().items() if bucket.references}
+    if counts:
+        most = max(counts, key=lambda bucket: bucket.all_tokens)
+        lines.append(
+            f"{sum(counts.values())} of {index.samples} samples have reference images, in {len(counts)} buckets; the longest "
+            f"is {most}: {most.all_tokens} tokens, {most.tokens} of them the image's"
+        )
     return lines
 
 

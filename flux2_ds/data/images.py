@@ -113,7 +113,7 @@ def load_cropped(
     `place` of the crop: 0.5 is the center, 0 left or top, 1 right or bottom. Raises `UnreadableImageError` with the decoder's reason, as all of these do. What else there is to
     say is added to `notes`.
     """
-    return np.asarray(_cover(load_upright(content, notes), bucket, place))
+    return np.asarray(cover(load_upright(content, notes), bucket, place))
 
 
 def load_upright(content: bytes | str, notes: list[str] | None = None) -> Image.Image:
@@ -168,54 +168,52 @@ def _weights(mask: Image.Image, bucket: Bucket, place: float) -> NDArray[np.floa
     return weights
 
 
+def is_aligned(reference: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a reference has the proportions of its image: it is scaled and cropped like that, so that the same
+    point is at the same place in both. (width, height) in px each."""
+    return _similar(reference, image, _REFERENCE_ASPECT)
+
+
 def load_reference(
-    content: bytes | str,
-    resolution: int,
-    image: tuple[int, int] | None = None,
-    bucket: Bucket | None = None,
-    notes: list[str] | None = None,
-    place: float = 0.5,
+    content: bytes | str, bucket: Bucket, resolution: int = 1024, notes: list[str] | None = None
 ) -> NDArray[np.uint8]:
-    """A reference image; uint8 [height, width, 3], of at most about resolution² px.
-
-    One of the proportions of its image, of `image` (width, height) px, is scaled and cropped like that, so that
-    the same point is at the same place in both. Any other keeps its own size, as in inference: made
-    smaller if it is too large, sides cut to multiples of 16.
-    """
-    notes = [] if notes is None else notes
+    """The middle of a reference of its own size, as inference takes it: made smaller if it has more than resolution²
+    px; uint8 [height, width, 3]."""
     reference = load_upright(content, notes)
-    if image and bucket:
-        aligned = align_reference(reference, image, bucket, resolution, place)
-        notes.append(ALIGNED if aligned else OWN_SIZE)
-        if aligned:
-            return np.asarray(aligned)
-    scale = min(1.0, resolution / math.sqrt(reference.width * reference.height))
-    sides = [int(side * scale) for side in reference.size]
+    scale = resolution / math.sqrt(reference.width * reference.height)
     if scale < 1:
-        reference = reference.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
-    width, height = (side // PIXELS_PER_TOKEN * PIXELS_PER_TOKEN for side in sides)
-    if not width or not height:
-        raise UnreadableImageError(f"a reference image of {sides[0]}x{sides[1]} px is too small")
-    left, top = (reference.width - width) // 2, (reference.height - height) // 2
-    return np.asarray(reference.crop((left, top, left + width, top + height)))
+        sides = int(reference.width * scale), int(reference.height * scale)
+        reference = reference.resize(sides, Image.Resampling.LANCZOS)
+    left = (reference.width - bucket.width) // 2
+    top = (reference.height - bucket.height) // 2
+    return np.asarray(reference.crop((left, top, left + bucket.width, top + bucket.height)))
 
 
-def align_reference(
-    reference: Image.Image,
+def reference_bucket(
+    reference: tuple[int, int],
     image: tuple[int, int],
     bucket: Bucket,
     resolution: int = 1024,
-    place: float = 0.5,
-) -> Image.Image | None:
-    """The reference, scaled and cropped like its image; None if its proportions are others."""
-    if not _similar(reference.size, image, _REFERENCE_ASPECT):
-        return None
-    scale = min(1.0, resolution / math.sqrt(bucket.height * bucket.width))
+    step: int = PIXELS_PER_TOKEN,
+) -> Bucket:
+    """What a reference is cropped to, of at most about resolution² px.
+
+    One that is aligned with its image, which goes to `bucket`, has the size of that. Any other keeps its own, as in
+    inference: smaller if it is too large, sides cut to multiples of `step`.
+    """
+    sides, aligned = reference[::-1], is_aligned(reference, image)
+    if aligned:
+        sides, step = (bucket.height, bucket.width), PIXELS_PER_TOKEN
+    scale = min(1.0, resolution / math.sqrt(sides[0] * sides[1]))
     height, width = (
-        max(1, round(side * scale / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
-        for side in (bucket.height, bucket.width)
+        max(1, round(side * scale / step)) if aligned else int(side * scale) // step
+        for side in sides
     )
-    return _cover(reference, Bucket(height, width), place)
+    if not width or not height:
+        raise UnreadableImageError(
+            f"its reference image of {reference[0]}x{reference[1]} px is too small: each side must have {step} px"
+        )
+    return Bucket(step * height, step * width)
 
 
 def _similar(one: tuple[int, int], other: tuple[int, int], tolerance: float) -> bool:
@@ -223,7 +221,8 @@ def _similar(one: tuple[int, int], other: tuple[int, int], tolerance: float) -> 
     return abs(math.log(one[0] * other[1] / (one[1] * other[0]))) <= tolerance
 
 
-def _cover(image: Image.Image, bucket: Bucket, place: float) -> Image.Image:
+def cover(image: Image.Image, bucket: Bucket, place: float = 0.5) -> Image.Image:
+    """Resize to cover the bucket, and crop."""
     size, centering = (bucket.width, bucket.height), (place, place)
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centering)
 

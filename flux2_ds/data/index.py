@@ -19,7 +19,7 @@ from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.atomic import atomic_write_text
 
-FORMAT = 3
+FORMAT = 4
 OLDER = "an older version of flux2-ds wrote it, whose form this one does not read"
 INDEX_NAME = "index.json"
 CONDITIONING_NAME = "conditioning.safetensors"
@@ -50,8 +50,8 @@ class Shard:
     `source` names the images that it was made of, as in `data.images`. `dropped`: rows of the file
     that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
     a mask. `texts`: different texts in the file, of `text_bytes` together, and `latents`: views of all
-    images in the file; 0 where an older version did not count them. `repeats`: times that an epoch serves each sample. `references`: sizes of the reference images of every row ("1024x768,512x512"), empty if
-    there are none, "several" if the rows differ. `toc`: the table of contents. `held_out`: not trained
+    images in the file; 0 where an older version did not count them. `repeats`: times that an epoch serves each sample.
+    `toc`: the table of contents. `held_out`: not trained
     on, but evaluated.
     """
 
@@ -63,7 +63,6 @@ class Shard:
     source: str = ""
     dropped: list[int] = field(default_factory=list)
     masks: int = 0
-    references: str = ""
     toc: Part = Part(0, 0, "")
     held_out: bool = False
     texts: int = 0
@@ -74,20 +73,9 @@ class Shard:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Shard:
         """A shard from its JSON values."""
-        return cls(**{**values, "bucket": Bucket(**values["bucket"]), "toc": Part(**values["toc"])})
-
-    @property
-    def reference_sizes(self) -> list[Bucket]:
-        """Of every row's reference images; of "several" sizes two like the image are assumed."""
-        if self.references == "several":
-            return 2 * [self.bucket]
-        sizes = [map(int, size.split("x")) for size in self.references.split(",") if size]
-        return [Bucket(height, width) for width, height in sizes]
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens of a sample, reference images included."""
-        return self.bucket.tokens + sum(size.tokens for size in self.reference_sizes)
+        return cls(
+            **{**values, "bucket": Bucket.of(values["bucket"]), "toc": Part(**values["toc"])}
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ class Index:
     @property
     def largest_tokens(self) -> int:
         """Image tokens of the longest sample, reference images included."""
-        return max(shard.tokens for shard in self.shards)
+        return max(shard.bucket.all_tokens for shard in self.shards)
 
     def stored_lines(self) -> list[str]:
         """How many images and texts are stored, and how large, for people."""

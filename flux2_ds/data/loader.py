@@ -42,6 +42,7 @@ _TEXTS_KEPT = 8
 _STREAM = 2  # keeps these random streams apart from those of data/order.py and training/step.py
 _VARIANT_STREAM = 4
 _PROMPT_STREAM = 5
+_REFERENCE_STREAM = 6
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Loader:
         seed: int,
         caption_dropout: float,
         empty_text: torch.Tensor,
+        reference_dropout: float = 0.0,
         masked: bool = False,
         preservation: Preservation = Preservation(),  # noqa: B008
         prompts: Sequence[torch.Tensor] = (),
@@ -117,6 +119,7 @@ class Loader:
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._empty_text = empty_text
+        self._reference_dropout = reference_dropout
         self._masked = masked
         self._preservation, self._prompts = preservation, prompts
         self._threads = num_workers
@@ -201,9 +204,12 @@ class Loader:
         number, view = draw_variants(
             self._seed, sample.position, reader.texts(row), reader.views(row)
         )
-        if self._prompts and source not in self._preservation.sources:
-            share = self._preservation.share
-            prompt = draw_prompt(self._seed, sample.position, len(self._prompts), share)
+        step = sample.position // self._share.global_batch
+        if bucket.references and references_dropped(self._seed, step, self._reference_dropout):
+            bucket = bucket.alone
+        kept = self._preservation
+        if self._prompts and kept.due(step) and source not in kept.sources:
+            prompt = draw_prompt(self._seed, sample.position, len(self._prompts), kept.share)
         if prompt is not None:
             latent, text = reader.latent(row, view), self._prompts[prompt]
         elif drawn.drop < self._caption_dropout:
@@ -224,7 +230,8 @@ class Loader:
                     f"shard {self._index.shards[sample.shard].name}, sample {row}: its {name} has "
                     f"the shape {tuple(tensor.shape)}, not {shape}. Prepare the shards again."
                 )
-        references, prompted = reader.references(row, view), prompt is not None
+        references = reader.references(row, view) if bucket.references else []
+        prompted = prompt is not None
         return Loaded(bucket, sample, latent, text, drawn, mask, references, source, prompted)
 
     def _mask(self, reader: ShardReader, row: int, view: int, bucket: Bucket) -> torch.Tensor:
@@ -275,7 +282,7 @@ class Loaded:
 
 
 def collate(loaded: list[Loaded], pinned: bool = False) -> MicroBatch:
-    """Samples of one bucket as a micro-batch; their references agree in number and size."""
+    """Samples of one bucket as a micro-batch."""
     together = partial(stack, pinned=pinned)
     masks = [each.mask for each in loaded if each.mask is not None]
     return MicroBatch(
@@ -338,6 +345,17 @@ def draw_prompt(seed: int, position: int, count: int, share: float) -> int | Non
     words = np.random.Philox(np.random.SeedSequence((_PROMPT_STREAM, seed, position)))
     chance, which = words.random_raw(2)
     return int(which) % count if int(chance) < share * 2**64 else None
+
+
+def references_dropped(seed: int, step: int, share: float) -> bool:
+    """Whether the samples of `step`, from 0, are trained without their references, as those of a `share` of the steps are:
+    of all together, because without them the shapes are others."""
+    if not share:
+        return False
+    word = int(
+        np.random.Philox(np.random.SeedSequence((_REFERENCE_STREAM, seed, step))).random_raw()
+    )
+    return word < share * 2**64
 
 
 def normals(bits: np.random.BitGenerator, count: int) -> NDArray[np.float32]:

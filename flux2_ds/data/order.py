@@ -18,6 +18,8 @@ Indices = NDArray[np.int64]
 _STREAM = 1  # keeps these random streams apart from those of data/loader.py
 _BLOCK = 4096
 """Steps among which the buckets' turns are shuffled. Every block has its share of every bucket."""
+_NAMED = 8
+"""Buckets that are named one by one in warnings, at most."""
 _WINDOWS = 2048
 """Shuffled windows kept: 32 KiB each with 8 shards of 256 samples."""
 
@@ -105,6 +107,13 @@ class Order:
     def warnings(self) -> list[str]:
         """What a user should know of buckets that do not fill a global batch, for people."""
         total = sum(line.total for line in self._lines)
+        small = self._small[self._small > 0]
+        if len(small) > _NAMED:
+            return [
+                f"{len(small)} buckets of {min(small)} to {max(small)} samples, {sum(small)} of {total} in all, have fewer "
+                f"than batch.global_size {self._global_batch}: they take turns over the epochs, so that their images count "
+                "like all others. Images and references of fewer sizes make fewer buckets"
+            ]
         return [
             f"bucket {bucket} has {samples} of {total} samples ({samples / total:.1%}), and "
             f"batch.global_size is {self._global_batch}: it is served in one of "

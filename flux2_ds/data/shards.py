@@ -1,4 +1,4 @@
-"""Shards: ordinary WebDataset tars of one resolution, whose samples can be read one by one.
+"""Shards: ordinary WebDataset tars of one bucket, whose samples can be read one by one.
 
 Members of a sample, with the key as stem:
 
@@ -8,7 +8,7 @@ Members of a sample, with the key as stem:
                         `padding` [2] the first row stands for so many more before it, the last for
                         so many after it, all to 512
     mask.safetensors    `mask` [H/16, W/16] fp32: weights of the loss, if the image has a mask
-    references.safetensors  `0`, `1`, ...: reference images as latents, each of its own size, if any
+    references.safetensors  `0`, `1`, ...: reference images as latents, of the bucket's sizes, if any
     json                caption, source file, bucket, and `text_key`: the sample whose text it shares
 
 A sample with several texts has `text1.safetensors`, `text2.safetensors`, ... as well, and in its JSON `captions` and
@@ -108,7 +108,6 @@ def _write_tar(
     toc: list[dict[str, Part]] = []
     text_bytes = latents = 0
     first: dict[str, tuple[int, str]] = {}  # row and member by text
-    references = set()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, record in enumerate(records):
             views = {
@@ -141,11 +140,9 @@ def _write_tar(
             for name, text in names.items():
                 home, member = first[text]
                 parts[name] = toc[home][member]
-            references.add(_sizes(record.views[0].references))
         return {
             "samples": len(toc),
             "masks": sum(MASK in parts for parts in toc),
-            "references": references.pop() if len(references) == 1 else "several" if toc else "",
             "toc": _add(tar, _TOC, _toc_json(toc)),
             "texts": len(first),
             "text_bytes": text_bytes,
@@ -167,11 +164,6 @@ def _members(view: View) -> dict[str, bytes]:
         tensors = {str(k): each.contiguous() for k, each in enumerate(view.references)}
         members[REFERENCES] = save_tensors(tensors)
     return members
-
-
-def _sizes(references: Sequence[torch.Tensor]) -> str:
-    """Sizes of reference images in px, such as 1024x768,512x512."""
-    return ",".join(f"{8 * each.shape[-1]}x{8 * each.shape[-2]}" for each in references)
 
 
 def _toc_json(toc: list[dict[str, Part]]) -> bytes:

@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from flux2_ds.config.recipe import Prepare, is_url
 from flux2_ds.data.images import (
+    ALIGNED,
+    OWN_SIZE,
     BlackMaskError,
     UnreadableImageError,
     image_size,
+    is_aligned,
     load_alpha,
     load_cropped,
     load_mask,
@@ -184,10 +187,15 @@ def _crop(
     elif planned.alpha_mask:
         mask = load_alpha(content, bucket, place)
         notes += [ALPHA_MASK] * (mask is not None)
-    references = (
-        load_reference(blob.read(), resolution, size, bucket, notes, place)
-        for blob in image.references
-    )
+    references = []
+    for each, own in zip(image.references, bucket.references, strict=True):
+        reference = each.blob.read()
+        aligned = is_aligned(image_size(reference), size)
+        notes.append(ALIGNED if aligned else OWN_SIZE)
+        if aligned:
+            references.append(load_cropped(reference, own, notes, place))
+        else:
+            references.append(load_reference(reference, own, resolution, notes))
     return Pixels(pixels, mask, tuple(references))
 
 

@@ -56,5 +56,5 @@ def _joined(image: SourceImage, belonging: list[tuple[bool, int, SourceImage]]) 
         stamp="|".join([image.stamp, *(f"{each.key}={each.stamp}" for _, _, each in ordered)]),
         problem=problem,
         mask=masks[0] if masks else None,
-        references=tuple(each.blob for is_reference, _, each in ordered if is_reference),
+        references=tuple(each for is_reference, _, each in ordered if is_reference),
     )

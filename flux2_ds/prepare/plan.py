@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolutions, upscale_factor
 from flux2_ds.config.model_spec import PADDING_SIDES, PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import DEFAULT_SOURCE, Data, Recipe
-from flux2_ds.data.images import UnreadableImageError, image_size
+from flux2_ds.data.images import UnreadableImageError, image_size, reference_bucket
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.folder import (
     check_contents,
@@ -116,7 +116,7 @@ def plan_shards(recipe: Recipe, usable: Usable, spec: Spec, contents: dict[str, 
             f"{data.images} is among them. Give a new folder."
         )
     skipped.reasons |= comparison.skipped
-    images = choose_buckets(comparison.new, data, skipped)
+    images = choose_buckets(comparison.new, recipe, skipped)
     sources = {planned.image.source for planned in (*images, *comparison.kept)}
     for source in {DEFAULT_SOURCE: ""} if isinstance(data.images, str) else data.images:
         if source not in sources:
@@ -181,19 +181,22 @@ def with_texts(images: list[SourceImage], recipe: Recipe) -> list[SourceImage]:
     return found
 
 
-def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> list[PlannedImage]:
-    """Measure the images and give each its bucket; those that fit none are skipped."""
+def choose_buckets(
+    images: list[SourceImage], recipe: Recipe, skipped: Skipped
+) -> list[PlannedImage]:
+    """Measure the images and their references and give each its bucket; those that fit none are skipped."""
+    data, planned = recipe.data, []
     tables = [
         bucket_table(resolution, data.bucket_step, data.max_aspect)
         for resolution in resolutions(data.resolution)
     ]
-    planned = []
     with ThreadPoolExecutor(_THREADS) as threads:
-        sizes = tqdm(threads.map(_size, images), "measured", len(images), unit="img", delay=2)
-        for image, size in zip(images, sizes, strict=True):
-            if isinstance(size, str):
-                skipped.add(image.name, size)
+        measured = tqdm(threads.map(_sizes, images), "measured", len(images), unit="img", delay=2)
+        for image, sizes in zip(images, measured, strict=True):
+            if isinstance(sizes, str):
+                skipped.add(image.name, sizes)
                 continue
+            size, *references = sizes
             bucket = fitting_bucket(*size, tables, data.max_upscale)
             if bucket is None:
                 smallest = choose_bucket(*size, tables[-1])
@@ -219,6 +222,15 @@ def choose_buckets(images: list[SourceImage], data: Data, skipped: Skipped) -> l
                 notes.append(f"{ENLARGED}: {factor:.3g}×")
             held_out = is_held_out(image, data.validation_fraction)
             crops = (Crop(),) if held_out else choose_crops(*size, bucket, data)
+            most = recipe.prepare.reference_resolution
+            try:
+                own = [
+                    reference_bucket(r, size, bucket, most, data.bucket_step) for r in references
+                ]
+            except UnreadableImageError as error:
+                skipped.add(image.name, str(error))
+                continue
+            bucket = replace(bucket, references=tuple(own))
             planned.append(PlannedImage(image, bucket, tuple(notes), crops, data.alpha_mask))
     return planned
 
@@ -262,10 +274,10 @@ def fitting_bucket(
     return None
 
 
-def _size(image: SourceImage) -> tuple[int, int] | str:
-    """Width and height, or why they cannot be known."""
+def _sizes(image: SourceImage) -> list[tuple[int, int]] | str:
+    """Width and height of an image and of its references, or why they cannot be known."""
     try:
-        return image.size or image_size(image.blob.location)
+        return [each.size or image_size(each.blob.location) for each in (image, *image.references)]
     except UnreadableImageError as error:
         return f"unreadable: {error}"
 
@@ -288,10 +300,11 @@ def group_into_shards(
         key = (planned.image.source, planned.bucket, held_out, repeats)
         groups.setdefault(key, []).append(planned)
     taken = {manifest.shard.name for manifest in manifests}
-    jobs = []
+    jobs, free = [], dict[str, Iterator[str]]()
     for (source, bucket, held_out, repeats), members in sorted(groups.items()):
         kind = "-held_out" if held_out else f"-{repeats}x" if repeats > 1 else ""
-        names = _free_names(f"{source}-{bucket}{kind}", taken)
+        stem = f"{source}-{bucket.alone}{kind}"
+        names = free.setdefault(stem, _free_names(stem, taken))
         for start in range(0, len(members), data.samples_per_shard):
             group = members[start : start + data.samples_per_shard]
             jobs.append(ShardJob(next(names), source, bucket, group, held_out, repeats))
@@ -335,7 +348,7 @@ def log_plan(plan: Plan) -> None:
 def bucket_lines(buckets: Iterable[Bucket]) -> list[str]:
     """The table of buckets with counts, for people."""
     return [
-        f"  {bucket!s:<10} {count:7d}  ({bucket.tokens} tokens)"
+        f"  {bucket!s:<10} {count:7d}  ({bucket.all_tokens} tokens)"
         for bucket, count in sorted(Counter(buckets).items())
     ]
 
@@ -351,7 +364,8 @@ def check_disk(folder: Path, jobs: list[ShardJob], spec: Spec, recipe: Recipe) -
         )
 
     shards = sum(
-        sum(4 * 128 * len(p.crops) * _tokens(p, recipe) for p in job.images) + text(texts_in([job]))
+        sum(4 * 128 * len(p.crops) * p.bucket.all_tokens for p in job.images)
+        + text(texts_in([job]))
         for job in jobs
     )
     texts = texts_in(jobs)
@@ -386,9 +400,3 @@ def _least_rows(caption: str, spec: Spec) -> int:
 def text_bytes(spec: Spec, recipe: Recipe) -> int:
     """Size of one encoded caption, at most."""
     return TEXT_TOKENS * spec.text_width * (4 if text_weights(recipe) == "fp32" else 2)
-
-
-def _tokens(planned: PlannedImage, recipe: Recipe) -> int:
-    """Image tokens of an image and, at most, of its references."""
-    largest = (recipe.prepare.reference_resolution // PIXELS_PER_TOKEN) ** 2
-    return planned.bucket.tokens + largest * len(planned.image.references)

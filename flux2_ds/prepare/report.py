@@ -194,7 +194,7 @@ def write_contact_sheets(folder: Path, images: list[PlannedImage]) -> None:
     folder.mkdir(exist_ok=True)
     groups: dict[Bucket, list[PlannedImage]] = {}
     for planned in images:
-        groups.setdefault(planned.bucket, []).append(planned)
+        groups.setdefault(planned.bucket.alone, []).append(planned)
     for bucket, members in groups.items():
         places = np.linspace(0, len(members) - 1, min(len(members), _SHEET_IMAGES))
         shown, captions = [], []

@@ -35,7 +35,7 @@ class SourceImage:
     problem: str | None = None
     size: tuple[int, int] | None = None
     mask: Blob | None = None
-    references: tuple[Blob, ...] = ()
+    references: tuple[SourceImage, ...] = ()
 
     @staticmethod
     def of(values: dict[str, Any]) -> SourceImage:

@@ -275,6 +275,7 @@ def build_loader(
         seed=recipe.seed,
         caption_dropout=recipe.objective.caption_dropout,
         empty_text=conditioning["empty_text"],
+        reference_dropout=recipe.objective.reference_dropout,
         masked=recipe.objective.masked_loss,
         preservation=kept,
         prompts=list(prompts.values()),
@@ -346,7 +347,7 @@ def build_validation(
         return None
     wide = replace(recipe.batch, global_size=process.world_size * recipe.batch.micro_size)
     order = ValidationOrder(held_out, recipe.validation.samples, wide.global_size)
-    captioned = replace(recipe.objective, caption_dropout=0.0)
+    captioned = replace(recipe.objective, caption_dropout=0.0, reference_dropout=0.0)
     kept = Preservation()
     recipe = replace(recipe, batch=wide, objective=captioned, preservation=kept)
     loader = build_loader(recipe, held_out, order, process, inputs.conditioning)

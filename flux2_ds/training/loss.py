@@ -42,7 +42,7 @@ class FlowObjective:
     `mean`, `std`: [128] fp32 latent statistics.
     `guidance`: whether the variant has a guidance input. `global_batch`: the samples among which
     stratified timesteps are shared out. `forward_base`: the model's prediction without its adapter, where
-    `preservation` wants it, or in all passes with `always_base`: where ranks that see other samples take part.
+    `preservation` wants it, or with `always_base` in all passes of such a step: where ranks that see other samples take part.
     """
 
     settings: Objective
@@ -92,7 +92,7 @@ class FlowObjective:
         target, mask, tokens = flow.velocity(x0, noise), self._mask(batch), x0.shape[1]
         roles = self._roles(batch)
         to_base = [role > 0 and self._to_base(role) for role in roles]
-        if self.forward_base is not None and (any(to_base) or self.always_base):
+        if self.forward_base is not None and (any(to_base) or self._together(batch)):
             # Before the pass with gradients, whose activations then have the memory for themselves.
             base = self.forward_base(**inputs)[:, :tokens].float()
             chosen = self._here(torch.tensor(to_base))[:, None]
@@ -124,6 +124,12 @@ class FlowObjective:
             2 if keeps else int(source in known)
             for source, keeps in zip(sources, prompted, strict=True)
         ]
+
+    def _together(self, batch: MicroBatch) -> bool:
+        """Whether the pass without the adapter is made for other ranks' samples."""
+        if not self.always_base or self.preservation.sources_to_base:
+            return self.always_base
+        return self.preservation.due(batch.samples[0].position // self.global_batch)
 
     def _to_base(self, role: int) -> bool:
         return ROLES[role] == "preservation" or self.preservation.target == "base"

@@ -18,7 +18,13 @@ from flux2_ds.config.memory import PREVIEW_ADVICE
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Preview
 from flux2_ds.data.contact_sheet import caption_font
-from flux2_ds.data.images import UnreadableImageError, align_reference, load_upright
+from flux2_ds.data.images import (
+    UnreadableImageError,
+    cover,
+    is_aligned,
+    load_upright,
+    reference_bucket,
+)
 from flux2_ds.distributed import Process, barrier, broadcast_from_rank0
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
@@ -211,12 +217,13 @@ def open_reference(path: str, preview: Preview) -> Image.Image:
     try:
         upright = load_upright(path)
         size = (preview.width, preview.height)
-        bucket = Bucket(preview.height, preview.width)
-        aligned = align_reference(upright, size, bucket)
-        Flux2ImageProcessor.check_image_input(aligned or upright)
+        if is_aligned(upright.size, size):
+            bucket = Bucket(preview.height, preview.width)
+            upright = cover(upright, reference_bucket(upright.size, size, bucket))
+        Flux2ImageProcessor.check_image_input(upright)
     except (UnreadableImageError, ValueError) as error:
         raise UserError(f"preview.references: {path} cannot be used ({error}).") from error
-    return aligned or upright
+    return upright
 
 
 def grid(

@@ -173,10 +173,7 @@ class Progress:
         for part, spent in step.trace.seconds().items():
             self._spent[part] += spent
         for batch in step.micro_batches:
-            tokens = batch.bucket.tokens + sum(
-                r.shape[2] * r.shape[3] // 4 for r in batch.references
-            )
-            flops = self._facts.spec.step_flops(tokens, self._recipe.method)
+            flops = self._facts.spec.step_flops(batch.bucket.all_tokens, self._recipe.method)
             self._flops += len(batch.samples) * flops
         # Losses of skipped steps do not count.
         if self._nonfinite.check(norm, step.number, step.micro_batches, step.losses):

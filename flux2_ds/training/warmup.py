@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +20,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import GIB, Memory, not_yet_allocated, out_of_memory
 from flux2_ds.config.model_spec import TEXT_TOKENS, TOKEN_CHANNELS
 from flux2_ds.config.plan import compiles
-from flux2_ds.data.index import Index, Shard
+from flux2_ds.data.index import Index
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.errors import UserError
@@ -48,32 +47,32 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
     recipe, engine, objective = run.recipe, run.engine, run.objective
     every_length = compiles(recipe)
     room = not_yet_allocated(inputs.plan, expected, resumed=run.first_step > 0)
-    trained, evaluated = lengths(inputs.index), lengths(inputs.held_out)
-    passes = [(shards, "") for shards in trained]
-    passes += [(shards, _VALIDATION) for shards in evaluated]
+    trained = lengths(inputs.index, dropped=recipe.objective.reference_dropout > 0)
+    evaluated = lengths(inputs.held_out)
+    passes = [(buckets, "") for buckets in trained]
+    passes += [(buckets, _VALIDATION) for buckets in evaluated]
     if not every_length:
         passes = passes[:1]
     if expected.records:
         # Only now, because nothing else may use the memory of what is recorded.
-        passes += [(shards, " as CUDA graphs") for shards in trained]
+        passes += [(buckets, " as CUDA graphs") for buckets in trained]
     device, on_card = objective.device, objective.device.type == "cuda"
     start, known = time.perf_counter(), compiled_graphs()
     if every_length:
         log.info("warm-up    compiling the blocks in %d passes", len(passes))
     bar = progress_bar("compiling" if every_length else "warming up", len(passes), "pass")
-    for number, (shards, purpose) in enumerate(passes, start=1):
+    for number, (buckets, purpose) in enumerate(passes, start=1):
         if run.stop.any_rank(run.process)():
             bar.close()
             return
-        names = ", ".join(dict.fromkeys(describe(shard) for shard in shards))
+        names = ", ".join(map(str, buckets))
         bar.set_postfix_str(names)
         run.watchdog.heartbeat(run.first_step + 1, f"warming up for {names}")
         before = time.perf_counter()
         batch = synthetic(
             recipe.batch.micro_size,
             inputs.index.text_width,
-            shards[0].bucket,
-            references=shards[0].reference_sizes,
+            buckets[0],
             text_dtype=inputs.conditioning["empty_text"].dtype,
         )
         if purpose != _VALIDATION and recipe.preservation.uses_base:
@@ -117,19 +116,13 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
     log.info(done)
 
 
-def lengths(index: Index) -> list[list[Shard]]:
-    """The shards by the number of their samples' tokens, the longest first."""
-    found: dict[int, list[Shard]] = {}
-    for shard in index.shards:
-        found.setdefault(shard.tokens, []).append(shard)
+def lengths(index: Index, *, dropped: bool = False) -> list[list[Bucket]]:
+    """The buckets by the number of their samples' tokens, the longest first; with `dropped` without their references, too."""
+    found: dict[int, list[Bucket]] = {}
+    buckets = list(index.bucket_counts())
+    for bucket in dict.fromkeys([*buckets, *(each.alone for each in buckets if dropped)]):
+        found.setdefault(bucket.all_tokens, []).append(bucket)
     return [found[tokens] for tokens in sorted(found, reverse=True)]
-
-
-def describe(shard: Shard) -> str:
-    """The sizes of a shard's samples, for people."""
-    several = shard.references == "several"
-    references = "references of several sizes" if several else f"references {shard.references}"
-    return f"{shard.bucket} with {references}" if shard.references else str(shard.bucket)
 
 
 def synthetic(
@@ -137,7 +130,6 @@ def synthetic(
     text_width: int,
     bucket: Bucket,
     *,
-    references: Sequence[Bucket] = (),
     text_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> MicroBatch:
@@ -158,5 +150,5 @@ def synthetic(
         text=normal(size, TEXT_TOKENS, text_width, dtype=text_dtype),
         noise=normal(size, bucket.tokens, TOKEN_CHANNELS),
         deviates=normal(size),
-        references=[latent(each) for each in references],
+        references=[latent(each) for each in bucket.references],
     )

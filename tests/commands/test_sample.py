@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flux2_ds.commands import sample
+from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import rendering_bytes
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.plan import make_plan
@@ -199,7 +200,7 @@ def test_references_are_read_as_in_training(tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64), 0x7F00, np.uint16)).save(tmp_path / "scan.png")
     for name, level in (("clear.png", 255), ("scan.png", 0x7F)):
         assert (np.asarray(open_reference(str(tmp_path / name), Preview())) == level).all()
-        assert (load_reference(str(tmp_path / name), 64) == level).all()
+        assert (load_reference(str(tmp_path / name), Bucket(64, 64)) == level).all()
 
 
 def test_a_reference_of_the_previews_proportions_has_its_size(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from flux2_ds.config.autofit import choices, moved_bytes, place_base
-from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import (
     _CUDA_GRAPHS,
     GIB,
@@ -23,10 +22,8 @@ from flux2_ds.config.memory import (
 )
 from flux2_ds.config.model_spec import RELEASED, Spec
 from flux2_ds.config.parse import load_recipe, shipped_recipes
-from flux2_ds.config.plan import captures, make_plan, read_deepspeed
+from flux2_ds.config.plan import make_plan, read_deepspeed
 from flux2_ds.config.recipe import Batch, Checkpoint, Data, Launch, Lora, Model, Optimizer, Recipe
-from flux2_ds.data.dataset import recordable
-from flux2_ds.data.index import Index, Shard
 from flux2_ds.errors import UserError
 from flux2_ds.model import transformer
 from flux2_ds.model.lora import add_lora, lora_config
@@ -487,22 +484,6 @@ def test_what_the_first_step_adds_is_known_before_it():
 
     assert [added(0, 1), added(0, 2), added(2, 1), added(2, 2), added(3, 1)] == [8, 12, 20, 20, 8]
     assert [added(stage, 2, resumed=True) for stage in (0, 1, 2, 3)] == [4, 12, 12, 0]
-
-
-@pytest.mark.parametrize(
-    ("references", "recorded"), [(["", ""], True), (["", "32x32"], True), (["", "several"], False)]
-)
-def test_nothing_is_recorded_if_new_shapes_may_come_at_any_time(references, recorded):
-    shards = [Shard("x.tar", Bucket(32, 32), 3, 5, "ab", references=each) for each in references]
-    index = Index("klein", 8, {}, {}, shards)
-    plan = make_plan(recipe_for(deepspeed="zero0"), 1)
-    assert captures(plan) and captures(recordable(plan, index)) == recorded
-    plan = make_plan(recipe_for(deepspeed="zero0", cuda_graphs=True), 1)
-    if recorded:
-        assert recordable(plan, index) is plan
-    else:
-        with pytest.raises(UserError, match=r"cuda_graphs is true, .* several sizes"):
-            recordable(plan, index)
 
 
 @pytest.mark.parametrize("validation_fraction", [0.0, 0.1])

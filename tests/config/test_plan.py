@@ -191,6 +191,10 @@ def test_urls_without_a_secret_are_accepted(url):
             r"prompts is \['a cat'\] and share 0: one has no effect without the other",
         ),
         ({"preservation.share": 0.2}, r"prompts is \[\] and share 0.2: one has no effect"),
+        (
+            {"preservation.prompts": ["a cat"], "preservation.share": 1.0},
+            r"share is 1 and preservation\.every 1: no sample is left .* every to 4",
+        ),
         *(
             (
                 {"preservation." + name: value for name, value in kept.items()}
@@ -225,6 +229,12 @@ def test_the_plan_says_what_is_preserved_and_what_it_costs():
     said = "2 prompts in 25% of the other samples; weight 1; a forward pass more for 44% of"
     assert said in line(**prompts)
     assert "a forward pass more for every micro-batch" in line("zero3", **prompts)
+    said = "in 25% of the other samples of one in 4 steps; weight 1; a forward pass more for 44% of the micro-batches of one in 4"
+    assert said in line(**prompts, every=4)
+    assert "every micro-batch of one in 4 steps" in line("zero3", **prompts, every=4)
+    both = prompts | {"sources": ["prior"], "target": "base", "every": 4}
+    assert line(**both).endswith("a forward pass more for each micro-batch with such a sample")
+    assert line("zero3", **both).endswith("a forward pass more for every micro-batch")
 
 
 @pytest.mark.parametrize(
@@ -518,6 +528,15 @@ def test_adapter_files_that_contradict_other_settings_are_refused(changes, messa
             ],
         ),
         (
+            {
+                "preservation.prompts": ["a"],
+                "preservation.share": 0.5,
+                "preservation.every": 11,
+                "steps": 10,
+            },
+            ["preservation.prompts (preservation.every is 11, and there are 10 steps)"],
+        ),
+        (
             {"preservation.weight": 2.0, "preservation.target": "base"},
             [
                 "preservation.weight (there are no preservation.sources and no prompts)",
@@ -660,6 +679,8 @@ def test_a_preset_is_laid_over_the_recipe_of_a_card(preset, monkeypatch, capsys)
     length = "steps" if recipe.epochs is None else "epochs"
     assert origin[length] == str(preset) and len({"steps", "epochs"} & origin.keys()) == 1
     assert Path(origin["model.path"]).stem == arguments[1]
+    with pytest.raises(UserError, match=r"not given: .*model\.path.* before it: --config gpu24gb"):
+        load_recipe(preset)  # alone
 
 
 def test_commands_in_the_header_of_a_shipped_recipe_work(

@@ -23,6 +23,7 @@ from flux2_ds.data.loader import (
     draw_prompt,
     draw_variants,
     normals,
+    references_dropped,
 )
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import Record, View, write_shard
@@ -232,6 +233,46 @@ def test_a_share_of_the_samples_gets_a_prompt_by_its_position(prepared):
     # Golden: a run must go on with the same prompts.
     drawn = [draw_prompt(3, position, 3, 0.5) for position in range(8)]
     assert drawn == [None, 1, None, None, 2, 0, None, None]
+
+
+def test_preservation_may_be_for_every_so_many_th_step(prepared):
+    kept = Preservation(prompts=["a", "b"], share=1.0, every=3)
+    loader = make_loader(prepared, preservation=kept, prompts=2 * [torch.zeros(6, 2)])
+    for step in range(7):
+        (batch,) = loader.read(step)
+        assert batch.prompted == GLOBAL_BATCH * [step in (2, 5)]
+
+
+def test_references_are_dropped_for_whole_steps(tmp_path):
+    """Of some steps, whatever the ranks; nothing else of a sample changes."""
+    bucket = Bucket(32, 32, (Bucket(16, 48),))
+    views = [
+        View(torch.full((32, 4, 4), n), None, [torch.full((32, 2, 6), n)])
+        for n in map(float, range(5))
+    ]
+    records = [Record(f"{n}", (f"{n}",), (view,)) for n, view in enumerate(views)]
+    data = (
+        tmp_path,
+        Index("klein", 2, {}, {}, [write_shard(tmp_path / "x.tar", bucket, records, text_of)]),
+    )
+    plain, loader = make_loader(data), make_loader(data, reference_dropout=0.3)
+    half = make_loader(data, Share(1, 2, GLOBAL_BATCH, 1), reference_dropout=0.3)
+    dropped = []
+    for step in range(40):
+        (batch,), (before,) = loader.read(step), plain.read(step)
+        assert_same([batch], [before])
+        assert torch.equal(before.references[0][:, 0, 0, 0], before.latents[:, 0, 0, 0])
+        dropped.append(not batch.references)
+        assert batch.bucket == (bucket.alone if dropped[-1] else bucket)
+        assert dropped[-1] == references_dropped(SEED, step, 0.3)
+        if not dropped[-1]:
+            assert torch.equal(batch.references[0], before.references[0])
+        assert [not each.references for each in half.read(step)] == 2 * dropped[-1:]
+    assert 6 <= sum(dropped) <= 18
+    # Golden: a run must go on with the same steps.
+    assert [step for step in range(30) if references_dropped(3, step, 0.3)] == [
+        2, 4, 10, 12, 13, 14, 17, 19, 20, 21, 23, 28, 29
+    ]  # fmt: skip
 
 
 def test_the_draw_of_variants_is_what_it_was():

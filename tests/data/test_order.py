@@ -153,6 +153,9 @@ def test_a_bucket_that_fills_no_batch_is_named_with_its_share():
     )
     buckets = [order.batch(step)[0] for step in range(order.first_step(160))]
     assert buckets.count(BUCKETS[2]) == 10 and len(buckets) == 160 * 2 + 10
+    pairs = [(Bucket(64, 64, (Bucket(16, 16 * n),)), n) for n in range(1, 10)]
+    (warning,) = Order(make_index(pairs), 16, 0, window=8).warnings()
+    assert warning.startswith("9 buckets of 1 to 9 samples, 45 of 45 in all, have fewer than")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 64])

@@ -313,12 +313,12 @@ def test_index_without_samples_is_refused(shard, index):
 
 
 def test_index_of_an_older_version_is_named_so(tmp_path):
-    (tmp_path / INDEX_NAME).write_text('{"format": 3}')
+    (tmp_path / INDEX_NAME).write_text('{"format": 4}')
     with pytest.raises(UserError, match=r"no sha256: an older version of flux2-ds wrote it"):
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", '{"format": 3, "sha', "[]"])
+@pytest.mark.parametrize("content", ["", '{"format": 4, "sha', "[]"])
 def test_index_that_is_not_json_of_ours(tmp_path, content):
     (tmp_path / INDEX_NAME).write_text(content)
     with pytest.raises(UserError, match=r"index\.json is damaged"):

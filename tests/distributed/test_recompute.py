@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,23 +18,26 @@ from recompute import global_batches, recompute
 from safetensors.torch import save
 
 from flux2_ds import train
+from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_files import fingerprint
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import (
     Batch,
+    Checkpoint,
     Data,
     Launch,
     Log,
     Model,
     Objective,
     Optimizer,
+    Preservation,
     Recipe,
     recipe_values,
 )
 from flux2_ds.data.dataset import build_order, read_data
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
-from flux2_ds.data.shards import Record, View, full_part, write_shard
+from flux2_ds.data.shards import Record, View, full_part, write_prompts, write_shard
 from flux2_ds.errors import run_root
 from flux2_ds.run.metrics import METRICS_NAME, read_metrics
 
@@ -117,3 +122,51 @@ def test_docs_alone_give_the_losses_of_a_run(
         islice(global_batches(list(shards), values), 60)
     )
     assert "flux2_ds" not in (Path(__file__).parent.parent / "recompute.py").read_text()
+
+
+@pytest.mark.parametrize("tiny_model", ["klein"], indirect=True)
+def test_a_run_that_preserves_goes_on_to_the_last_bit(
+    tiny_model: Path, tiny_spec: Spec, tmp_path: Path
+) -> None:
+    """Four steps, of which the last two are made again: every loss and its parts, and all that is saved."""
+    write_data(tmp_path, tiny_spec, tiny_model)
+    prompts = {
+        name: gaussian(512, tiny_spec.text_width, seed=n).bfloat16() for n, name in enumerate("xy")
+    }
+    write_prompts(tmp_path, prompts)
+
+    recipe = Recipe(
+        run_dir=str(tmp_path / "run"),
+        steps=4,
+        precision="fp32",
+        model=Model(path=str(tiny_model)),
+        data=Data(images="unused", shards=str(tmp_path)),
+        batch=Batch(global_size=4, micro_size=2),
+        preservation=Preservation(
+            sources=["b"], target="base", prompts=["x", "y"], share=0.5, every=2, weight=0.5
+        ),
+        checkpoint=Checkpoint(every=2),
+        optimizer=Optimizer(learning_rate=1e-2),
+        log=Log(every=1, wandb="disabled"),
+        launch=Launch(accelerator="cpu"),
+    )
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe_values(recipe)))
+
+    def go() -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
+        ranks = Ranks(run_train, [(config,)])
+        assert ranks.wait() == [0], ranks.said()
+        found, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+        assert found is not None and found.step == 4
+        saved = {kind: found.tensors(kind) for kind in found.kinds()}
+        shutil.rmtree(found.path)
+        records = read_metrics(tmp_path / "run" / METRICS_NAME)
+        return [{k: v for k, v in r.items() if k.startswith("train/")} for r in records], saved
+
+    (whole, saved), (halves, again) = go(), go()
+    assert halves == whole and len({r["train/loss"] for r in whole}) == 4
+    assert ["train/loss_preservation" in record for record in whole] == [False, True, False, True]
+    assert any("train/loss_regularization" in record for record in whole)
+    for kind, tensors in saved.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, again[kind][name]), (kind, name)

@@ -14,11 +14,9 @@ import psutil
 import pytest
 
 from flux2_ds.commands.probe import link_of, runs_on
-from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.memory import checkpoint_bytes
 from flux2_ds.config.model_spec import RELEASED
-from flux2_ds.config.recipe import Batch, Checkpoint, Data, Launch, Log, Model, Recipe
-from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
+from flux2_ds.config.recipe import Checkpoint, Data, Launch, Log, Model, Recipe
 from flux2_ds.errors import UserError
 from flux2_ds.run.run_dir import check_run_dir
 from launcher import cli, doctor
@@ -183,20 +181,6 @@ def test_whether_torch_is_built_for_a_card(card, built, expected):
 )
 def test_a_measured_link_is_named_as_the_recipe_does(rate, link):
     assert link_of(rate) == link
-
-
-def test_what_is_held_out_is_looked_at_like_what_is_trained_on(recipe, tmp_path):
-    shard = Shard("x.tar", Bucket(32, 32), 3, 5, "")
-    other = dataclasses.replace(shard, name="y.tar", held_out=True, references="several")
-    (tmp_path / "shards").mkdir()
-    for name in (CONDITIONING_NAME, "x.tar", "y.tar"):
-        (tmp_path / "shards" / name).write_bytes(b"12345")
-    write_index(tmp_path / "shards", Index("dev", 8, {}, {}, [shard, other]))
-    recipe = dataclasses.replace(recipe, batch=Batch(micro_size=2))
-    findings = Findings()
-    checks.check_recipe(findings, recipe, 2, None)
-    (said,) = (line.text for line in findings.lines if line.name == "shards")
-    assert "batch.micro_size is 2" in said
 
 
 def test_the_odd_host_is_named():

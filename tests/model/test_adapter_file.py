@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from flux2_ds.config.adapter import adapted_linears
 from flux2_ds.config.adapter_file import settings_of_file, with_file
 from flux2_ds.config.model_spec import Spec
-from flux2_ds.config.recipe import Lora
+from flux2_ds.config.recipe import Data, Log, Lora, Model, Recipe
+from flux2_ds.data.dataset import check_run
 from flux2_ds.errors import UserError
 from flux2_ds.model.adapter_layouts import (
     Adapter,
@@ -262,6 +263,13 @@ def test_files_of_another_size_or_none_are_refused(tmp_path: Path) -> None:
         settings_of_file("lora.init_from", path, SPEC)
     assert settings_of_file("lora.init_from", path, wide)[0].targets == "all"
     assert len(settings_of_file("lora.init_from", path, None)[0].targets) == 30
+    merging = Recipe(
+        run_dir=str(tmp_path / "run"), model=Model(path="m"), data=Data(images="i", shards="s"),
+        lora=Lora(merge_first=[path]), log=Log(wandb="disabled"),
+    )  # fmt: skip
+    check_run(merging, None, wide, None)
+    with pytest.raises(UserError, match=r"lora.merge_first .*a\.safetensors .* and \[192, 64\]"):
+        check_run(merging, None, SPEC, None)
     settings = json.dumps(asdict(Lora(rank=5)))
     path = write(tmp_path / "b.safetensors", diffusers_tensors(adapter_of(Lora(rank=3))),
                  **{"flux2_ds.lora": settings})  # fmt: skip

@@ -1,7 +1,9 @@
 """Masks and reference images: found beside their pictures, cut like them, stored, read and refused."""
 
 import os
+import runpy
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +18,16 @@ from test_prepare import add_photo, recipe_for, run, samples
 from flux2_ds.commands.tiny import make_tiny
 from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket
 from flux2_ds.config.model_spec import read_spec
-from flux2_ds.config.recipe import Batch, Data, Model, Objective, Recipe
+from flux2_ds.config.parse import load_recipe
+from flux2_ds.config.recipe import Data, Model, Objective, Recipe
 from flux2_ds.data.dataset import check_masks_and_references, mask_and_reference_lines
 from flux2_ds.data.images import (
-    ALIGNED,
-    OWN_SIZE,
     UnreadableImageError,
+    is_aligned,
     load_cropped,
     load_mask,
     load_reference,
+    reference_bucket,
 )
 from flux2_ds.data.index import Index, Shard, read_index
 from flux2_ds.data.loader import Loader, Share
@@ -34,8 +37,8 @@ from flux2_ds.data.storage import Blob
 from flux2_ds.errors import UserError
 from flux2_ds.model import latents
 from flux2_ds.prepare.images import ALPHA_MASK, BLACK_CROPS, decode
-from flux2_ds.prepare.plan import choose_crops
-from flux2_ds.prepare.source_images import Crop, PlannedImage, SourceImage
+from flux2_ds.prepare.plan import choose_buckets, choose_crops
+from flux2_ds.prepare.source_images import Crop, PlannedImage, Skipped, SourceImage
 from flux2_ds.prepare.sources import find_images
 
 
@@ -96,8 +99,8 @@ def test_companions_are_found_beside_their_images(
         assert [name for name in source_images if source_images[name].mask] == ["a", "c"]
         assert [len(source_images[name].references) for name in "abcd"] == [0, 1, 3, 0]
         widths = [70] if not packed else []
-        for blob in source_images["c"].references:
-            (tmp_path / "one.png").write_bytes(blob.read())
+        for each in source_images["c"].references:
+            (tmp_path / "one.png").write_bytes(each.blob.read())
             widths.append(Image.open(tmp_path / "one.png").width)
         assert widths[-3:] == [64, 40, 130]  # by number, not by name
 
@@ -147,9 +150,13 @@ def test_masks_and_references_take_the_crops_and_flips_of_their_image(
     """The same picture thrice: as image, as mask and as reference, of which one keeps its own size."""
     path, other = noise(tmp_path, "image", size, "L"), noise(tmp_path, "other", (32, 80))
     blobs = (Blob(str(path)), Blob(str(other)))
-    image = SourceImage("me", "a.png", "", ("a",), Blob(str(path)), None, None, blobs[0], blobs)
+    references = tuple(SourceImage("me", "", "", (), blob) for blob in blobs)
+    image = SourceImage(
+        "me", "a.png", "", ("a",), Blob(str(path)), None, None, blobs[0], references
+    )
     bucket, data = Bucket(64, 64), Data(images="", shards="", crops=3, horizontal_flip=True)
     crops = choose_crops(*size, bucket, data)
+    bucket = replace(bucket, references=(bucket, Bucket(80, 32)))
     assert [(crop.place, crop.flipped) for crop in crops] == [
         (place, flipped) for place in (0.5, 0.0, 1.0) for flipped in (False, True)
     ]
@@ -241,8 +248,9 @@ def test_a_reference_is_cut_as_the_pipeline_cuts_it(tmp_path: Path, size: tuple[
     if image.width * image.height > 1024 * 1024:
         image = processor._resize_to_target_area(image, 1024 * 1024)
     width, height = image.width // 16 * 16, image.height // 16 * 16
+    assert reference_bucket(size, (1, 9), Bucket(16, 16)) == Bucket(height, width)
     expected = processor.preprocess(image, height=height, width=width, resize_mode="crop")
-    found = torch.from_numpy(load_reference(str(path), 1024)).permute(2, 0, 1)
+    found = torch.from_numpy(load_reference(str(path), Bucket(height, width))).permute(2, 0, 1)
     torch.testing.assert_close(found / 127.5 - 1, expected[0], rtol=0, atol=1e-6)
 
 
@@ -269,58 +277,71 @@ def test_the_same_point_of_an_edit_pair_is_at_the_same_place(
     bucket = choose_bucket(*image, bucket_table(resolution, 64, 2.0))
     coordinates(image).save(tmp_path / "image.png")
     coordinates(reference).save(tmp_path / "reference.png")
-    notes: list[str] = []
     pixels = load_cropped(str(tmp_path / "image.png"), bucket).astype(int)
     path = str(tmp_path / "reference.png")
-    found = load_reference(path, 1024, image, bucket, notes).astype(int)
+    assert is_aligned(reference, image)
+    own = reference_bucket(reference, image, bucket, step=64)
+    found = load_cropped(path, own).astype(int)
     assert found.shape == pixels.shape and abs(found - pixels).max() <= 1
-    assert notes == [ALIGNED]
     # What inference would make smaller is made so, with the same crop.
-    small = load_reference(path, 128, image, bucket).astype(int)
+    own = reference_bucket(reference, image, bucket, 128, step=64)
+    small = load_cropped(path, own).astype(int)
     assert 0.8 * 128**2 < small.shape[0] * small.shape[1] < 1.2 * 128**2
     corners = [abs(small[y, x] - pixels[y, x]).max() for y in (0, -1) for x in (0, -1)]
     assert max(corners) <= 4
-    # Of other proportions: as inference takes it.
-    other = load_reference(path, 1024, (image[0], 2 * image[1]), bucket, notes)
-    assert notes[1:] == [OWN_SIZE]
-    np.testing.assert_array_equal(other, load_reference(path, 1024))
+
+
+REFERENCES = {
+    "b": ["reference"],
+    "c": ["reference1", "reference2", "reference10"],
+    "e": ["reference"],
+}
+SIZES = {"b.reference": (48, 64), "e.reference": (48, 64), "c.reference1": (64, 64), "c.reference2": (80, 32), "c.reference10": (32, 128)}  # fmt: skip
+"""What is left of them: (height, width), multiples of 16."""
 
 
 def test_companions_reach_the_micro_batch(model: Path, photos: Path, tmp_path: Path) -> None:
+    """Samples whose references agree in number and size share micro-batches; each is served as often as any other."""
+    add_photo(photos, "e", (96, 64), "picture e")
+    noise(photos, "e.reference", (70, 50))
     recipe = recipe_for(model, photos, tmp_path / "shards", samples_per_shard=9)
     index = run(recipe)
-    (shard,) = index.shards
-    assert (shard.masks, shard.references, shard.samples) == (2, "several", 4)
-    reader = ShardReader(tmp_path / "shards" / shard.name, shard)
-    rows = {Path(reader.meta(row)["source"]).stem: row for row in range(4)}
+    assert {str(bucket): n for bucket, n in index.bucket_counts().items()} == {
+        "80x48": 2,
+        "80x48 with references 64x48": 2,
+        "80x48 with references 64x64,32x80,128x32": 1,
+    }
+    assert [shard.name for shard in index.shards] == [f"images-80x48-0000{n}.tar" for n in range(3)]
+    assert [shard.masks for shard in index.shards] == [1, 0, 1]
+    shards = index.shards
+    readers = [ShardReader(tmp_path / "shards" / shard.name, shard) for shard in shards]
     vae = load_pipeline(model, read_spec(model), torch.float32).vae
-
-    order = Order(index, 1, seed=0, window=1)
+    order = Order(index, 2, seed=0, window=1)
     loader = Loader(
-        tmp_path / "shards", index, order, Share(0, 1, 1, 1),
+        tmp_path / "shards", index, order, Share(0, 1, 2, 2),
         seed=0, caption_dropout=0.0, empty_text=torch.zeros(512, index.text_width), masked=True,
     )  # fmt: skip
-    seen = set()
-    for step in range(4):
+    seen = Counter[str]()
+    for step in range(order.first_step(2)):
         (batch,) = loader.read(step)
-        name = next(name for name, row in rows.items() if row == batch.samples[0].row)
-        seen.add(name)
-        path, size = str(photos / f"{name}.mask.png"), (96, 64)
-        assert batch.masks is not None and batch.masks.shape == (1, 3, 5)
-        wanted = load_mask(path, size, shard.bucket) if name in "ac" else np.ones((3, 5))
-        np.testing.assert_array_equal(batch.masks[0].numpy(), wanted)
-        files = {"b": ["reference"], "c": ["reference1", "reference2", "reference10"]}
-        expected = [
-            latents.encode(
-                vae,
-                torch.from_numpy(load_reference(str(photos / f"{name}.{file}.png"), 1024))[None],
-            )
-            for file in files.get(name, [])
+        metas = [readers[sample.shard].meta(sample.row) for sample in batch.samples]
+        names = [Path(meta["source"]).stem for meta in metas]
+        seen.update(names)
+        assert batch.masks is not None and batch.masks.shape == (2, 3, 5)
+        assert [tuple(r.shape) for r in batch.references] == [
+            (2, 32, own.height // 8, own.width // 8) for own in batch.bucket.references
         ]
-        assert len(batch.references) == len(expected)
-        for found, wanted_latent in zip(batch.references, expected, strict=True):
-            torch.testing.assert_close(found, wanted_latent, rtol=0, atol=1e-5)
-    assert seen == set("abcd")
+        for place, name in enumerate(names):
+            path, size = str(photos / f"{name}.mask.png"), (96, 64)
+            wanted = load_mask(path, size, batch.bucket) if name in "ac" else np.ones((3, 5))
+            np.testing.assert_array_equal(batch.masks[place].numpy(), wanted)
+            assert len(batch.references) == len(REFERENCES.get(name, []))
+            for found, file in zip(batch.references, REFERENCES.get(name, []), strict=True):
+                file = f"{name}.{file}"
+                pixels = load_reference(str(photos / f"{file}.png"), Bucket(*SIZES[file]))
+                expected = latents.encode(vae, torch.from_numpy(pixels)[None])[0]
+                torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-5)
+    assert seen == dict.fromkeys("abcde", 2)
 
 
 def test_a_changed_companion_is_encoded_again(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -336,68 +357,85 @@ def test_a_changed_companion_is_encoded_again(model: Path, photos: Path, tmp_pat
     (photos / "b.reference.png").unlink()
     after = run(recipe)
     assert after.samples == 4 and len(samples(shards)) == 4
-    assert [shard.samples for shard in after.shards] == [2, 2]
-    new = ShardReader(shards / after.shards[1].name, after.shards[1])
+    assert [shard.samples for shard in after.shards] == [1, 1, 2]
+    new = ShardReader(shards / after.shards[2].name, after.shards[2])
     masks = {new.meta(row)["source"]: new.mask(row) for row in range(2)}
     assert masks["b.png"] is None and not new.references(1)
     torch.testing.assert_close(masks["a.png"], torch.full((3, 5), 200 / 255))
     assert read_index(shards) == after
 
 
+def test_the_example_makes_edit_pairs(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "edit"
+    runpy.run_path(str(example / "make_pairs.py"))["main"](tmp_path)
+    recipe = load_recipe("smoke-cpu", ["--config", "edit", "--config", str(example / "color.yaml")])
+    found, _ = find_images(replace(recipe.data, images=str(tmp_path)), tmp_path / "scratch")
+    planned = choose_buckets(found, recipe, Skipped())
+    assert len(planned) == 16 and {i.image.captions for i in planned} == {
+        (recipe.preview.prompts[0],)
+    }
+    assert all(
+        i.bucket.references == (i.bucket.alone,) for i in planned
+    )  # aligned, thus of one size
+    assert [Path(path).name for path in recipe.preview.references] == [
+        "autumn_mountain_meadow.reference.png"
+    ]
+
+
 BUCKET = Bucket(64, 96)
 
 
-def recipe_with(micro: int, *, masked: bool) -> Recipe:
+def recipe_with(*, masked: bool = False, dropped: float = 0.0) -> Recipe:
     return Recipe(
         run_dir="unused",
         model=Model(path="unused"),
         data=Data(images="unused", shards="shards"),
-        batch=Batch(micro_size=micro),
-        objective=Objective(masked_loss=masked),
+        objective=Objective(masked_loss=masked, reference_dropout=dropped),
     )
 
 
-def index_with(*shards: tuple[int, str]) -> Index:
-    made = [
-        Shard(f"{n}.tar", BUCKET, 2, 1, "", masks=masks, references=references)
-        for n, (masks, references) in enumerate(shards)
-    ]
+def index_with(*shards: tuple[int, Bucket]) -> Index:
+    made = [Shard(f"{n}.tar", bucket, 2, 1, "", masks=m) for n, (m, bucket) in enumerate(shards)]
     return Index("klein", 1, {}, {}, made)
 
 
-@pytest.mark.parametrize(
-    ("micro", "masked", "shards", "message"),
-    [
-        (2, True, [(0, ""), (1, "")], None),
-        (2, True, [(0, ""), (0, "")], r"objective\.masked_loss is true, but no image"),
-        (2, False, [(0, "64x64"), (0, "64x64")], None),
-        (1, False, [(0, "64x64"), (0, "several")], None),
-        (2, False, [(0, "64x64"), (0, "")], r"batch\.micro_size is 2. Set it to 1"),
-        (2, False, [(0, "several")], r"bucket 96x64 .* batch\.micro_size is 2"),
-    ],
-)
-def test_what_cannot_be_trained_on_is_refused(
-    micro: int, masked: bool, shards: list[tuple[int, str]], message: str | None
-) -> None:
-    recipe, index, none = recipe_with(micro, masked=masked), index_with(*shards), index_with()
-    if message is None:
-        check_masks_and_references(recipe, index, none)
-    else:
-        with pytest.raises(UserError, match=message):
-            check_masks_and_references(recipe, index, none)
-
-
-def test_held_out_references_that_differ_are_refused() -> None:
-    held_out = index_with((0, "64x64"), (0, ""))
-    with pytest.raises(UserError, match="the held-out images of bucket 96x64"):
-        check_masks_and_references(recipe_with(2, masked=False), index_with((0, "")), held_out)
+def test_masks_and_references_that_are_wanted_and_not_there_are_refused() -> None:
+    index, edited = index_with((0, BUCKET)), replace(BUCKET, references=(BUCKET,))
+    check_masks_and_references(recipe_with(masked=True), index_with((0, BUCKET), (1, BUCKET)))
+    check_masks_and_references(recipe_with(dropped=0.1), index_with((0, BUCKET), (0, edited)))
+    with pytest.raises(UserError, match=r"objective\.masked_loss is true, but no image"):
+        check_masks_and_references(recipe_with(masked=True), index)
+    with pytest.raises(UserError, match=r"objective\.reference_dropout is 0\.1, but no image"):
+        check_masks_and_references(recipe_with(dropped=0.1), index)
 
 
 def test_what_is_there_is_said_and_whether_it_is_used() -> None:
-    index = index_with((2, "64x64"), (1, "several"))
-    assert mask_and_reference_lines(recipe_with(1, masked=False), index) == [
+    small, large = (replace(BUCKET, references=(Bucket(64, n),)) for n in (64, 96))
+    index = index_with((2, BUCKET), (1, small), (0, large), (0, large))
+    assert mask_and_reference_lines(recipe_with(masked=False), index) == [
         "3 masks, not used: objective.masked_loss is false",
-        "reference images of 64x64 px or several sizes",
+        "6 of 8 samples have reference images, in 2 buckets; the longest is 96x64 with references 96x64: 48 tokens, 24 of "
+        "them the image's",
     ]
-    assert mask_and_reference_lines(recipe_with(1, masked=True), index)[0] == "3 masks, used"
-    assert mask_and_reference_lines(recipe_with(1, masked=True), index_with((0, ""))) == []
+    assert mask_and_reference_lines(recipe_with(masked=True), index)[0] == "3 masks, used"
+    assert mask_and_reference_lines(recipe_with(masked=True), index_with((0, BUCKET))) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "expected"),
+    [
+        ((3000, 2000), 64, Bucket(832, 1216)),  # 1254 x 836 px are 1024 squared
+        ((700, 900), 16, Bucket(896, 688)),
+        ((700, 900), 64, Bucket(896, 640)),
+        ((40, 900), 64, None),
+    ],
+)
+def test_a_reference_of_other_proportions_keeps_its_size(size, step, expected) -> None:
+    image, bucket = (1000, 1000), Bucket(512, 512)
+    if expected is None:
+        with pytest.raises(
+            UnreadableImageError, match=r"40x900 px is too small: each side .* 64 px"
+        ):
+            reference_bucket(size, image, bucket, step=step)
+    else:
+        assert reference_bucket(size, image, bucket, step=step) == expected

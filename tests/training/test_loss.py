@@ -13,6 +13,7 @@ from factories import SPECS, build_transformer
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import Objective, Preservation
 from flux2_ds.data.loader import MicroBatch
+from flux2_ds.data.order import Sample
 from flux2_ds.model import latents
 from flux2_ds.training.loss import FlowObjective, Losses, LossParts
 
@@ -85,6 +86,33 @@ def test_references_enter_as_the_pipeline_lets_them(
     prediction = model(**given).sample[:, :12]
     expected = (prediction - (batch.noise - pipeline._pack_latents(x0))).square().mean()
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("sizes", REFERENCES)
+def test_a_batch_with_references_is_its_samples_alone(sizes: list[tuple[int, int]]) -> None:
+    """Loss and gradients are the means of those of the two samples."""
+    masks = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(5))
+    objective, batch, model = (
+        objective_for("dev"),
+        batch_with(sizes, masks),
+        build_transformer(SPECS["dev"]),
+    )
+
+    def passed(batch: MicroBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loss = objective.loss(lambda **given: model(**given).sample, batch)
+        return loss, list(torch.autograd.grad(loss, model.parameters()))
+
+    def alone(row: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        one = slice(row, row + 1)
+        tensors = {
+            n: getattr(batch, n)[one] for n in ("latents", "text", "noise", "deviates", "masks")
+        }
+        return passed(replace(batch, references=[r[one] for r in batch.references], **tensors))
+
+    (loss, gradients), (first, firsts), (second, seconds) = passed(batch), alone(0), alone(1)
+    torch.testing.assert_close(loss, (first + second) / 2)
+    for found, *pair in zip(gradients, firsts, seconds, strict=True):
+        torch.testing.assert_close(found, sum(pair) / 2, rtol=1e-3, atol=1e-5)
 
 
 def test_references_matter_and_the_order_too() -> None:
@@ -195,11 +223,22 @@ def test_the_plain_model_is_asked_only_where_a_sample_needs_it() -> None:
     """But in all passes where ranks that see other samples take part."""
     base = Mock(return_value=torch.zeros(2, 12, 128))
     batch = replace(batch_with([]), sources=["cat", "cat"], prompted=[False, False])
-    for always, prompted, calls in ((False, False, 0), (True, False, 1), (False, True, 2)):
-        objective = replace(preserving(prompts=["x"]), forward_base=base, always_base=always)
-        one = replace(batch, prompted=[False, prompted])
+    every_third = {"prompts": ["x"], "every": 3}
+    cases: list[tuple[dict[str, Any], bool, bool, int, int]] = [
+        ({"prompts": ["x"]}, False, False, 0, 0),
+        ({"prompts": ["x"]}, True, False, 0, 1),
+        ({"prompts": ["x"]}, False, True, 0, 1),
+        (every_third, True, False, 1, 0),
+        (every_third, True, False, 2, 1),
+        (every_third | {"sources": ["y"], "target": "base"}, True, False, 1, 1),
+    ]
+    for kept, always, prompted, step, calls in cases:
+        base.reset_mock()
+        objective = replace(preserving(**kept), forward_base=base, always_base=always)
+        samples = [Sample(0, 0, 2 * step + place) for place in range(2)]
+        one = replace(batch, prompted=[False, prompted], samples=samples)
         objective.losses(lambda **given: torch.zeros(2, 12, 128), one)
-        assert base.call_count == calls
+        assert base.call_count == calls, kept
 
 
 @pytest.mark.usefixtures("process_group")

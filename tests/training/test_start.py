@@ -160,10 +160,10 @@ def test_shards_that_do_not_belong_to_the_recipe_are_refused(tmp_path, tiny_mode
     index = Index(spec.variant, spec.text_width, fingerprint(tiny_model), settings)
     index = dataclasses.replace(index, **change)
     if message is None:
-        check_shards(index, index, spec, tiny_model, recipe)
+        check_shards(index, spec, tiny_model, recipe)
     else:
         with pytest.raises(UserError, match=message):
-            check_shards(index, index, spec, tiny_model, recipe)
+            check_shards(index, spec, tiny_model, recipe)
 
 
 def save(
@@ -295,8 +295,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
         "init_process_group": lambda accelerator: ALONE,
         "read_inputs": read,
         "build_model": lambda *_, **__: (Mock(), Memory({}, {})),
-        "recordable": lambda plan, index: plan,
-        "build_run": lambda *_: SimpleNamespace(metrics=None, progress=Mock()),
+        "build_run": lambda *_: SimpleNamespace(metrics=None, progress=Mock(), checkpoints=Mock()),
     }
     for name in (
         "log_plan",

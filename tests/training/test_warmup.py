@@ -28,8 +28,8 @@ from flux2_ds.training.progress import Recompilations, compiled_graphs
 from flux2_ds.training.warmup import synthetic, warm_up
 
 
-def shard(width: int, height: int, references: str = "") -> Shard:
-    return Shard("x.tar", Bucket(height, width), 3, 5, "ab", references=references)
+def shard(width: int, height: int, *references: Bucket) -> Shard:
+    return Shard("x.tar", Bucket(height, width, references), 3, 5, "ab")
 
 
 TRAINED = Index(
@@ -37,7 +37,12 @@ TRAINED = Index(
     ONE_OF_EACH.text_width,
     {},
     {},
-    [shard(64, 32), shard(32, 64), shard(64, 48, "32x16,16x16"), shard(32, 32, "several")],
+    [
+        shard(64, 32),
+        shard(32, 64),
+        shard(64, 48, Bucket(16, 32), Bucket(16, 16)),
+        shard(32, 32, Bucket(32, 32), Bucket(32, 32)),
+    ],
 )
 NOTHING_EXPECTED = Memory({}, {})
 HELD_OUT = replace(TRAINED, shards=[shard(64, 32)])
@@ -128,9 +133,7 @@ def test_the_training_compiles_nothing_that_the_warm_up_has(caplog, monkeypatch)
             Objective(), torch.zeros(128), torch.ones(128), False, 2, torch.device("cpu")
         )
         for each in TRAINED.shards:
-            batch = synthetic(
-                2, ONE_OF_EACH.text_width, each.bucket, references=each.reference_sizes, seed=1
-            )
+            batch = synthetic(2, ONE_OF_EACH.text_width, each.bucket, seed=1)
             objective.loss(engine.forward, batch).backward()
             recompilations.check(1, each.bucket)
         assert not said(caplog)
@@ -160,7 +163,7 @@ def test_the_longest_samples_come_first_and_each_length_once(caplog):
     seen = []
 
     def loss(forward: Any, batch: Any) -> torch.Tensor:
-        seen.append((str(batch.bucket), [tuple(each.shape) for each in batch.references]))
+        seen.append((str(batch.bucket.alone), [tuple(each.shape) for each in batch.references]))
         assert batch.latents.shape == (2, 32, batch.bucket.height // 8, batch.bucket.width // 8)
         return torch.zeros((), requires_grad=True)
 
@@ -175,21 +178,36 @@ def test_the_longest_samples_come_first_and_each_length_once(caplog):
     assert said(caplog)[:5] == [
         "warm-up    compiling the blocks in 4 passes",
         "warm-up 1 of 4: 64x48 with references 32x16,16x16, 0 s",
-        "warm-up 2 of 4: 32x32 with references of several sizes, 0 s",
+        "warm-up 2 of 4: 32x32 with references 32x32,32x32, 0 s",
         "warm-up 3 of 4: 64x32, 32x64, 0 s",
         "warm-up 4 of 4: 64x32 for evaluation, 0 s",
     ]
     assert [call.args[0] for call in watchdog.heartbeat.call_args_list] == 4 * [5]
     assert (
         watchdog.heartbeat.call_args_list[1].args[1]
-        == "warming up for 32x32 with references of several sizes"
+        == "warming up for 32x32 with references 32x32,32x32"
     )
+
+
+def test_what_is_trained_without_its_references_is_a_length_too():
+    seen = []
+
+    def loss(forward: Any, batch: Any) -> torch.Tensor:
+        seen.append((str(batch.bucket.alone), len(batch.references)))
+        return torch.zeros((), requires_grad=True)
+
+    run(
+        Stand(torch.nn.Identity()),
+        loss,
+        replace(RECIPE, objective=Objective(reference_dropout=0.1)),
+    )
+    assert seen[:-1] == [("64x48", 2), ("32x32", 2), ("64x32", 0), ("32x32", 0)]
 
 
 def test_without_compilation_the_longest_alone_and_a_stop_is_obeyed(caplog):
     loss = Mock(side_effect=lambda *given, **named: torch.zeros((), requires_grad=True))
     run(Stand(torch.nn.Identity()), loss, replace(RECIPE, compile=False))
-    assert [str(call.kwargs["batch"].bucket) for call in loss.call_args_list] == ["64x48"]
+    assert [str(call.kwargs["batch"].bucket.alone) for call in loss.call_args_list] == ["64x48"]
     run(Stand(torch.nn.Identity()), loss, stopping=Mock(side_effect=[False, True]))
     assert loss.call_count == 2
 
@@ -220,7 +238,7 @@ def test_passes_that_are_recorded_come_twice(monkeypatch):
     engine = Stand(torch.nn.Identity())
     loss = Mock(side_effect=lambda *given, **named: torch.zeros((), requires_grad=True))
     run(engine, loss, expected=Memory({"CUDA graphs": 1}, {}))
-    named = [str(call.kwargs["batch"].bucket) for call in loss.call_args_list if call.kwargs]
+    named = [str(call.kwargs["batch"].bucket.alone) for call in loss.call_args_list if call.kwargs]
     assert named == 2 * ["64x48", "32x32", "64x32"]
     assert [len(call.kwargs) for call in loss.call_args_list] == [1, 1, 1, 0, 1, 1, 1]
 
