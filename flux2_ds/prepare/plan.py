@@ -6,10 +6,13 @@ import hashlib
 import logging
 import re
 import shutil
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,14 @@ from flux2_ds.prepare.manifest import (
     made_of_others,
     read_manifests,
 )
-from flux2_ds.prepare.source_images import Crop, PlannedImage, Skipped, SourceImage, Unused
+from flux2_ds.prepare.source_images import (
+    Crop,
+    PlannedImage,
+    Skipped,
+    SourceImage,
+    Unused,
+    printable,
+)
 from flux2_ds.prepare.sources import find_images
 from flux2_ds.prepare.texts import check_trigger_words, texts_of
 
@@ -46,6 +56,7 @@ _REPEATS = re.compile(r"(\d{1,3})_[^/]*/")
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _MUCH = 0.3
 CROPPED = f"a crop that cuts away more than {_MUCH:.0%}"
+NO_CAPTION = "no caption"
 ENLARGED = "fewer pixels than their bucket, enlarged"
 """Notes on images that are used."""
 _THREADS = 16  # reading a header is waiting, on network file systems above all
@@ -146,6 +157,7 @@ def nothing_usable(images: str) -> UserError:
 def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> list[SourceImage]:
     """The images that can be used as far as their captions go; refuse missing ones if the recipe does."""
     usable, bare = [], []
+    listed = lru_cache(4)(lambda folder: sorted(path.name for path in folder.iterdir()))
     for image in found:
         # A caption of an image that cannot be used anyway is not asked for.
         broken = image.problem is not None and not image.problem.startswith("caption ")
@@ -156,11 +168,14 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
         elif image.problem is not None:
             skipped.add(image.name, image.problem)
         elif not image.captions and data.missing_caption == "skip":
-            skipped.add(image.name, "no caption")
+            skipped.add(image.name, f"{NO_CAPTION}{_beside(image, listed)}")
         else:
             usable.append(replace(image, captions=image.captions or (data.fixed_caption,)))
     if bare:
-        named = [each.name + f" ({each.problem})" * bool(each.problem) for each in bare[:_NAMED]]
+        named = [
+            each.name + (f" ({each.problem})" if each.problem else _beside(each, listed))
+            for each in bare[:_NAMED]
+        ]
         more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
         raise UserError(
             f"{len(bare)} of {len(found)} images have no caption, that is, no text in a .txt, .caption or "
@@ -168,6 +183,16 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
             "data.missing_caption to skip or fixed."
         )
     return usable
+
+
+def _beside(image: SourceImage, listed: Callable[[Path], list[str]]) -> str:
+    """Other files of an image's name in its folder, for people: a caption may be among them."""
+    path, whole = Path(image.blob.location), image.blob.size is None
+    names = listed(path.parent) if whole else []
+    first = bisect_left(names, f"{path.stem}.")
+    found = takewhile(lambda name: name.startswith(f"{path.stem}."), names[first:])
+    others = [printable(name) for name in found if name != path.name][:_NAMED]
+    return f" (beside it: {', '.join(others)})" if others else ""
 
 
 def with_texts(images: list[SourceImage], recipe: Recipe) -> list[SourceImage]:

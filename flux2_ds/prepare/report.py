@@ -22,7 +22,7 @@ from flux2_ds.data.shards import full_part, tensors_in
 from flux2_ds.prepare.folder import CONTENTS_NAME
 from flux2_ds.prepare.images import decode
 from flux2_ds.prepare.manifest import Manifest, indexed_shards
-from flux2_ds.prepare.plan import Plan, bucket_lines, nothing_usable
+from flux2_ds.prepare.plan import NO_CAPTION, Plan, bucket_lines, nothing_usable
 from flux2_ds.prepare.source_images import PlannedImage
 from flux2_ds.run.atomic import atomic_write_text
 
@@ -186,6 +186,8 @@ def _kind(reason: str) -> str:
         return "too small for the smallest bucket (data.max_upscale)"
     if "would cut away" in reason:
         return "too long or too high for their bucket (data.max_crop)"
+    if reason.startswith(NO_CAPTION):
+        return NO_CAPTION
     return reason.split(": ", 1)[0] if reason.startswith("unreadable") else reason
 
 
