@@ -205,6 +205,9 @@ def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, Any] | CaptionError]]:
             if not cells:
                 continue
             number += 1
+            if cells == header:
+                yield f"row {number}", CaptionError("is the header again")
+                continue
             if len(cells) == len(header):
                 values = [None if cell.lower() in ("nan", "null") else cell for cell in cells]
                 yield f"row {number}", dict(zip(header, values, strict=True))

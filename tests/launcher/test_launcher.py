@@ -393,6 +393,17 @@ def test_plan_prints_the_length(recipe, tmp_path, monkeypatch, capsys, prepared,
     assert words in capsys.readouterr().out
 
 
+def test_plan_names_a_bucket_that_fills_no_batch(recipe, tmp_path, monkeypatch, capsys):
+    prepare(tmp_path)
+    sizes = {"x.tar": (Bucket(32, 32), 29), "y.tar": (Bucket(32, 64), 1)}
+    for name in sizes:
+        (tmp_path / "shards" / name).write_bytes(b"12345")
+    shards = [Shard(name, *size, 5, "") for name, size in sizes.items()]
+    write_index(tmp_path / "shards", Index("klein", 8, {}, {}, shards))
+    call(monkeypatch, "plan", "--config", recipe)
+    assert "bucket 64x32 has 1 of 30 samples (3.3%)" in capsys.readouterr().out
+
+
 def test_what_plan_offers_is_flags_that_fit(recipe, tmp_path, monkeypatch, capsys):
     argv = ["plan", "--config", recipe, "--model.path", "black-forest-labs/FLUX.2-dev",
             "--base_weights", "fp8", "--cache_transposed_base", "true",

@@ -173,6 +173,11 @@ def test_metadata_of_an_imagefolder(folder, tmp_path, kind):
         ("metadata.csv", "file_name,text,text\na.png,x,y\n", ["metadata.csv: has a column twice"]),
         (
             "metadata.csv",
+            "file_name,text\na.png,x\nfile_name,text\n",
+            ["row 2: is the header again"],
+        ),
+        (
+            "metadata.csv",
             'file_name,text\na.png,"x\n',
             ["row 1: is no CSV (unexpected end of data)"],
         ),
