@@ -353,7 +353,7 @@ def test_bench_refuses_a_hostfile(recipe, tmp_path, monkeypatch, capsys):
     [
         ([], True, 0, []),
         (["--steps=9"], False, 2, ["shards is not prepared. Run: flux2-ds prepare .* --steps=9$"]),
-        (["--model.path=models/none"], True, 2, ["model.path 'models/none' is neither"]),
+        (["--model.path=models/none"], True, 2, ["model.path 'models/none' is no directory"]),
         (
             ["--gpu", "24GiB", "--host=99GiB", "--model.path=black-forest-labs/FLUX.2-dev"],
             False,
