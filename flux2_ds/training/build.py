@@ -49,6 +49,7 @@ from flux2_ds.model.safetensors_file import write_adapter
 from flux2_ds.ops.quantized_linear import QuantizedLinear
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.environment import free_host_memory
+from flux2_ds.run.logging import FILE_ONLY
 from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.run_dir import INITIAL_ADAPTER, merged_files, validation_history, versions
 from flux2_ds.run.watchdog import Watchdog
@@ -203,7 +204,7 @@ def finish_model(
     model.train()
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters()}
     trained = sum(sizes[name] for name in transformer.trainable(model))
-    log.info("parameters %s trained", f"{trained:,}")
+    log.info("parameters %s trained", f"{trained:,}", extra=FILE_ONLY)  # the banner has it
     # The same number in all ranks: at stage 3 a block that recomputes has collectives of its own.
     free = free_memory(process.device)
     if process.world_size > 1:

@@ -169,4 +169,4 @@ def log_banner(inputs: Inputs, expected: Memory, first_step: int) -> None:
         facts["time"] = f"{timedelta(seconds=round(seconds))} at the pace until now"
     rule = "─" * 72
     rows = [f"  {name:8}{fact}" for name, fact in facts.items()]
-    log.info("\n".join(["", rule, *rows, rule]))
+    log.info("\n".join(["training", rule, *rows, rule]))
