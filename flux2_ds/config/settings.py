@@ -11,7 +11,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,9 @@ def _check_range(name: str, value: Any, ranges: list[Range]) -> None:
     for each in value if isinstance(value, list | tuple) else [value]:
         if isinstance(each, float) and not math.isfinite(each):
             raise UserError(f"{name} is {value}; it must be a finite number.")
+        if isinstance(each, int) and abs(each) >= 10**12 and SEED not in ranges:
+            # No machine counts so far, and a date ends at 10¹³ s.
+            raise UserError(f"{name} is {shown(str(each))}; it must be below 10¹².")
         for range_ in ranges:
             if not range_.holds(each):
                 raise UserError(f"{name} is {value}; it must be {range_.rule}.")

@@ -78,3 +78,9 @@ def test_every_number_is_finite(value):
         UserError, match=r"objective.logit_mean is (nan|inf); it must be a finite number"
     ):
         check_ranges(Recipe, recipe)
+
+
+def test_a_number_that_no_run_counts_to_is_refused():
+    with pytest.raises(UserError, match=r"steps is 1000000000000; it must be below 10¹²"):
+        check_ranges(Recipe, replace(RECIPE, steps=10**12))
+    check_ranges(Recipe, replace(RECIPE, steps=10**12 - 1, seed=2**64 - 1))
