@@ -170,8 +170,11 @@ def recompute(run_dir: Path, steps: int) -> list[tuple[float, float]]:
     model = Flux2Transformer2DModel.from_pretrained(Path(recipe["model"]["path"]) / "transformer")
     model.requires_grad_(True)
     settings, size = recipe["optimizer"], recipe["batch"]["global_size"]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False)
+    )
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
         betas=tuple(settings["betas"]),
         eps=settings["eps"],
         weight_decay=settings["weight_decay"],

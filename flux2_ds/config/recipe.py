@@ -336,7 +336,7 @@ class Optimizer:
     eps: Annotated[float, NOT_NEGATIVE] = 1e-8
     """Added to the denominator; not used by adafactor and muon."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of matrices: not of a DoRA's magnitudes, norm scales and whatever has one dimension."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
     nonfinite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"

@@ -38,7 +38,7 @@ log = logging.getLogger("flux2_ds")
 _ABANDONED_AFTER_S = 120
 
 
-def cpu_adam(parameters: list[nn.Parameter], **settings: Any) -> DeepSpeedCPUAdam:
+def cpu_adam(parameters: list[Any], **settings: Any) -> DeepSpeedCPUAdam:
     """DeepSpeed's CPU Adam, which is compiled at its first use on a machine."""
     wait_for_build(Path(_get_build_directory("cpu_adam", verbose=False)) / "lock")
     return DeepSpeedCPUAdam(parameters, **settings)
@@ -92,7 +92,8 @@ class Engine:
         if offload_optimizer:
             adam = {"betas": settings.betas, "eps": settings.eps}
             decay = settings.weight_decay
-            self._optimizer = cpu_adam(parameters, **adam, weight_decay=decay)
+            grouped = optimizers.groups(parameters, decay)
+            self._optimizer = cpu_adam(grouped, **adam, weight_decay=decay)
         else:
             fused = get_accelerator().device_name() == "cuda"
             self._optimizer = optimizers.build(settings, parameters, fused=fused)

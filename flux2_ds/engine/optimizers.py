@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from flux2_ds.config.recipe import Optimizer
-from flux2_ds.engine.zero_partitions import ZeroPartition
+from flux2_ds.engine.zero_partitions import ZeroPartition, full_shape
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 _EIGHT_BIT = ("state1", "absmax1", "state2", "absmax2")
@@ -34,8 +34,19 @@ def compatible(before: str, now: str) -> bool:
     return before == now or (before in ELEMENTWISE and ELEMENTWISE[before] == ELEMENTWISE.get(now))
 
 
-def build(settings: Optimizer, parameters: list[nn.Parameter], *, fused: bool) -> Any:
+def groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, and what has one dimension: magnitudes and norm scales, which weight decay would draw to zero. One
+    group where nothing is to be told apart."""
+    vectors = [p for p in parameters if weight_decay and len(full_shape(p)) < 2]
+    one_dimensional = set(map(id, vectors))
+    matrices = [p for p in parameters if id(p) not in one_dimensional]
+    found = {"params": matrices}, {"params": vectors, "weight_decay": 0.0}
+    return [group for group in found if group["params"]]
+
+
+def build(settings: Optimizer, trained: list[nn.Parameter], *, fused: bool) -> Any:
     """The optimizer that `settings.name` names; `fused`: AdamW in one CUDA kernel."""
+    parameters = groups(trained, settings.weight_decay)
     decay = settings.weight_decay
     adam: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": decay}
     if settings.name == "adamw":
@@ -151,5 +162,5 @@ def load_full_state(
 
 def group_state(optimizer: Any, name: str) -> dict[str, float]:
     """What an optimizer keeps for all parameters at once, such as Prodigy's step size."""
-    (group,) = optimizer.param_groups
+    group = optimizer.param_groups[0]  # the same in all
     return {key: float(group[key]) for key in _GROUP_STATE.get(name, ())}

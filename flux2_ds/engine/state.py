@@ -107,7 +107,8 @@ class TrainingState:
         if counters["updates"]:
             self._load_optimizer(saved, counters["updates"])
         self._load_weights(saved.store("weights"))
-        self._optimizer.param_groups[0].update(counters["optimizer"])
+        for group in self._optimizer.param_groups:
+            group.update(counters["optimizer"])
         if self.has_ema:
             # Without one in the checkpoint it was switched on now, and starts from the weights.
             resumed = "ema" in saved.kinds()
@@ -206,16 +207,20 @@ class TrainingState:
 
     def _create_state(self) -> None:
         """Let the optimizer allocate its state, by a step with zero gradients and learning rate 0."""
-        (group,) = self._optimizer.param_groups
-        # Stage 3 hands the optimizer its flat partitions one at a time, during the step only.
-        held = group["params"]
-        flat = self._zero.fp32_partitioned_groups_flat if self._stage == 3 else held
+        groups = self._optimizer.param_groups
+        held = [group["params"] for group in groups]
+        if self._stage == 3:
+            # DeepSpeed hands the optimizer its flat partitions one at a time, during the step only.
+            groups[0]["params"] = self._zero.fp32_partitioned_groups_flat
+        flat = [parameter for group in groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in flat]
         for parameter in flat:
             parameter.grad = torch.zeros_like(parameter)
-        group["params"], group["lr"] = flat, 0.0
+        for group in groups:
+            group["lr"] = 0.0
         self._optimizer.step()
-        group["params"] = held
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"] = parameters
         for parameter, gradient in zip(flat, gradients, strict=True):
             parameter.grad = gradient
 

@@ -261,7 +261,7 @@ EXACT = [
     ("full", "zero2 bf16", {"ema_decay": 0.9}),
     ("full", "zero3 bf16 fp8", {"ema_decay": 0.9}),
     ("lora", "zero0", {"name": "adafactor"}),
-    ("lora", "zero0", {"name": "prodigy"}),
+    ("dora", "zero0", {"name": "prodigy"}),
     ("lora", "zero0", {"name": "muon"}),
     ("lora", "zero0", {"name": "adamw8bit"}),
     ("full", "zero2 bf16", {"name": "adamw8bit"}),

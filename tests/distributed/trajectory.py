@@ -38,7 +38,7 @@ from flux2_ds.model.lora import add_lora, lora_config
 SPEC = Spec("klein", "Flux2KleinPipeline", 1, 2, 2, 32, 48, False)
 GLOBAL_BATCH = 4
 LEARNING_RATE = 5e-3
-ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 0.05  # below the gradient norms here, so that clipping takes part
 
 
@@ -131,7 +131,11 @@ def reference(
             Optimizer(**{**ADAM, **settings}), list(named.values()), fused=False
         )
     else:
-        optimizer = torch.optim.AdamW(named.values(), **ADAM)
+        matrices, vectors = (
+            [p for p in named.values() if (p.ndim > 1) == wide] for wide in (True, False)
+        )
+        grouped = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(grouped, **ADAM)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_of(settings)
     losses = []
