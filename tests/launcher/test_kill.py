@@ -163,7 +163,7 @@ def test_whoever_is_killed_whenever_nothing_is_left_and_the_run_ends_alike(folde
                 if there := alive(folder):
                     chosen = draw.choice(there)
                     with suppress(psutil.NoSuchProcess):
-                        command = " ".join(filter(None, chosen.cmdline()))[:140]
+                        command = " ".join(filter(None, chosen.cmdline()))[:140] or "one that ends"
                         chosen.kill()
                         kills += 1
                         victim = "the launcher" if chosen.pid == launcher.pid else command
