@@ -80,6 +80,7 @@ def test_compiled_blocks_follow_plain_ones_at_stage_2(tmp_path: Path) -> None:
     ]
     # With the adapter and without.
     kinds.append({"method": "lora", "base": True, "graphs": 6})
+    kinds.append({"method": "full", "compute": "fp8", "graphs": 3})
     kinds = [common | kind for kind in kinds]
     plain: dict[str, Any] = {
         "deepspeed": read_deepspeed("zero2"),
@@ -94,7 +95,9 @@ def test_compiled_blocks_follow_plain_ones_at_stage_2(tmp_path: Path) -> None:
     partitioned = {"deepspeed": compilable("zero3"), "files": str(tmp_path), "previewed": True}
     parts = launch(2, [kind | partitioned for kind in kinds], tmp_path)
     for kind, found, expected in zip(kinds, parts, whole, strict=True):
-        assert found == pytest.approx(expected, rel=1e-5), kind
+        assert found[0] == pytest.approx(expected[0], rel=1e-5), kind
+        # See test_engine.py on fp8 products.
+        assert found == pytest.approx(expected, rel=1e-2 if "compute" in kind else 1e-5), kind
     if shutil.which("c++") is not None:
         helped = [
             kinds[2] | {"deepspeed": compilable("zero3_offload_optimizer")},
