@@ -43,6 +43,7 @@ _OWNED_BY_RECIPE = {
 _SIZES = {
     "reduce_bucket_size": 1,
     "sub_group_size": 1,
+    "zero_hpz_partition_size": 1,
     "stage3_max_live_parameters": 0,
     "stage3_param_persistence_threshold": 0,
 }

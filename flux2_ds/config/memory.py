@@ -163,6 +163,9 @@ def _weights(run: _Run) -> Memory:
             card["gathered weights"] = min(whole, live * stored)
         if processes > 1:
             card["kept whole"] = _kept_whole(run)
+        if (group := run.zero.get("zero_hpz_partition_size", 1)) > 1:
+            at = host if on_host else card
+            at["hpZ's copy"] = whole / min(group, processes)
     if not run.full:
         card["adapter"] = 4 * (run.share if run.stage == 3 else run.trained)
     return Memory(card, host)

@@ -221,6 +221,12 @@ def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> 
             "ZeRO, and the deepspeed config has stage 0. Set deepspeed: zero1, which costs nothing "
             "on one process, or precision: fp32."
         )
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    if hpz > 1 and (stage < 3 or processes % min(hpz, processes)):
+        yield (
+            f"zero_hpz_partition_size in the deepspeed config is {hpz}, with stage {stage} and {processes} processes. "
+            "It needs stage 3, and must divide the processes: it is how many GPUs a host has."
+        )
     yield from _placement_problems(recipe, processes, stage)
     yield from _optimizer_problems(recipe, stage, zero)
     yield from _offload_problems(recipe, stage, zero)

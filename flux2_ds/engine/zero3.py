@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import get_zero_config
+from deepspeed.utils import groups
 from pydantic import ValidationError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
@@ -25,8 +26,21 @@ def make_partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
         offload = zero["offload_param"] | {"pin_memory": False}
         config = config | {"zero_optimization": zero | {"offload_param": offload}}
 
+    hpz = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if hpz > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        # Each `zero.Init` would make its own, of which DeepSpeed allows one.
+        groups._create_zero_param_parallel_group(hpz)
+    group = groups._get_zero_param_intra_parallel_group() if hpz > 1 else None
+
     def partition(module: nn.Module) -> None:
-        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        deepspeed.zero.Init(
+            module=module, config_dict_or_path=config, zero_param_parallel_group=group
+        )
+        if (
+            hpz > 1
+        ):  # its copies are of what is not read yet; the first forward pass makes them anew
+            for parameter in module.parameters():
+                setattr(parameter, "ds_secondary_tensor", None)  # noqa: B010
 
     return partition
 

@@ -22,6 +22,7 @@ from flux2_ds.config.plan import read_deepspeed
 STEPS = 6
 TOLERANCE = 1e-5  # relative, on every loss; measured: 1e-7
 CONFIGS = sorted(path.stem for path in shipped_directory("ds_configs").glob("*.json"))
+CONFIGS.remove("zero3_hpz")  # which needs four processes to differ from zero3
 # What plan.py adds for a full fine-tune in bf16.
 BF16 = {
     "bf16": {"enabled": True, "check_grad_overflow": True},
@@ -149,6 +150,38 @@ def test_a_partitioned_model_follows_plain_pytorch(
             STEPS // 2 if "load" in case else 0 : case["steps"]
         ]
         assert_follows(losses, expected, str(case))
+
+
+def test_hpz_in_groups_of_two_follows_zero3_and_leaves_its_checkpoints(
+    references: dict[str, Any], tmp_path: Path
+) -> None:
+    """Four processes, loaded as train.py does; a checkpoint of either continues in the other."""
+    trajectory.base().save_pretrained(tmp_path / "transformer")
+    zero3 = configs()["zero3"]
+    hpz = {"zero_optimization": zero3["zero_optimization"] | {"zero_hpz_partition_size": 2}}
+    cases = [
+        {"method": method, "deepspeed": config, "files": str(tmp_path), "micro": 1,
+         "steps": STEPS, "save": str(tmp_path / f"{method}-{name}"), "save_at": STEPS // 2}
+        for method in ("full", "lora")
+        for name, config in (("hpz", hpz), ("zero3", zero3))
+    ]  # fmt: skip
+    whole = cases[:]
+    for case, other in zip(whole, (hpz, hpz, hpz, zero3), strict=True):
+        half = case["save"].replace("zero3", "zero3-half").replace("hpz", "hpz-half")
+        cases.append(case | {"steps": STEPS // 2, "save": half})
+        cases.append(case | {"deepspeed": other, "load": half, "save": f"{half}-on"})
+    losses = launch(4, cases, tmp_path)
+    for case, found in zip(cases, losses, strict=True):
+        first = STEPS // 2 if "load" in case else 0
+        assert_follows(found, references[case["method"]][0][first : case["steps"]], str(case))
+    for one, two in ((losses[0], losses[1]), (losses[2], losses[3])):
+        assert one == two
+    for case in whole:
+        found, like = (
+            checkpoint.newest(Path(path))[0]
+            for path in (case["save"], case["save"].replace("hpz", "zero3"))
+        )
+        assert found is not None and like is not None and found.state() == like.state()
 
 
 def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> None:
