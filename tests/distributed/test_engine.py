@@ -152,7 +152,7 @@ def test_a_partitioned_model_follows_plain_pytorch(
         assert_follows(losses, expected, str(case))
 
 
-def test_hpz_in_groups_of_two_follows_zero3_and_leaves_its_checkpoints(
+def test_hpz_in_groups_of_two_follows_zero3_and_each_continues_the_other(
     references: dict[str, Any], tmp_path: Path
 ) -> None:
     """Four processes, loaded as train.py does; a checkpoint of either continues in the other."""
@@ -167,7 +167,7 @@ def test_hpz_in_groups_of_two_follows_zero3_and_leaves_its_checkpoints(
     ]  # fmt: skip
     whole = cases[:]
     for case, other in zip(whole, (hpz, hpz, hpz, zero3), strict=True):
-        half = case["save"].replace("zero3", "zero3-half").replace("hpz", "hpz-half")
+        half = f"{case['save']}-half"
         cases.append(case | {"steps": STEPS // 2, "save": half})
         cases.append(case | {"deepspeed": other, "load": half, "save": f"{half}-on"})
     losses = launch(4, cases, tmp_path)
@@ -176,12 +176,6 @@ def test_hpz_in_groups_of_two_follows_zero3_and_leaves_its_checkpoints(
         assert_follows(found, references[case["method"]][0][first : case["steps"]], str(case))
     for one, two in ((losses[0], losses[1]), (losses[2], losses[3])):
         assert one == two
-    for case in whole:
-        found, like = (
-            checkpoint.newest(Path(path))[0]
-            for path in (case["save"], case["save"].replace("hpz", "zero3"))
-        )
-        assert found is not None and like is not None and found.state() == like.state()
 
 
 def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> None:
