@@ -10,48 +10,31 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 
-import torch
-
-from flux2_ds.config.memory import out_of_memory
 from flux2_ds.config.parse import parse_recipe, recipe_parser
 from flux2_ds.config.plan import learning_rate
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import in_steps
 from flux2_ds.distributed import barrier, destroy_process_group, init_process_group
-from flux2_ds.errors import EXIT_STOPPED, OutageError, UserError, run_root
+from flux2_ds.errors import EXIT_STOPPED, run_root
 from flux2_ds.run.environment import rank_and_world_size
 from flux2_ds.run.logging import set_up_log
-from flux2_ds.run.metrics import (
-    METRICS_NAME,
-    best_held_out,
-    draw_loss_if_missing,
-    read_metrics,
-)
-from flux2_ds.run.report import write_report
 from flux2_ds.run.run_dir import (
-    RECIPE_NAME,
-    changed_settings,
     check_run_dir,
-    is_finished,
     lock_run_dir,
     logs_directory,
     newest_step,
     stop_file,
     with_adapter_file,
-    write_run_dir,
 )
 from flux2_ds.run.watchdog import Watchdog
-from flux2_ds.training.build import Run, build_engine, build_model, build_run, log_memory
+from flux2_ds.training.build import Run, build_engine, build_model, build_run
 from flux2_ds.training.checkpoints import resume
 from flux2_ds.training.inputs import log_banner, log_plan, read_inputs
+from flux2_ds.training.lifecycle import end, failures_told, settle
 from flux2_ds.training.step import StepTrace, seed_dropout, train_step
 from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.validation import LOSS
@@ -106,45 +89,18 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
     watchdog.heartbeat(0, "reading the checkpoint")
     first_step = resume(engine, recipe, inputs.index, process, inputs.directory)
     barrier()  # nothing refuses any more: the run directory may say what it holds now
-    if is_finished(recipe, first_step):
-        log_nothing_to_do(recipe, first_step)
-        if first_step < recipe.steps:  # ended by its held-out loss
-            recipe = replace(recipe, steps=first_step)
-            inputs = replace(inputs, plan=replace(inputs.plan, recipe=recipe))
-        if process.is_rank0:
-            draw_loss_if_missing(Path(recipe.run_dir))
-    elif process.is_rank0:
-        for change in changed_settings(recipe):
-            log.warning("accepted: %s", change)
-        write_run_dir(inputs.plan)
+    inputs = settle(inputs, first_step)
 
     run = build_run(inputs, engine, memory, first_step, stop, watchdog)
-    try:
-        if first_step < recipe.steps:
+    with failures_told(run, memory):
+        if not run.done:
             warm_up(run, inputs, memory)
             if process.is_rank0:
                 log_banner(inputs, memory, first_step)
         finished = run_steps(run)
-    except torch.OutOfMemoryError as error:
-        # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
-        message = out_of_memory(recipe, "step", "a step", error, memory.spare)
-        raise OutageError(message) from error
-    except UserError as error:
-        if run.metrics is not None:
-            run.metrics.alert("the run has ended", str(error), last=True)
-        raise
-    finally:
-        run.progress.close()
-        run.checkpoints.wait(recipe.steps)  # an error is no reason to lose what is being written
 
     watchdog.heartbeat(0, "ending")
-    log_memory(memory, process.device)
-    if run.metrics is not None:
-        run.metrics.close()
-        seconds = timedelta(seconds=round(time.perf_counter() - started))
-        log.info("%s in %s", "done" if finished else "stopped", seconds)
-    if process.is_rank0:
-        log_end(Path(recipe.run_dir), finished)
+    end(run, memory, seconds=time.perf_counter() - started, finished=finished)
     # Together: the launcher ends the others as soon as one exits with EXIT_STOPPED.
     destroy_process_group()
     return finished
@@ -153,7 +109,7 @@ def train(recipe: Recipe, stop: StopRequest, watchdog: Watchdog) -> bool:
 def run_steps(run: Run) -> bool:
     """Train from `run.first_step` to the last step; False if the run was asked to stop before it."""
     recipe, first = run.recipe, run.first_step
-    if first < recipe.steps and run.stop.any_rank(run.process)():
+    if not run.done and run.stop.any_rank(run.process)():
         log.info("stopped by %s before step %d", run.stop.reason or "another rank", first + 1)
         return False
     # A start that was killed after a checkpoint may have left its previews unmade.
@@ -203,40 +159,6 @@ def run_steps(run: Run) -> bool:
         if due.last:
             return True
     return True
-
-
-def log_end(run_dir: Path, finished: bool) -> None:
-    """Say what came of the run, and the next command to paste."""
-    if best := best_held_out(read_metrics(run_dir / METRICS_NAME)):
-        log.info("best       held-out loss %.4f, at step %d", best[1], best[0])
-    if page := write_report(run_dir):
-        log.info("report     %s", page)
-    recipe = shlex.quote(str(run_dir / RECIPE_NAME))
-    if finished:
-        log.info("next       flux2-ds export --config %s", recipe)
-        log.info("           flux2-ds sample --config %s", recipe)
-    else:
-        log.info("go on      flux2-ds train --config %s", recipe)
-
-
-def log_nothing_to_do(recipe: Recipe, first_step: int) -> None:
-    """Say that the newest checkpoint is past the end, and what would go on from it."""
-    if first_step < recipe.steps:
-        log.info(
-            "nothing to do: the held-out loss ended the run at step %d. To go on, raise "
-            "validation.patience, which is %d",
-            first_step,
-            recipe.validation.patience,
-        )
-        return
-    changed = recipe.optimizer.schedule != "constant"
-    also = " and set accept_changes: true, because the schedule depends on it" if changed else ""
-    log.info(
-        "nothing to do: the newest checkpoint is of step %d, and steps is %d. To go on, raise steps%s",
-        first_step,
-        recipe.steps,
-        also,
-    )
 
 
 if __name__ == "__main__":

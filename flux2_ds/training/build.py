@@ -323,18 +323,6 @@ def check_machine(plan: Plan, device: torch.device) -> None:
     check_card(recipe.base_weights, device, recipe.compute)
 
 
-def log_memory(expected: Memory, device: torch.device) -> None:
-    """Log the predicted peak against the measured one, at the end of a run on a card."""
-    if device.type == "cuda":
-        measured = torch.cuda.max_memory_allocated(device)
-        log.info(
-            "memory     peak %.1f GiB, predicted %.1f GiB (%+.0f %%)",
-            measured / GIB,
-            expected.on_card / GIB,
-            100 * (expected.on_card - measured) / measured,
-        )
-
-
 def build_validation(
     inputs: Inputs,
     engine: Engine,
@@ -411,6 +399,11 @@ class Run:
     metrics: Metrics | None
     stop: StopRequest
     watchdog: Watchdog
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.first_step >= self.recipe.steps
 
     def steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Each step's number, from 0, and this rank's micro-batches, which are read ahead."""

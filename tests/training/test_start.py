@@ -43,6 +43,7 @@ from flux2_ds.run.metrics import metrics_digest
 from flux2_ds.run.run_dir import lock_run_dir
 from flux2_ds.training import checkpoints, inputs
 from flux2_ds.training.checkpoints import note_base_files, resume
+from flux2_ds.training.inputs import Inputs
 from flux2_ds.training.stop import StopRequest
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -283,24 +284,17 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Any]:
     index = Mock(digest=INDEX.digest, largest_tokens=1)
 
     def read(recipe: Recipe, process: Process) -> Any:
-        return SimpleNamespace(
-            plan=make_plan(recipe, 1),
-            index=index,
-            directory=Path("m"),
-            spec=Mock(),
-            process=process,
-        )
+        return Inputs(make_plan(recipe, 1), process, Path("m"), Mock(), index, Mock(), Mock(), {})
 
     stand_ins = {
         "init_process_group": lambda accelerator: ALONE,
         "read_inputs": read,
         "build_model": lambda *_, **__: (Mock(), Memory({}, {})),
-        "build_run": lambda *_: SimpleNamespace(metrics=None, progress=Mock(), checkpoints=Mock()),
+        "build_run": lambda inputs, *_: Mock(recipe=inputs.recipe, process=ALONE, metrics=None),
     }
     for name in (
         "log_plan",
         "log_banner",
-        "log_memory",
         "destroy_process_group",
         "build_engine",
         "warm_up",
