@@ -40,9 +40,18 @@ def check_training(recipe: Recipe, processes: int, zero: dict[str, Any]) -> None
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    data, every = recipe.data, recipe.checkpoint.every
     if not recipe.preview.prompts:
         yield "preview.prompts is []; it must have one prompt or more."
+    yield from _saving_problems(recipe)
+    yield from _preservation_problems(recipe)
+    yield from _data_problems(recipe)
+    yield from _caption_problems(recipe)
+    yield from _adapter_problems(recipe)
+    yield from _precision_problems(recipe)
+
+
+def _saving_problems(recipe: Recipe) -> Iterator[str]:
+    every = recipe.checkpoint.every
     if recipe.checkpoint.keep_every is not None and recipe.checkpoint.keep_every % every:
         yield (
             f"checkpoint.keep_every is {recipe.checkpoint.keep_every}; it must be a multiple of "
@@ -55,6 +64,20 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"checkpoint.keep_best is true, checkpoint.every {every} and validation.every {period}: not every "
             f"checkpoint has a validation loss. Set checkpoint.every to {math.ceil(every / period) * period}."
         )
+    if recipe.validation.against_base and recipe.method == "full":
+        yield (
+            "validation.against_base is true, but method full has no adapter to switch off. Set "
+            "validation.at_start: true, which evaluates the model before it is trained."
+        )
+    for names in IN_EPOCHS.items():  # the parser keeps the one that is given last
+        in_epochs, in_steps = (attrgetter(name)(recipe) for name in names)
+        if in_epochs is not None and in_steps != settings_of(Recipe)[names[1]].field.default:
+            yield (
+                f"{names[0]} is {in_epochs:g} and {names[1]} is {in_steps}. Leave out one of them."
+            )
+
+
+def _preservation_problems(recipe: Recipe) -> Iterator[str]:
     kept = recipe.preservation
     if kept.uses_base and recipe.method == "full":
         setting = "prompts" if kept.prompts else "target: base"
@@ -72,31 +95,56 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             "preservation.share is 1 and preservation.every 1: no sample is left to learn from. Set share to 0.25, say, or "
             "every to 4: every fourth step is then for preservation alone."
         )
-    if recipe.validation.against_base and recipe.method == "full":
-        yield (
-            "validation.against_base is true, but method full has no adapter to switch off. Set "
-            "validation.at_start: true, which evaluates the model before it is trained."
-        )
+
+
+def _data_problems(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
     for resolution in resolutions(data.resolution) or [0]:
         if not bucket_table(resolution, data.bucket_step, data.max_aspect):
             yield (
                 f"data.resolution {data.resolution} with data.bucket_step {data.bucket_step} gives no "
                 "bucket. The step must not be larger than a resolution."
             )
-    for names in IN_EPOCHS.items():  # the parser keeps the one that is given last
-        in_epochs, in_steps = (attrgetter(name)(recipe) for name in names)
-        if in_epochs is not None and in_steps != settings_of(Recipe)[names[1]].field.default:
-            yield (
-                f"{names[0]} is {in_epochs:g} and {names[1]} is {in_steps}. Leave out one of them."
-            )
     if data.missing_caption == "fixed" and not data.fixed_caption:
         yield "data.missing_caption is fixed but data.fixed_caption is empty. Give the caption."
-    yield from _caption_problems(recipe)
-    if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
+
+
+def _caption_problems(recipe: Recipe) -> Iterator[str]:
+    captions, images = recipe.captions, recipe.data.images
+    sources = {DEFAULT_SOURCE} if isinstance(images, str) else images.keys()
+    for name, value in (
+        ("data.caption_column", recipe.data.caption_column),
+        ("captions.trigger_word", captions.trigger_word),
+        ("captions.prefix", captions.prefix),
+        ("captions.suffix", captions.suffix),
+    ):
+        if isinstance(value, dict) and (unknown := value.keys() - sources):
+            yield (
+                f"{name}.{min(unknown)}: there is no such source in data.images; there are "
+                f"{', '.join(sorted(sources))}."
+            )
+    suffixes = recipe.data.mask_suffixes + recipe.data.reference_suffixes
+    if len({each.lower() for each in suffixes}) < len(suffixes):
         yield (
-            f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
-            "auto, or precision: bf16."
+            f"data.mask_suffixes {recipe.data.mask_suffixes} and data.reference_suffixes "
+            f"{recipe.data.reference_suffixes} have one suffix twice. Leave one out."
         )
+    if captions.add_trigger_word and not captions.trigger_word:
+        yield "captions.add_trigger_word is true, and there is no captions.trigger_word. Give the word."
+    drawn = captions.shuffle_tags or captions.tag_dropout > 0
+    if drawn and captions.variants == 1:
+        yield (
+            "captions.variants is 1, and captions.shuffle_tags or tag_dropout is set: every epoch would have the same "
+            "tags in the same order. Set captions.variants to 4, say: so many texts of each caption are encoded."
+        )
+    if captions.variants > 1 and not drawn:
+        yield (
+            f"captions.variants is {captions.variants}, and all would be the same text. Set captions.shuffle_tags: "
+            "true or captions.tag_dropout, or remove it."
+        )
+
+
+def _adapter_problems(recipe: Recipe) -> Iterator[str]:
     lora, files = recipe.lora, ("init_from", "merge_first")
     if recipe.method == "full" and (given := [name for name in files if getattr(lora, name)]):
         yield (
@@ -132,6 +180,14 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             f"lora.merge_strengths is {lora.merge_strengths}, and lora.merge_first has {len(lora.merge_first)} files. Give "
             "one strength for each."
         )
+
+
+def _precision_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.precision == "fp32" and recipe.attention in ("cudnn", "flash", "flash_attn"):
+        yield (
+            f"attention is {recipe.attention}, which has 16 bits only, and precision is fp32. Set attention: "
+            "auto, or precision: bf16."
+        )
     base = recipe.base_weights
     if base is not None and recipe.method == "full":
         yield (
@@ -158,41 +214,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f"base_weights is {base} with precision fp16, whose engine would round the weights' scales. "
             "Set precision: bf16."
-        )
-
-
-def _caption_problems(recipe: Recipe) -> Iterator[str]:
-    captions, images = recipe.captions, recipe.data.images
-    sources = {DEFAULT_SOURCE} if isinstance(images, str) else images.keys()
-    for name, value in (
-        ("data.caption_column", recipe.data.caption_column),
-        ("captions.trigger_word", captions.trigger_word),
-        ("captions.prefix", captions.prefix),
-        ("captions.suffix", captions.suffix),
-    ):
-        if isinstance(value, dict) and (unknown := value.keys() - sources):
-            yield (
-                f"{name}.{min(unknown)}: there is no such source in data.images; there are "
-                f"{', '.join(sorted(sources))}."
-            )
-    suffixes = recipe.data.mask_suffixes + recipe.data.reference_suffixes
-    if len({each.lower() for each in suffixes}) < len(suffixes):
-        yield (
-            f"data.mask_suffixes {recipe.data.mask_suffixes} and data.reference_suffixes "
-            f"{recipe.data.reference_suffixes} have one suffix twice. Leave one out."
-        )
-    if captions.add_trigger_word and not captions.trigger_word:
-        yield "captions.add_trigger_word is true, and there is no captions.trigger_word. Give the word."
-    drawn = captions.shuffle_tags or captions.tag_dropout > 0
-    if drawn and captions.variants == 1:
-        yield (
-            "captions.variants is 1, and captions.shuffle_tags or tag_dropout is set: every epoch would have the same "
-            "tags in the same order. Set captions.variants to 4, say: so many texts of each caption are encoded."
-        )
-    if captions.variants > 1 and not drawn:
-        yield (
-            f"captions.variants is {captions.variants}, and all would be the same text. Set captions.shuffle_tags: "
-            "true or captions.tag_dropout, or remove it."
         )
 
 
