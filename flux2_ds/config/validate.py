@@ -340,6 +340,12 @@ def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Itera
             "stage 3 only. Set deepspeed: zero3_offload, or remove offload_param."
         )
     optimizer = recipe.optimizer.name
+    unknown = [name for name, section in (("zenflow", zero), ("super_offload", zero.get("offload_optimizer") or {}))
+               if section.get(name)]  # fmt: skip
+    if unknown:
+        yield (
+            f"the deepspeed config has {unknown[0]}, whose optimizer state checkpoints do not hold. Remove it."
+        )
     if offload_device(zero, "offload_optimizer") != "none" and (optimizer != "adamw" or stage == 0):
         yield (
             f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "

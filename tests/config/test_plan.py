@@ -736,6 +736,10 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
             "offload_optimizer on 'nvme'",
         ),
         (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},
+            "zenflow, whose optimizer state checkpoints do not hold",
+        ),
+        (
             {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
             "offload_param at stage 2; .* zero3_offload",
         ),

@@ -165,8 +165,7 @@ def test_hpz_in_groups_of_two_follows_zero3_and_each_continues_the_other(
         for method in ("full", "lora")
         for name, config in (("hpz", hpz), ("zero3", zero3))
     ]  # fmt: skip
-    whole = cases[:]
-    for case, other in zip(whole, (hpz, hpz, hpz, zero3), strict=True):
+    for case, other in zip(cases[:2], (zero3, hpz), strict=True):
         half = f"{case['save']}-half"
         cases.append(case | {"steps": STEPS // 2, "save": half})
         cases.append(case | {"deepspeed": other, "load": half, "save": f"{half}-on"})
