@@ -21,11 +21,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """pytest-xdist: a file stays in one process, for its fixtures; so does what shares the worker pools."""
+    """pytest-xdist: a file stays in one process, for its fixtures and its worker pools."""
     for item in items:
-        name = "dist" if item.get_closest_marker("dist") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(autouse=True)

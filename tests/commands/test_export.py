@@ -53,7 +53,7 @@ def recipe_for(model: Path, run_dir: Path, method: str, **lora: Any) -> Recipe:
         method=method,  # type: ignore[arg-type]
         precision="fp32",
         model=Model(path=str(model)),
-        data=Data(images="", shards=""),
+        data=Data(images="photos", shards="shards"),
         lora=Lora(rank=4, alpha=6.0, **lora),
     )
 
