@@ -37,7 +37,7 @@ test-fast: $(INSTALLED) ## layering, config, checkpoint, data and the loop: for 
 		tests/training/test_loop.py
 
 test: $(INSTALLED) ## all tests that need no GPU
-	$(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not gpu and not multinode and not demo'
+	$(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not gpu and not multinode and not demo'
 
 test-multinode: $(INSTALLED) ## two machines over ssh, and Slurm, in network namespaces; needs root
 	$(OFFLINE) $(BIN)/pytest -m multinode tests/multinode

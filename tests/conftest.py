@@ -21,13 +21,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """pytest-xdist: a file stays in one process, for its fixtures and its worker pools."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
     """The log level and variables that a command sets in this process end with the test."""
