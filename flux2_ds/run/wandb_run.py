@@ -178,9 +178,18 @@ class WandbRun:
         os.environ.setdefault("WANDB_SILENT", "true")
         # Tables and artifacts wait here until they are sent; W&B would have them in the home directory.
         os.environ.setdefault("WANDB_DATA_DIR", str((self._run_dir / "wandb").resolve()))
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False)):
-            log.warning("log.wandb is online but no W&B API key is set; the W&B run stays offline")
-            mode = "offline"
+        if mode == "online" and not os.environ.get("WANDB_API_KEY"):
+            known, why = False, ""
+            try:
+                known = wandb.login(prompt=False)
+            except Exception as error:  # of a server or service that does not answer
+                why = f" that works ({_first_line(error)})"
+            if not known:
+                message = (
+                    "log.wandb is online but no W&B API key is set%s; the W&B run stays offline"
+                )
+                log.warning(message, why)
+                mode = "offline"
         try:
             run = self._init(mode)
         except Exception as error:

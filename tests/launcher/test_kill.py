@@ -28,7 +28,7 @@ from flux2_ds.config.model_spec import read_spec
 from flux2_ds.config.parse import load_recipe
 from flux2_ds.prepare import __main__ as prepare
 
-KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
+KILLS, SEED = int(os.environ.get("KILLS", "1")), int(os.environ.get("SEED", "0"))
 STEPS, GONE = 6, 10.0  # s in which every process must have ended
 RECIPE = f"""\
 {{run_dir: run, steps: {STEPS}, precision: fp32, deepspeed: zero0, model: {{path: model}}, lora: {{rank: 2}},

@@ -22,7 +22,7 @@ def vae() -> AutoencoderKLFlux2:
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
 
 
@@ -33,12 +33,12 @@ def pipeline_with(vae: AutoencoderKLFlux2, kind: type) -> Flux2Pipeline:
 
 @pytest.mark.parametrize("kind", [Flux2Pipeline, Flux2KleinPipeline])
 def test_tokens_are_those_of_the_pipeline(vae, image, kind) -> None:
-    """From a picture to packed tokens, as the pipeline encodes a reference image."""
+    """From an image to packed tokens, as the pipeline encodes a reference image."""
     pipeline = pipeline_with(vae, kind)
-    pixels = pipeline.image_processor.preprocess(Image.fromarray(picture), height=64, width=96)
+    pixels = pipeline.image_processor.preprocess(Image.fromarray(image), height=64, width=96)
     with torch.no_grad():
         expected = pipeline._pack_latents(pipeline._encode_vae_image(pixels, generator=None))
-    raw = latents.encode(vae, torch.from_numpy(picture)[None])
+    raw = latents.encode(vae, torch.from_numpy(image)[None])
     tokens = latents.to_tokens(raw, *latents.statistics(vae))
     assert tokens.shape == (1, 4 * 6, 128)
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
@@ -56,10 +56,10 @@ def test_tokens_against_the_formula_in_float64(vae) -> None:
 
 
 def test_the_mean_of_the_posterior_is_encoded_not_a_sample(vae, image) -> None:
-    pictures = torch.from_numpy(picture)[None]
-    first, second = latents.encode(vae, pictures), latents.encode(vae, pictures)
+    images = torch.from_numpy(image)[None]
+    first, second = latents.encode(vae, images), latents.encode(vae, images)
     assert torch.equal(first, second)
-    pixels = pictures.permute(0, 3, 1, 2).double() / 255 * 2 - 1
+    pixels = images.permute(0, 3, 1, 2).double() / 255 * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels.float()).latent_dist
     torch.testing.assert_close(first, posterior.mean, rtol=0, atol=1e-5)

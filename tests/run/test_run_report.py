@@ -195,7 +195,7 @@ def test_a_damaged_file_ends_no_training(tmp_path, caplog, damaged, content, wri
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("training/build.py", '"memory     peak %.1f GiB, predicted %.1f GiB'),
+        ("training/lifecycle.py", '"memory     peak %.1f GiB, predicted %.1f GiB'),
         ("training/build.py", '"parameters %s trained"'),
         ("training/build.py", '"blocks     %d of'),
         ("training/inputs.py", '"variant    {inputs.spec}"'),
@@ -203,7 +203,7 @@ def test_a_damaged_file_ends_no_training(tmp_path, caplog, damaged, content, wri
         ("training/inputs.py", '"held out   %s"'),
         ("training/checkpoints.py", '"continuing after step %d from'),
         ("train.py", '"stopped by %s after step'),
-        ("train.py", '"%s in %s", "done"'),
+        ("training/lifecycle.py", '"%s in %s", "done"'),
         ("run/watchdog.py", "process {os.getpid()} on {socket.gethostname()}"),
     ],
 )
