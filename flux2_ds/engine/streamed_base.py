@@ -145,8 +145,9 @@ class StreamedBase:
 
     def _share(self) -> None:
         """Map the blocks that the machine's other ranks have loaded."""
-        for machine, pid, files in _of_all_ranks((_machine(), os.getpid(), self._files)):
-            if machine == _machine() and pid != os.getpid():
+        here, own = _machine(), os.getpid()
+        for machine, pid, files in _of_all_ranks((here, own, self._files)):
+            if machine == here and pid != own:
                 for number, file in files.items():
                     self._stored[number] = _mapped(pid, file, self._sizes[number])
         _of_all_ranks(None)  # all are mapped

@@ -257,9 +257,8 @@ def multiply(
         padded = nn.functional.pad(a, (0, 0, 0, padding)) if padding else a
         product = torch._int_mm(padded, b.t())[: a.shape[0]]
         return kernels.scale_product(product, a_scale, b_scale, dtype)
-    if (
-        not fast
-    ):  # torch multiplies by rows in full precision much slower than with one scale (torchao)
+    if not fast:
+        # torch multiplies by rows in full precision much slower than with one scale (torchao).
         one = _ones(a.device, 1).view(())
         product = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
         return kernels.scale_product(product, a_scale, b_scale, dtype)

@@ -62,9 +62,8 @@ def failures_told(run: Run, expected: Memory) -> Iterator[None]:
         raise
     finally:
         run.progress.close()
-        run.checkpoints.wait(
-            run.recipe.steps
-        )  # an error is no reason to lose what is being written
+        # An error is no reason to lose what is being written.
+        run.checkpoints.wait(run.recipe.steps)
 
 
 def end(run: Run, expected: Memory, *, seconds: float, finished: bool) -> None:
