@@ -69,14 +69,15 @@ def predict(model: Flux2Transformer2DModel, image: int = 32, text: int = 8) -> t
     """The model's output for so many tokens."""
     generator = torch.Generator().manual_seed(1)
     width = model.config.joint_attention_dim
-    return model(
-        hidden_states=torch.randn(1, image, 128, generator=generator),
-        encoder_hidden_states=torch.randn(1, text, width, generator=generator).to(model.dtype),
-        timestep=torch.tensor([0.5]),
-        img_ids=torch.cartesian_prod(*map(torch.arange, (1, image // 8, 8, 1))).float(),
-        txt_ids=torch.zeros(text, 4),
-        return_dict=False,
-    )[0]
+    inputs = {
+        "hidden_states": torch.randn(1, image, 128, generator=generator),
+        "encoder_hidden_states": torch.randn(1, text, width, generator=generator).to(model.dtype),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.cartesian_prod(*map(torch.arange, (1, image // 8, 8, 1))).float(),
+        "txt_ids": torch.zeros(text, 4),
+    }
+    device = model.x_embedder.weight.device
+    return model(**{name: x.to(device) for name, x in inputs.items()}, return_dict=False)[0]
 
 
 def rendered(spec: Spec, caption: str) -> str:

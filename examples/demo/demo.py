@@ -64,6 +64,7 @@ def main() -> None:
     }
     trained = time.monotonic() - started
     pipeline = Flux2KleinPipeline.from_pretrained(HERE / "model", dtype=torch.float32)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     before = draw_all(pipeline)
     after = {key: draw_all(pipeline, path) for key, path in adapters.items()}
     from judge import Judge, ceiling  # needs packages that only the demo does

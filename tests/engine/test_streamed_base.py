@@ -19,7 +19,16 @@ from flux2_ds.model.load import read_weights
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 
-CPU = torch.device("cpu")
+DEVICES = [
+    torch.device("cpu"),
+    pytest.param(
+        torch.device("cuda"),
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ],
+    ),
+]
 SPEC = SPECS["klein"]  # 2 double and 3 single blocks
 ALL = range(SPEC.blocks)
 
@@ -46,6 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(
     files: Path,
     streamed: Any,
+    device: torch.device = torch.device("cpu"),
     *,
     base: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -58,15 +68,15 @@ def build(
     """With an adapter in the middle of its training. `checkpointed`: None leaves the blocks as diffusers
     made them."""
     model = transformer.empty_transformer(SPEC)
-    with streamed_base(model, streamed, CPU) as blocks:
-        read_weights(model, files, dtype, CPU, base, streamed=blocks)
+    with streamed_base(model, streamed, device) as blocks:
+        read_weights(model, files, dtype, device, base, streamed=blocks)
     transformer.keep_timestep_exact(model)
     settings = Lora(rank=4, targets="diffusers", dropout=dropout)
     add_lora(model, lora_config(SPEC, settings, "dora" if dora else "lora"), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in transformer.trainable(model).items():
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.05, generator=generator)
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     if checkpointed is not None:
         configure_blocks(
             model, checkpointed=checkpointed, compiled=compiled, attention=None, offload=offload
@@ -106,9 +116,10 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(("streamed", "case"), CASES, ids=str)
 def test_a_streamed_base_computes_the_same_bits(
-    files: Path, streamed: Any, case: dict[str, Any]
+    files: Path, streamed: Any, case: dict[str, Any], device: torch.device
 ) -> None:
     """Whether blocks keep or recompute, compiled without another graph, evaluations between the steps."""
     graphs = []
@@ -116,7 +127,7 @@ def test_a_streamed_base_computes_the_same_bits(
     for blocks in ((), streamed):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        results.append(trained(build(files, blocks, **case)))
+        results.append(trained(build(files, blocks, device, **case)))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert len(results[0]) == len(results[1])
     assert all(map(torch.equal, *results))

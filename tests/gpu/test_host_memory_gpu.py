@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux2_ds.engine.host_memory import LARGE, mmap_large_allocations, pin_in_place
+from flux2_ds.engine.host_memory import LARGE, HostBuffers, mmap_large_allocations, pin_in_place
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,3 +52,22 @@ def test_a_copy_from_locked_memory_does_not_wait() -> None:
     before.record()
     tensor.to("cuda", non_blocking=True)
     assert not before.query()
+
+
+def test_a_snapshot_is_what_the_gpu_held_when_it_was_taken() -> None:
+    """Though training goes on, in memory that is pinned and used again."""
+    buffers = HostBuffers(float("inf"), torch.device("cuda"))
+    addresses = []
+    for _ in range(2):
+        held = [torch.randn(size, device="cuda") for size in (10, LARGE)]
+        expected = [tensor.cpu() for tensor in held]
+        torch.cuda._sleep(10**8)
+        copies = [buffers.copy(tensor) for tensor in held]
+        buffers.hand_over(copies)
+        for tensor in held:
+            tensor.zero_()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, copies, expected)) and copies[1].is_pinned()
+        addresses.append([copy.data_ptr() for copy in copies])
+        buffers.give_back(copies)
+    assert addresses[0] == addresses[1]
