@@ -41,7 +41,9 @@ _KEPT = {
 }
 """(compiled, method, with dropout) -> residual streams that a double and a single block keep for the backward
 pass without checkpointing; adapters on all linears. Of LoKr and LoHa without what its factors add for each token."""
-_WORKING = 34  # streams of the block that runs
+_WORKING, _WORKING_LATE = 24, 34
+"""Streams of the block that runs, with what it has kept: compiled; and where blocks are not, or weights or inputs of
+the next block are on the card already, moved by DeepSpeed's stage 3 or from host memory."""
 _RENDERING = 21  # the same without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at the image's full size
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
@@ -249,6 +251,9 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
     single = kept - double
     in_double, in_single = kept_streams(recipe, spec)
     card, host = stream * (in_double * double + in_single * single), {}
+    late = not compiles(recipe) or run.stage == 3 or recipe.offload_activations
+    if kept and not late:
+        card -= stream * in_single  # of the last block, whose backward pass is the first
     if recipe.offload_activations:
         text = _pinned_bytes(stream * TEXT_TOKENS / tokens)
         image = _pinned_bytes(stream * image_tokens / tokens)
@@ -258,7 +263,7 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
     else:
         card += stream * (spec.blocks - kept)
     # The block that runs: its intermediates, and its widest weight as the product reads it.
-    working = _WORKING * stream + expanded_bytes(spec, recipe.base_weights)
+    working = (_WORKING_LATE if late else _WORKING) * stream + expanded_bytes(spec, recipe.base_weights)
     if recipe.method == "loha":  # its factors as those of a LoRA of rank r²
         each = [run.element * linear.rank**2 * (linear.rows + linear.columns)
                 for linear in adapted_linears(spec, recipe.lora).values()]  # fmt: skip

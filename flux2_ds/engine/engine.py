@@ -30,6 +30,7 @@ from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
 from flux2_ds.engine.host_memory import pin_in_place
 from flux2_ds.engine.state import TrainingState
+from flux2_ds.engine.zero2 import lighten
 from flux2_ds.engine.zero3 import pins_parameters
 
 log = logging.getLogger("flux2_ds")
@@ -119,6 +120,7 @@ class Engine:
             for partition in (weight.ds_tensor for weight in weights):
                 if partition.is_cpu:  # DeepSpeed keeps small ones on the card
                     pin_in_place(partition)
+        lighten(self._engine.optimizer)
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, sharded

@@ -109,8 +109,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W [N, K] in bf16. Expanded anew at each access."""
-        return dequantize(self.quantized()).bfloat16()
+        """Of W's shape [N, K] and device, and NaN: what PEFT asks of a linear when it adds an adapter, where
+        expanding W would take five times the memory of W in fp32. `dequantize(self.quantized())` is W."""
+        shape = self.out_features, self.in_features
+        return torch.full((), torch.nan, dtype=torch.bfloat16, device=self.scale.device).expand(
+            shape
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""

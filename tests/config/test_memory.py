@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def estimate_for(model: str, kept: int, processes: int = 1, zero=None, **setting
         model, deepspeed={"zero_optimization": zero or {}}, processes=processes, **settings
     )
     return estimate(RELEASED[model], make_plan(recipe, processes), 4096, kept)
+
+
+def streamed(resident: float, checkpointed: float, base: str = "nf4_fp8") -> dict[str, Any]:
+    """Settings of a base in host memory."""
+    return {
+        "base_weights": base,
+        "base_placement": "host",
+        "base_resident": resident,
+        "activation_checkpointing": checkpointed,
+        "cuda_graphs": False,
+    }
 
 
 GOLDEN = json.loads(Path(__file__).with_name("memory_golden.json").read_text())
@@ -190,9 +202,39 @@ def test_quantised_weights_take_what_is_planned(name):
         (KLEIN_4B, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 15.5),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload_optimizer"}, 16.8),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
+        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2}, 74.04),
+        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2, "compute": "fp8"}, 74.05),
+        (KLEIN_4B, 4096, {"base_weights": "fp8", "activation_checkpointing": 22 / 25}, 6.08),
+        (
+            KLEIN_4B,
+            4096,
+            {
+                "base_weights": "fp8",
+                "base_placement": "sharded",
+                "zero": ZERO2,
+                "processes": 2,
+                "lora": Lora(rank=16, targets="all"),
+            },
+            10.65,
+        ),
+        (KLEIN_4B, 4096, streamed(0.5, 24 / 25, "fp8"), 4.05),
+        (KLEIN_9B, 4096, streamed(0.25, 28 / 32), 5.61),
+        (DEV, 4096, streamed(0.25, 52 / 56), 13.08),
+        (DEV, 4096, streamed(0.125, 1.0), 9.72),
+        (
+            DEV,
+            4096,
+            {
+                "base_weights": "nf4_fp8",
+                "activation_checkpointing": "full",
+                "offload_activations": True,
+                "cuda_graphs": False,
+            },
+            19.4,
+        ),
     ],
 )
-def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, settings, measured):
+def test_estimates_are_within_five_percent_of_measured_peaks(model, tokens, settings, measured):
     settings = dict(settings)
     zero, processes = settings.pop("zero", {}), settings.pop("processes", 1)
     deepspeed = zero if isinstance(zero, str) else {"zero_optimization": zero}
@@ -200,7 +242,7 @@ def test_estimates_are_within_seven_percent_of_measured_peaks(model, tokens, set
     recipe, spec = recipe_for(model, processes, **settings), RELEASED[model]
     plan = make_plan(recipe, processes)
     memory = estimate(spec, plan, tokens, kept_blocks(spec, plan, tokens, math.inf))
-    assert memory.on_card / GIB == pytest.approx(measured, rel=0.07)
+    assert memory.on_card / GIB == pytest.approx(measured, rel=0.05)
 
 
 def test_offload_moves_and_processes_divide():
@@ -290,7 +332,6 @@ def test_stage_3_divides_the_base_and_gathers_some_of_it():
         parts = estimate_for(DEV, 0, processes=4, zero=zero, base_weights=base)
         assert parts.card["base weights"] == pytest.approx(whole.card["base weights"] / 4)
         assert parts.card["gathered weights"] == 5e8 * stored
-        assert parts.card["working"] == whole.card["working"]
     everything = zero | {"stage3_max_live_parameters": 10**12}
     small = estimate_for(KLEIN_4B, 0, processes=2, zero=everything)
     # Never more than all of it.
@@ -325,8 +366,9 @@ def test_offloaded_inputs_leave_the_card_for_the_host():
         away = estimate_for(DEV, kept, offload_activations=True)
         assert away.host == {"activations": (64 * singles + (64 + 8) * doubles) * 2**20}
         stream = 4608 * 6144 * 2
-        saved = here.on_card - away.on_card
-        assert saved == pytest.approx((singles + doubles) * stream)
+        saved = here.card["activations"] - away.card["activations"]
+        last = 11 * stream * (kept > 0)  # which otherwise is in what a block works with
+        assert saved == pytest.approx((singles + doubles) * stream - last)
 
 
 def test_cuda_graphs_are_counted_where_there_is_room():
@@ -487,7 +529,7 @@ def test_what_the_first_step_adds_is_known_before_it():
 
 
 @pytest.mark.parametrize("validation_fraction", [0.0, 0.1])
-@pytest.mark.parametrize("room", [28, 32])
+@pytest.mark.parametrize("room", [27.7, 32])
 def test_blocks_are_kept_before_passes_are_recorded(room, validation_fraction):
     """Where memory is short the card is busy, and a recomputed block costs more than Python does."""
     recipe = recipe_for(deepspeed="zero0", base_weights="nf4_fp8")

@@ -19,8 +19,9 @@ from flux2_ds.model.load import read_weights
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 
+CPU = torch.device("cpu")
 DEVICES = [
-    torch.device("cpu"),
+    CPU,
     pytest.param(
         torch.device("cuda"),
         marks=[
@@ -55,7 +56,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(
     files: Path,
     streamed: Any,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     *,
     base: str | None = None,
     dtype: torch.dtype = torch.bfloat16,

@@ -123,8 +123,9 @@ def test_lokr_and_loha_are_those_of_peft(which: str, mode: str | None) -> None:
         dtype, linear = torch.bfloat16, base(torch.bfloat16)
     elif mode is not None:
         linear = QuantizedLinear(linear.weight, *BASE_WEIGHTS[mode])
-    plain = base()
-    plain.weight.data = linear.weight.float()
+    plain, quantized = base(), isinstance(linear, QuantizedLinear)
+    stored = dequantize(linear.quantized()).bfloat16() if quantized else linear.weight.data
+    plain.weight.data = stored.float()
     layer = product_layer(linear, copy.deepcopy(config))
     theirs = inject_adapter_in_model(config, nn.ModuleDict({"linear": plain})).linear
     parameters = trained(layer)
@@ -257,7 +258,7 @@ def test_a_quantised_base(mode: str, dora: bool) -> None:
     storage, compute = BASE_WEIGHTS[mode]
     linear = QuantizedLinear(base().weight, storage, compute)
     plain = base()
-    plain.weight.data = linear.weight.float()
+    plain.weight.data = dequantize(linear.quantized()).bfloat16().float()
     expected = run(adapted(plain, ours=False, dora=dora))
     found = run(adapted(linear, ours=True, dora=dora))
     tolerance = {"bf16": 0.005, "int8": 0.02, "fp8": 0.06}[compute]
