@@ -1,6 +1,6 @@
 """No update is lost to rounding: trainable weights have fp32 masters in every precision.
 
-bf16 has 8 bits: at a weight of 0.25, steps of 1e-4 vanish. After 50 steps at that learning rate nearly
+bf16 has 8 bits: at a weight of 0.25, steps of 1e-4 vanish. After 5 steps at that learning rate nearly
 every element must have moved.
 """
 
@@ -16,7 +16,7 @@ from flux2_ds.config.plan import make_plan
 from flux2_ds.config.recipe import Data, Launch, Model, Recipe
 from flux2_ds.model import transformer
 
-STEPS, LEARNING_RATE, RANK = 50, 1e-4, 4
+STEPS, LEARNING_RATE, RANK = 5, 1e-4, 4
 # ZeRO holds fp32 copies of whatever it partitions. Without it only an adapter has them, being fp32 itself.
 COMBINATIONS: list[tuple[str, str, str | dict]] = [
     ("fp32", "lora", {}),

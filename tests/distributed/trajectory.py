@@ -157,7 +157,8 @@ def learning_rate_of(settings: dict[str, Any]) -> float:
 
 
 def run_case(case: dict[str, Any], process: Any) -> list[float]:
-    """Train one case; `load` and `save` name a checkpoint root. Losses are those of this run.
+    """Train one case; `load` and `save` name a checkpoint root, `load_at` a step if not the newest, `save_at` one before
+    the last. Losses are those of this run.
 
     `optimizer`, `learning_rate`, `dtype`, `rank`, `spread`, `base_weights`, `compute` and `blocks` replace the defaults;
     `rehearse`: two passes before the first step that are none of the training's. `replayed`: passes are
@@ -247,7 +248,12 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
         assert bucket == sum(getattr(p, "ds_numel", p.numel()) for p in trained)
     first = 0
     if "load" in case:
-        found, _ = checkpoint.newest(Path(case["load"]))
+        root, at = Path(case["load"]), case.get("load_at")
+        found = (
+            checkpoint.newest(root)[0]
+            if at is None
+            else checkpoint.Checkpoint(checkpoint.checkpoint_path(root, at), at)
+        )
         assert found is not None
         engine.state.load(found)
         first = found.step
