@@ -263,7 +263,9 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
     else:
         card += stream * (spec.blocks - kept)
     # The block that runs: its intermediates, and its widest weight as the product reads it.
-    working = (_WORKING_LATE if late else _WORKING) * stream + expanded_bytes(spec, recipe.base_weights)
+    working = (_WORKING_LATE if late else _WORKING) * stream + expanded_bytes(
+        spec, recipe.base_weights
+    )
     if recipe.method == "loha":  # its factors as those of a LoRA of rank r²
         each = [run.element * linear.rank**2 * (linear.rows + linear.columns)
                 for linear in adapted_linears(spec, recipe.lora).values()]  # fmt: skip
