@@ -130,8 +130,8 @@ def plan(argv: list[str]) -> None:
     except UserError as error:
         problems.append(str(error))
     if not options.json:
-        lines = [*origin_lines(argv), *the_plan.lines(spec), *(memory.lines() if memory else [])]
-        print("\n".join([*lines, *data_lines(recipe, data)]))
+        lines = [*the_plan.lines(spec), *(memory.lines() if memory else [])]
+        print("\n".join([*lines, *data_lines(recipe, data), *origin_lines(argv)]))
     elif memory:
         print(json.dumps(memory.values(), indent=2))
     # Last, because the figures are of use all the same: what `train` would refuse.

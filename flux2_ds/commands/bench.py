@@ -58,7 +58,7 @@ from flux2_ds.model import latents, transformer
 from flux2_ds.model.load import fill_randomly
 from flux2_ds.run.atomic import atomic_write_text, make_private
 from flux2_ds.run.environment import rank_and_world_size
-from flux2_ds.run.logging import set_up_console, set_up_log
+from flux2_ds.run.logging import set_up_console, set_up_log, stdout_to_stderr
 from flux2_ds.run.run_dir import with_adapter_file
 from flux2_ds.run.watchdog import Watchdog
 from flux2_ds.training.build import (
@@ -109,7 +109,8 @@ def main() -> None:
     with watched(rank, world_size):
         if options.json:
             log.setLevel(logging.WARNING)
-        result = bench(recipe, options)
+        with stdout_to_stderr():
+            result = bench(recipe, options)
         if rank == 0:
             text = json.dumps(result, indent=2)
             print(text if options.json else "\n".join(lines(result)), flush=True)

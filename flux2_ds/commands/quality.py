@@ -15,9 +15,7 @@ import gc
 import json
 import logging
 import statistics
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +37,7 @@ from flux2_ds.distributed import Process, destroy_process_group, init_process_gr
 from flux2_ds.errors import UserError, run_root
 from flux2_ds.model import transformer
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
-from flux2_ds.run.logging import set_up_console
+from flux2_ds.run.logging import set_up_console, stdout_to_stderr
 from flux2_ds.run.run_dir import with_adapter_file
 from flux2_ds.training.build import build_engine, build_loader, build_model, build_objective
 from flux2_ds.training.step import seed_dropout, train_step
@@ -172,7 +170,7 @@ def main() -> None:
         raise UserError(
             f"lora.init is {recipe.lora.init}, which goes with a plain base alone. Set lora.init: gaussian."
         )
-    with redirect_stdout(sys.stderr):  # on which DeepSpeed prints
+    with stdout_to_stderr():
         results = compare(in_steps(recipe), modes, options.batches)
     if options.image is not None:
         draw(results, Path(options.image))

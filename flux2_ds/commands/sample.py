@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -67,7 +68,8 @@ from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.model.text_encoder import TextEncoder
 from flux2_ds.prepare.captions import text_precision
 from flux2_ds.run.atomic import atomic_write_text
-from flux2_ds.run.logging import set_up_console
+from flux2_ds.run.logging import progress_bar, set_up_console
+from flux2_ds.run.report import write_report
 from flux2_ds.run.run_dir import Weights, export_path, trained_recipe
 from flux2_ds.training.previews import Prompt, as_prompt, grid, open_reference, render
 
@@ -132,28 +134,40 @@ def main() -> None:
         pipeline = load_image_pipeline(directory, spec, model, device)
     del model
     previews = [replace(recipe.preview, seed=seed) for seed in request.seeds]
-
-    def column() -> list[Image.Image]:
-        return [
-            render(pipeline, each, prompt, references) for prompt in prompts for each in previews
-        ]
-
     held = recipe.base_weights or recipe.precision
-    with enough_memory(recipe, IMAGE):
-        columns = {f"base model, {held}": column()}
+    kinds = 1 + len(request.strengths)
+    images = kinds * len(prompts) * len(previews)
+    columns: dict[str, list[Image.Image]] = {}
+
+    def add_column(title: str) -> None:
+        columns[title] = []
+        log.info("rendering  %s: %d of %d images", title, images // kinds, images)
+        for text, prompt in zip(recipe.preview.prompts, prompts, strict=True):
+            for each in previews:
+                done = sum(map(len, columns.values()))
+                short = textwrap.shorten(text, 40, placeholder=" …")
+                bar.set_description(f"image {done + 1} of {images}, {short}")
+                columns[title].append(render(pipeline, each, prompt, references, bar.update))
+
+    steps = images * recipe.preview.steps
+    with enough_memory(recipe, IMAGE), progress_bar("", steps, "pass") as bar:
+        add_column(f"base model, {held}")
         if recipe.method == "full":
             # Two of them need not fit into memory.
             pipeline.transformer = None
             pipeline.transformer = load_transformer(recipe, trained.parent, device)
-            columns[request.title] = column()
+            add_column(request.title)
         else:
             put_adapter(pipeline.transformer, adapter)
             for strength in request.strengths:
                 set_strength(pipeline.transformer, strength)
                 times = "" if request.strengths == [1.0] else f" × {strength:g}"
-                columns[request.title + times] = column()
+                add_column(request.title + times)
     count = write_images(request, output, columns)
     log.info("rendered %d images over %s with %s: %s", count, held, trained, output)
+    run_dir = Path(recipe.run_dir)
+    if output.parent == run_dir / "samples" and (page := write_report(run_dir)):
+        log.info("report     %s", page)
 
 
 def read_request() -> Request:
@@ -181,7 +195,8 @@ def read_request() -> Request:
     if options.output is not None:
         check_format("--output", Path(options.output))
     check_recipe(recipe)
-    seeds, strengths = options.seeds or [recipe.preview.seed], options.strengths
+    seeds = options.seeds or [recipe.preview.seed]
+    strengths = list(dict.fromkeys(options.strengths))  # a column each
     for each in seeds:
         if not 0 <= each < 2**63:
             raise UserError(f"--seeds has {each}; a seed is between 0 and 2⁶³ - 1.")

@@ -149,7 +149,9 @@ def origin_lines(argv: list[str]) -> list[str]:
         places.setdefault(where, []).append(setting)
     if len(places) < 2:
         return []
-    return [f"settings   {', '.join(names)}: {where}" for where, names in places.items()]
+    first, *later = places
+    lines = [f"settings   {', '.join(places[where])}: {where}" for where in later]
+    return [*lines, f"settings   all others: {first}"]
 
 
 def _choose_length(options: Namespace, given: dict[str, str]) -> None:

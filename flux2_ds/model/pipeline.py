@@ -134,7 +134,9 @@ def _build(directory: Path, spec: Spec, **given: Any) -> Any:
     if spec.variant == "klein":
         index = json.loads((directory / "model_index.json").read_text())
         parts["is_distilled"] = index.get("is_distilled", False)
-    return getattr(diffusers, spec.pipeline)(**parts)
+    pipeline = getattr(diffusers, spec.pipeline)(**parts)
+    pipeline.set_progress_bar_config(disable=True)  # ours says of what it is
+    return pipeline
 
 
 def load_tokenizer(directory: Path, spec: Spec) -> Any:

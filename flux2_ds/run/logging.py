@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,6 +65,20 @@ def clear_line(descriptor: int) -> bytes:
     return b"\r\x1b[K" if os.isatty(descriptor) else b""
 
 
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what DeepSpeed prints, and the compilers that it starts: a result has stdout to itself."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
+
+
 class Line(logging.Formatter):
     """`12:03:45 message`; what is more than a message says so."""
 
@@ -89,7 +104,9 @@ def once(text: str) -> Callable[[logging.LogRecord], bool]:
 
 def set_up_console() -> None:
     """Log lines as they are, for a command that is one process."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(
+        handlers=[Console()], format="%(message)s", level=logging.WARNING, force=True
+    )
     logging.getLogger("flux2_ds").setLevel(logging.INFO)
 
 

@@ -45,7 +45,7 @@ _ALIVE = 60.0
 
 CHARTS = {
     "Loss": r"train/loss|train/loss_smoothed|validation/loss",
-    "Loss by t": r"train/loss_(t.+)",
+    "Loss by timestep t, in %": r"train/loss_(t.+)",
     "Loss by purpose": r"train/loss_(images|regularization|preservation)",
     "Held-out loss by part": r"validation/loss_(.+)",
     "Gain over the base": r"validation/gain_?(.*)",
@@ -57,6 +57,7 @@ CHARTS = {
     "TFLOP/s of a rank": r"perf/tflops",
     "Share of the card's peak": r"perf/mfu",
     "Seconds between the fastest rank and the slowest": r"perf/rank_spread_seconds",
+    "Seconds that a checkpoint held up training": r"perf/checkpoint_stall_seconds",
     "Memory, GiB": r"memory/(.+)_gib",
 }
 """Charts by title: a metric is in the first whose pattern it matches, or in one of its own. The group is its label."""
@@ -82,6 +83,8 @@ PLAN = (
 """Lines of the log's start that say what was planned; each name takes ten columns."""
 _MEMORY = re.compile(r"memory +peak ([\d.]+) GiB, predicted ([\d.]+) GiB")
 _LINE = re.compile(r"(\d\d):(\d\d):(\d\d) (?:(warning|error): )?(.*)")
+_HARDWARE = re.compile(r"  on +(.+), ZeRO stage \d")
+"""In the start banner, whose lines have no time."""
 _START = re.compile(r"== (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) process \d+ on (.*)")
 _TOLD = re.compile(r"(continuing after step|stopped by|accepted:|done in|nothing to do)")
 """Lines that are events, beside warnings and errors."""
@@ -182,6 +185,8 @@ class RunReport:
             facts["seconds a step"] = f"{statistics.median(v for _, v in paces):.3g}"
         if rates:
             facts["samples a second"] = f"{statistics.median(v for _, v in rates):.3g}"
+        if "hardware" in self.plan:
+            facts["on"] = self.plan["hardware"]
         if self.memory:
             facts["peak memory"] = f"{self.memory[0]:.1f} GiB a GPU"
         if "parameters" in self.plan:
@@ -334,6 +339,8 @@ def _log_events(file: Path, report: RunReport | None) -> Iterator[Event]:
             yield Event(now, "start", f"started {'again ' * (starts > 1)}on {start[2]}")
             continue
         found = _LINE.match(line)
+        if report and (hardware := _HARDWARE.match(line)):
+            report.plan["hardware"] = hardware[1]
         if not found:
             if line.startswith("error: "):
                 yield Event(now, "error", line.removeprefix("error: "))

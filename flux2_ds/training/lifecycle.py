@@ -15,8 +15,8 @@ import torch
 from flux2_ds.config.memory import GIB, Memory, out_of_memory
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.run.metrics import METRICS_NAME, best_held_out, draw_loss_if_missing, read_metrics
-from flux2_ds.run.report import write_report
+from flux2_ds.run.metrics import METRICS_NAME, draw_loss_if_missing, read_metrics
+from flux2_ds.run.report import RunReport, write_report
 from flux2_ds.run.run_dir import RECIPE_NAME, changed_settings, is_finished, write_run_dir
 from flux2_ds.training.build import Run
 from flux2_ds.training.inputs import Inputs
@@ -91,8 +91,8 @@ def log_memory(expected: Memory, device: torch.device) -> None:
 
 def log_end(run_dir: Path, finished: bool) -> None:
     """Say what came of the run, and the next command to paste."""
-    if best := best_held_out(read_metrics(run_dir / METRICS_NAME)):
-        log.info("best       held-out loss %.4f, at step %d", best[1], best[0])
+    facts = RunReport("", run_dir, {}, read_metrics(run_dir / METRICS_NAME)).facts()
+    log.info("result     %s", ", ".join(f"{name} {fact}" for name, fact in facts.items()))
     if page := write_report(run_dir):
         log.info("report     %s", page)
     recipe = shlex.quote(str(run_dir / RECIPE_NAME))

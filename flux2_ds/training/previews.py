@@ -113,7 +113,6 @@ class Previews:
             pipeline = load_image_pipeline(
                 self._directory, self._spec, self._engine.model, self._process.device
             )
-            pipeline.set_progress_bar_config(disable=True)
             last = len(self._prompts) - 1
             world_size = self._process.world_size
             # As many in every rank, because at stage 3 all of them take part in each forward pass.
@@ -185,7 +184,7 @@ def render(
     preview: Preview,
     prompt: Prompt,
     references: list[Image.Image],
-    heartbeat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> Image.Image:
     """One image; the same prompt starts from the same noise every time. `heartbeat` is called at each step."""
 

@@ -678,7 +678,7 @@ def test_a_preset_is_laid_over_the_recipe_of_a_card(preset, monkeypatch, capsys)
     assert origin["lora.rank"] == origin["optimizer.learning_rate"] == str(preset)
     length = "steps" if recipe.epochs is None else "epochs"
     assert origin[length] == str(preset) and len({"steps", "epochs"} & origin.keys()) == 1
-    assert Path(origin["model.path"]).stem == arguments[1]
+    assert Path(origin["all others"]).stem == arguments[1]
     with pytest.raises(UserError, match=r"not given: .*model\.path.* before it: --config gpu24gb"):
         load_recipe(preset)  # alone
 

@@ -11,7 +11,7 @@ import sys
 import termios
 from pathlib import Path
 
-from flux2_ds.run.logging import once
+from flux2_ds.run.logging import once, stdout_to_stderr
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """\
@@ -39,6 +39,14 @@ def test_a_full_disk_is_said_once_and_the_console_has_everything(tmp_path):
         *(f"line {number}" for number in range(999)),
     ]
     assert (tmp_path / "rank_0.log").read_text().endswith("first\n")
+
+
+def test_what_libraries_print_leaves_stdout_to_the_result(capfd):
+    with stdout_to_stderr():
+        print("a library")
+        subprocess.run(["echo", "its compiler"], check=True)
+    print("the result")
+    assert capfd.readouterr() == ("the result\n", "a library\nits compiler\n")
 
 
 def test_a_message_that_repeats_passes_once(caplog):

@@ -36,6 +36,8 @@ LOG = """\
 23:58:01 variant    FLUX.2-klein, 2 double + 3 single blocks
 {plan}
 23:58:02 parameters 247,808 trained
+23:58:03 training
+  on      2 × NVIDIA H100, ZeRO stage 2
 23:59:59 warning: step 2: previews of 64x64 cannot be made (disk full); training goes on
 00:00:30 stopped by SIGTERM after step 20
 == 2026-03-02 08:00:00 process 9 on node01
@@ -112,6 +114,7 @@ def test_the_page_says_what_happened(tmp_path):
         "finished, 40 steps",
         "best held-out loss 0.5000 at step 40",
         "time in steps 0:01:20",
+        "on 2 × NVIDIA H100",
         "peak memory 20.0 GiB a GPU",
         "memory a GPU 21.0 GiB peak 20.0 GiB (+5% predicted)",
         "40 = 160 samples 40 steps, 160 samples, 10 epochs",
