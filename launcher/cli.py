@@ -375,7 +375,7 @@ def run_module(module: str, argv: list[str], **variables: str) -> NoReturn:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "recipes": ("list the recipes that come with flux2-ds", recipes),
-    "prepare": ("encode photographs and captions into shards", prepare),
+    "prepare": ("encode images and captions into shards", prepare),
     "inspect": (
         "show what will be trained on: prompt, latents, timesteps, targets",
         partial(run_module, "flux2_ds.commands.inspect"),
@@ -385,7 +385,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("train on this machine's GPUs, on CPU processes or over a hostfile", train),
     "slurm": ("print (or --submit) an sbatch script that trains", slurm),
     "export": (
-        "write a checkpoint in the form diffusers loads",
+        "write what was trained for diffusers, ComfyUI and other programs",
         partial(run_module, "flux2_ds.commands.export"),
     ),
     "sample": (
@@ -402,7 +402,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     ),
     "bench": ("time the recipe's training step, without model files or data", bench),
     "quality": (
-        "compare training over quantised bases with training over the plain one",
+        "compare training over quantized bases with training over the plain one",
         partial(run_module, "flux2_ds.commands.quality"),
     ),
     "bench-data": (

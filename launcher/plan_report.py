@@ -73,14 +73,28 @@ class MemoryPlan:
         found.append(f"fits       {'yes' if self.fits else 'no'}")
         if not self.others:
             return [*found, "           nothing does: more or larger GPUs, or a smaller model"]
-        found.append("what fits, fastest first, with the flags that make it so:")
+        found.append("what fits, fastest first, with the flags that make it so (--json has all):")
         found.append("  GPU GiB  host GiB")
         found += [
             f"  {choice.memory.on_card / GIB:7.1f}  {choice.memory.needed_on_host * self.per_host / GIB:8.1f}"
             f"  {self.flags(choice)}"
-            for choice in self.others
+            for choice in self.worth_a_line()
         ]
         return found
+
+    def worth_a_line(self) -> list[Choice]:
+        """The others, but those that hardly need less than a faster one over the same base."""
+        kept: list[Choice] = []
+        for choice in self.others:
+            card, host = choice.memory.on_card, choice.memory.needed_on_host
+            if not any(
+                faster.base_weights == choice.base_weights
+                and 0.95 * faster.memory.on_card <= card
+                and faster.memory.needed_on_host <= host
+                for faster in kept
+            ):
+                kept.append(choice)
+        return kept
 
     def flags(self, choice: Choice) -> str:
         """The settings in which a choice differs from the recipe, for a command line."""

@@ -504,6 +504,22 @@ def test_host_memory_is_of_each_host(launch, hosts, shared):
     assert f"host       {needed / GIB:.1f} GiB = {shared} processes × " in "\n".join(found.lines())
 
 
+def test_a_reader_gets_what_needs_less_than_something_faster():
+    """One of the fastest over each base, and for each that is left out such a one that needs as little."""
+    plan = make_plan(recipe_for(base_weights="fp8"), 1)
+    found = plan_memory(plan, Hosts(1), None, "80GiB", None)
+    kept = found.worth_a_line()
+    assert len(kept) <= 12 < 30 < len(found.others)
+    for choice in found.others:
+        assert choice in kept or any(
+            other.base_weights == choice.base_weights
+            and other.memory.on_card <= 1.06 * choice.memory.on_card
+            and other.memory.needed_on_host <= choice.memory.needed_on_host
+            for other in kept
+        )
+    assert {choice.base_weights for choice in kept} == {c.base_weights for c in found.others}
+
+
 def test_sizes():
     assert size("--gpu", "24GiB") == 24 * GIB
     assert size("--host", "64 GB") == 64e9
