@@ -186,7 +186,7 @@ class RunReport:
         if rates:
             facts["samples a second"] = f"{statistics.median(v for _, v in rates):.3g}"
         if "hardware" in self.plan:
-            facts["on"] = self.plan["hardware"]
+            facts["hardware"] = self.plan["hardware"]
         if self.memory:
             facts["peak memory"] = f"{self.memory[0]:.1f} GiB a GPU"
         if "parameters" in self.plan:

@@ -114,7 +114,7 @@ def test_the_page_says_what_happened(tmp_path):
         "finished, 40 steps",
         "best held-out loss 0.5000 at step 40",
         "time in steps 0:01:20",
-        "on 2 × NVIDIA H100",
+        "hardware 2 × NVIDIA H100",
         "peak memory 20.0 GiB a GPU",
         "memory a GPU 21.0 GiB peak 20.0 GiB (+5% predicted)",
         "40 = 160 samples 40 steps, 160 samples, 10 epochs",
