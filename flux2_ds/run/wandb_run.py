@@ -198,6 +198,7 @@ class WandbRun:
             log.warning("W&B cannot be reached (%s); its run stays offline", _first_line(error))
             wandb.teardown()  # frees the run's id
             run = self._init("offline")
+        run.define_metric(STEP, hidden=True)  # the axis is no chart
         run.define_metric("*", step_metric=STEP)
         for name in ("train/loss", "validation/loss"):  # the table of runs shows the best
             run.define_metric(name, step_metric=STEP, summary="min,last")

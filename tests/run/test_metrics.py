@@ -441,6 +441,8 @@ def test_an_offline_run_reads_back_with_every_series(run_dir):
     assert (list(run.tags), run.notes, again.run_id) == (["a", "b"], "why", run.run_id)
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert (config["seed"], config["derived"]) == (0, {"world_size": 2})
+    hidden = {r.metric.name for r in records if r.HasField("metric") and r.metric.options.hidden}
+    assert hidden == {"optimizer_step"}
     best = {r.metric.name for r in records if r.HasField("metric") and r.metric.summary.min}
     assert best == {"train/loss", "validation/loss"}
     (alert,) = [r.alert for r in records if r.HasField("alert")]
@@ -488,7 +490,12 @@ def test_the_last_alert_of_a_run_is_sent_before_its_process_ends(run_dir, monkey
     monkeypatch.setattr(wandb_run, "_ALERT", 60.0)  # W&B has only just been asked to start
     metrics = start(run_dir, "offline", alerts=True)
     metrics.alert("the run has ended", "the loss is nan at step 4", last=True)
-    records = list(wandb_records(run_dir))  # without close(), which an error leaves out
+    # Without close(), which an error leaves out; W&B's service writes down what it has taken.
+    deadline = time.monotonic() + 60
+    while not any(r.HasField("exit") for r in wandb_records(run_dir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    records = list(wandb_records(run_dir))
     assert [r.alert.text for r in records if r.HasField("alert")] == ["the loss is nan at step 4"]
     assert [r.exit.exit_code for r in records if r.HasField("exit")] == [1]
 
