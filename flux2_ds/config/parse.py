@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from flux2_ds.config.recipe import IN_EPOCHS, Recipe
-from flux2_ds.config.settings import PATH, flat, settings_of
+from flux2_ds.config.settings import PATH, flat, help_of, settings_of
 from flux2_ds.errors import USER_INFO, UserError, did_you_mean, shown
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 RENAMED = {
     "activations": "activation_checkpointing (none for keep, full for recompute, 1 - x for a share x)",
@@ -60,6 +58,15 @@ class RecipeParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Refuse in one line, in words that a setting's type has for people."""
         raise UserError(_in_one_line(message, self))
+
+    def format_help(self, *given: Any) -> str:
+        """What `--help` prints. Reading the settings' docstrings would be a third of every other start."""
+        for action in self._actions:
+            if action.dest in settings_of(Recipe):
+                action.help = settings_of(Recipe)[action.dest].help
+        for name, group in (self.groups or {}).items():
+            group.title = help_of(Recipe).get(name, str(group.title)).rstrip(".")
+        return str(super().format_help(*given))
 
     def dump(self, cfg: Namespace, **options: Any) -> str:
         """The settings in YAML."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from docstring_parser import parse_from_object
 
 from flux2_ds.config.parse import shipped_recipes
 from flux2_ds.config.recipe import Recipe
@@ -47,7 +46,7 @@ def page() -> str:
             section = setting.owner
             name = setting.name.rpartition(".")[0]
             title = f"`{name}`" if name else "Top level"
-            text += f"\n## {title}\n\n{_line(section.__doc__)}\n\n| setting | value | default | |\n|---|---|---|---|\n"
+            text += f"\n## {title}\n\n{' '.join(str(section.__doc__).split())}\n\n| setting | value | default | |\n|---|---|---|---|\n"
         text += f"| {' | '.join(_cell(value) for value in _row(setting))} |\n"
     return text
 
@@ -60,19 +59,8 @@ def _row(setting: Setting) -> tuple[str, str, str, str]:
         f"`{short}`{star}",
         ", ".join([_words(setting.hint), *ranges]),
         _default(setting),
-        _help(setting),
+        setting.help,
     )
-
-
-def _help(setting: Setting) -> str:
-    for param in parse_from_object(setting.owner).params:
-        if param.arg_name == setting.field.name:
-            return _line(param.description)
-    return ""
-
-
-def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
 
 
 def _default(setting: Setting) -> str:

@@ -11,6 +11,8 @@ from functools import cache
 from operator import attrgetter
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from docstring_parser import parse_from_object
+
 from flux2_ds.errors import UserError, shown
 
 
@@ -69,6 +71,18 @@ class Setting:
     """Its type, without the marks."""
     marks: tuple[Any, ...]
     """Of the setting and its section."""
+
+    @property
+    def help(self) -> str:
+        """What its docstring says."""
+        return help_of(self.owner).get(self.field.name, "")
+
+
+@cache
+def help_of(kind: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass, in one line."""
+    params = parse_from_object(kind).params
+    return {each.arg_name: " ".join((each.description or "").split()) for each in params}
 
 
 @cache
