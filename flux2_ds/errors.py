@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -9,6 +10,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -49,6 +51,14 @@ class OutageError(UserError):
     code = EXIT_FAILURE
 
 
+class Arguments(argparse.ArgumentParser):
+    """The command line of a command that takes no recipe; its faults are a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line."""
+        raise UserError(f"{message}. `{self.prog} --help` lists the options.")
+
+
 def run_root(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one clear message and its exit code."""
     try:
@@ -82,6 +92,12 @@ def shown(value: str) -> str:
     """A value as an error repeats it: short, and on one line."""
     text = value if value.isprintable() else ascii(value)[1:-1]
     return f"{text[:60]}..." if len(text) > 64 else text or "''"
+
+
+def counted(count: float, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{plural * (count != 1)}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -34,7 +34,15 @@ from flux2_ds.data.dataset import (
     validation_line,
 )
 from flux2_ds.data.index import Index, is_prepared
-from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean, run_root
+from flux2_ds.errors import (
+    EXIT_FAILURE,
+    EXIT_USER_ERROR,
+    Arguments,
+    UserError,
+    counted,
+    did_you_mean,
+    run_root,
+)
 from flux2_ds.run.run_dir import with_adapter_file
 from launcher.commands import BENCH, PREPARE, start_commands
 from launcher.doctor import check_zero, examine
@@ -155,7 +163,10 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
         return [f"data       {recipe.data.shards} {waits}"]
     index, validation = data
     order = build_order(recipe, index)
-    lines = [f"data       {index.samples} samples, {length_line(recipe, order)}", *order.warnings()]
+    lines = [
+        f"data       {counted(index.samples, 'sample')}, {length_line(recipe, order)}",
+        *order.warnings(),
+    ]
     more = [*index.stored_lines(), *mask_and_reference_lines(recipe, index)]
     lines += [f"           {line}" for line in more]
     return lines + [f"held out   {validation_line(recipe, validation)}"] * bool(validation.samples)
@@ -321,10 +332,11 @@ def slurm(argv: list[str]) -> None:
 def check_inputs(recipe: Recipe, data: tuple[Index, Index] | None) -> None:
     """Refuse before the start what the ranks would; `data` is None while nothing is prepared.
 
-    A model that is not in a local directory yet is recognised when it has been fetched.
+    A model that is not on this machine yet is recognised when it has been fetched.
     """
-    spec = spec_here(recipe.model.path, allow_distilled=recipe.model.allow_distilled)
-    check_run(recipe, data, spec, Path(recipe.model.path) if spec else None)
+    model = recipe.model
+    spec = spec_here(model.path, model.revision, allow_distilled=model.allow_distilled)
+    check_run(recipe, data, spec, Path(model.path) if Path(model.path).is_dir() else None)
     check_zero(recipe)
 
 
@@ -362,7 +374,7 @@ def read(
 
 def recipes(argv: list[str]) -> None:
     """List the shipped recipes, which `--config` takes by name."""
-    argparse.ArgumentParser("flux2-ds recipes").parse_args(argv)
+    Arguments("flux2-ds recipes").parse_args(argv)
     print("\n".join(recipe_lines()))
 
 

@@ -42,7 +42,7 @@ from flux2_ds.config.recipe import Recipe, is_url
 from flux2_ds.data.dataset import in_steps, read_data, run_checks
 from flux2_ds.data.images import is_image
 from flux2_ds.data.index import is_prepared
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import UserError, counted, run_root
 from flux2_ds.run.run_dir import (
     checkpoint_steps,
     checkpoints_directory,
@@ -165,7 +165,7 @@ def check_gpus(findings: Findings, processes: int) -> None:
     findings.facts |= {"gpus": kinds, "driver": cards[0][1]}
     text = f"{kinds}, driver {cards[0][1]}"
     if len(cards) < processes:
-        findings.fail("gpus", f"{text}; {processes} processes need as many", "ask for fewer")
+        findings.fail("gpus", f"{text}; there are {processes} processes", "ask for fewer")
         return
     findings.ok("gpus", text)
     # A card that something else holds memory on: 1 GiB is more than any driver takes.
@@ -191,12 +191,16 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     plan = refuses("recipe", lambda: make_plan(recipe, processes))
     if plan is not None:
         findings.ok("recipe", plan.lines()[1].removeprefix("batch").strip())
-    model, before = Path(recipe.model.path), len(findings.lines)
-    allowed = recipe.model.allow_distilled
-    spec = refuses("model", lambda: spec_here(recipe.model.path, allow_distilled=allowed))
-    directory, fetched = model if spec else None, True
+    before, model = len(findings.lines), recipe.model
+    spec = refuses(
+        "model",
+        lambda: spec_here(model.path, model.revision, allow_distilled=model.allow_distilled),
+    )
+    directory = Path(model.path) if Path(model.path).is_dir() else None
+    fetched = True
     if spec is not None:
-        findings.ok("model", f"{spec} in {model}")
+        where = directory or "the hub's cache"
+        findings.ok("model", f"{spec} in {where}")
     elif len(findings.lines) == before:  # the id of a model
         fetched = check_cache(findings, recipe)
         spec = RELEASED.get(recipe.model.path)
@@ -210,7 +214,10 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
         before = len(findings.lines)
         refuses(name, check)
         if name == "shards" and data is not None and len(findings.lines) == before:
-            findings.ok("shards", f"{data[0].samples} samples in {len(data[0].shards)} shards")
+            findings.ok(
+                "shards",
+                f"{counted(data[0].samples, 'sample')} in {counted(len(data[0].shards), 'shard')}",
+            )
     if recipe.log.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or has_netrc_key()):
         findings.warn("wandb", "online, but no key; it will stay offline", "wandb login")
 

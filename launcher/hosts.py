@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_ds.config.recipe import Launch
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 
 _HOST_LINE = re.compile(r"(?P<name>[\w\[][\w.:@%\[\]-]*)\s+slots=(?P<slots>\d{1,6})", re.ASCII)
 """A name that ssh takes for an option, or a shell for more than a word, is none."""
@@ -81,7 +81,7 @@ def check_gpus(hosts: Hosts) -> None:
     visible = visible_gpus(named_devices())
     if hosts.processes > visible:
         raise UserError(
-            f"{hosts.processes} processes (launch.processes or --gpus) need as many GPUs; this "
+            f"{counted(hosts.processes, 'process')} (launch.processes or --gpus) for as many GPUs; this "
             f"machine shows {visible}. Ask for fewer, or correct CUDA_VISIBLE_DEVICES."
         )
 

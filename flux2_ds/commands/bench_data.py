@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import signal
 import sys
@@ -36,7 +37,7 @@ from flux2_ds.data.loader import Loader, Share
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import LATENT, TEXT, Record, View, unpack_text, write_shard
 from flux2_ds.data.storage import Blob, join
-from flux2_ds.errors import run_root
+from flux2_ds.errors import Arguments, UserError, run_root
 
 BUCKET = Bucket(1024, 1024)
 MODELS = {"dev": (15360, 160, 0.80), "klein-9b": (12288, 512, 0.24), "klein-4b": (7680, 512, 0.13)}
@@ -49,7 +50,7 @@ Values = dict[str, object]
 
 def main() -> None:
     """Entry point of `flux2-ds bench-data`."""
-    parser = argparse.ArgumentParser("flux2-ds bench-data", description="Measure the loader.")
+    parser = Arguments("flux2-ds bench-data", description="Measure the loader.")
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON")
     add("--gb", type=float, default=1.0, help="size of the shards of each model, in GB")
@@ -59,6 +60,13 @@ def main() -> None:
     add("--rounds", type=int, default=3, help="readings of each, in turns; the best counts")
     add("--work", type=Path, help="folder on the disk to measure; default: the temporary one")
     options = parser.parse_args()
+    for name, value in (
+        ("gb", options.gb),
+        ("num-workers", options.num_workers),
+        ("rounds", options.rounds),
+    ):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value}; it must be more than 0.")
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: shards and server go with it
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     results: Values = {"machine": {"cpus": os.cpu_count(), "torch": torch.__version__}}

@@ -5,14 +5,13 @@ flux2-ds dashboard --run DIR
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import Arguments, UserError, run_root
 from flux2_ds.run.metrics import METRICS_NAME, read_metrics
 from flux2_ds.run.report import CHARTS, chart_of
 from flux2_ds.run.run_dir import RECIPE_NAME
@@ -21,7 +20,7 @@ from flux2_ds.run.wandb_run import STEP
 
 def main() -> None:
     """Entry point of `flux2-ds dashboard`."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         "flux2-ds dashboard", description="Make a W&B workspace that shows a project's runs."
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")

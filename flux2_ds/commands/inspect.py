@@ -31,7 +31,7 @@ from flux2_ds.data.images import check_format
 from flux2_ds.data.index import Index, is_prepared
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import join
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import UserError, counted, run_root
 from flux2_ds.model import latents, transformer
 from flux2_ds.model.flow import shift_of, timesteps
 from flux2_ds.model.pipeline import load_vae
@@ -132,7 +132,7 @@ def latent_lines(shards: str, index: Index, count: int) -> list[str]:
     return [
         f"of the VAE, 128 channels: mean {mean.min():.3f} to {mean.max():.3f}, standard deviation "
         f"{std.min():.3f} to {std.max():.3f}",
-        f"of the first {min(count, index.samples)} samples, normalized: mean {tokens.mean():.3f}, "
+        f"of the first {counted(min(count, index.samples), 'sample')}, normalized: mean {tokens.mean():.3f}, "
         f"standard deviation {tokens.std():.3f} (about 0 and 1 for ordinary images)",
     ]
 
@@ -158,7 +158,7 @@ def timestep_line(settings: Objective, bucket: Bucket, count: int) -> str:
     counts = torch.histc(t, _BINS, 0, 1)
     bars = "".join(_BARS[round(float(c / counts.max()) * (len(_BARS) - 1))] for c in counts)
     return (
-        f"{bucket!s:<10} {count} samples, {bucket.tokens} tokens, "
+        f"{bucket!s:<10} {counted(count, 'sample')}, {bucket.tokens} tokens, "
         f"s = {shift_of(settings, bucket.tokens):.2f}: 0 {bars} 1, half below {t.median():.2f}"
     )
 

@@ -20,7 +20,7 @@ from flux2_ds.checkpoint.manager import STATE_NAME, Checkpoint
 from flux2_ds.config.adapter import merges, targets_line
 from flux2_ds.config.model_spec import RELEASED, Spec
 from flux2_ds.config.recipe import Lora, trigger_words
-from flux2_ds.errors import OutageError, UserError, without_secrets
+from flux2_ds.errors import OutageError, UserError, counted, without_secrets
 from flux2_ds.model.safetensors_file import content_digest
 from flux2_ds.run.run_dir import Weights
 
@@ -184,7 +184,9 @@ def file_metadata(
 def _description(origin: Origin) -> str:
     settings = origin.settings
     average = ", moving average" if origin.weights == "ema" else ""
-    return f"{settings['method']} of {origin.base}, {origin.checkpoint.step} steps{average}"
+    return (
+        f"{settings['method']} of {origin.base}, {counted(origin.checkpoint.step, 'step')}{average}"
+    )
 
 
 def write_card(folder: Path, origin: Origin, exports: list[Export], previews: Path) -> list[Path]:

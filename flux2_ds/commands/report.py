@@ -6,16 +6,15 @@ flux2-ds report --compare DIR DIR ...      several runs beside each other, into 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import Arguments, UserError, run_root
 from flux2_ds.run.report import REPORT_NAME, write_page
 
 
 def main() -> None:
     """Entry point of `flux2-ds report`."""
-    parser = argparse.ArgumentParser("flux2-ds report", description="Write a page about a run.")
+    parser = Arguments("flux2-ds report", description="Write a page about a run.")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, metavar="DIR", help="run directory")
     which.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="run directories")

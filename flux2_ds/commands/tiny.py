@@ -5,7 +5,6 @@ flux2-ds tiny --out DIR [--variant dev] [--size mid]
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import Arguments, UserError, run_root
 
 POSTERIOR_STD = 0.05
 """Of the VAE's latents, whatever the image."""
@@ -70,7 +69,7 @@ SIZES = {"tiny": Size(2, 3, 4, 32), "mid": Size(4, 8, 8, 128)}
 
 def main() -> None:
     """Entry point of `flux2-ds tiny`."""
-    parser = argparse.ArgumentParser(prog="flux2-ds tiny", description="Make a tiny FLUX.2 model.")
+    parser = Arguments(prog="flux2-ds tiny", description="Make a tiny FLUX.2 model.")
     parser.add_argument("--variant", choices=["klein", "dev"], default="klein")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="of the transformer")
     parser.add_argument("--out", type=Path, required=True, help="new directory")

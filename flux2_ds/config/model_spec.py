@@ -143,22 +143,23 @@ def _local_directory(path: str, revision: str | None) -> Path | None:
     return Path(index).parent if isinstance(index, str) and isinstance(config, str) else None
 
 
-def is_distilled(path: str) -> bool:
+def is_distilled(path: str, revision: str | None) -> bool:
     """Whether the model is known to be step-distilled."""
-    if Path(path).is_dir():
-        return bool(read_json(Path(path) / "model_index.json").get("is_distilled"))
+    if directory := _local_directory(path, revision):
+        return bool(read_json(directory / "model_index.json").get("is_distilled"))
     return path in _DISTILLED
 
 
-def spec_here(path: str, *, allow_distilled: bool) -> Spec | None:
-    """The model in the directory `path`; None for a hub id, which is recognised when it is fetched.
+def spec_here(path: str, revision: str | None, *, allow_distilled: bool) -> Spec | None:
+    """The model in the directory `path`, or in the hub's cache; None for another hub id, whose model is
+    recognised when it is fetched.
 
     Raises:
         UserError: as `read_spec`; the id of a distilled model that need not be fetched to be refused; what
             can be neither.
     """
-    if Path(path).is_dir():
-        return read_spec(Path(path), allow_distilled=allow_distilled)
+    if directory := _local_directory(path, revision):
+        return read_spec(directory, allow_distilled=allow_distilled)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         raise UserError(
             f"model.path {path!r} is no directory here, and no id of the Hugging Face hub, such as "

@@ -400,9 +400,11 @@ def _expanded(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     path = str(Path(value).expanduser()) if value.startswith("~/") else value
-    if not path or len(path) > 4000 or max(len(part.encode()) for part in path.split("/")) > 255:
+    longest = max(len(part.encode()) for part in path.split("/"))
+    if not path or len(path) > 4000 or longest > 255 or re.search(r"[\x00-\x1f\x7f]", path):
         raise UserError(
-            f"{name} is {shown(value)}; a path has 1 to 255 bytes between two slashes, and at most 4000 in all."
+            f"{name} is {shown(value)}; a path has 1 to 255 bytes between two slashes, at most 4000 in all, and no "
+            "line ends or other control characters."
         )
     return path
 

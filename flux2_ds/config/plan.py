@@ -20,6 +20,7 @@ from flux2_ds.config.validate import (
     why_no_cuda_graphs,
     why_not_transposed,
 )
+from flux2_ds.errors import counted
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Plan:
             + (", multiplied in fp8" if recipe.compute == "fp8" else _placement(self)),
             *self._adapter_lines(spec),
             f"batch      {batch.global_size} global = {batch.micro_size} micro × "
-            f"{self.accumulation} accumulation × {self.processes} processes",
-            f"steps      {recipe.steps} = {recipe.steps * batch.global_size} samples"
+            f"{self.accumulation} accumulation × {counted(self.processes, 'process')}",
+            f"steps      {recipe.steps} = {counted(recipe.steps * batch.global_size, 'sample')}"
             if recipe.epochs is None
             else f"steps      of {recipe.epochs:g} epochs, once the data is prepared",
             f"optimizer  {adam.name}, lr {adam.learning_rate:g} {adam.schedule}, "
@@ -106,7 +107,7 @@ class Plan:
         if (
             recipe.model.allow_distilled
             and not recipe.lora.merge_first
-            and is_distilled(recipe.model.path)
+            and is_distilled(recipe.model.path, recipe.model.revision)
         ):
             lines.append(
                 "warning    the model is step-distilled, and an adapter trained over it undoes that. Give an "
@@ -132,7 +133,9 @@ def _objective_lines(recipe: Recipe, together: bool) -> list[str]:
         what.append(f"{', '.join(kept.sources)} towards {target}")
     if kept.prompts:
         of = f" of one in {kept.every} steps" * (kept.every > 1)
-        what.append(f"{len(kept.prompts)} prompts in {kept.share:.0%} of the other samples{of}")
+        what.append(
+            f"{counted(len(kept.prompts), 'prompt')} in {kept.share:.0%} of the other samples{of}"
+        )
     cost = "no pass more"
     if kept.uses_base:
         which = f"{1 - (1 - kept.share) ** recipe.batch.micro_size:.0%} of the micro-batches"

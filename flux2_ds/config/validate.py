@@ -22,7 +22,7 @@ from flux2_ds.config.recipe import (
     trigger_words,
 )
 from flux2_ds.config.settings import check_ranges, settings_of
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -177,7 +177,7 @@ def _adapter_problems(recipe: Recipe) -> Iterator[str]:
             yield f"lora.init is {lora.init}, and {reason}. Remove one of them."
     if lora.merge_strengths and len(lora.merge_strengths) != len(lora.merge_first):
         yield (
-            f"lora.merge_strengths is {lora.merge_strengths}, and lora.merge_first has {len(lora.merge_first)} files. Give "
+            f"lora.merge_strengths is {lora.merge_strengths}, and lora.merge_first has {counted(len(lora.merge_first), 'file')}. Give "
             "one strength for each."
         )
 
@@ -226,7 +226,7 @@ def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> 
         nearest = max(1, round(batch.global_size / per_pass)) * per_pass
         yield (
             f"batch.global_size {batch.global_size} is not a multiple of batch.micro_size "
-            f"{batch.micro_size} × {processes} processes = {per_pass}. "
+            f"{batch.micro_size} × {counted(processes, 'process')} = {per_pass}. "
             f"Set batch.global_size to {nearest}, or change micro_size or the number of processes."
         )
     if recipe.precision == "fp16" and recipe.launch.accelerator == "cpu":

@@ -16,7 +16,7 @@ from flux2_ds.config.recipe import Captions, Recipe, is_url
 from flux2_ds.data.index import PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
 from flux2_ds.data.storage import join
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 from flux2_ds.run.run_dir import check_run_dir
 from flux2_ds.run.wandb_run import check_trackers
 
@@ -124,14 +124,16 @@ def in_steps(recipe: Recipe) -> Recipe:
 def length_line(recipe: Recipe, order: Order) -> str:
     """The length of an epoch and of the run, for people; `recipe` counts in steps."""
     epochs = recipe.steps / order.steps_per_epoch
-    return f"{round(order.steps_per_epoch, 2)} steps an epoch, {epochs:.4g} epochs in all"
+    return (
+        f"{counted(round(order.steps_per_epoch, 2), 'step')} an epoch, {epochs:.4g} epochs in all"
+    )
 
 
 def validation_line(recipe: Recipe, held_out: Index) -> str:
     """What is held out and when its loss is computed, for people."""
     validation = recipe.validation
     used = min(validation.samples, held_out.samples)
-    line = f"{held_out.samples} samples, the loss of {used} every {validation.every} steps"
+    line = f"{counted(held_out.samples, 'sample')}, the loss of {used} every {counted(validation.every, 'step')}"
     return line + ", once without the adapter" * validation.against_base
 
 
@@ -270,12 +272,12 @@ def mask_and_reference_lines(recipe: Recipe, index: Index) -> list[str]:
         used = (
             "used" if recipe.objective.masked_loss else "not used: objective.masked_loss is false"
         )
-        lines.append(f"{masks} masks, {used}")
+        lines.append(f"{counted(masks, 'mask')}, {used}")
     counts = {bucket: n for bucket, n in index.bucket_counts().items() if bucket.references}
     if counts:
         most = max(counts, key=lambda bucket: bucket.all_tokens)
         lines.append(
-            f"{sum(counts.values())} of {index.samples} samples have reference images, in {len(counts)} buckets; the longest "
+            f"{sum(counts.values())} of {counted(index.samples, 'sample')} with reference images, in {counted(len(counts), 'bucket')}; the longest "
             f"is {most}: {most.all_tokens} tokens, {most.tokens} of them the image's"
         )
     return lines

@@ -16,7 +16,7 @@ from typing import Any
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import is_url
 from flux2_ds.data.storage import Blob, join
-from flux2_ds.errors import OutageError, UserError
+from flux2_ds.errors import OutageError, UserError, counted
 from flux2_ds.run.atomic import atomic_write_text
 
 FORMAT = 4
@@ -114,7 +114,7 @@ class Index:
         )
         rows = sum(shard.samples + len(shard.dropped) for shard in self.shards)
         crops = " with crops and flips" if latents > rows else ""
-        line = f"stored: {latents} images{crops}, {texts} texts of {size / 1e9:.2f} GB; {total / 1e9:.2f} GB in all"
+        line = f"stored: {counted(latents, 'image')}{crops}, {counted(texts, 'text')} of {size / 1e9:.2f} GB; {total / 1e9:.2f} GB in all"
         return [line] * bool(texts)
 
     @property

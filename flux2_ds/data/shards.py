@@ -329,7 +329,9 @@ def _header(content: memoryview) -> dict[str, Any]:
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    """Of its bytes, and of the dtype that they are read as."""
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return xxhash.xxh3_128_hexdigest(b"".join((str(tensor.dtype).encode(), data)))
 
 
 def read_conditioning(folder: str, index: Index) -> dict[str, torch.Tensor]:

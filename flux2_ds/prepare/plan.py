@@ -22,7 +22,7 @@ from flux2_ds.config.buckets import Bucket, bucket_table, choose_bucket, resolut
 from flux2_ds.config.model_spec import PADDING_SIDES, PIXELS_PER_TOKEN, TEXT_TOKENS, Spec
 from flux2_ds.config.recipe import DEFAULT_SOURCE, Data, Recipe
 from flux2_ds.data.images import UnreadableImageError, image_size, reference_bucket
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 from flux2_ds.prepare.folder import (
     check_contents,
     check_folder,
@@ -103,7 +103,7 @@ def find_usable(recipe: Recipe) -> Usable:
     scratch = check_folder(data.shards) / MANIFESTS / "tars"
     log.info("looking for images in %s", data.images)
     found, unused = find_images(data, scratch, own_folders(recipe))
-    log.info("found %d images", len(found))
+    log.info("found %s", counted(len(found), "image"))
     if unused.files:
         log.warning(unused.line().strip())
     if not data.repeats_from_folders and (like := _repeats(found)):
@@ -178,8 +178,8 @@ def with_captions(found: list[SourceImage], data: Data, skipped: Skipped) -> lis
         ]
         more = f" and {len(bare) - _NAMED} more" if len(bare) > _NAMED else ""
         raise UserError(
-            f"{len(bare)} of {len(found)} images have no caption, that is, no text in a .txt, .caption or "
-            f".json file beside them or in metadata: {', '.join(named)}{more}. Write the captions, or set "
+            f"{len(bare)} of {counted(len(found), 'image')} without a caption, that is, without text in a .txt, "
+            f".caption or .json file beside it or in metadata: {', '.join(named)}{more}. Write the captions, or set "
             "data.missing_caption to skip or fixed."
         )
     return usable
@@ -278,13 +278,13 @@ def warn_of_flips(images: list[PlannedImage]) -> None:
     if flipped:
         sided = [i.name for i in flipped if any(map(_SIDES.search, i.captions))]
         named = (
-            f"; {len(sided)} captions say left or right: {', '.join(sided[:_NAMED])}"
+            f"; {counted(len(sided), 'caption')} with left or right: {', '.join(sided[:_NAMED])}"
             if sided
             else ""
         )
         log.warning(
-            "data.horizontal_flip: %d images are trained mirrored, too; letters in them, and what makes a face "
-            "or a logo itself, are learned the wrong way around%s", len(flipped), named,
+            "data.horizontal_flip: %s trained mirrored, too; letters in them, and what makes a face "
+            "or a logo itself, are learned the wrong way around%s", counted(len(flipped), "image"), named,
         )  # fmt: skip
 
 
@@ -359,13 +359,13 @@ def _free_names(stem: str, taken: set[str]) -> Iterator[str]:
 def log_plan(plan: Plan) -> None:
     """Log what is there and what is to be encoded."""
     if plan.comparison.kept:
-        log.info("%d images are encoded already", len(plan.comparison.kept))
+        log.info("%s encoded already", counted(len(plan.comparison.kept), "image"))
     for name, rows in plan.comparison.dropped.items():
-        log.info("%d samples of %s are dropped: changed or gone", len(rows), name)
+        log.info("%s of %s dropped: changed or gone", counted(len(rows), "sample"), name)
     if plan.images:
         views = sum(len(planned.crops) for planned in plan.images)
         more = f", {views} with crops and flips" if views > len(plan.images) else ""
-        log.info("%d images to encode%s:", len(plan.images), more)
+        log.info("%s to encode%s:", counted(len(plan.images), "image"), more)
         for line in bucket_lines(planned.bucket for planned in plan.images):
             log.info(line)
 
@@ -399,8 +399,8 @@ def check_disk(folder: Path, jobs: list[ShardJob], spec: Spec, recipe: Recipe) -
     free = shutil.disk_usage(folder).free
     if jobs:
         log.info(
-            "at least %.2f GB of shards to write, %.2f GB of them %d texts; %.2f GB free", shards / 1e9,
-            waiting / 1e9, len(texts), free / 1e9,
+            "at least %.2f GB of shards to write, %.2f GB of them %s; %.2f GB free", shards / 1e9,
+            waiting / 1e9, counted(len(texts), "text"), free / 1e9,
         )  # fmt: skip
     if needed > free:
         raise UserError(

@@ -19,6 +19,7 @@ from flux2_ds.data.contact_sheet import contact_sheet
 from flux2_ds.data.dataset import CAPTIONS, build_order, given_captions
 from flux2_ds.data.index import CONDITIONING_NAME, Index, write_index
 from flux2_ds.data.shards import full_part, tensors_in
+from flux2_ds.errors import counted
 from flux2_ds.prepare.folder import CONTENTS_NAME
 from flux2_ds.prepare.images import decode
 from flux2_ds.prepare.manifest import Manifest, indexed_shards
@@ -125,7 +126,7 @@ class Report:
         index, skipped = self.index, self.plan.skipped.reasons
         kept = len(self.plan.comparison.kept)
         lines = [
-            f"{index.samples} samples in {len(index.shards)} shards: {kept} kept from before, "
+            f"{counted(index.samples, 'sample')} in {counted(len(index.shards), 'shard')}: {kept} kept from before, "
             f"{self.encoded} encoded, {self.dropped} dropped because their image is gone or changed",
             f"{index.part(held_out=True).samples} of them held out for validation",
             *bucket_lines(s.bucket for s in index.shards for _ in range(s.samples)),
@@ -133,18 +134,18 @@ class Report:
             *self.warnings,
         ]
         lines += [
-            f"{_images(len(details))} with {kind}: "
+            f"{counted(len(details), 'image')} with {kind}: "
             + some([name + f" ({detail})" * bool(detail) for name, detail in details.items()])
             for kind, details in self.notes.items()
         ]
         if self.long_captions:
             lines.append(
-                f"{len(self.long_captions)} captions are longer than {TEXT_TOKENS} tokens with the "
+                f"{counted(len(self.long_captions), 'caption')} longer than {TEXT_TOKENS} tokens with the "
                 "template; what is beyond is not seen in training:"
             )
             longest = sorted(self.long_captions.items(), key=lambda item: -item[1])
             lines += [f"  {count:5d} tokens: {text[:70]}…" for text, count in longest[:_EXAMPLES]]
-        lines.append(f"{_images(len(skipped))} skipped")
+        lines.append(f"{counted(len(skipped), 'image')} skipped")
         kinds: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             kinds.setdefault(_kind(reason), []).append(name)
@@ -168,10 +169,6 @@ def collect_notes(
         kind: dict(sorted(names.items(), key=lambda item: item[1], reverse=True))
         for kind, names in sorted(kinds.items())
     }
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
 
 
 def some(names: list[str]) -> str:

@@ -32,7 +32,7 @@ from flux2_ds.distributed import (
     Process,
     broadcast_from_rank0,
 )
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 from flux2_ds.run.logging import FILE_ONLY
 from flux2_ds.run.metrics import METRICS_NAME, read_metrics
 from flux2_ds.training.previews import open_reference
@@ -102,9 +102,9 @@ def log_plan(inputs: Inputs) -> None:
     for line in [f"variant    {inputs.spec}", *plan.lines(inputs.spec)]:
         log.info(line, extra={"console": line.startswith("ignored")})
     log.info(
-        "data       %d samples in %d shards, %s",
-        index.samples,
-        len(index.shards),
+        "data       %s in %s, %s",
+        counted(index.samples, "sample"),
+        counted(len(index.shards), "shard"),
         length_line(plan.recipe, order),
         extra=FILE_ONLY,
     )
@@ -113,9 +113,9 @@ def log_plan(inputs: Inputs) -> None:
     for bucket, count in index.bucket_counts().items():
         repeated = order.repeated(bucket)
         log.info(
-            "  %-10s %d samples, %s batches an epoch%s",
+            "  %-10s %s, batches an epoch: %s%s",
             bucket,
-            count,
+            counted(count, "sample"),
             round(order.batches[bucket], 2),
             f", {repeated} places repeat a sample" if repeated else "",
             extra=FILE_ONLY,
@@ -147,7 +147,7 @@ def log_banner(inputs: Inputs, expected: Memory, first_step: int) -> None:
         "model": f"{recipe.model.path}, {method}, {trained / 1e6:.3g} M parameters, {recipe.precision}"
         + (f" over {recipe.base_weights}" if recipe.base_weights else "")
         + (", multiplied in fp8" if recipe.compute == "fp8" else ""),
-        "data": f"{index.samples:,} samples in {buckets} bucket{'s' * (buckets > 1)}"
+        "data": f"{index.samples:,} samples in {counted(buckets, 'bucket')}"
         + (f", {inputs.held_out.samples:,} held out" if inputs.held_out.samples else ""),
         "on": f"{plan.processes} × {card}, ZeRO stage {plan.zero_stage}",
         "batch": f"{recipe.batch.global_size} = {recipe.batch.micro_size} micro × {plan.accumulation} "

@@ -82,6 +82,32 @@ def test_the_report(prepared, tiny_spec, monkeypatch, capsys) -> None:
         assert sheet.size == (2 * 88, 116)  # two cells with their captions
 
 
+def test_the_image_shows_mask_and_reference_at_the_places_of_the_picture(
+    prepared, tiny_spec, tmp_path, monkeypatch, capsys
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    # An edit pair of two sizes, which the bucket of 80x48 crops at its upper and lower ends.
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    for name, size in (("a.png", (120, 90)), ("a.reference.png", (240, 180))):
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(photos / name)
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), [60, 60], 1).repeat(90, 0)).save(
+        photos / "a.mask.png"
+    )
+    (photos / "a.txt").write_text(CAPTION)
+    options = ["--data.images", str(photos), "--data.shards", str(tmp_path / "shards")]
+    options += ["--data.resolution", "[80]"]
+    recipe = load_recipe(prepared, options)
+    prepare.prepare(recipe, Path(recipe.model.path), tiny_spec)
+    inspect(monkeypatch, capsys, str(prepared), *options, "--image", str(tmp_path / "look.png"))
+    with Image.open(tmp_path / "look.png") as sheet:
+        cells = np.split(np.asarray(sheet, np.float32), 2, axis=1)
+    image, reference = (cell[:64, 4:100] for cell in cells)  # 96x64, over its caption
+    shifted = abs(image[4:, 48:] - reference[:-4, 48:]).mean()  # by 4 px
+    assert abs(image[:, 48:] - reference[:, 48:]).mean() < 0.5 * shifted
+    assert abs(image[:, :48] - 0.2 * reference[:, :48]).mean() < 0.1 * shifted
+
+
 @pytest.mark.parametrize("caption", [CAPTION, "", "word " * 600])
 def test_the_token_ids_are_those_of_the_written_out_prompt(
     tiny_model: Path, tiny_spec: Spec, caption: str

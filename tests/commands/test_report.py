@@ -40,6 +40,7 @@ def test_where_the_page_is(runs, tmp_path, monkeypatch, capsys):
         (["--compare", "one", "nowhere"], "nowhere holds no run"),
         (["--run", "one", "--output", "no/page.html"], "no/page.html cannot be written"),
         (["--run", "damaged"], "a file in damaged is damaged"),
+        (["--runs", "one"], r"one of the arguments --run --compare is required.*report --help"),
     ],
 )
 def test_what_is_refused(runs, tmp_path, monkeypatch, argv, message):

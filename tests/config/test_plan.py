@@ -78,7 +78,7 @@ def test_impossible_batch_is_refused_with_a_value_that_works(global_size, micro_
         make_plan(recipe, processes)
     message = str(caught.value)
     assert f"batch.global_size {global_size} " in message
-    assert f"{micro_size} × {processes} processes" in message
+    assert f"{micro_size} × {processes} process" in message
     suggested = int(re.search(r"Set batch\.global_size to (\d+)", message)[1])
     assert abs(suggested - global_size) <= micro_size * processes
     make_plan(make_recipe(batch=Batch(global_size=suggested, micro_size=micro_size)), processes)

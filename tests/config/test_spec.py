@@ -101,14 +101,15 @@ def test_a_distilled_model_is_refused_before_it_is_fetched(tmp_path):
     for name in ("klein-4B", "klein-9B"):
         path = f"black-forest-labs/FLUX.2-{name}"
         with pytest.raises(UserError, match=rf"model\.path {path} is step-distilled"):
-            spec_here(path, allow_distilled=False)
-        assert spec_here(path, allow_distilled=True) is None
-    assert spec_here("black-forest-labs/FLUX.2-klein-base-4B", allow_distilled=False) is None
+            spec_here(path, None, allow_distilled=False)
+        assert spec_here(path, None, allow_distilled=True) is None
+    base = "black-forest-labs/FLUX.2-klein-base-4B"
+    assert spec_here(base, None, allow_distilled=False) is None
     for path in ("/no/where", "./models", "a/b/c"):
         with pytest.raises(UserError, match=f"model.path '{path}' is no directory here, and no id"):
-            spec_here(path, allow_distilled=False)
+            spec_here(path, None, allow_distilled=False)
     here = write_model(tmp_path, "klein")
-    assert spec_here(str(here), allow_distilled=False) == read_spec(here)
+    assert spec_here(str(here), None, allow_distilled=False) == read_spec(here)
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
@@ -155,10 +156,13 @@ def test_the_size_of_a_model_in_the_hubs_cache_is_known(
     with pytest.raises(UserError, match=r"in the .* cache.*hf download me/klein$"):
         planned_spec("me/klein")
     cached = tmp_path / "models--me--klein"
-    write_model(cached / "snapshots" / "0123", "klein")
+    write_model(cached / "snapshots" / "0123", "klein", {"is_distilled": True})
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123")
     assert planned_spec("me/klein") == planned_spec("black-forest-labs/FLUX.2-klein-base-4B")
+    assert spec_here("me/klein", None, allow_distilled=True) == planned_spec("me/klein")
+    with pytest.raises(UserError, match=r"model\.path .*klein.* is step-distilled"):
+        spec_here("me/klein", None, allow_distilled=False)
     with pytest.raises(UserError, match="hf download"):
         planned_spec("me/klein", "v2")
     with pytest.raises(UserError, match="no directory here"):

@@ -60,7 +60,7 @@ def test_gpus(tmp_path, monkeypatch):
     assert findings.facts == {"gpus": "2 × H100", "driver": "570.1"}
     few = Findings()
     checks.check_gpus(few, 3)
-    assert "3 processes need as many" in few.lines[0].text
+    assert "there are 3 processes" in few.lines[0].text
     nvidia_smi(tmp_path, "echo 'driver/library version mismatch'; exit 9")
     broken = Findings()
     checks.check_gpus(broken, 1)

@@ -121,7 +121,7 @@ def test_dry_run_prints_the_command_that_would_run(recipe):
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     *plan, command = done.stdout.splitlines()
-    assert "4 global = 2 micro × 2 accumulation × 1 processes" in "\n".join(plan)
+    assert "4 global = 2 micro × 2 accumulation × 1 process" in "\n".join(plan)
     words = shlex.split(command)
     assert "DS_ACCELERATOR=cpu" in words
     deepspeed = words[words.index("deepspeed") :]
@@ -298,11 +298,11 @@ def test_more_processes_than_gpus_do_not_start(recipe, tmp_path, monkeypatch, ca
     monkeypatch.setattr(cli, "supervise", lambda *call: pytest.fail("started"))
     argv = ["--config", recipe, *CUDA]
     assert call(monkeypatch, "train", *argv) == 2
-    assert "2 processes (launch.processes or --gpus) need as many GPUs" in capsys.readouterr().err
+    assert "2 processes (launch.processes or --gpus) for as many GPUs" in capsys.readouterr().err
     # To look at a plan for another machine is fine.
     assert call(monkeypatch, "train", *argv, "--dry-run") == 0
     assert call(monkeypatch, "plan", *argv) == 2
-    assert "need as many GPUs" not in capsys.readouterr().err
+    assert "for as many GPUs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_plan_prints_the_arithmetic_and_refuses_what_train_would(
     assert call(monkeypatch, *argv, *options) == code
     out, err = capsys.readouterr()
     assert "4 global = 2 micro × 1 accumulation × 2 processes" in out
-    assert ("3 samples, 1 steps an epoch" if prepared else "is not prepared yet") in out
+    assert ("3 samples, 1 step an epoch" if prepared else "is not prepared yet") in out
     lines = err.splitlines()
     assert len(lines) == len(errors)
     for line, expected in zip(lines, errors, strict=True):
@@ -381,7 +381,7 @@ def test_plan_prints_the_arithmetic_and_refuses_what_train_would(
 @pytest.mark.parametrize(
     ("prepared", "options", "words"),
     [
-        (True, ["--steps", "7"], "3 samples, 1 steps an epoch, 7 epochs in all"),
+        (True, ["--steps", "7"], "3 samples, 1 step an epoch, 7 epochs in all"),
         (True, ["--epochs", "5"], "steps      5 = 20 samples"),
         (False, ["--epochs", "5"], "steps      of 5 epochs, once the data is prepared"),
     ],

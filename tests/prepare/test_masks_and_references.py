@@ -414,7 +414,7 @@ def test_what_is_there_is_said_and_whether_it_is_used() -> None:
     index = index_with((2, BUCKET), (1, small), (0, large), (0, large))
     assert mask_and_reference_lines(recipe_with(masked=False), index) == [
         "3 masks, not used: objective.masked_loss is false",
-        "6 of 8 samples have reference images, in 2 buckets; the longest is 96x64 with references 96x64: 48 tokens, 24 of "
+        "6 of 8 samples with reference images, in 2 buckets; the longest is 96x64 with references 96x64: 48 tokens, 24 of "
         "them the image's",
     ]
     assert mask_and_reference_lines(recipe_with(masked=True), index)[0] == "3 masks, used"

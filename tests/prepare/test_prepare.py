@@ -39,7 +39,7 @@ from flux2_ds.data.dataset import check_settings
 from flux2_ds.data.images import ALIGNED, DAMAGED_PROFILE, OWN_SIZE
 from flux2_ds.data.index import CONDITIONING_NAME, PROMPTS_NAME, Index, encoded_prompts, read_index
 from flux2_ds.data.order import Order
-from flux2_ds.data.shards import ShardReader, read_conditioning, read_prompts
+from flux2_ds.data.shards import ShardReader, read_conditioning, read_prompts, write_prompts
 from flux2_ds.data.storage import Blob
 from flux2_ds.errors import OutageError, UserError
 from flux2_ds.model import latents
@@ -406,6 +406,10 @@ def test_preview_prompts_are_encoded_with_the_captions_or_later(model, photos, t
         with pytest.raises(UserError, match=r"prompts\.safetensors cannot be used"):
             read_prompts(str(path.parent), found, width)
     damaged = path.read_bytes()
+    write_prompts(path.parent, {prompt: text.bfloat16() for prompt, text in found.items()})
+    path.write_bytes(path.read_bytes().replace(b':"BF16"', b': "F16"'))
+    with pytest.raises(UserError, match=r"is not what was written"):
+        read_prompts(str(path.parent), found, width)
     save_file(found, path)  # as older versions did
     with pytest.raises(UserError, match=r"it has no digests: an older version of flux2-ds"):
         read_prompts(str(path.parent), found, width)
@@ -508,7 +512,7 @@ def test_captions_over_512_tokens_are_counted(model, photos, tmp_path):
     run(recipe_for(model, photos, tmp_path / "s"))
     ((caption, tokens),) = report(tmp_path / "s")["captions_cut"].items()
     assert caption == ("red " * 600).strip() and tokens > 600
-    assert "1 captions are longer than 512 tokens" in (tmp_path / "s" / "report.txt").read_text()
+    assert "1 caption longer than 512 tokens" in (tmp_path / "s" / "report.txt").read_text()
 
 
 def test_several_texts_are_encoded_once_and_again_only_where_settings_change_them(
@@ -578,7 +582,7 @@ def test_crops_and_flips_are_encoded_and_warned_of(model, photos, tmp_path, capl
     recipe = recipe_for(model, photos, tmp_path / "s", crops=3, horizontal_flip=True, **wide)
     index = run(recipe)
     assert "3 images are trained mirrored" in caplog.text
-    assert "1 captions say left or right: images/a.png" in caplog.text
+    assert "1 caption with left or right: images/a.png" in caplog.text
     assert "4 images to encode, 11 with crops and flips:" in caplog.text
     assert f"stored: 11 images with crops and flips, {len(set(CAPTIONS.values())) + 1} texts" in index.stored_lines()[0]  # fmt: skip
     plain = run(recipe_for(model, photos, tmp_path / "plain", **wide))

@@ -34,7 +34,7 @@ from flux2_ds.config.recipe import (
     Validation,
     recipe_values,
 )
-from flux2_ds.data.dataset import check_previews, check_shards, check_sources, in_steps
+from flux2_ds.data.dataset import build_order, check_previews, check_shards, check_sources, in_steps
 from flux2_ds.data.index import CONDITIONING_NAME, Index, Shard, write_index
 from flux2_ds.data.shards import write_prompts
 from flux2_ds.distributed import Process
@@ -367,6 +367,17 @@ def test_a_process_that_does_not_see_the_checkpoint_says_so(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoints, "broadcast_from_rank0", lambda value, device: 10)
     with pytest.raises(UserError, match=r"rank 1 does not see .*step_00000010"):
         resume(Mock(), recipe_for(tmp_path), INDEX, RANK1, tmp_path)
+
+
+def test_the_log_names_a_bucket_that_fills_no_batch(tmp_path, caplog):
+    shards = [Shard("a.tar", Bucket(32, 64), 29, 5, "a"), Shard("b.tar", Bucket(64, 32), 1, 5, "b")]
+    index = dataclasses.replace(INDEX, shards=shards)
+    recipe = recipe_for(tmp_path, batch=Batch(global_size=16))
+    plan, spec = make_plan(recipe, 1), RELEASED["black-forest-labs/FLUX.2-klein-base-4B"]
+    none, order = dataclasses.replace(INDEX, shards=[]), build_order(recipe, index)
+    inputs.log_plan(Inputs(plan, ALONE, tmp_path, spec, index, none, order, {}))
+    (said,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert said.getMessage().startswith("bucket 32x64 has 1 of 30 samples (3.3%)")
 
 
 def test_the_banner_says_what_is_trained_and_how_long_a_resumed_run_takes(tmp_path, caplog):
