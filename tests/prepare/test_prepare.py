@@ -581,7 +581,7 @@ def test_crops_and_flips_are_encoded_and_warned_of(model, photos, tmp_path, capl
     }
     recipe = recipe_for(model, photos, tmp_path / "s", crops=3, horizontal_flip=True, **wide)
     index = run(recipe)
-    assert "3 images are trained mirrored" in caplog.text
+    assert "3 images trained mirrored" in caplog.text
     assert "1 caption with left or right: images/a.png" in caplog.text
     assert "4 images to encode, 11 with crops and flips:" in caplog.text
     assert f"stored: 11 images with crops and flips, {len(set(CAPTIONS.values())) + 1} texts" in index.stored_lines()[0]  # fmt: skip
