@@ -120,7 +120,7 @@ def test_the_page_says_what_happened(tmp_path):
         "40 = 160 samples 40 steps, 160 samples, 10 epochs",
         "stop 1 skipped",
         "every 500 steps and at the end there are: 20, 40",
-        "batch 4 global = 1 micro × 4 accumulation × 1 processes",
+        "batch 4 global = 1 micro × 4 accumulation × 1 process",
         "a cat step 0 step 40 step 0 step 4 step 8",  # before and after, then the strip
         "9 samples, of which 1 are held out, 7 different captions",
         "96x48 1",
@@ -202,7 +202,7 @@ def test_a_damaged_file_ends_no_training(tmp_path, caplog, damaged, content, wri
         ("training/build.py", '"parameters %s trained"'),
         ("training/build.py", '"blocks     %d of'),
         ("training/inputs.py", '"variant    {inputs.spec}"'),
-        ("training/inputs.py", '"data       %d samples'),
+        ("training/inputs.py", '"data       %s in %s'),
         ("training/inputs.py", '"held out   %s"'),
         ("training/checkpoints.py", '"continuing after step %d from'),
         ("train.py", '"stopped by %s after step'),
