@@ -127,8 +127,12 @@ def main() -> None:
         "trained": str(trained), "preview": asdict(recipe.preview), "seeds": request.seeds,
         "strengths": request.strengths, **({"merged": merges(recipe.lora)} if merged else {}),
     })  # fmt: skip
+    log.info(
+        "encoding   %d prompts by the text encoder of %s", len(recipe.preview.prompts), directory
+    )
     with enough_memory(recipe, TEXT):
         prompts = encode_prompts(recipe, spec, directory, text_device)
+    log.info("loading    the transformer")
     with enough_memory(recipe, MODEL):
         model = load_transformer(recipe, directory, device, merged)
         pipeline = load_image_pipeline(directory, spec, model, device)
