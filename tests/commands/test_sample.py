@@ -28,7 +28,7 @@ from flux2_ds.data.images import check_format, load_reference
 from flux2_ds.errors import UserError
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.model.pipeline import load_image_pipeline
-from flux2_ds.ops.quantized_linear import QuantizedLinear
+from flux2_ds.ops.quantized_linear import QuantizedLinear, dequantize
 from flux2_ds.run.run_dir import export_path, write_run_dir
 from flux2_ds.training.previews import Prompt, open_reference, render
 
@@ -99,7 +99,8 @@ def test_both_columns_are_diffusers_own(
 
     reference = unrounded(load_pipeline(tiny_model, tiny_spec, torch.float32))
     for name, linear in quantized.items():
-        reference.transformer.get_submodule(name).weight.data = linear.weight.float()
+        stored = dequantize(linear.quantized()).bfloat16()
+        reference.transformer.get_submodule(name).weight.data = stored.float()
     torch.testing.assert_close(before, theirs(reference, references), rtol=0, atol=1e-4)
     assert (before - theirs(reference, [])).abs().max() > 5e-3
     if method == "full":

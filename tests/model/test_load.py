@@ -14,7 +14,7 @@ from torch import nn
 from flux2_ds.errors import UserError
 from flux2_ds.model.load import check_card, place_weight, read_partitioned, read_weights
 from flux2_ds.model.transformer import empty_transformer, keep_timestep_exact
-from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, dequantize
 
 CPU = torch.device("cpu")
 NAME = "diffusion_pytorch_model.safetensors"
@@ -150,7 +150,8 @@ def test_a_model_read_from_its_files(mode: str | None, tmp_path: Path) -> None:
     plain = copy.deepcopy(original)
     for name, module in found.items():
         assert (module.storage, module.compute) == BASE_WEIGHTS[mode]
-        plain.get_submodule(name).weight.data = module.weight.float()
+        stored = dequantize(module.quantized()).bfloat16()
+        plain.get_submodule(name).weight.data = stored.float()
     parameters = dict(model.named_parameters())
     for name, weight in original.named_parameters():
         if name.rpartition(".")[0] not in found:
