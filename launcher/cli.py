@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from flux2_ds.config import bench_options
+from flux2_ds.config.cards import card_problem
 from flux2_ds.config.model_spec import planned_spec, spec_here
 from flux2_ds.config.parse import origin_lines, parse_recipe, recipe_lines, recipe_parser
 from flux2_ds.config.plan import make_plan
@@ -46,8 +47,8 @@ from flux2_ds.errors import (
 from flux2_ds.run.run_dir import with_adapter_file
 from launcher.commands import BENCH, PREPARE, start_commands
 from launcher.doctor import check_zero, examine
-from launcher.hosts import Hosts, check_gpus, check_ssh, count_gpus, find_hosts
-from launcher.plan_report import plan_memory
+from launcher.hosts import Hosts, check_cards, check_gpus, check_ssh, count_gpus, find_hosts
+from launcher.plan_report import find_card, plan_memory
 from launcher.slurm import add_options as add_slurm_options
 from launcher.slurm import batch_script, slurm_job
 from launcher.supervise import (
@@ -109,7 +110,11 @@ def prepare(argv: list[str]) -> None:
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan`."""
     add_gpus(parser)
-    parser.add_argument("--gpu", type=str, help="Memory of each GPU, such as 24GiB.")
+    parser.add_argument(
+        "--gpu",
+        type=str,
+        help='Memory of each GPU, such as 24GiB, or its name, such as "RTX 4090".',
+    )
     parser.add_argument(
         "--host",
         type=str,
@@ -126,6 +131,7 @@ def plan(argv: list[str]) -> None:
         raise UserError(
             f"--host is {options.host}, but only beside --gpu is it used. Add --gpu SIZE."
         )
+    card = None if options.gpu is None else find_card(options.gpu)
     hosts = hosts_of(recipe, options)
     data = None
     if is_prepared(recipe.data.shards):
@@ -133,7 +139,7 @@ def plan(argv: list[str]) -> None:
     the_plan = make_plan(recipe, hosts.processes)
     spec, memory, problems = None, None, []
     try:
-        memory = plan_memory(the_plan, hosts, data and data[0], options.gpu, options.host)
+        memory = plan_memory(the_plan, hosts, data and data[0], card, options.host)
         spec = planned_spec(recipe.model.path, recipe.model.revision)
     except UserError as error:
         problems.append(str(error))
@@ -145,10 +151,14 @@ def plan(argv: list[str]) -> None:
     # Last, because the figures are of use all the same: what `train` would refuse.
     if memory and (reason := memory.refusal()):
         problems.append(reason)
+    if card and (reason := card_problem(recipe, card)):
+        problems.append(reason)
     if data is None:
         command = f"flux2-ds prepare {shlex.join(arguments)}"
         problems.append(f"data.shards {recipe.data.shards} is not prepared. Run: {command}")
     try:
+        if card is None:
+            check_cards(recipe, hosts)
         check_inputs(recipe, data)
     except UserError as error:
         problems.append(str(error))
@@ -218,6 +228,7 @@ def train(argv: list[str]) -> None:
     if not options.dry_run or is_prepared(recipe.data.shards):
         recipe = in_steps(recipe)
     plan = make_plan(recipe, hosts.processes)
+    check_cards(recipe, hosts)
     if not options.dry_run:
         check_inputs(recipe, read_data(recipe))
     start(train_job(recipe), recipe, hosts, options, arguments, plan.lines())
@@ -295,6 +306,7 @@ def bench(argv: list[str]) -> None:
     bench_options.check_options(options, make_plan(recipe, hosts.processes))
     if launch.accelerator == "cuda":
         check_gpus(hosts)
+        check_cards(recipe, hosts)
     with TemporaryDirectory(prefix="flux2-ds-bench-") as folder, Stopper() as stopper:
         result = Path(options.result or Path(folder, "result.json"))
         if options.result is None:

@@ -50,6 +50,7 @@ from flux2_ds.run.run_dir import (
     nearest_existing,
 )
 from launcher.doctor import Findings, last_line, run_probe
+from launcher.hosts import Hosts, check_cards
 
 _TEXT_ENCODERS = {15360: 48.0e9, 12288: 16.4e9, 7680: 8.0e9}
 """Text width of a released model -> bytes of its encoder in bf16: Mistral Small 24B, Qwen3 8B, Qwen3 4B."""
@@ -73,6 +74,11 @@ def main() -> None:
     check_machine(findings)
     if recipe.launch.accelerator == "cuda":
         check_gpus(findings, options.processes)
+        if not options.without_recipe:
+            try:
+                check_cards(recipe, Hosts(options.processes))
+            except UserError as error:
+                findings.fail("gpus", str(error))
     if not options.without_recipe:
         check_recipe(findings, recipe, options.all_processes, options.token)
         with suppress(UserError):

@@ -11,7 +11,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flux2_ds.config.recipe import Launch
+from flux2_ds.config.cards import Card, card_problem
+from flux2_ds.config.recipe import Launch, Recipe
 from flux2_ds.errors import UserError, counted
 
 _HOST_LINE = re.compile(r"(?P<name>[\w\[][\w.:@%\[\]-]*)\s+slots=(?P<slots>\d{1,6})", re.ASCII)
@@ -84,6 +85,27 @@ def check_gpus(hosts: Hosts) -> None:
             f"{counted(hosts.processes, 'process')} (launch.processes or --gpus) for as many GPUs; this "
             f"machine shows {visible}. Ask for fewer, or correct CUDA_VISIBLE_DEVICES."
         )
+
+
+def check_cards(recipe: Recipe, hosts: Hosts) -> None:
+    """Refuse what none of this machine's GPUs can compute, unless the processes run, or are planned, elsewhere. Of
+    different GPUs the ranks see which is theirs."""
+    if recipe.launch.accelerator == "cpu" or hosts.hostfile is not None:
+        return
+    cards = cards_here()
+    problems = [card_problem(recipe, card) for card in cards]
+    if len(cards) >= hosts.processes and all(problems):
+        raise UserError(str(problems[0]))
+
+
+def cards_here() -> list[Card]:
+    """Return this machine's GPUs, as far as nvidia-smi tells."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    listing = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    found = re.findall(r"^(.+), *(\d+)\.(\d+)$", listing, re.M)
+    return [Card(name, (int(major), int(minor))) for name, major, minor in found]
 
 
 def check_ssh(hosts: Hosts) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flux2_ds.config.autofit import LINKS, Choice, choices, moved_bytes, place_base
 from flux2_ds.config.buckets import bucket_table, resolutions
+from flux2_ds.config.cards import CARD_NAMES, Card, card_named
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
 from flux2_ds.config.model_spec import planned_spec
 from flux2_ds.config.plan import Plan, make_plan
@@ -160,9 +161,9 @@ class MemoryPlan:
 
 
 def plan_memory(
-    plan: Plan, hosts: Hosts, index: Index | None, card: str | None, host: str | None
+    plan: Plan, hosts: Hosts, index: Index | None, card: Card | None, host: str | None
 ) -> MemoryPlan:
-    """Estimate the recipe's memory; `card` and `host`: sizes such as 24GiB, of each GPU and each host.
+    """Estimate the recipe's memory; `card`: each GPU; `host`: memory of each host, such as 64GiB.
 
     Raises:
         UserError: a size that is none, or a model whose dimensions are not known.
@@ -172,7 +173,7 @@ def plan_memory(
     tokens = index.largest_tokens if index else _largest_bucket(recipe)
     most = plan.recipe.launch.processes or 8
     per_host = max(hosts.slots.values(), default=min(hosts.processes, most))
-    card_bytes = None if card is None else size("--gpu", card)
+    card_bytes = None if card is None else card.gib * GIB
     host_bytes = math.inf if host is None else size("--host", host) / per_host
     automatic = recipe.base_placement == "auto"
     if automatic:
@@ -184,12 +185,26 @@ def plan_memory(
     fits, others = None, []
     if card_bytes is not None:
         fits = memory.fits(card_bytes, host_bytes)
-        others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes)
-    asked = f"--gpu {card}" + (f" --host {host}" if host else "")
+        others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes, card)
+    asked = f"--gpu {card.name if card else None}" + (f" --host {host}" if host else "")
     return MemoryPlan(
         plan.processes, per_host, tokens, checkpointed, memory, fits, others, plan.recipe, asked,
         moved_bytes(plan, spec), automatic,
     )  # fmt: skip
+
+
+def find_card(text: str) -> Card:
+    """The card that `--gpu` names; of a size alone, one that computes everything.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if (card := card_named(text)) is not None:
+        return card
+    try:
+        return Card(text, (99, 0), size("--gpu", text) / GIB)
+    except UserError as error:
+        raise UserError(f"{error} Or a card: one of {', '.join(CARD_NAMES)}.") from error
 
 
 def size(option: str, text: str) -> float:

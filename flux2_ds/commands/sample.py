@@ -118,7 +118,7 @@ def main() -> None:
         adapter = read_adapter(trained, spec)
     merged = read_merges(recipe.lora, spec)
     text_device = torch.device("cpu") if recipe.prepare.text_device == "cpu" else device
-    check_card(recipe.base_weights, device)
+    check_card(replace(recipe, compute="precision"), device)
     check_backend(recipe, device)
     recipe = with_room(recipe, spec, directory, references, text_device, device)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from flux2_ds.config.cards import Card, multiplies
 from flux2_ds.config.memory import (
     TRANSPOSED,
     Memory,
@@ -63,12 +64,17 @@ def choices(
     image_tokens: int,
     card_bytes: float,
     host_bytes: float,
+    card: Card | None = None,
 ) -> list[Choice]:
-    """All that fit with so many bytes of card and of host memory for each process, the fastest first."""
+    """All that fit with so many bytes of card and of host memory for each process, the fastest first; without the
+    bases that a `card` cannot multiply."""
     room = image_tokens, card_bytes, host_bytes
     found = []
+    bases = _BASES if recipe.method != "full" else (None,)
+    if card is not None:
+        bases = tuple(base for base in bases if multiplies(card, base))
     for deepspeed in _STAGES:
-        for base in _BASES if recipe.method != "full" else (None,):
+        for base in bases:
             changed = dataclasses.replace(
                 recipe,
                 deepspeed=deepspeed,

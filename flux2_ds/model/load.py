@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from flux2_ds.config.cards import Card, card_problem
+from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, quantize
 
@@ -169,22 +171,18 @@ def place_weight(
     return model.get_submodule(path)
 
 
-def check_card(base_weights: str | None, device: torch.device, compute: str = "precision") -> None:
-    """Refuse quantized weights, and fp8 products of trained ones, that this GPU cannot multiply."""
-    if device.type != "cuda" or (base_weights not in BASE_WEIGHTS and compute != "fp8"):
-        return
-    asked, other = f"base_weights is {base_weights}", "set base_weights: int8, or remove it"
-    # nf4 has fp8 scales, which Triton reads on such GPUs only.
-    needed, family = (8, 9), "Ada or Hopper"
-    if compute == "fp8":
-        asked, other = "compute is fp8", "remove compute"
-    elif base_weights == "int8":
-        needed, family, other = (8, 0), "Ampere", "remove base_weights"
-    if torch.cuda.get_device_capability(device) < needed:
-        raise UserError(
-            f"{asked}, which needs {family} or newer; this GPU is a "
-            f"{torch.cuda.get_device_name(device)}. Use another GPU, or {other}."
-        )
+def card_of(device: torch.device) -> Card | None:
+    """The GPU, None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def check_card(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what this GPU cannot compute."""
+    card = card_of(device)
+    if card is not None and (problem := card_problem(recipe, card)):
+        raise UserError(problem)
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

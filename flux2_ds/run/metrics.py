@@ -24,7 +24,8 @@ from flux2_ds.run.wandb_run import WANDB_ID, Stall, WandbRun
 
 log = logging.getLogger("flux2_ds")
 
-Values = dict[str, float | str | None]
+Values = dict[str, float | str | list[float] | None]
+"""Numbers by name; a list has one for each rank, and the trackers do without."""
 
 METRICS_NAME = "metrics.jsonl"
 RENAMED = {
@@ -91,7 +92,7 @@ class Metrics:
                 log.warning("%s cannot be written (%s); training goes on", self._stream.name, error)
             self._full = True
         for tracker in self._trackers:
-            tracker.log(step, {n: value for n, value in values.items() if value is not None})
+            tracker.log(step, {n: v for n, v in values.items() if isinstance(v, int | float | str)})
 
     def show(self, step: int, images: list[tuple[str, Path]]) -> None:
         """Give the trackers images that are on disk, each with its prompt."""

@@ -42,7 +42,14 @@ from flux2_ds.model.adapter_layouts import diffusers_tensors
 from flux2_ds.model.adapter_programs import read_file, read_merges
 from flux2_ds.model.attention import attention_backend, check_backend
 from flux2_ds.model.cuda_graphs import use_cuda_graphs
-from flux2_ds.model.load import Edit, as_stored, check_card, read_partitioned, read_weights
+from flux2_ds.model.load import (
+    Edit,
+    as_stored,
+    card_of,
+    check_card,
+    read_partitioned,
+    read_weights,
+)
 from flux2_ds.model.lora import set_adapter
 from flux2_ds.model.merge import BaseWeights, Merges, initial_adapter, merge_into
 from flux2_ds.model.safetensors_file import write_adapter
@@ -80,9 +87,9 @@ def build_model(
     `image_tokens`: of the longest sample, reference images included. `resumed`: what is trained comes from
     a checkpoint, not from `lora.init_from`.
     """
+    check_machine(plan, process.device)
     plan = placed(plan, spec, process, image_tokens)
     recipe, adapter = plan.recipe, None
-    check_machine(plan, process.device)
     # Before the base, which takes minutes.
     merges = read_merges(recipe.lora, spec)
     if recipe.lora.init != "gaussian":
@@ -150,7 +157,7 @@ def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
     parts = ("base weights", "streaming buffers", "adapter")
     needed = sum(memory.card.get(part, 0.0) for part in parts)
     if needed > card or memory.needed_on_host > host:
-        fitting = choices(recipe, spec, *room)
+        fitting = choices(recipe, spec, *room, card_of(process.device))
         raise UserError(
             f"base_placement is {recipe.base_placement}, and the weights take {needed / GIB:.1f} GiB of a card and "
             f"{memory.needed_on_host / GIB:.1f} GiB of host memory for each process; free are {card / GIB:.1f} and "
@@ -320,7 +327,7 @@ def check_machine(plan: Plan, device: torch.device) -> None:
     recipe = plan.recipe
     check_zero(plan.deepspeed)
     check_backend(recipe, device)
-    check_card(recipe.base_weights, device, recipe.compute)
+    check_card(recipe, device)
 
 
 def build_validation(

@@ -19,6 +19,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from flux2_ds.config.buckets import Bucket
+from flux2_ds.config.cards import peak_tflops
 from flux2_ds.config.memory import GIB, Memory
 from flux2_ds.config.model_spec import Spec
 from flux2_ds.config.recipe import Recipe
@@ -26,6 +27,7 @@ from flux2_ds.data.loader import MicroBatch
 from flux2_ds.distributed import AsyncScalar, Process, all_gather_floats, all_reduce_mean
 from flux2_ds.engine.engine import Engine
 from flux2_ds.errors import UserError
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS
 from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Metrics, Values
 from flux2_ds.training.nonfinite import NonFinite
@@ -34,19 +36,6 @@ from flux2_ds.training.validation import BANDS, band_of
 
 log = logging.getLogger("flux2_ds")
 
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.5,
-    "H200": 989.5,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 3090": 71.0,
-    "RTX 4090": 165.2,
-    "RTX 5090": 209.5,
-}
-"""Dense bf16 products with fp32 sums, by NVIDIA's data sheets; the first name that a card's has in it."""
 _PACE_STEPS = 3
 """Steps of a start after which it says how long the run takes, if no log line has by then."""
 
@@ -99,7 +88,8 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         on_card = process.device.type == "cuda"
         card = torch.cuda.get_device_name(process.device) if on_card else ""
-        self._peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
+        self._product = product_of(recipe)
+        self._peak = peak_tflops(card, self._product)
 
     def start(self) -> None:
         """The first step comes next: what was before it is in no step's time."""
@@ -202,29 +192,32 @@ class Progress:
             )
         seconds = time.perf_counter() - self._since
         samples, facts = self._recipe.batch.global_size, self._facts
-        own = (self._spent["data"] + self._spent["forward"]) / self._steps
-        of_ranks = all_gather_floats([own, *self._bands.flatten().tolist()], self._process.device)
+        memory = self._memory()
+        own = [
+            (self._spent["data"] + self._spent["forward"]) / self._steps,
+            memory.get("memory/allocated_gib", memory["memory/host_gib"]),
+        ]
+        bands = self._bands.flatten().tolist()
+        of_ranks = all_gather_floats([*own, *bands], self._process.device)
+        times, peaks = ([round(n[i], 4) for n in of_ranks] for i in (0, 1))
         return {
             "train/loss": loss,
-            **_by_band([numbers[1:] for numbers in of_ranks]),
+            **_by_band([numbers[2:] for numbers in of_ranks]),
             "train/gradient_norm": float(last.gradient_norm),
             "train/learning_rate": learning_rate,
             "perf/seconds_per_step": seconds / self._steps,
             "perf/samples_per_second": self._steps * samples / seconds,
-            **self._performance(seconds, [numbers[0] for numbers in of_ranks]),
-            **self._memory(),
+            **self._performance(seconds),
+            **memory,
+            **(self._by_rank(times, peaks) if self._process.world_size > 1 else {}),
             "data/epoch": last.number / facts.steps_per_epoch,
             "data/repeats": last.number * samples / facts.samples,
             "data/bucket": str(last.micro_batches[0].bucket),
             "optim/skipped_steps": self._nonfinite.skipped,
         }
 
-    def _performance(self, seconds: float, of_ranks: list[float]) -> Values:
-        """Where the time goes, means over the steps since the last log line.
-
-        `of_ranks`: what each rank needs for its data and its forward pass. The backward pass waits for the slowest,
-        so its time is the same in all.
-        """
+    def _performance(self, seconds: float) -> Values:
+        """Where rank 0's time goes, means over the steps since the last log line."""
         parts = {
             part: self._spent[part] / self._steps
             for part in ("data", "forward", "backward", "update")
@@ -232,7 +225,6 @@ class Progress:
         tflops = self._flops / seconds / 1e12
         values: Values = {
             "perf/tflops": tflops,
-            **({"perf/mfu": tflops / self._peak} if self._peak else {}),
             "perf/data_wait_seconds": parts["data"],
             "perf/forward_seconds": parts["forward"],
             "perf/backward_seconds": parts["backward"],
@@ -240,16 +232,28 @@ class Progress:
         }
         if stall := self._spent["checkpoint"]:
             values["perf/checkpoint_stall_seconds"] = stall
-        if self._process.world_size > 1:
-            slowest = of_ranks.index(max(of_ranks))
-            values["perf/rank_spread_seconds"] = max(of_ranks) - min(of_ranks)
-            values["perf/slowest_rank"] = f"rank {slowest} on {self._facts.hosts[slowest]}"
+        if self._peak:
+            values["perf/mfu"] = tflops / self._peak
+            values["perf/mfu_peak"] = f"{self._peak:g} TFLOP/s in {self._product}"
         return values
 
-    def _memory(self) -> Values:
-        """Of rank 0, in GiB: the peaks on its card, what the plan predicts, and its host memory."""
+    def _by_rank(self, seconds: list[float], gib: list[float]) -> Values:
+        """What each rank needs for its data and its forward pass, and its memory. The backward pass waits for the
+        slowest, so its time is the same in all."""
+        slowest, fullest = (numbers.index(max(numbers)) for numbers in (seconds, gib))
+        return {
+            "perf/rank_seconds": seconds,
+            "perf/rank_spread_seconds": max(seconds) - min(seconds),
+            "perf/slowest_rank": f"rank {slowest} on {self._facts.hosts[slowest]}",
+            "memory/rank_gib": gib,
+            "memory/fullest_gib": max(gib),
+            "memory/fullest_rank": f"rank {fullest} on {self._facts.hosts[fullest]}",
+        }
+
+    def _memory(self) -> dict[str, float]:
+        """Of this rank, in GiB: the peaks on its card, what the plan predicts, and its host memory."""
         device, expected = self._process.device, self._facts.expected
-        values: Values = {}
+        values = {}
         if device.type == "cuda":
             values["memory/allocated_gib"] = torch.cuda.max_memory_allocated(device) / GIB
             values["memory/reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
@@ -309,6 +313,15 @@ def _by_band(of_ranks: list[list[float]]) -> Values:
     totals = [sum(column) for column in zip(*of_ranks, strict=True)]
     bands = zip(BANDS, totals[::2], totals[1::2], strict=True)
     return {f"train/loss_{band}": total / count for band, total, count in bands if count}
+
+
+def product_of(recipe: Recipe) -> str:
+    """What the blocks' linears are multiplied in: the dtype of the peak that MFU is a share of. fp16 is as fast as bf16."""
+    if recipe.compute == "fp8":
+        return "fp8"
+    if recipe.base_weights in BASE_WEIGHTS:
+        return BASE_WEIGHTS[recipe.base_weights][1]
+    return "bf16" if recipe.precision == "fp16" else recipe.precision
 
 
 def compiled_graphs() -> int:

@@ -30,7 +30,7 @@ from flux2_ds.model import transformer
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
 from launcher.hosts import Hosts
-from launcher.plan_report import plan_memory, size
+from launcher.plan_report import find_card, plan_memory, size
 
 DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"
 KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
@@ -495,7 +495,7 @@ def test_host_memory_is_of_each_host(launch, hosts, shared):
     plan = make_plan(recipe, hosts.processes)
     needed = plan_memory(plan, hosts, None, None, None).memory.on_host * shared
     for part, fits in ((0.99, False), (1.01, True)):
-        found = plan_memory(plan, hosts, None, "80GiB", f"{needed * part / GIB:.6f}GiB")
+        found = plan_memory(plan, hosts, None, find_card("80GiB"), f"{needed * part / GIB:.6f}GiB")
         assert found.fits == fits
         unquantised = [choice.deepspeed for choice in found.others if not choice.base_weights]
         assert ("zero3_offload" in unquantised) == fits
@@ -618,13 +618,13 @@ def test_the_plan_says_what_crosses_the_link():
     assert moved(base_placement="host", base_resident=54 / 56) == pytest.approx(0)
     assert moved(4, base_placement="sharded") == pytest.approx(0.75 * 122)
     recipe = recipe_for(KLEIN_9B, base_placement="auto", base_weights="nf4_fp8", deepspeed="zero0")
-    told = plan_memory(make_plan(recipe, 1), Hosts(1), None, "7.5GiB", "32GiB")
+    told = plan_memory(make_plan(recipe, 1), Hosts(1), None, find_card("7.5GiB"), "32GiB")
     assert told.fits and told.values()["streamed_per_micro_batch"] == told.moved
     (line,) = [line for line in told.lines() if line.startswith("streams")]
     assert "(host, 25% of the blocks resident)" in line and "s over pcie3" in line
     assert "base_placement" not in " ".join(told.lines())
     fixed = make_plan(replace(recipe, base_placement="gpu"), 1)
-    elsewhere = plan_memory(fixed, Hosts(1), None, "7.5GiB", "32GiB")
+    elsewhere = plan_memory(fixed, Hosts(1), None, find_card("7.5GiB"), "32GiB")
     assert not elsewhere.fits and "--base_placement host" in elsewhere.refusal()
 
 

@@ -1,14 +1,16 @@
 """Which hosts and GPUs a recipe runs on."""
 
 import socket
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
-from flux2_ds.config.recipe import Launch
+from flux2_ds.config.recipe import Data, Launch, Model, Recipe
 from flux2_ds.errors import UserError
-from launcher.hosts import Hosts, check_gpus, find_hosts, pick_port, read_hostfile
+from launcher.hosts import Hosts, check_cards, check_gpus, find_hosts, pick_port, read_hostfile
 
 NODES = Hosts(12, Path("hostfile"), slots={"node01": 8, "node02": 4}, address="10.0.0.1")
 ROOT = Path(__file__).parents[2]
@@ -105,6 +107,29 @@ def test_without_the_variable_nvidia_smi_is_asked(tmp_path, monkeypatch):
     check_gpus(Hosts(16, tmp_path / "hostfile"))  # elsewhere
     with pytest.raises(UserError, match=r"3 processes .* shows 2"):
         check_gpus(Hosts(3))
+
+
+def test_what_no_card_here_computes_is_refused(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    recipe = Recipe(
+        run_dir="r", model=Model(path="m"), data=Data(images="i", shards="s"), base_weights="fp8"
+    )
+    check_cards(recipe, Hosts(1))
+    old, new = "NVIDIA GeForce RTX 3090, 8.6", "NVIDIA H100 80GB HBM3, 9.0"
+    for listed, processes, refused in (
+        ([old, old], 2, True),
+        ([old], 2, False),  # a plan for another machine
+        ([old, new], 1, False),
+        ([], 1, False),
+    ):
+        program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in listed))
+        program.chmod(0o755)
+        with pytest.raises(UserError, match=r"RTX 3090\. .* int8") if refused else nullcontext():
+            check_cards(recipe, Hosts(processes))
+    program.write_text(f"#!/bin/sh\necho '{old}'\n")
+    check_cards(recipe, Hosts(1, tmp_path / "hostfile"))
+    check_cards(replace(recipe, launch=Launch(accelerator="cpu")), Hosts(1))
 
 
 def test_a_port_that_is_taken_is_not_picked(monkeypatch):

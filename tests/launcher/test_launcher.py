@@ -360,6 +360,15 @@ def test_bench_refuses_a_hostfile(recipe, tmp_path, monkeypatch, capsys):
             2,
             ["takes .* which --gpu 24GiB --host 99GiB does not have; add --deepspeed", "prepared"],
         ),
+        (
+            ["--gpu=rtx 3090", "--base_weights=fp8", "--model.path=black-forest-labs/FLUX.2-dev"],
+            True,
+            2,
+            [
+                "which --gpu RTX 3090 .* int8",
+                "base_weights is fp8, .* the GPU is RTX 3090. .* int8",
+            ],
+        ),
     ],
 )
 def test_plan_prints_the_arithmetic_and_refuses_what_train_would(
@@ -433,6 +442,11 @@ CUDA = ["--launch.accelerator", "cuda"]
         ("plan", ["--gpus=0"], "launch.processes is 0|number of processes is 0"),
         ("plan", ["--gpus=-2"], "launch.processes is -2|number of processes is -2"),
         ("plan", ["--host=64GiB"], "--host is 64GiB, but only beside --gpu"),
+        (
+            "plan",
+            ["--gpu=A100"],
+            "--gpu is 'A100'; .* a size such as 24GiB .* one of .* A100 40GB, ",
+        ),
         ("bench", ["--against=bare"], "--against bare .* Add --launch.processes 1"),
         (
             "bench",

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flux2_ds.errors import UserError
-from flux2_ds.model.load import check_card, place_weight, read_partitioned, read_weights
+from flux2_ds.model.load import place_weight, read_partitioned, read_weights
 from flux2_ds.model.transformer import empty_transformer, keep_timestep_exact
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, dequantize
 
@@ -79,28 +79,6 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str
     }
     save_file(tensors, folder / NAME)
     return tensors
-
-
-@pytest.mark.parametrize(
-    ("base", "compute", "card", "message"),
-    [
-        ("fp8", "precision", (8, 6), "base_weights is fp8, which needs Ada .* set base_weights: int8"),
-        ("int8", "precision", (7, 5), "base_weights is int8, which needs Ampere .* remove base_weights"),
-        (None, "fp8", (8, 6), "compute is fp8, which needs Ada or Hopper or newer; this GPU is a Fake. .* remove compute"),
-        (None, "fp8", (8, 9), None),
-        ("int8", "precision", (8, 0), None),
-        (None, "precision", (7, 5), None),
-    ],
-)  # fmt: skip
-def test_a_card_that_cannot_multiply_it_is_refused(base, compute, card, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake")
-    check_card(base, CPU, compute)
-    if message is None:
-        check_card(base, torch.device("cuda"), compute)
-    else:
-        with pytest.raises(UserError, match=message):
-            check_card(base, torch.device("cuda"), compute)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 25])

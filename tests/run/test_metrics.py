@@ -27,6 +27,7 @@ from flux2_ds.run import wandb_run
 from flux2_ds.run.metrics import (
     METRICS_NAME,
     Metrics,
+    Values,
     check_metrics,
     draw_loss,
     metrics_digest,
@@ -423,7 +424,8 @@ def test_an_offline_run_reads_back_with_every_series(run_dir):
     checkpoint.mkdir()
     (checkpoint / "weights").write_text("w")
     for step in (1, 2):
-        metrics.write(step, {"train/loss": 1 / step, "data/bucket": "64x64", "perf/mfu": None})
+        values: Values = {"train/loss": 1 / step, "data/bucket": "64x64", "perf/mfu": None}
+        metrics.write(step, values | {"memory/rank_gib": [1.0, 2.0]})
         metrics.show(step, [("a cat", image), ("a dog", image)])
     metrics.saved(2, checkpoint)
     metrics.saved(3, run_dir / "step_3")  # which retention has removed

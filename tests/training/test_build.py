@@ -43,6 +43,17 @@ def test_what_cannot_run_here_is_refused_before_a_model_is_loaded(
             check_machine(plan, CPU)
 
 
+def test_a_card_that_cannot_compute_it_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
+    cuda = torch.device("cuda")
+    check_machine(make_plan(replace(RECIPE, base_weights="int8"), 1), cuda)
+    with pytest.raises(UserError, match=r"base_weights is fp8, .* the GPU is NVIDIA RTX A6000"):
+        check_machine(make_plan(replace(RECIPE, base_weights="fp8"), 1), cuda)
+
+
 def test_all_processes_keep_as_many_blocks_as_the_fullest_card_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -36,7 +36,7 @@ from flux2_ds.training.cadence import Cadence
 from flux2_ds.training.checkpoints import Checkpoints
 from flux2_ds.training.loss import Losses
 from flux2_ds.training.nonfinite import NonFinite
-from flux2_ds.training.progress import Facts, Progress
+from flux2_ds.training.progress import Facts, Progress, product_of
 from flux2_ds.training.step import seed_dropout
 from flux2_ds.training.stop import StopRequest
 from flux2_ds.training.validation import LOSS
@@ -455,6 +455,22 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
         others = [dropped(*place) for place in ((4, 7, 1), (3, 8, 1), (3, 7, 0), (7, 3, 1))]
         assert dropped(3, 7, 1) == first
     assert first not in others
+
+
+@pytest.mark.parametrize(
+    ("settings", "product"),
+    [
+        ({}, "bf16"),
+        ({"precision": "fp16"}, "bf16"),
+        ({"precision": "fp32"}, "fp32"),
+        ({"compute": "fp8", "method": "full"}, "fp8"),
+        ({"base_weights": "nf4_fp8"}, "fp8"),
+        ({"base_weights": "int8"}, "int8"),
+        ({"base_weights": "nf4"}, "bf16"),
+    ],
+)
+def test_mfu_is_of_the_peak_of_what_is_multiplied(tmp_path, settings, product):
+    assert product_of(recipe_for(tmp_path, **settings)) == product
 
 
 def test_every_series_is_documented_and_has_a_prefix(tmp_path):
