@@ -1,14 +1,23 @@
-"""A worker of test_engine.py: builds a large model in parts and writes down its peak memory."""
+"""A worker of test_engine.py: builds a large model in parts and writes down its peak memory.
+
+`python tests/distributed/measure_loading.py N FOLDER` measures N processes of FLUX.2-dev's widths, with a double and
+a single block, at ZeRO-3 in bf16; FOLDER has 5 GB free.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from forked import Ranks
 from torch import distributed
 
+from flux2_ds.config.model_spec import RELEASED
 from flux2_ds.config.plan import read_deepspeed
 from flux2_ds.distributed import Process, destroy_process_group, init_process_group
 from flux2_ds.engine.zero3 import make_partitioner
@@ -81,3 +90,37 @@ def main(_orders: object, directory: Path, written: Path) -> None:
         written.write_text(json.dumps(results))
     gc.collect()  # gloo's threads end with the last reference to the process group
     destroy_process_group()
+
+
+def measure_dev(_orders: object, directory: Path) -> None:
+    """Say by how many bytes this process rose while it loaded, as `train` does."""
+    torch.set_num_threads(1)
+    process = init_process_group("cpu")
+    distributed.all_reduce(torch.zeros(1))
+    Path("/proc/self/clear_refs").write_text("5")
+    before, began = resident("VmRSS"), time.perf_counter()
+    config = read_deepspeed("zero3") | {"train_batch_size": process.world_size}
+    model = load_as(config, directory, torch.bfloat16, None, process)
+    used, seconds = resident("VmHWM") - before, time.perf_counter() - began
+    own = sum(p.ds_tensor.nbytes for p in model.parameters())
+    risen: list[float] = [0.0] * process.world_size
+    distributed.all_gather_object(risen, used / 1e9)
+    if process.is_rank0:
+        size = sum(file.stat().st_size for file in directory.glob("*/*.safetensors")) / 1e9
+        (directory / "said").write_text(
+            f"file {size:.2f} GB; a partition {own / 1e9:.2f} GB; risen by {sum(risen):.2f} GB = "
+            f"{' + '.join(f'{each:.2f}' for each in risen)}; {seconds:.0f} s\n"
+        )
+    destroy_process_group()
+
+
+if __name__ == "__main__":
+    count, folder = int(sys.argv[1]), Path(sys.argv[2])
+    spec = replace(RELEASED["black-forest-labs/FLUX.2-dev"], double_blocks=1, single_blocks=1)
+    if not folder.exists():
+        model = transformer.empty_transformer(spec).bfloat16().to_empty(device="cpu")
+        model.save_pretrained(folder / "transformer")
+        del model
+    ranks = Ranks(measure_dev, [(folder,)] * count)
+    assert set(ranks.wait()) == {0}, ranks.said()
+    print((folder / "said").read_text())
