@@ -42,8 +42,8 @@ _KEPT = {
 """(compiled, method, with dropout) -> residual streams that a double and a single block keep for the backward
 pass without checkpointing; adapters on all linears. Of LoKr and LoHa without what its factors add for each token."""
 _WORKING, _WORKING_LATE = 24, 34
-"""Streams of the block that runs, with what it has kept: compiled; and where blocks are not, or weights or inputs of
-the next block are on the card already, moved by DeepSpeed's stage 3 or from host memory."""
+"""Streams of the block that runs, with what it has kept: compiled; and where it is not, or DeepSpeed's stage 3 has
+gathered the next block's weights already."""
 _RENDERING = 21  # the same without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at the image's full size
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
@@ -251,7 +251,7 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
     single = kept - double
     in_double, in_single = kept_streams(recipe, spec)
     card, host = stream * (in_double * double + in_single * single), {}
-    late = not compiles(recipe) or run.stage == 3 or recipe.offload_activations
+    late = not compiles(recipe) or run.stage == 3
     if kept and not late:
         card -= stream * in_single  # of the last block, whose backward pass is the first
     if recipe.offload_activations:

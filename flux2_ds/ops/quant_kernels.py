@@ -15,7 +15,6 @@ _FORMATS = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.int8: "int
 # Found by timing on an H100.
 _NF4_ROWS = 128
 _TRANSPOSE_TILE = 128
-_PEAKS_TILE, _PEAKS_WARPS = (32, 8, 256), 8
 _ADD_TILE, _ADD_WARPS = (64, 128), 4
 _GRADS_PROGRAMS, _GRADS_WARPS, _GRADS_STAGES = 216, 4, 3
 
@@ -116,21 +115,6 @@ def quantize_rows(
 
 
 @triton.jit
-def _column_peaks(
-    x, peaks, rows, columns, ROWS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The largest magnitudes of some columns in some rows, into those of all rows."""
-    first = tl.program_id(1).to(tl.int64) * (ROWS * STEPS)
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    peak = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for step in range(STEPS):
-        row = first + step * ROWS + tl.arange(0, ROWS)
-        part = _read_rows(x, x, row, rows, column, columns, False)
-        peak = tl.maximum(peak, tl.where(part == part, tl.abs(part), float("inf")))
-    tl.atomic_max(peaks + column, tl.max(peak, 0), mask=column < columns)
-
-
-@triton.jit
 def _quantize_columns(
     x, peaks, values, scales, rows, columns, padded, largest, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +122,8 @@ def _quantize_columns(
     row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = column < columns
-    peak = tl.load(peaks + column, mask=inside, other=0.0)
+    peak = tl.load(peaks + column, mask=inside, other=0.0).to(tl.float32)
+    peak = tl.where(peak == peak, peak, float("inf"))  # see `_quantize_rows`
     scale = tl.div_rn(tl.maximum(peak, 1e-12), largest)
     part = _read_rows(x, x, row, rows, column, columns, False) * tl.div_rn(1.0, scale)[None, :]
     part = tl.minimum(tl.maximum(part, -largest), largest)
@@ -159,11 +144,7 @@ def quantize_columns(
     tile, padded = _TRANSPOSE_TILE, -(-rows // 16) * 16
     values = torch.empty(columns, padded, device=x.device, dtype=dtype)
     scales = torch.empty(columns, 1, device=x.device, dtype=torch.float32)
-    peaks = torch.zeros(columns, device=x.device)
-    together, steps, wide = _PEAKS_TILE
-    _column_peaks[(triton.cdiv(columns, wide), triton.cdiv(rows, together * steps))](
-        x, peaks, rows, columns, ROWS=together, STEPS=steps, COLUMNS=wide, num_warps=_PEAKS_WARPS,
-    )  # fmt: skip
+    peaks = torch.linalg.vector_norm(x, torch.inf, dim=0)
     _quantize_columns[(triton.cdiv(columns, tile), triton.cdiv(padded, tile))](
         x, peaks, values, scales, rows, columns, padded, largest, TILE=tile, num_warps=8, **_EXACT
     )
