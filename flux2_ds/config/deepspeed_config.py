@@ -120,6 +120,9 @@ def _problems(config: Any) -> Iterator[str]:
             yield f"is wrong: {key} is {value!r}, which is no value for it."
     if '"auto"' in json.dumps(config):
         yield 'uses "auto"; write the value.'
+    reduced = config.get("communication_data_type", "fp32")
+    if reduced not in ("fp32", "bf16", "fp16"):
+        yield f"is wrong: communication_data_type is {reduced!r}; it must be fp32, bf16 or fp16."
     for key, least in _SIZES.items():
         value = zero.get(key, least)
         if not (isinstance(value, int | float) and least <= value < 1e18):

@@ -239,7 +239,10 @@ def _reduction_buffers(run: _Run) -> float:
     bucket: float = min(
         run.zero.get("reduce_bucket_size", 5e8), run.trained
     )  # engine.py sees to it
-    return (2 if halved else 4) * buffers * bucket
+    given = run.plan.deepspeed.get("communication_data_type")
+    # A bucket is copied where it travels in another dtype.
+    copy = 0 if given is None or (given == "fp32") != halved else 4 if halved else 2
+    return ((2 if halved else 4) * buffers + copy) * bucket
 
 
 def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:

@@ -358,6 +358,15 @@ def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
         zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": bucket}
         return estimate_for(KLEIN_4B, 0, zero=zero, **settings).card.get("reduction buffers", 0)
 
+    def reduced_in(dtype: str, **settings: Any) -> float:
+        zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10**6}
+        config = {"zero_optimization": zero, "communication_data_type": dtype}
+        plan = make_plan(recipe_for(KLEIN_4B, deepspeed=config, **settings), 1)
+        return estimate(RELEASED[KLEIN_4B], plan, 4096, 0).card["reduction buffers"]
+
+    assert [reduced_in(dtype) for dtype in ("fp32", "bf16")] == [8e6, 10e6]
+    assert [reduced_in(dtype, method="full") for dtype in ("fp32", "bf16")] == [8e6, 4e6]
+
     assert [buffers(stage) for stage in (1, 2, 3)] == [8e6, 8e6, 4e6]
     assert [buffers(stage, precision="fp16") for stage in (1, 2, 3)] == [4e6, 4e6, 2e6]
     assert [buffers(stage, method="full") for stage in (1, 2, 3)] == [0, 4e6, 4e6]

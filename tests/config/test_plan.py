@@ -383,6 +383,10 @@ def test_key_that_the_recipe_owns_is_refused(key):
             "is not valid JSON: 'stage' comes twice",
         ),
         ('{"wall_clock_breakdown": "x"}', "wall_clock_breakdown is 'x', which is no value for it"),
+        (
+            '{"communication_data_type": "fp8"}',
+            "communication_data_type is 'fp8'; it must be fp32, ",
+        ),
         *((text, "must be a JSON object") for text in ("[]", "null", "3")),
         ('{"zero_optimization": null}', "must be a JSON object"),
     ],
