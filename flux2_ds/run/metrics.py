@@ -28,18 +28,6 @@ Values = dict[str, float | str | list[float] | None]
 """Numbers by name; a list has one for each rank, and the trackers do without."""
 
 METRICS_NAME = "metrics.jsonl"
-RENAMED = {
-    "loss": "train/loss",
-    "gradient_norm": "train/gradient_norm",
-    "learning_rate": "train/learning_rate",
-    "validation_loss": "validation/loss",
-    "seconds_per_step": "perf/seconds_per_step",
-    "samples_per_second": "perf/samples_per_second",
-    "epoch": "data/epoch",
-    "bucket": "data/bucket",
-    "skipped_steps": "optim/skipped_steps",
-}
-"""Names in records of earlier versions, which are read under today's."""
 
 
 class Metrics:
@@ -154,7 +142,7 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found, damaged = [], 0
     for line in lines:
         try:
-            record = {RENAMED.get(n, n): value for n, value in json.loads(line).items()}
+            record = dict(json.loads(line))
             float(record["step"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             damaged += line.endswith("\n")

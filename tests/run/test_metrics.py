@@ -502,21 +502,6 @@ def test_the_last_alert_of_a_run_is_sent_before_its_process_ends(run_dir, monkey
     assert [r.exit.exit_code for r in records if r.HasField("exit")] == [1]
 
 
-def test_records_of_an_earlier_version_are_read_and_gone_on_from(run_dir):
-    old = {"step": 10, "loss": 1.0, "validation_loss": 0.5, "seconds_per_step": 2.0, "mine": 3}
-    (run_dir / METRICS_NAME).write_text(json.dumps(old) + "\n")
-    saved = metrics_digest(run_dir)
-    metrics = start(run_dir, resumed_at=10)
-    assert metrics.smoothed(0.0) == 0.5
-    record(metrics, 20)
-    metrics.close()
-    assert metrics_digest(run_dir, saved["bytes"]) == saved
-    assert read_metrics(run_dir / METRICS_NAME)[0] == {
-        **{"step": 10, "train/loss": 1.0, "validation/loss": 0.5, "perf/seconds_per_step": 2.0},
-        "mine": 3,
-    }
-
-
 def test_the_loss_is_smoothed_over_the_last_tenth_also_after_a_resume(run_dir):
     metrics = start(run_dir)
     for step in range(1, 101):
