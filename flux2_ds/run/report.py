@@ -66,7 +66,7 @@ LOSSES = {
     "train/loss_smoothed": "smoothed",
     "validation/loss": "held out",
 }
-_NO_CHART = r"step|data/epoch|data/repeats|optim/skipped_steps"
+_NO_CHART = r"step|data/epoch|data/repeats|optim/skipped_steps|perf/mfu_peak"
 PLAN = (
     "variant",
     "model",
