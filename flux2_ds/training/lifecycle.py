@@ -91,8 +91,8 @@ def log_memory(expected: Memory, device: torch.device) -> None:
 
 def log_end(run_dir: Path, finished: bool) -> None:
     """Say what came of the run, and the next command to paste."""
-    facts = RunReport("", run_dir, {}, read_metrics(run_dir / METRICS_NAME)).facts()
-    log.info("result     %s", ", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    if facts := RunReport("", run_dir, {}, read_metrics(run_dir / METRICS_NAME)).facts():
+        log.info("result     %s", ", ".join(f"{name} {fact}" for name, fact in facts.items()))
     if page := write_report(run_dir):
         log.info("report     %s", page)
     recipe = shlex.quote(str(run_dir / RECIPE_NAME))
