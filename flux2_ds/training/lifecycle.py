@@ -52,14 +52,19 @@ def failures_told(run: Run, expected: Memory) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
-        message = out_of_memory(run.recipe, "step", "a step", error, expected.spare)
-        raise OutageError(message) from error
-    except UserError as error:
+    except Exception as error:
+        failure = error
+        if isinstance(error, torch.OutOfMemoryError):
+            # Of the backward pass at stage 3, which is not warmed up, or of a card that others use as well.
+            failure = OutageError(
+                out_of_memory(run.recipe, "step", "a step", error, expected.spare)
+            )
         if run.metrics is not None:
-            run.metrics.alert("the run has ended", str(error), last=True)
-        raise
+            defect = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
+            run.metrics.alert("the run has ended", f"{defect}{failure}", last=True)
+        if failure is error:
+            raise
+        raise failure from error
     finally:
         run.progress.close()
         # An error is no reason to lose what is being written.

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ from flux2_ds.run.run_dir import lock_run_dir
 from flux2_ds.training import checkpoints, inputs
 from flux2_ds.training.checkpoints import note_base_files, resume
 from flux2_ds.training.inputs import Inputs
+from flux2_ds.training.lifecycle import failures_told
 from flux2_ds.training.stop import StopRequest
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -324,6 +326,23 @@ def test_a_card_that_is_too_small_for_a_step_is_answered_with_settings(
     ) as raised:
         start(recipe_for(tmp_path))
     assert raised.value.code == 1 and "stack" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "told"),
+    [
+        (UserError("the loss is nan"), UserError, r"the loss is nan"),
+        (torch.OutOfMemoryError("no"), OutageError, r"not enough for a step \(no\)\. Set "),
+        (ZeroDivisionError("division by zero"), ZeroDivisionError, "ZeroDivisionError: division"),
+    ],
+)
+def test_an_alert_tells_what_ended_a_run(tmp_path, error, raised, told):
+    run = Mock(recipe=recipe_for(tmp_path))
+    with pytest.raises(raised), failures_told(run, Memory({}, {})):
+        raise error
+    ((title, text),) = [call.args for call in run.metrics.alert.call_args_list]
+    assert title == "the run has ended" and re.search(told, text)
+    run.checkpoints.wait.assert_called_once()
 
 
 def test_a_refused_start_leaves_the_run_directory_as_it_was(
