@@ -346,6 +346,11 @@ def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Itera
         yield (
             f"the deepspeed config has {unknown[0]}, whose optimizer state checkpoints do not hold. Remove it."
         )
+    if not zero.get("compute_grad_norm", True):
+        yield (
+            "the deepspeed config has compute_grad_norm false, and clipping, the records and the check for gradients "
+            "that are not finite need the norm. Remove it."
+        )
     if offload_device(zero, "offload_optimizer") != "none" and (optimizer != "adamw" or stage == 0):
         yield (
             f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "

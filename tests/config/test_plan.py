@@ -740,6 +740,10 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
             "offload_optimizer on 'nvme'",
         ),
         (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
+            "compute_grad_norm false, .* need the norm. Remove it",
+        ),
+        (
             {"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},
             "zenflow, whose optimizer state checkpoints do not hold",
         ),
