@@ -108,7 +108,7 @@ def place_token(recipe: Recipe | None) -> Path | None:
 
 def ask_hosts(slots: dict[str, int], common: list[str]) -> dict[str, Findings]:
     """Return what every host finds; this one's name is empty."""
-    started, children = time.time(), {}
+    started, deadline, children = time.time(), time.monotonic() + _LIMIT, {}
     try:
         for host, processes in slots.items():
             checks = [sys.executable, "-m", "launcher.host_checks"]
@@ -122,18 +122,18 @@ def ask_hosts(slots: dict[str, int], common: list[str]) -> dict[str, Findings]:
                 text=True,
                 start_new_session=True,
             )
-        return {host: answer_of(host, child, started) for host, child in children.items()}
+        return {host: answer_of(host, child, started, deadline) for host, child in children.items()}
     finally:
         for child in children.values():
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)  # and the probe that it waits for
 
 
-def answer_of(host: str, child: subprocess.Popen[str], started: float) -> Findings:
-    """Return a host's findings, or the one why it has none."""
+def answer_of(host: str, child: subprocess.Popen[str], started: float, deadline: float) -> Findings:
+    """Return a host's findings, or the one why it has none. `started` is of the time of day, `deadline` not."""
     findings = Findings()
     try:
-        out, error = child.communicate(timeout=max(0.0, started + _LIMIT - time.time()))
+        out, error = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         findings.fail("host", f"{host or 'this host'} did not answer in {_LIMIT:.0f} s")
         return findings

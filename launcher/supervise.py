@@ -276,7 +276,7 @@ def supervise(
                 print_line("loading torch and DeepSpeed takes some 10 s")
             if not node:
                 forget(job.logs)
-            before, started = job.progress(), time.time()
+            before, started, clock = job.progress(), time.time(), time.monotonic()
             # Rank 0's launcher, which may start later, forgets an earlier start's failure.
             failed = partial(first_failure, job.logs, started if node else 0.0)
             code = run(commands, stopper, failed)
@@ -294,7 +294,7 @@ def supervise(
                 return code
             answered += 1
             print_line(
-                f"ended after {time.time() - started:.0f} s; restart {answered} of {max_restarts} in "
+                f"ended after {time.monotonic() - clock:.0f} s; restart {answered} of {max_restarts} in "
                 f"{_PAUSE:.0f} s from {at}"
             )
             _wait(_PAUSE, stopper)

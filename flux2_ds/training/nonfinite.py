@@ -59,7 +59,7 @@ class NonFinite:
             where = f"{path} has this rank's samples and their statistics."
         except OSError as error:
             where = f"What was in it could not be written: {error}."
-        what = f"the gradient norm is {norm} at step {step}; no update was made and no checkpoint written. {where} "
+        what = f"the gradient norm is {norm} at step {step}, and no update was made. {where} "
         if self.policy == "stop":
             raise UserError(
                 f"{what}Look for a broken sample there, lower "

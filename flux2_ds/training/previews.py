@@ -152,10 +152,10 @@ def _is_readable(path: Path) -> bool:
     """Whether there is an image, and all of it."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # which needs the pixels alone
+        return path.read_bytes()[-8:-4] == b"IEND"
     except (OSError, SyntaxError):  # Pillow's word for a broken PNG chunk
         return False
-    return True
 
 
 def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
