@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing import resource_tracker
@@ -154,6 +155,8 @@ def _become(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = None
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the parent removes its folders
         _name(words)
         if words[0] == "ssh":
             code = _ssh(words[1:])

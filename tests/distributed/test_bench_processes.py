@@ -1,12 +1,11 @@
 """`bench` on several processes: the same step whatever the stage, and one result for all."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import ForkedTree
 from pool import launch
 from test_zero3 import zero3
 
@@ -37,19 +36,14 @@ def test_one_command_times_all_processes(tmp_path: Path) -> None:
         "batch: {global_size: 4, micro_size: 1}, launch: {accelerator: cpu, processes: 2}}"
     )
     asked = "--width 64 --height 64 --measure 1 --warm-up 1 --json --profile trace/step.json"
-    benched = subprocess.run(
-        [sys.executable, "-m", "launcher", "bench", "--config", "recipe.yaml", *asked.split()],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert benched.returncode == 0, benched.stderr
-    result = json.loads(benched.stdout)
+    argv = [sys.executable, "-m", "launcher", "bench", "--config", "recipe.yaml", *asked.split()]
+    benched = ForkedTree(argv, tmp_path / "out", tmp_path, {"TMPDIR": str(tmp_path / "tmp")})
+    code, said = benched.wait(300), (tmp_path / "out").read_text()
+    assert code == 0, said
+    assert said.count("\n{\n") == 1
+    result, _ = json.JSONDecoder().raw_decode(said, said.index("{\n"))
     assert (result["processes"], result["global_batch"], result["micro_batch"]) == (2, 4, 1)
     assert result["kernels"] and (tmp_path / "trace" / "step.json").exists()
-    assert "--module flux2_ds.commands.bench" in benched.stderr
+    assert "--module flux2_ds.commands.bench" in said
     assert not list((tmp_path / "tmp").glob("flux2-ds-bench-*"))
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,8 @@
 exit code is wrong, and the run ends with the bits of one that nobody has disturbed.
 
 `make test-kill N=100 SEED=0`; a failure names the seed and the kill. Importing takes longest, so that 19 of 20 runs
-are forked from what has imported everything (`ForkedTree`): the same processes, with less between them.
+are forked from what has imported everything (`ForkedTree`): the same processes, with less between them. A test of one
+kill has no others.
 """
 
 import json
@@ -137,22 +138,23 @@ def test_whoever_is_killed_whenever_nothing_is_left_and_the_run_ends_alike(folde
     durations: dict[type, float] = {}
     ForkedTree(["-m", "launcher", "--version"], folder / "out", folder, {}).wait(900)  # imports
     for kind, run_dir, background in (
-        (Executed, "executed", "false"),
-        (ForkedTree, "forked", "true"),
-    ):
+        (ForkedTree, "forked", "false"),
+        (Executed, "executed", "true"),
+    )[:KILLS]:
         began = time.monotonic()
         launcher = start(kind, folder, run_dir, 2, 0, "--checkpoint.background", background)
         assert launcher.wait(900) == 0, (folder / "out").read_text()
         durations[kind] = time.monotonic() - began
-    expected = result(folder / "executed")
-    check_same(result(folder / "forked"), expected)
+    expected = result(folder / "forked")
+    if KILLS > 1:
+        check_same(result(folder / "executed"), expected)
     print("undisturbed, in s:", *durations.values())
 
     draw = random.Random(SEED)
     kills, runs, done = 0, 0, False
     while True:
         run, hosts, restarts = folder / f"run {runs}", draw.choice((1, 2)), draw.choice((0, 0, 1))
-        executed = draw.random() < 0.05
+        executed = draw.random() < 0.05 and KILLS > 1
         kind = Executed if executed else ForkedTree
         launcher = start(kind, folder, run.name, hosts, restarts)
         victim = ""
