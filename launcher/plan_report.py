@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from flux2_ds.config.autofit import LINKS, Choice, choices, moved_bytes, place_base
+from flux2_ds.config.autofit import CHOSEN, LINKS, Choice, Room, choices, moved_bytes, place_base
 from flux2_ds.config.buckets import bucket_table, resolutions
 from flux2_ds.config.cards import CARD_NAMES, Card, card_named
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks
@@ -89,7 +89,7 @@ class MemoryPlan:
         for choice in self.others:
             card, host = choice.memory.on_card, choice.memory.needed_on_host
             if not any(
-                faster.base_weights == choice.base_weights
+                faster.recipe.base_weights == choice.recipe.base_weights
                 and 0.95 * faster.memory.on_card <= card
                 and faster.memory.needed_on_host <= host
                 for faster in kept
@@ -100,21 +100,15 @@ class MemoryPlan:
     def flags(self, choice: Choice) -> str:
         """The settings in which a choice differs from the recipe, for a command line."""
         wanted = {
-            "deepspeed": choice.deepspeed,
-            "base_weights": choice.base_weights,
-            "activation_checkpointing": choice.activation_checkpointing,
-            "offload_activations": choice.offload_activations,
-            "cache_transposed_base": self.recipe.cache_transposed_base and None,
+            name: getattr(choice.recipe, name)
+            for name in CHOSEN
+            if not (self.automatic and name in ("base_placement", "base_resident"))
         }
-        if not self.automatic:
-            wanted |= {
-                "base_placement": choice.base_placement,
-                "base_resident": choice.base_resident,
-            }
-        changed = {
-            name: value for name, value in wanted.items() if value != getattr(self.recipe, name)
-        }
-        words = [f"--{name} {json.dumps(value).strip(chr(34))}" for name, value in changed.items()]
+        words = [
+            f"--{name} {json.dumps(value).strip(chr(34))}"
+            for name, value in wanted.items()
+            if value != getattr(self.recipe, name)
+        ]
         return " ".join(words) or "(the recipe as it is)"
 
     def refusal(self) -> str | None:
@@ -144,13 +138,8 @@ class MemoryPlan:
             "streamed_per_micro_batch": self.moved,
             "fits": self.fits,
             "choices": [
-                {
-                    "deepspeed": choice.deepspeed,
-                    "base_weights": choice.base_weights,
-                    "base_placement": choice.base_placement,
-                    "base_resident": choice.base_resident,
-                    "activation_checkpointing": choice.activation_checkpointing,
-                    "offload_activations": choice.offload_activations,
+                {name: getattr(choice.recipe, name) for name in CHOSEN}
+                | {
                     "gpu_total": choice.memory.on_card,
                     "host_total": choice.memory.needed_on_host * self.per_host,
                     "flags": self.flags(choice),
@@ -175,17 +164,17 @@ def plan_memory(
     per_host = max(hosts.slots.values(), default=min(hosts.processes, most))
     card_bytes = None if card is None else card.gib * GIB
     host_bytes = math.inf if host is None else size("--host", host) / per_host
+    room = Room(plan.processes, tokens, card_bytes or math.inf, host_bytes, card)
     automatic = recipe.base_placement == "auto"
     if automatic:
-        room = card_bytes or math.inf, host_bytes
-        plan = make_plan(place_base(recipe, spec, plan.processes, tokens, *room), plan.processes)
+        plan = make_plan(place_base(recipe, spec, room), plan.processes)
     kept = kept_blocks(spec, plan, tokens, card_bytes or 0)
     memory = estimate(spec, plan, tokens, kept, card_bytes or 0)
     checkpointed = 1 - kept / spec.blocks
     fits, others = None, []
     if card_bytes is not None:
         fits = memory.fits(card_bytes, host_bytes)
-        others = choices(plan.recipe, spec, plan.processes, tokens, card_bytes, host_bytes, card)
+        others = choices(plan.recipe, spec, room)
     asked = f"--gpu {card.name if card else None}" + (f" --host {host}" if host else "")
     return MemoryPlan(
         plan.processes, per_host, tokens, checkpointed, memory, fits, others, plan.recipe, asked,

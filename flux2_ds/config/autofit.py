@@ -3,9 +3,8 @@ first."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flux2_ds.config.cards import Card, multiplies
@@ -43,39 +42,43 @@ LINKS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 48e9, "nvlink": 290e9}
 next one's; nvlink is a block's all-gather by NVLink 4's nominal rate."""
 
 
+CHOSEN = (
+    *("deepspeed", "base_weights", "activation_checkpointing", "offload_activations"),
+    *("cache_transposed_base", "base_placement", "base_resident"),
+)
+"""The settings in which choices differ."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run has: so many processes, each with so many bytes of card and of host memory, and the image tokens
+    of its longest sample. `card`: which one it is, where that is known."""
+
+    processes: int
+    image_tokens: int
+    card_bytes: float
+    host_bytes: float
+    card: Card | None = None
+
+
 @dataclass(frozen=True)
 class Choice:
     """One way to run a recipe, and what it takes; `cost` orders the choices and is no prediction."""
 
-    deepspeed: str
-    base_weights: str | None
-    base_placement: str
-    base_resident: float
-    activation_checkpointing: float
-    offload_activations: bool
+    recipe: Recipe
     memory: Memory
     cost: float
 
 
-def choices(
-    recipe: Recipe,
-    spec: Spec,
-    processes: int,
-    image_tokens: int,
-    card_bytes: float,
-    host_bytes: float,
-    card: Card | None = None,
-) -> list[Choice]:
-    """All that fit with so many bytes of card and of host memory for each process, the fastest first; without the
-    bases that a `card` cannot multiply."""
-    room = image_tokens, card_bytes, host_bytes
+def choices(recipe: Recipe, spec: Spec, room: Room) -> list[Choice]:
+    """All that fit and that the card can multiply, the fastest first."""
     found = []
     bases = _BASES if recipe.method != "full" else (None,)
-    if card is not None:
-        bases = tuple(base for base in bases if multiplies(card, base))
+    if room.card is not None:
+        bases = tuple(base for base in bases if multiplies(room.card, base))
     for deepspeed in _STAGES:
         for base in bases:
-            changed = dataclasses.replace(
+            changed = replace(
                 recipe,
                 deepspeed=deepspeed,
                 base_weights=base,
@@ -84,45 +87,37 @@ def choices(
                 cache_transposed_base=recipe.cache_transposed_base
                 and None,  # not every base can be
             )
-            fitting = _fitting(changed, spec, processes, *room)
+            fitting = _fitting(changed, spec, room)
             if fitting is None and recipe.method != "full":
                 elsewhere = [
-                    _fitting(each, spec, processes, *room)
-                    for each in _placements(changed, (0.5, 0.0))
+                    _fitting(each, spec, room) for each in _placements(changed, (0.5, 0.0))
                 ]
                 fitting = min(filter(None, elsewhere), key=lambda c: c.cost, default=None)
             if fitting is not None:
                 found.append(fitting)
-    return sorted(found, key=lambda choice: (choice.cost, _STAGES.index(choice.deepspeed)))
+    return sorted(found, key=lambda c: (c.cost, _STAGES.index(str(c.recipe.deepspeed))))
 
 
-def place_base(
-    recipe: Recipe,
-    spec: Spec,
-    processes: int,
-    image_tokens: int,
-    card_bytes: float,
-    host_bytes: float,
-) -> Recipe:
+def place_base(recipe: Recipe, spec: Spec, room: Room) -> Recipe:
     """Decide `base_placement: auto`: on the card if it fits, or if nothing does; else where it costs least.
 
     Every process must be given the same numbers.
     """
     if recipe.base_placement != "auto":
         return recipe
-    everywhere = dataclasses.replace(recipe, base_placement="gpu", base_resident=0.0)
+    everywhere = replace(recipe, base_placement="gpu", base_resident=0.0)
     fitting = []
     for tried in (everywhere, *_placements(recipe, [share / 8 for share in range(8)])):
         try:
-            plan = make_plan(tried, processes)
+            plan = make_plan(tried, room.processes)
         except UserError:
             continue
-        kept = kept_blocks(spec, plan, image_tokens, card_bytes)
-        memory = estimate(spec, plan, image_tokens, kept, card_bytes)
-        if memory.fits(card_bytes, host_bytes):
+        kept = kept_blocks(spec, plan, room.image_tokens, room.card_bytes)
+        memory = estimate(spec, plan, room.image_tokens, kept, room.card_bytes)
+        if memory.fits(room.card_bytes, room.host_bytes):
             if tried is everywhere:
                 return everywhere
-            cost = _cost(spec, plan, image_tokens, 1 - kept / spec.blocks, memory)
+            cost = _cost(spec, plan, room.image_tokens, 1 - kept / spec.blocks, memory)
             fitting.append((cost, tried))
     return min(fitting, key=lambda each: each[0], default=(0, everywhere))[1]
 
@@ -130,41 +125,24 @@ def place_base(
 def _placements(recipe: Recipe, shares: Sequence[float]) -> Iterator[Recipe]:
     for share in shares:
         for placement in ("sharded", "host"):
-            yield dataclasses.replace(recipe, base_placement=placement, base_resident=share)
+            yield replace(recipe, base_placement=placement, base_resident=share)
 
 
-def _fitting(
-    recipe: Recipe,
-    spec: Spec,
-    processes: int,
-    image_tokens: int,
-    card_bytes: float,
-    host_bytes: float,
-) -> Choice | None:
+def _fitting(recipe: Recipe, spec: Spec, room: Room) -> Choice | None:
     """The recipe with the fewest checkpointed blocks that fits."""
-    tried, plan = recipe, None
+    plan = None
     for share, offload in _ACTIVATIONS:
         offload = offload or recipe.offload_activations
-        if plan is None or tried.offload_activations != offload:
-            tried = dataclasses.replace(recipe, offload_activations=offload)
+        if plan is None or plan.recipe.offload_activations != offload:
             try:
-                plan = make_plan(tried, processes)
+                plan = make_plan(replace(recipe, offload_activations=offload), room.processes)
             except UserError:
                 return None  # a combination that does not exist
         kept = spec.blocks - round(share * spec.blocks)
-        memory = estimate(spec, plan, image_tokens, kept, card_bytes)
-        if memory.fits(card_bytes, host_bytes):
-            cost = _cost(spec, plan, image_tokens, share, memory)
-            return Choice(
-                str(tried.deepspeed),
-                tried.base_weights,
-                tried.base_placement,
-                tried.base_resident,
-                share,
-                offload,
-                memory,
-                cost,
-            )
+        memory = estimate(spec, plan, room.image_tokens, kept, room.card_bytes)
+        if memory.fits(room.card_bytes, room.host_bytes):
+            cost = _cost(spec, plan, room.image_tokens, share, memory)
+            return Choice(replace(plan.recipe, activation_checkpointing=share), memory, cost)
     return None
 
 

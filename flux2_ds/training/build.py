@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_ds.config.autofit import choices, place_base
+from flux2_ds.config.autofit import CHOSEN, Room, choices, place_base
 from flux2_ds.config.memory import GIB, Memory, estimate, kept_blocks, trained_parameters
 from flux2_ds.config.model_files import base_digest
 from flux2_ds.config.model_spec import Spec
@@ -145,9 +145,9 @@ def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
     host = free_host_memory() / hosts.count(socket.gethostname())
     free = all_gather_object((free_memory(process.device), host))
     card, host = (min(each) for each in zip(*free, strict=True))
-    room = plan.processes, image_tokens, card, host
+    room = Room(plan.processes, image_tokens, card, host, card_of(process.device))
     if recipe.base_placement == "auto":
-        plan = replace(plan, recipe=(recipe := place_base(recipe, spec, *room)))
+        plan = replace(plan, recipe=(recipe := place_base(recipe, spec, room)))
         log.info(
             "placement  %s, %.0f %% of the blocks resident",
             recipe.base_placement,
@@ -157,18 +157,14 @@ def placed(plan: Plan, spec: Spec, process: Process, image_tokens: int) -> Plan:
     parts = ("base weights", "streaming buffers", "adapter")
     needed = sum(memory.card.get(part, 0.0) for part in parts)
     if needed > card or memory.needed_on_host > host:
-        fitting = choices(recipe, spec, *room, card_of(process.device))
+        fits = "Nothing fits: use a larger card or host, or a smaller model."
+        if fitting := choices(recipe, spec, room):
+            settings = (f"{name}: {getattr(fitting[0].recipe, name)}" for name in CHOSEN)
+            fits = f"This fits: {', '.join(settings)}."
         raise UserError(
             f"base_placement is {recipe.base_placement}, and the weights take {needed / GIB:.1f} GiB of a card and "
             f"{memory.needed_on_host / GIB:.1f} GiB of host memory for each process; free are {card / GIB:.1f} and "
-            f"{host / GIB:.1f} GiB. "
-            + (
-                f"This fits: deepspeed: {fitting[0].deepspeed}, base_weights: {fitting[0].base_weights}, "
-                f"base_placement: {fitting[0].base_placement}, base_resident: {fitting[0].base_resident}, "
-                f"activation_checkpointing: {fitting[0].activation_checkpointing}."
-                if fitting
-                else "Nothing fits: use a larger card or host, or a smaller model."
-            )
+            f"{host / GIB:.1f} GiB. {fits}"
         )
     return plan
 

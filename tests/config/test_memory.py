@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_ds.config.autofit import choices, moved_bytes, place_base
+from flux2_ds.config.autofit import Room, choices, moved_bytes, place_base
 from flux2_ds.config.memory import (
     _CUDA_GRAPHS,
     GIB,
@@ -267,7 +267,7 @@ def test_offload_moves_and_processes_divide():
 
 def test_fp8_products_of_trained_weights_take_their_operands():
     """And nothing else: not the weights, nor what is saved for the backward pass. By plan they are faster."""
-    spec, room = RELEASED[KLEIN_9B], (4096, 80 * GIB, math.inf)
+    spec, room = RELEASED[KLEIN_9B], Room(4, 4096, 80 * GIB, math.inf)
     plain, fp8 = (recipe_for(KLEIN_9B, 4, method="full", compute=c) for c in ("precision", "fp8"))
     one, other = (estimate(spec, make_plan(each, 4), 4096, 0) for each in (plain, fp8))
     more = {
@@ -276,7 +276,7 @@ def test_fp8_products_of_trained_weights_take_their_operands():
     widest = max(block_matrices(spec))
     operands = (4096 + 512) * (9 + 1) * spec.width
     assert widest == 9 * spec.width**2 and more == {"working": operands + 2 * widest}
-    costs = [choices(each, spec, 4, *room)[0].cost for each in (plain, fp8)]
+    costs = [choices(each, spec, room)[0].cost for each in (plain, fp8)]
     assert costs[1] < 0.9 * costs[0]
 
 
@@ -425,8 +425,8 @@ def test_a_transposed_base_is_counted_where_there_is_room():
     )
     assert kept_blocks(spec, asked, 4096, room) < spec.blocks
     # It says nothing of the bases that cannot be held so.
-    listed = choices(asked.recipe, spec, 1, 4096, 24 * GIB, 64 * GIB)
-    assert any(choice.base_weights == "nf4_fp8" for choice in listed)
+    listed = choices(asked.recipe, spec, Room(1, 4096, 24 * GIB, 64 * GIB))
+    assert any(choice.recipe.base_weights == "nf4_fp8" for choice in listed)
 
 
 def test_without_a_card_the_plan_counts_the_least():
@@ -439,15 +439,15 @@ def test_without_a_card_the_plan_counts_the_least():
 
 def test_inputs_are_offloaded_where_nothing_else_fits():
     """A 24 GiB card holds dev at 1536² (9216 image tokens) only so, if the base stays on it."""
-    found = choices(recipe_for(), RELEASED[DEV], 1, 9216, 24 * GIB, 64 * GIB)
-    whole = [c for c in found if c.base_placement == "gpu"]
-    assert (whole[0].deepspeed, whole[0].base_weights) == ("zero0", "nf4_fp8")
-    assert all(c.offload_activations == ("base weights" in c.memory.card) for c in whole)
-    roomy = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, 64 * GIB)
-    assert not roomy[0].offload_activations
+    found = choices(recipe_for(), RELEASED[DEV], Room(1, 9216, 24 * GIB, 64 * GIB))
+    whole = [c for c in found if c.recipe.base_placement == "gpu"]
+    assert (whole[0].recipe.deepspeed, whole[0].recipe.base_weights) == ("zero0", "nf4_fp8")
+    assert all(c.recipe.offload_activations == ("base weights" in c.memory.card) for c in whole)
+    roomy = choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 24 * GIB, 64 * GIB))
+    assert not roomy[0].recipe.offload_activations
     given = recipe_for(offload_activations=True)
-    found = choices(given, RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
-    assert all(choice.offload_activations for choice in found)
+    found = choices(given, RELEASED[DEV], Room(1, 4096, 80 * GIB, 64 * GIB))
+    assert all(choice.recipe.offload_activations for choice in found)
 
 
 def test_a_base_in_host_memory_takes_its_own_bytes():
@@ -483,18 +483,22 @@ def test_a_share_checkpoints_the_nearest_number_of_blocks(setting, kept):
 
 
 def test_choices_fit_and_the_fastest_is_first():
-    found = choices(recipe_for(), RELEASED[DEV], 1, 4096, 80 * GIB, 64 * GIB)
-    assert (found[0].deepspeed, found[0].base_weights, found[0].activation_checkpointing) == (
+    found = choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 80 * GIB, 64 * GIB))
+    fastest = found[0].recipe
+    assert (fastest.deepspeed, fastest.base_weights, fastest.activation_checkpointing) == (
         "zero0",
         "fp8",
         0,
     )
     assert all(c.memory.fits(80 * GIB) and c.memory.on_host <= 64 * GIB for c in found)
     assert [c.cost for c in found] == sorted(c.cost for c in found)
-    small = choices(recipe_for(), RELEASED[DEV], 1, 4096, 24 * GIB, math.inf)
-    assert small[0].base_weights == "nf4_fp8"
-    assert {c.base_placement for c in small if c.base_weights == "fp8"} == {"host", "gpu"}  # zero3
-    assert choices(recipe_for(), RELEASED[DEV], 1, 4096, 4 * GIB, 1 * GIB) == []
+    small = choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 24 * GIB, math.inf))
+    assert small[0].recipe.base_weights == "nf4_fp8"
+    assert {c.recipe.base_placement for c in small if c.recipe.base_weights == "fp8"} == {
+        "host",
+        "gpu",
+    }  # zero3
+    assert choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 4 * GIB, 1 * GIB)) == []
 
 
 @pytest.mark.parametrize(
@@ -513,7 +517,9 @@ def test_host_memory_is_of_each_host(launch, hosts, shared):
     for part, fits in ((0.99, False), (1.01, True)):
         found = plan_memory(plan, hosts, None, find_card("80GiB"), f"{needed * part / GIB:.6f}GiB")
         assert found.fits == fits
-        unquantised = [choice.deepspeed for choice in found.others if not choice.base_weights]
+        unquantised = [
+            choice.recipe.deepspeed for choice in found.others if not choice.recipe.base_weights
+        ]
         assert ("zero3_offload" in unquantised) == fits
         totals = [choice["host_total"] for choice in found.values()["choices"]]
         assert all(total <= needed * part for total in totals)
@@ -528,12 +534,14 @@ def test_a_reader_gets_what_needs_less_than_something_faster():
     assert len(kept) <= 12 < 30 < len(found.others)
     for choice in found.others:
         assert choice in kept or any(
-            other.base_weights == choice.base_weights
+            other.recipe.base_weights == choice.recipe.base_weights
             and other.memory.on_card <= 1.06 * choice.memory.on_card
             and other.memory.needed_on_host <= choice.memory.needed_on_host
             for other in kept
         )
-    assert {choice.base_weights for choice in kept} == {c.base_weights for c in found.others}
+    assert {choice.recipe.base_weights for choice in kept} == {
+        c.recipe.base_weights for c in found.others
+    }
 
 
 def test_sizes():
@@ -613,7 +621,7 @@ def test_auto_places_the_base_where_it_fits(processes, card, host, changes, expe
     settings = {"base_placement": "auto", "base_weights": "fp8", "deepspeed": "zero2", **changes}
     recipe = recipe_for(processes=processes, **settings)
     spec, room = RELEASED[DEV], (card * GIB, host * GIB)
-    placed = place_base(recipe, spec, processes, 4096, *room)
+    placed = place_base(recipe, spec, Room(processes, 4096, *room))
     assert (placed.base_placement, placed.base_resident) == expected
     if expected[0] != "gpu" and changes.get("base_placement") != "host":
         plan = make_plan(placed, processes)
@@ -647,7 +655,7 @@ def test_the_plan_says_what_crosses_the_link():
 def test_what_fits_can_be_trained():
     """Also where the recipe asks for what some combinations cannot do."""
     asked = recipe_for(cuda_graphs=True)
-    found = choices(asked, RELEASED[DEV], 1, 9216, 30 * GIB, 256 * GIB)
-    assert not any(choice.offload_activations for choice in found)
+    found = choices(asked, RELEASED[DEV], Room(1, 9216, 30 * GIB, 256 * GIB))
+    assert not any(choice.recipe.offload_activations for choice in found)
     for choice in found:
-        make_plan(replace(asked, deepspeed=choice.deepspeed, base_weights=choice.base_weights), 1)
+        make_plan(choice.recipe, 1)
