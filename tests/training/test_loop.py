@@ -367,7 +367,7 @@ def test_the_watchdog_hears_of_every_phase(tmp_path):
 
 def test_a_run_that_only_skips_stops(tmp_path):
     norms = [1.0] + 9 * [math.nan] + [1.0] + 10 * [math.nan]
-    with pytest.raises(UserError, match=r"norm is nan at step 21; .* the 10th such step in a row"):
+    with pytest.raises(UserError, match=r"norm is nan at step 21, .* the 10th such step in a row"):
         run_loop(tmp_path, StandIn([1.0] * 30, norms), 30, policy="skip")
 
 
