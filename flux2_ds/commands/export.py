@@ -17,7 +17,7 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -228,54 +228,14 @@ def export(
     Raises:
         UserError: the checkpoint has no moving average, or the layout cannot hold what was trained.
     """
-    full, dora, layout = recipe.method == "full", recipe.method == "dora", request.layout
-    if request.weights == "ema" and "ema" not in chosen.kinds():
-        raise UserError(
-            f"{chosen.path} holds no moving average: it was trained without optimizer.ema_decay. Export "
-            "--weights trained, or set optimizer.ema_decay and train in a new run_dir."
-        )
-    whole = full or request.merge
-    if full and request.merge:
-        raise UserError("--merge is for adapters; method is full. Remove it.")
-    stacked = bool(recipe.lora.merge_first)
-    if request.keep_merge_first and not (request.merge and stacked):
-        raise UserError(
-            "--keep_merge_first is for --merge of an adapter that was trained with lora.merge_first. Remove it."
-        )
-    if request.merge and dora and stacked and not request.keep_merge_first:
-        raise UserError(
-            "--merge: a DoRA's magnitudes are those of the base with lora.merge_first in it. Add --keep_merge_first true."
-        )
-    if request.rank is not None and (request.rank < 1 or recipe.method != "lora"):
-        raise UserError(
-            f"--rank is {request.rank}, and method {recipe.method}; it must be at least 1, and is for a LoRA: a DoRA's "
-            "magnitudes are those of its whole update, and a LoKr or LoHa is small for its rank. Remove it."
-        )
-    if whole and layout == "kohya":
-        raise UserError("--layout kohya is for adapters alone. Export --layout bfl, or diffusers.")
-    if dora and layout == "kohya":
-        raise UserError(
-            "--layout kohya: the programs that read these names drop the magnitudes of a DoRA, and half "
-            "of the update is wrong without them. Export --layout bfl for ComfyUI, or --merge --layout bfl."
-        )
-    if layout and not whole and (layout, recipe.method) not in CHECKED:
-        fitting = " or ".join(each for each, method in CHECKED if method == recipe.method)
-        raise UserError(
-            f"--layout {layout}: no program loads a {ADAPTER_KINDS[recipe.method]} by these names. Export --layout {fitting}, "
-            "or --merge true."
-        )
-    if whole and layout == "lycoris":
-        raise UserError(
-            "--layout lycoris is for a LoKr or LoHa. Export --layout bfl, or diffusers."
-        )
-    if request.dtype == torch.float8_e4m3fn and not (whole and layout == "bfl"):
-        raise UserError(
-            "--dtype fp8 is for all weights in one file: add --layout bfl, and --merge to an adapter."
-        )
+    for problem in _problems(recipe, chosen, request):
+        raise UserError(problem)
+    full, layout = recipe.method == "full", request.layout
     layouts: tuple[Layout, ...] = ("diffusers", "bfl") if layout is None else (layout,)
     if layout is None and recipe.method in ("lokr", "loha"):
         layouts = ("lycoris",)
-    parts = ["transformer"] if request.merge or (dora and "bfl" in layouts) else []
+    dora = recipe.method == "dora" and "bfl" in layouts
+    parts = ["transformer"] if request.merge or dora else []
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
     origin = Origin(
         chosen,
@@ -310,7 +270,7 @@ def export(
         merged = read_merges(recipe.lora, origin.spec) if kept else []
         base = BaseWeights(directory / "transformer", merged)
     exports = []
-    if whole:
+    if full or request.merge:
         shapes = store.shapes if base is None else base.shapes()
         weight = store.tensor if base is None else partial(base.merged, adapter=adapter)
         exports.append(_export_weights(folder, shapes, weight, request, origin))
@@ -322,6 +282,50 @@ def export(
             path = export_path(recipe, chosen.step, request.weights, reader)
             exports.append(export_adapter(adapter, path, each, request.dtype, origin, recipe, base))
     return exports, write_card(folder, origin, exports, Path(recipe.run_dir) / PREVIEWS)
+
+
+def _problems(recipe: Recipe, chosen: checkpoint.Checkpoint, request: Request) -> Iterator[str]:
+    """What the checkpoint has not, or no program could load."""
+    full, dora, layout = recipe.method == "full", recipe.method == "dora", request.layout
+    if request.weights == "ema" and "ema" not in chosen.kinds():
+        yield (
+            f"{chosen.path} holds no moving average: it was trained without optimizer.ema_decay. Export "
+            "--weights trained, or set optimizer.ema_decay and train in a new run_dir."
+        )
+    whole = full or request.merge
+    if full and request.merge:
+        yield "--merge is for adapters; method is full. Remove it."
+    stacked = bool(recipe.lora.merge_first)
+    if request.keep_merge_first and not (request.merge and stacked):
+        yield (
+            "--keep_merge_first is for --merge of an adapter that was trained with lora.merge_first. Remove it."
+        )
+    if request.merge and dora and stacked and not request.keep_merge_first:
+        yield (
+            "--merge: a DoRA's magnitudes are those of the base with lora.merge_first in it. Add --keep_merge_first true."
+        )
+    if request.rank is not None and (request.rank < 1 or recipe.method != "lora"):
+        yield (
+            f"--rank is {request.rank}, and method {recipe.method}; it must be at least 1, and is for a LoRA: a DoRA's "
+            "magnitudes are those of its whole update, and a LoKr or LoHa is small for its rank. Remove it."
+        )
+    if whole and layout in ("kohya", "lycoris"):
+        yield f"--layout {layout} is for adapters alone. Export --layout bfl, or diffusers."
+    if dora and layout == "kohya":
+        yield (
+            "--layout kohya: the programs that read these names drop the magnitudes of a DoRA, and half "
+            "of the update is wrong without them. Export --layout bfl for ComfyUI, or --merge --layout bfl."
+        )
+    if layout and not whole and (layout, recipe.method) not in CHECKED:
+        fitting = " or ".join(each for each, method in CHECKED if method == recipe.method)
+        yield (
+            f"--layout {layout}: no program loads a {ADAPTER_KINDS[recipe.method]} by these names. Export --layout {fitting}, "
+            "or --merge true."
+        )
+    if request.dtype == torch.float8_e4m3fn and not (whole and layout == "bfl"):
+        yield (
+            "--dtype fp8 is for all weights in one file: add --layout bfl, and --merge to an adapter."
+        )
 
 
 def _export_weights(

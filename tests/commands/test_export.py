@@ -295,7 +295,7 @@ def test_a_file_that_does_not_hold_what_was_trained_is_not_kept(
     [
         ("dora", "kohya", "drop the magnitudes"),
         ("full", "kohya", "--layout kohya is for adapters"),
-        ("full", "lycoris", "--layout lycoris is for a LoKr or LoHa"),
+        ("full", "lycoris", "--layout lycoris is for adapters alone"),
         ("lora", "lycoris", "no program loads a LoRA by these names. Export --layout diffusers or"),
         ("loha", "diffusers", "no program loads a LoHa by these names. Export --layout lycoris or"),
     ],
