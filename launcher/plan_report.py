@@ -16,7 +16,7 @@ from flux2_ds.config.model_spec import planned_spec
 from flux2_ds.config.plan import Plan, make_plan
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.index import Index
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 from launcher.hosts import Hosts
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -55,7 +55,7 @@ class MemoryPlan:
         ]
         if self.memory.host:
             one = self.memory.on_host / GIB
-            parts = f"{self.per_host} processes × {one:.1f} GiB"
+            parts = f"{counted(self.per_host, 'process')} × {one:.1f} GiB"
             found.append(f"host       {one * self.per_host:.1f} GiB = {parts}")
             found += _parts(self.memory.host)
         if self.moved:

@@ -25,7 +25,7 @@ from flux2_ds.config.model_spec import RELEASED, Spec
 from flux2_ds.config.parse import load_recipe, shipped_recipes
 from flux2_ds.config.plan import make_plan, read_deepspeed
 from flux2_ds.config.recipe import Batch, Checkpoint, Data, Launch, Lora, Model, Optimizer, Recipe
-from flux2_ds.errors import UserError
+from flux2_ds.errors import UserError, counted
 from flux2_ds.model import transformer
 from flux2_ds.model.lora import add_lora, lora_config
 from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
@@ -523,7 +523,9 @@ def test_host_memory_is_of_each_host(launch, hosts, shared):
         assert ("zero3_offload" in unquantised) == fits
         totals = [choice["host_total"] for choice in found.values()["choices"]]
         assert all(total <= needed * part for total in totals)
-    assert f"host       {needed / GIB:.1f} GiB = {shared} processes × " in "\n".join(found.lines())
+    assert f"host       {needed / GIB:.1f} GiB = {counted(shared, 'process')} × " in "\n".join(
+        found.lines()
+    )
 
 
 def test_a_reader_gets_what_needs_less_than_something_faster():
