@@ -110,6 +110,8 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     for word in argv:
         if "\0" in word or (not word.isascii() and re.search("[\ud800-\udfff]", word)):
             raise UserError(f"{shown(word)} has a character that no text may have.")
+        if re.search(r"(^|[=+-])\d{101,}$", word):
+            raise UserError(f"{shown(word)} is no number for a setting.")
     argv = _with_files(argv)
     for word in argv:
         if word.startswith("--config="):

@@ -165,6 +165,7 @@ def test_wrong_file_is_refused_by_name(tmp_path, changes, named):
         ),
         ("--data.shards=s3://me:x@bucket/shards", "data.shards is a URL with a user name"),
         ("--run_dir=", "run_dir is ''; a path has 1 to"),
+        (f"--steps={'9' * 5000}", "... is no number for a setting"),
         ("--run_dir=runs\n/a", r"run_dir is runs\n/a; a path has"),
     ],
 )
