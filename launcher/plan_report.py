@@ -152,11 +152,7 @@ class MemoryPlan:
 def plan_memory(
     plan: Plan, hosts: Hosts, index: Index | None, card: Card | None, host: str | None
 ) -> MemoryPlan:
-    """Estimate the recipe's memory; `card`: each GPU; `host`: memory of each host, such as 64GiB.
-
-    Raises:
-        UserError: a size that is none, or a model whose dimensions are not known.
-    """
+    """Estimate the recipe's memory; `card`: each GPU; `host`: memory of each host, such as 64GiB."""
     recipe = plan.recipe
     spec = planned_spec(recipe.model.path, recipe.model.revision)
     tokens = index.largest_tokens if index else _largest_bucket(recipe)
@@ -183,11 +179,7 @@ def plan_memory(
 
 
 def find_card(text: str) -> Card:
-    """The card that `--gpu` names; of a size alone, one that computes everything.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """The card that `--gpu` names; of a size alone, one that computes everything."""
     if (card := card_named(text)) is not None:
         return card
     try:
@@ -197,11 +189,7 @@ def find_card(text: str) -> Card:
 
 
 def size(option: str, text: str) -> float:
-    """Bytes of a size such as 24GiB or 64 GB.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Bytes of a size such as 24GiB or 64 GB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"{option} is {text!r}; it must be a size such as 24GiB or 64GB.")

@@ -154,9 +154,7 @@ def save(
 
 def together(path: Path, process: Process, action: Callable[[], Any]) -> list[Any]:
     """The results of all ranks, by rank, once all have come this far. Collective.
-
-    Raises:
-        SaveError: one could not do it; what is written of checkpoint `path` is removed.
+    Refuses, and removes what is written of `path`, if one cannot.
     """
     result, failure = None, None
     try:

@@ -41,11 +41,7 @@ def main() -> None:
 
 
 def build_workspace(run_dir: Path, entity: str | None = None) -> Any:
-    """The workspace: a section for each prefix, a panel for each chart of the report.
-
-    Raises:
-        UserError: there is no such run, or nobody to make it for.
-    """
+    """The workspace: a section for each prefix, a panel for each chart of the report."""
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 

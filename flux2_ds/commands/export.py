@@ -198,11 +198,7 @@ def wait_until_written(recipe: Recipe) -> None:
 
 
 def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
-    """The checkpoint of `step`, or the newest intact one.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The checkpoint of `step`, or the newest intact one. Refuses a damaged one."""
     if step is None:
         found, damaged = checkpoint.newest(root)
         for path, reason in damaged.items():
@@ -223,11 +219,7 @@ def choose(root: Path, step: int | None) -> checkpoint.Checkpoint:
 def export(
     recipe: Recipe, chosen: checkpoint.Checkpoint, request: Request
 ) -> tuple[list[Export], list[Path]]:
-    """Write the export of one checkpoint, and its model card beside it; returns both.
-
-    Raises:
-        UserError: the checkpoint has no moving average, or the layout cannot hold what was trained.
-    """
+    """Write the export of one checkpoint, and its model card beside it; returns both."""
     for problem in _problems(recipe, chosen, request):
         raise UserError(problem)
     full, layout = recipe.method == "full", request.layout

@@ -175,11 +175,7 @@ def main() -> None:
 
 
 def read_request() -> Request:
-    """What the command line asks for.
-
-    Raises:
-        UserError: an option that cannot be, or an export that is not there.
-    """
+    """What the command line asks for."""
     parser = recipe_parser(
         "flux2-ds sample", "Render prompts without and with the trained weights."
     )
@@ -238,11 +234,7 @@ def with_room(
     text_device: torch.device,
     device: torch.device,
 ) -> Recipe:
-    """The recipe with `base_placement: auto` decided.
-
-    Raises:
-        UserError: memory cannot hold one of the parts.
-    """
+    """The recipe with `base_placement: auto` decided. Refuses parts that memory cannot hold."""
     sizes, free = part_bytes(recipe, spec, directory, references), free_bytes(device)
     if recipe.base_placement == "auto" and sizes["weights"] + sizes["image"] > free:
         recipe = replace(recipe, base_placement="host", base_resident=0.0)
@@ -337,11 +329,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_room(recipe: Recipe, part: Doing, needed: float, free: float) -> None:
-    """Refuse what memory cannot hold, before anything is loaded; in bytes.
-
-    Raises:
-        UserError: naming the part, its size and what to do.
-    """
+    """Refuse what memory cannot hold, before anything is loaded; in bytes."""
     if needed > free:
         raise UserError(
             f"{described(recipe, part)} takes at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
@@ -351,11 +339,7 @@ def check_room(recipe: Recipe, part: Doing, needed: float, free: float) -> None:
 
 @contextmanager
 def enough_memory(recipe: Recipe, part: Doing) -> Iterator[None]:
-    """What `check_room` counts is the least that is needed; the card may still be too small.
-
-    Raises:
-        UserError: it was, naming the part and what to do.
-    """
+    """What `check_room` counts is the least that is needed; the card may still be too small. Refuses it then."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -377,11 +361,7 @@ def described(recipe: Recipe, part: str) -> str:
 
 
 def choose_export(recipe: Recipe, step: int | None, weights: Weights = "trained") -> Path:
-    """The export of `step`, or the newest.
-
-    Raises:
-        UserError: it does not exist.
-    """
+    """The export of `step`, or the newest."""
     if step is not None:
         path = export_path(recipe, step, weights)
         if path.exists():

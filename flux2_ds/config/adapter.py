@@ -82,9 +82,7 @@ def _divided(size: int, factor: int | None) -> tuple[int, int]:
 
 def common_factor(what: str, shapes: Iterable[Sequence[tuple[int, int]]]) -> int | None:
     """The `lora.factor` that takes all linears of `what` apart into W1 and W2 of these shapes.
-
-    Raises:
-        UserError: there is none.
+    Refuses a factor that cannot.
     """
     found = [((a, b), (c, d)) for (a, c), (b, d) in shapes]
     for factor in (None, *sorted({a for (a, _), _ in found if a > 1})):
@@ -97,9 +95,7 @@ def common_factor(what: str, shapes: Iterable[Sequence[tuple[int, int]]]) -> int
 
 def adapted_linears(spec: Spec, settings: Lora) -> dict[str, AdaptedLinear]:
     """The linears that the settings adapt, by diffusers' names, in the order of the model's blocks.
-
-    Raises:
-        UserError: a name or pattern that matches no linear, or is no regular expression.
+    Refuses a name or pattern that matches none.
     """
     shapes, targets = linear_shapes(spec), settings.targets
     if isinstance(targets, str) and targets in TARGETS:

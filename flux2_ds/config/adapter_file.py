@@ -158,9 +158,7 @@ def settings_of_file(setting: str, path: str, spec: Spec | None) -> FileSettings
     """The settings with which a run has the same adapter as a file.
 
     `setting`: that names the file. `spec`: of the model; without it shapes are not compared.
-
-    Raises:
-        UserError: no such file; no adapter of this model; a tensor too many or too few.
+    Refuses a file that is no adapter of this model.
     """
     tensors, metadata = _header(setting, path)
     blocks = [
@@ -339,9 +337,7 @@ def _alpha(path: str, tensor: _Tensor | None) -> float | None:
 
 def with_file(asked: Lora, found: Lora, spec: Spec | None) -> Lora:
     """The settings asked for, with what the file of `lora.init_from` decides.
-
-    Raises:
-        UserError: a setting that was given contradicts it.
+    Refuses a setting that contradicts it.
     """
     decided = {name: getattr(found, name) for name in ADAPTER_FIELDS}
     plain = Lora()

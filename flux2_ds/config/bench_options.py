@@ -55,11 +55,7 @@ def bench_bucket(options: Any, recipe: Recipe) -> Bucket:
 
 
 def check_options(options: Any, plan: Plan) -> None:
-    """Refuse options that do not go together, or not with the plan.
-
-    Raises:
-        UserError: naming the option and what to do.
-    """
+    """Refuse options that do not go together, or not with the plan."""
     bucket = bench_bucket(options, plan.recipe)
     if bucket.width % 16 or bucket.height % 16 or min(bucket.width, bucket.height) < 16:
         raise UserError(

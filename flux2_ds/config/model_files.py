@@ -25,9 +25,6 @@ def model_directory(path: str, revision: str | None, parts: list[str]) -> Path:
 
     The configs of all parts and the tokenizer come along: the variant is recognised from them, and the
     tokenizer takes part in the fingerprint.
-
-    Raises:
-        UserError: neither a directory nor an id that the hub or its cache can serve.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -107,9 +104,7 @@ def changed_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def check_fingerprint(prepared: dict[str, str], directory: Path, shards: str) -> list[str]:
     """Compare the shards' fingerprint with the model's; returns the parts that could not be.
-
-    Raises:
-        UserError: the shards were made by another model.
+    Refuses another model's shards.
     """
     here = fingerprint(directory)
     for part, digest in prepared.items():

@@ -108,11 +108,7 @@ config leaves out guidance_embeds), and what it may be."""
 
 
 def planned_spec(path: str, revision: str | None = None) -> Spec:
-    """The dimensions of `model.path`.
-
-    Raises:
-        UserError: they are not known without fetching it.
-    """
+    """The dimensions of `model.path`. Refuses a model that would have to be fetched."""
     if (spec := known_spec(path, revision)) is None:
         raise UserError(
             f"model.path {path!r} is no directory here, not in the Hugging Face hub's cache, and none of "
@@ -152,11 +148,7 @@ def is_distilled(path: str, revision: str | None) -> bool:
 
 def spec_here(path: str, revision: str | None, *, allow_distilled: bool) -> Spec | None:
     """The model in the directory `path`, or in the hub's cache; None for another hub id, whose model is
-    recognised when it is fetched.
-
-    Raises:
-        UserError: as `read_spec`; the id of a distilled model that need not be fetched to be refused; what
-            can be neither.
+    recognised when it is fetched. Refuses the id of a distilled model.
     """
     if directory := _local_directory(path, revision):
         return read_spec(directory, allow_distilled=allow_distilled)
@@ -180,9 +172,7 @@ def _distilled(path: str | Path) -> UserError:
 
 def read_spec(directory: Path, *, allow_distilled: bool = False) -> Spec:
     """Recognise the model in `directory` (diffusers' layout).
-
-    Raises:
-        UserError: not a FLUX.2 directory, parts of different families, or step-distilled weights.
+    Refuses parts of different families and step-distilled weights.
     """
     index = read_json(directory / "model_index.json")
     pipeline = str(index.get("_class_name"))

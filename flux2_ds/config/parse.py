@@ -102,9 +102,6 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
     Relative paths in a recipe are relative to the current directory, like those on the command
     line, and `~/` is the user's home. Errors of jsonargparse end the process with code 2 and a message that names
     the setting.
-
-    Raises:
-        UserError: a file that is no recipe, or a setting without its value.
     """
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
@@ -295,11 +292,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what YAML would not read, or would read as something else than settings, each given once.
-
-    Raises:
-        UserError: naming the file, and the place.
-    """
+    """Refuse what YAML would not read, or would read as something else than settings, each given once."""
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1).decode("utf-8-sig")

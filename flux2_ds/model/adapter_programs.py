@@ -231,11 +231,7 @@ _OURS = Program("flux2-ds", NAMES, (AB, DOWN_UP, LOHA, *LOKR), alpha=False, dora
 
 
 def read_file(setting: str, path: str, spec: Spec) -> Adapter:
-    """An adapter file that `setting` names, every tensor of which is used.
-
-    Raises:
-        UserError: as `settings_of_file`; a number that is not finite.
-    """
+    """An adapter file that `setting` names, every tensor of which is used. Refuses numbers that are not finite."""
     settings, _, scaled = settings_of_file(setting, path, spec)
     try:
         check_file(Path(path))

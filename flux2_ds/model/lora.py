@@ -96,9 +96,7 @@ def config_of(adapter: Adapter) -> PeftConfig:
 
 def add_lora(model: Flux2Transformer2DModel, config: PeftConfig, seed: int) -> None:
     """Freeze the base and add an adapter in fp32, initialized from `seed` alone.
-
-    Raises:
-        ValueError: a target name matched no module, so that fewer linears were adapted.
+    Refuses a target that matches no module.
     """
     model.requires_grad_(False)
     targeted = len(config.target_modules or ())  # PEFT shortens the list when it injects

@@ -75,11 +75,7 @@ def write_adapter(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def check_file(path: Path) -> None:
-    """Refuse an adapter file of flux2-ds that is not what was written; of other programs' files nothing is known.
-
-    Raises:
-        ValueError: it does not have its sha256.
-    """
+    """Refuse an adapter file of flux2-ds that is not what was written; of other programs' files nothing is known."""
     with path.open("rb") as file:
         head = file.read(8 + min(_header_size(file), path.stat().st_size))
         if b'"flux2_ds.' not in head:  # any of several keys

@@ -130,9 +130,7 @@ class QuantizedLinear(nn.Module):
 
 def quantize(weight: torch.Tensor, storage: Storage, compute: Compute) -> QuantizedWeight:
     """Quantize `weight` [N, K], some rows at a time because that takes several times their size.
-
-    Raises:
-        ValueError: nf4 cannot hold K.
+    Raises ValueError if nf4 cannot hold K.
     """
     rows = weight.split(max(1, _QUANTIZED_AT_ONCE // weight.shape[1]))
     values, block_scale, scale = zip(*(_quantize_part(part, storage) for part in rows), strict=True)

@@ -264,10 +264,7 @@ def trained_recipe(recipe: Recipe) -> Recipe:
 
 def with_adapter_file(recipe: Recipe) -> Recipe:
     """The recipe with what `lora.init_from` decides: as the run's own has it once there is a checkpoint, else
-    as the file says.
-
-    Raises:
-        UserError: it cannot be an adapter of this model, or a setting contradicts it.
+    as the file says. Refuses a setting that contradicts it.
     """
     path, stored = recipe.lora.init_from, Path(recipe.run_dir) / RECIPE_NAME
     if path is None or recipe.method == "full":

@@ -315,11 +315,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def check_machine(plan: Plan, device: torch.device) -> None:
-    """Refuse, before a model is loaded, what this card or the installed packages cannot do.
-
-    Raises:
-        UserError: a setting of ZeRO, an attention backend or a quantised base, and what to do.
-    """
+    """Refuse, before a model is loaded, what this card or the installed packages cannot do."""
     recipe = plan.recipe
     check_zero(plan.deepspeed)
     check_backend(recipe, device)

@@ -62,9 +62,7 @@ class Checkpoints:
         `validation`: the step and loss of every evaluation until now.
 
         A run that goes on survives one that cannot be written: stopping would lose what it has trained.
-
-        Raises:
-            SaveError: it was the last chance.
+        Raises SaveError at the last chance.
         """
 
         def followed(shard: TensorShard) -> TensorShard:
@@ -178,10 +176,7 @@ def resume(
 ) -> int:
     """Load the newest intact checkpoint, if there is one; returns the step to start from. Collective.
 
-    Rank 0 chooses, so that all ranks load the same one.
-
-    Raises:
-        UserError: it does not fit the recipe or the shards, or this rank cannot see it.
+    Rank 0 chooses, so that all ranks load the same one. Refuses one that does not fit the recipe or the shards.
     """
     root = checkpoints_directory(recipe)
     step = 0

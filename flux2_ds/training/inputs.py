@@ -61,11 +61,7 @@ class Inputs:
 
 
 def read_inputs(recipe: Recipe, process: Process) -> Inputs:
-    """The model's directory and the data, as far as they decide whether the run can start. Collective.
-
-    Raises:
-        UserError: something does not fit the recipe, or cannot be read.
-    """
+    """The model's directory and the data, as far as they decide whether the run can start. Collective."""
     plan = make_plan(recipe, process.world_size)
     parts = ["transformer"] if recipe.preview.every is None else ["transformer", "vae", "scheduler"]
     directory = model_directory(recipe.model.path, recipe.model.revision, parts)
@@ -84,9 +80,6 @@ def read_inputs(recipe: Recipe, process: Process) -> Inputs:
 def check_same(index: Index, recipe: Recipe, process: Process) -> None:
     """Refuse an index that differs from rank 0's, with which each rank would follow its own
     order. Collective.
-
-    Raises:
-        UserError: it is another one.
     """
     own = int(index.digest, 16) >> 1  # 63 bits
     if broadcast_from_rank0(own, process.device) != own:

@@ -45,11 +45,7 @@ def settle(inputs: Inputs, first_step: int) -> Inputs:
 
 @contextmanager
 def failures_told(run: Run, expected: Memory) -> Iterator[None]:
-    """Close what a run has open when its steps end, and say what a failure means.
-
-    Raises:
-        OutageError: the card's memory was not enough.
-    """
+    """Close what a run has open when its steps end, and say what a failure means."""
     try:
         yield
     except Exception as error:

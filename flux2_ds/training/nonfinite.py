@@ -43,9 +43,7 @@ class NonFinite:
         self, norm: float, step: int, batches: list[MicroBatch], losses: list[torch.Tensor]
     ) -> bool:
         """Whether the step made its update; `norm` is global, so all ranks agree.
-
-        Raises:
-            UserError: it did not, and the run is to stop.
+        Refuses to go on where the recipe says so.
         """
         if math.isfinite(norm):
             self.in_a_row = 0

@@ -72,9 +72,7 @@ class Previews:
 
     def render(self, step: int) -> None:
         """Render all prompts with the weights after `step`. Collective.
-
-        Raises:
-            UserError: before step 1, memory is short or the disk full. Later there is a warning instead.
+        Memory or a disk that is full is refused before step 1; later it is a warning.
         """
         paths = self._paths(step)
         paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -208,10 +206,7 @@ def render(
 
 def open_reference(path: str, preview: Preview) -> Image.Image:
     """A reference image as training reads them: upright, in RGB, on white; one of the preview's proportions
-    has the preview's size.
-
-    Raises:
-        UserError: it cannot be read, or inference does not take it.
+    has the preview's size. Refuses what inference does not take.
     """
     try:
         upright = load_upright(path)

@@ -141,9 +141,7 @@ class Progress:
         """Take in step `number` and check the one before it.
 
         The device works on this step while the host prepares the next: reading its numbers now would wait.
-
-        Raises:
-            UserError: gradients were not finite, and the run is to stop.
+        Refuses gradients that are not finite.
         """
         self._recompilations.check(number, micro_batches[0].bucket)
         if self._bar is not None:
@@ -178,9 +176,7 @@ class Progress:
 
     def summary(self, learning_rate: float) -> Values:
         """The numbers since the last log line, averaged over all ranks; waits for the last step. Collective.
-
-        Raises:
-            UserError: the loss is not finite. Raised before a checkpoint is written.
+        Refuses a loss that is not finite, before a checkpoint is written.
         """
         last = self._pending.popleft()
         self._check_step(last)

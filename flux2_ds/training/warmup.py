@@ -39,10 +39,7 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
     where nothing is compiled, the longest alone. Ends early if the run is asked to stop. Collective.
 
     `expected`: what the run takes; if it counts CUDA graphs, passes that come for the second time are
-    recorded. What the first step will allocate is left free.
-
-    Raises:
-        UserError: the card's memory is not enough.
+    recorded. What the first step will allocate is left free. Refuses a card that is too small.
     """
     recipe, engine, objective = run.recipe, run.engine, run.objective
     every_length = compiles(recipe)
