@@ -416,13 +416,13 @@ class Run:
             since = time.perf_counter()
 
 
-def derived_facts(inputs: Inputs, expected: Memory) -> dict[str, Any]:
-    """What W&B's table of runs should have beside the recipe."""
-    plan, device = inputs.plan, inputs.process.device
+def build_metrics(inputs: Inputs, expected: Memory, first_step: int, watchdog: Watchdog) -> Metrics:
+    """Rank 0's, with what W&B's table of runs should have beside the recipe."""
+    plan, recipe, device = inputs.plan, inputs.recipe, inputs.process.device
     on_card = device.type == "cuda"
-    return {
+    derived = {
         "variant": str(inputs.spec),
-        "trained_parameters": trained_parameters(inputs.spec, plan.recipe),
+        "trained_parameters": trained_parameters(inputs.spec, recipe),
         "world_size": plan.processes,
         "card": torch.cuda.get_device_name(device) if on_card else "CPU",
         "zero_stage": plan.zero_stage,
@@ -435,6 +435,29 @@ def derived_facts(inputs: Inputs, expected: Memory) -> dict[str, Any]:
         "planned_host_gib": expected.on_host / GIB,
         "versions": versions(),
     }
+    return Metrics(
+        Path(recipe.run_dir),
+        recipe.log,
+        config=recipe_values(recipe) | {"derived": derived},
+        resumed_at=first_step,
+        stall=watchdog.stall,
+        patience=recipe.launch.hang_timeout_s / 2,
+    )
+
+
+def run_state(inputs: Inputs, first_step: int) -> dict[str, Any]:
+    """What a checkpoint says of its run; digests of the base's files come into it while the training begins."""
+    recipe, process = inputs.recipe, inputs.process
+    state = {
+        "recipe": recipe_values(recipe),
+        "versions": versions(),
+        "index": inputs.index.digest,
+        "base": base_digest(inputs.directory, merged_files(recipe)) if process.is_rank0 else None,
+        "processes": process.world_size,
+    }
+    if process.is_rank0 and first_step < recipe.steps:
+        note_base_files(state, recipe, first_step, inputs.directory)
+    return state
 
 
 def build_run(
@@ -450,7 +473,6 @@ def build_run(
     `expected`: the memory that this should take.
     """
     recipe, process, conditioning = inputs.recipe, inputs.process, inputs.conditioning
-    run_dir = Path(recipe.run_dir)
     loader = build_loader(recipe, inputs.index, inputs.order, process, conditioning)
     objective = build_objective(recipe, inputs.spec, conditioning, process.device)
     if recipe.preservation.uses_base:
@@ -458,31 +480,15 @@ def build_run(
         objective = replace(objective, forward_base=engine.forward_base, always_base=together)
     metrics = None
     if process.is_rank0 and first_step < recipe.steps:
-        metrics = Metrics(
-            run_dir,
-            recipe.log,
-            config=recipe_values(recipe) | {"derived": derived_facts(inputs, expected)},
-            resumed_at=first_step,
-            stall=watchdog.stall,
-            patience=recipe.launch.hang_timeout_s / 2,
-        )
+        metrics = build_metrics(inputs, expected, first_step, watchdog)
     nonfinite = NonFinite(
-        run_dir / "nonfinite",
+        Path(recipe.run_dir) / "nonfinite",
         recipe.optimizer.nonfinite,
         engine.skips_overflows,
         loader.describe,
         process.rank,
         skipped=first_step - engine.state.updates(),
     )
-    run_state = {
-        "recipe": recipe_values(recipe),
-        "versions": versions(),
-        "index": inputs.index.digest,
-        "base": base_digest(inputs.directory, merged_files(recipe)) if process.is_rank0 else None,
-        "processes": process.world_size,
-    }
-    if process.is_rank0 and first_step < recipe.steps:
-        note_base_files(run_state, recipe, first_step, inputs.directory)
     validation = build_validation(inputs, engine, objective, first_step, watchdog.heartbeat)
     hosts = all_gather_object(socket.gethostname())
     return Run(
@@ -519,7 +525,7 @@ def build_run(
             engine,
             recipe,
             process,
-            run_state,
+            run_state(inputs, first_step),
             metrics,
             watchdog.heartbeat,
             local_ranks=hosts.count(socket.gethostname()),

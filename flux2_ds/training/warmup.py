@@ -41,7 +41,7 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
     `expected`: what the run takes; if it counts CUDA graphs, passes that come for the second time are
     recorded. What the first step will allocate is left free. Refuses a card that is too small.
     """
-    recipe, engine, objective = run.recipe, run.engine, run.objective
+    recipe = run.recipe
     every_length = compiles(recipe)
     room = not_yet_allocated(inputs.plan, expected, resumed=run.first_step > 0)
     trained = lengths(inputs.index, dropped=recipe.objective.reference_dropout > 0)
@@ -53,7 +53,7 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
     if expected.records:
         # Only now, because nothing else may use the memory of what is recorded.
         passes += [(buckets, " as CUDA graphs") for buckets in trained]
-    device, on_card = objective.device, objective.device.type == "cuda"
+    device, on_card = run.objective.device, run.objective.device.type == "cuda"
     start, known = time.perf_counter(), compiled_graphs()
     if every_length:
         log.info("warm-up    compiling the blocks in %d passes", len(passes))
@@ -66,25 +66,9 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
         bar.set_postfix_str(names)
         run.watchdog.heartbeat(run.first_step + 1, f"warming up for {names}")
         before = time.perf_counter()
-        batch = synthetic(
-            recipe.batch.micro_size,
-            inputs.index.text_width,
-            buckets[0],
-            text_dtype=inputs.conditioning["empty_text"].dtype,
-        )
-        if purpose != _VALIDATION and recipe.preservation.uses_base:
-            batch = replace(batch, prompted=recipe.batch.micro_size * [True])
         try:
             reserved = torch.empty(int(room) if on_card else 0, dtype=torch.uint8, device=device)
-            if purpose == _VALIDATION:
-                forwards = [engine.forward]
-                if recipe.validation.against_base:
-                    forwards.append(engine.forward_base)
-                with engine.evaluating(), torch.no_grad():
-                    for forward in forwards:
-                        objective.loss(forward, batch)
-            else:
-                engine.rehearse(partial(objective.loss, batch=batch))
+            make_pass(run, inputs, buckets[0], evaluating=purpose == _VALIDATION)
             if on_card:
                 torch.cuda.synchronize(device)
             del reserved
@@ -111,6 +95,22 @@ def warm_up(run: Run, inputs: Inputs, expected: Memory) -> None:
         if not expected.records:  # replaying allocates nothing, so that was the training's own peak
             torch.cuda.reset_peak_memory_stats(device)
     log.info(done)
+
+
+def make_pass(run: Run, inputs: Inputs, bucket: Bucket, *, evaluating: bool) -> None:
+    """Pass a micro-batch of noise forward and backward, or only forward as the evaluation does."""
+    recipe, engine, objective = run.recipe, run.engine, run.objective
+    size, text = recipe.batch.micro_size, inputs.conditioning["empty_text"].dtype
+    batch = synthetic(size, inputs.index.text_width, bucket, text_dtype=text)
+    if not evaluating:
+        if recipe.preservation.uses_base:
+            batch = replace(batch, prompted=size * [True])
+        engine.rehearse(partial(objective.loss, batch=batch))
+        return
+    with engine.evaluating(), torch.no_grad():
+        objective.loss(engine.forward, batch)
+        if recipe.validation.against_base:
+            objective.loss(engine.forward_base, batch)
 
 
 def lengths(index: Index, *, dropped: bool = False) -> list[list[Bucket]]:
