@@ -57,7 +57,7 @@ _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _MUCH = 0.3
 CROPPED = f"a crop that cuts away more than {_MUCH:.0%}"
 NO_CAPTION = "no caption"
-ENLARGED = "fewer pixels than their bucket, enlarged"
+ENLARGED = "fewer pixels than the bucket, enlarged"
 """Notes on images that are used."""
 _THREADS = 16  # reading a header is waiting, on network file systems above all
 
@@ -108,7 +108,8 @@ def find_usable(recipe: Recipe) -> Usable:
         log.warning(unused.line().strip())
     if not data.repeats_from_folders and (like := _repeats(found)):
         log.warning(
-            "data.repeats_from_folders: true would serve %s so many times an epoch", ", ".join(like)
+            "data.repeats_from_folders: true would serve %s as often as the name says",
+            ", ".join(like),
         )
     return Usable(with_texts(with_captions(found, data, skipped), recipe), skipped, unused)
 

@@ -206,7 +206,8 @@ def resume(
         base = base_digest(model_directory, merged_files(recipe))
         files = changed_base_files(state, model_directory)
         if files or state["base"] != base:
-            what = f"(digest {base}, was {state['base']}{''.join(f'; {name} differs' for name in files)})"
+            digests = [f"digest {base}, was {state['base']}"] * (state["base"] != base)
+            what = f"({'; '.join([*digests, *(f'{name} differs' for name in files)])})"
             merged = " with lora.merge_first in it" * bool(recipe.lora.merge_first)
             if not recipe.accept_changes:
                 raise UserError(

@@ -113,4 +113,4 @@ def test_the_report_names_what_was_used_how_and_what_was_not(model, tmp_path, ca
     for kind in ("7 images skipped", "1 no caption: mine/listed/none.png", "2 .zip (unpack it; the first",
                  "1 image with fewer pixels", "(data.max_crop): mine/panorama.png"):  # fmt: skip
         assert kind in said, kind
-    assert "would serve mine/10_cat so many times an epoch" in caplog.text
+    assert "would serve mine/10_cat as often as the name says" in caplog.text
