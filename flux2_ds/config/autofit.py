@@ -25,13 +25,21 @@ _STAGES = (
     *("zero0", "zero1", "zero2", "zero2_offload"),
     *("zero3", "zero3_offload_optimizer", "zero3_offload"),
 )
-_Base = Literal["fp8", "nf4_fp8", "int8", "nf4"] | None
-_BASES: tuple[_Base, ...] = (None, "fp8", "nf4_fp8", "int8", "nf4")
+_Base = Literal["fp8", "nf4_fp8", "int8", "nf4", "nf4_int8"] | None
+_BASES: tuple[_Base, ...] = (None, "fp8", "nf4_fp8", "int8", "nf4", "nf4_int8")
 _ACTIVATIONS = [(share, False) for share in (0.0, 0.25, 0.5, 0.75, 1.0)] + [(1.0, True)]
 """Share of checkpointed blocks, and whether their inputs wait in host memory."""
 
 # TFLOP/s of an H100 in the frozen products, expansion and quantisation included, and in attention.
-_PRODUCTS = {None: 700, "bf16": 700, "fp8": 1200, "nf4_fp8": 1000, "int8": 650, "nf4": 600}
+_PRODUCTS = {
+    None: 700,
+    "bf16": 700,
+    "fp8": 1200,
+    "int8": 650,
+    "nf4": 600,
+    "nf4_fp8": 1000,
+    "nf4_int8": 560,
+}
 _TRAINED_FP8 = 950
 """The same of `compute: fp8`, by arithmetic: products at 1,400, and three operands in both orientations at 2.5 TB/s."""
 _ATTENTION = 500

@@ -36,8 +36,9 @@ NVIDIA's data sheets. The first of which all words are in a card's name."""
 CARD_NAMES = tuple(_CARDS)
 _AMPERE, _ADA = (8, 0), (8, 9)
 _NAMES = {_AMPERE: "Ampere", _ADA: "Ada, Hopper"}
-# nf4 has fp8 scales, which Triton reads on such GPUs only.
-_BASES = dict.fromkeys(("fp8", "nf4", "nf4_fp8", "nf4_int8"), _ADA) | {"int8": _AMPERE}
+_BASES = dict.fromkeys(("fp8", "nf4_fp8"), _ADA) | dict.fromkeys(
+    ("int8", "nf4", "nf4_int8"), _AMPERE
+)
 
 
 def card_named(text: str) -> Card | None:
@@ -61,7 +62,7 @@ def card_problem(recipe: Recipe, card: Card) -> str | None:
     """What of the recipe this card cannot compute, and what works on it instead."""
     base, other = recipe.base_weights, "remove base_weights"
     if multiplies(card, "int8"):
-        other = f"set base_weights: int8, or {other}"
+        other = f"set base_weights: {'nf4_int8' if base == 'nf4_fp8' else 'int8'}, or {other}"
     needs = (
         (recipe.precision == "bf16", "precision", _AMPERE, "set precision: fp16 and deepspeed: zero1"),
         (recipe.attention in ("cudnn", "flash", "flash_attn"), "attention", _AMPERE, "set attention: auto"),

@@ -152,6 +152,15 @@ def quantize_columns(
 
 
 @triton.jit
+def _positive_e4m3(bits):
+    """Its value in fp32, which Triton's own conversion gives from Ada on alone."""
+    exponent, fraction = bits >> 3, bits & 7
+    normal = ((exponent + 120) << 23 | fraction << 20).to(tl.float32, bitcast=True)
+    value = tl.where(exponent > 0, normal, fraction.to(tl.float32) * 0.001953125)  # 2⁻⁹
+    return tl.where(bits == 127, float("nan"), value)
+
+
+@triton.jit
 def _expand_nf4(
     codes, block_scale, row_scale, table, out, rows, columns, factor,
     FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -166,8 +175,8 @@ def _expand_nf4(
     ).to(tl.int32)
     high = tl.load(table + (pairs >> 4))
     low = tl.load(table + (pairs & 15))
-    scale = tl.load(block_scale + row * (columns // BLOCK) + block, mask=inside, other=0.0)
-    weight = tl.interleave(high, low) * scale.to(tl.float32)[:, None]
+    bits = tl.load(block_scale + row * (columns // BLOCK) + block, mask=inside, other=0)
+    weight = tl.interleave(high, low) * _positive_e4m3(bits.to(tl.int32))[:, None]
     if FORMAT == "bf16":
         weight = weight * tl.load(row_scale + row, mask=inside, other=0.0)[:, None]
     if FORMAT == "int8":
@@ -197,7 +206,7 @@ def expand_nf4(
     blocks = block_scale.shape[1]
     out = values.new_empty((columns, rows) if transposed else (rows, columns), dtype=dtype)
     _expand_nf4[(blocks, triton.cdiv(rows, _NF4_ROWS))](
-        values, block_scale.view(torch.float8_e4m3fn), scale, table, out, rows, columns, factor,
+        values, block_scale, scale, table, out, rows, columns, factor,
         FORMAT=_FORMATS[dtype], TRANSPOSED=transposed, BLOCK=columns // blocks, ROWS=_NF4_ROWS,
         num_warps=4, **_EXACT,
     )  # fmt: skip

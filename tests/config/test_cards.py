@@ -23,8 +23,9 @@ TURING, AMPERE, ADA, HOPPER = (7, 5), (8, 6), (8, 9), (9, 0)
         ({"compute": "fp8"}, AMPERE, ADA, "compute is fp8, .* Ada, Hopper or newer; .* remove compute"),
         ({"base_weights": "int8"}, TURING, AMPERE, "is int8, .* Ampere .*, or remove base_weights"),
         ({"base_weights": "fp8"}, AMPERE, ADA, "is fp8, .* or set base_weights: int8, or remove"),
-        ({"base_weights": "nf4_int8"}, AMPERE, HOPPER, "is nf4_int8, .* set base_weights: int8"),
-        ({"base_weights": "nf4"}, TURING, ADA, "is nf4, .* another GPU, or remove base_weights"),
+        ({"base_weights": "nf4_fp8"}, AMPERE, ADA, "is nf4_fp8, .* set base_weights: nf4_int8"),
+        ({"base_weights": "nf4_int8"}, TURING, AMPERE, "is nf4_int8, .* or remove base_weights"),
+        ({"base_weights": "nf4"}, TURING, AMPERE, "is nf4, .* another GPU, or remove base_weights"),
     ],
 )  # fmt: skip
 def test_what_a_card_cannot_compute_is_refused_with_what_works(changes, refused, runs, words):

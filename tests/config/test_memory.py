@@ -661,3 +661,5 @@ def test_what_fits_can_be_trained():
     assert not any(choice.recipe.offload_activations for choice in found)
     for choice in found:
         make_plan(choice.recipe, 1)
+    roomy = choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 80 * GIB, 256 * GIB))
+    assert {choice.recipe.base_weights for choice in roomy} == {None, *BASE_WEIGHTS}

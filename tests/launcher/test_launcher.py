@@ -365,7 +365,7 @@ def test_bench_refuses_a_hostfile(recipe, tmp_path, monkeypatch, capsys):
             True,
             2,
             [
-                "which --gpu RTX 3090 .* int8",
+                "which --gpu RTX 3090 .* nf4",
                 "base_weights is fp8, .* the GPU is RTX 3090. .* int8",
             ],
         ),
