@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import ForkedTree
 from safetensors.numpy import save_file
 from test_hosts import write_hostfile
 
@@ -219,14 +220,18 @@ def test_train_checks_what_it_reads_before_it_starts(
         assert message in capfd.readouterr().err
 
 
-def test_keys_that_deepspeed_does_not_know_are_refused(recipe, tmp_path, monkeypatch, capsys):
+def test_keys_that_deepspeed_does_not_know_are_refused(recipe, tmp_path):
     """Of a config of the user's own, which no shipped one is."""
     prepare(tmp_path)
-    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "typo": 1}}')
-    argv = ["plan", "--config", recipe, "--model.path", KLEIN, "--deepspeed"]
-    assert call(monkeypatch, *argv, str(tmp_path / "mine.json")) == 2
-    assert "typo: Extra inputs are not permitted" in capsys.readouterr().err
-    assert call(monkeypatch, *argv, "{zero_optimization: {stage: 2, overlap_comm: false}}") == 0
+    out, mine = tmp_path / "out", tmp_path / "mine.json"
+    mine.write_text('{"zero_optimization": {"stage": 2, "typo": 1}}')
+    argv = [sys.executable, "-m", "launcher", "plan", "--config", recipe, "--model.path", KLEIN]
+    for config, code, said in (
+        (str(mine), 2, "typo: Extra inputs are not permitted"),
+        ("{zero_optimization: {stage: 2, overlap_comm: false}}", 0, "engine     ZeRO stage 2"),
+    ):
+        plan = ForkedTree([*argv, "--deepspeed", config], out, tmp_path, {})
+        assert plan.wait(300) == code and said in out.read_text()
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
