@@ -39,6 +39,18 @@ def test_a_timeout_of_the_environment_that_is_none_is_refused(given):
         commands(Launch(), Hosts(4), [], DEEPSPEED_TIMEOUT=given)
 
 
+@pytest.mark.parametrize("given", ["HF_ENDPOINT=https://u:word/w@hub", "HF_HUB_ETAG_TIMEOUT=soon"])
+def test_what_the_hubs_client_cannot_read_is_refused_without_its_value(given):
+    name, value = given.split("=")
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "--version"], env=os.environ | {name: value},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert name in line and "word" not in line and "soon" not in line
+
+
 def test_command_names_the_gpus_that_were_chosen():
     (command,) = commands(Launch(), Hosts(2, devices=(2, 3)), [])
     assert command.argv[3:6] == ["--include", "localhost:2,3", "--master_port"]
