@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -282,7 +283,7 @@ def supervise(
             code = run(commands, stopper, failed)
             if stopper.code:
                 return stopper.code
-            code = _judge(job, code, failed(), shared=now.hostfile is not None)
+            code = _judge(job, code, failed(), now, node)
             if code in (0, EXIT_STOPPED, EXIT_USER_ERROR) or stopper.reason is not None:
                 return code
             step = job.progress()
@@ -302,20 +303,27 @@ def supervise(
                 now = remaining(job, hosts)
 
 
-def _judge(job: Job, code: int, failure: Failure | None, *, shared: bool) -> int:
+def _judge(job: Job, code: int, failure: Failure | None, hosts: Hosts, node: int | None) -> int:
     """Return the code that the job has earned, and say why if no rank has."""
+
+    def missing() -> str:
+        # Of the ranks of other launchers nobody here can tell when they end.
+        ranks = [r for r in unended(job.logs) if node is None or r.host == socket.gethostname()]
+        return job.missing() or "; ".join(map(str, ranks))
+
     if failure is not None:
         return failure.code
     if code in (EXIT_STOPPED, EXIT_USER_ERROR):
         return code
     if code == 0:
-        # DeepSpeed's launcher ends with 0 when what started the ranks was killed.
-        deadline = time.monotonic() + (_VISIBLE if shared else 0)
-        while (missing := job.missing()) and time.monotonic() < deadline:
+        # DeepSpeed's launcher ends with 0 when what started the ranks was killed. A rank may be killed while it makes
+        # the last previews, too, after the last checkpoint.
+        deadline = time.monotonic() + (0 if hosts.hostfile is None else _VISIBLE)
+        while (why := missing()) and time.monotonic() < deadline:
             time.sleep(_POLL)
-        if not missing:
+        if not why:
             return 0
-        print_line(f"error: {ENDED_EARLY}: {missing}")
+        print_line(f"error: {ENDED_EARLY}: {why}")
     else:
         print_line(f"error: {what_ended(code, job.logs)}")
     return EXIT_FAILURE

@@ -212,11 +212,21 @@ def kill_deepspeeds_launcher(job: Launched) -> psutil.Process:
     return kill_runner(job).children()[0]
 
 
-def kill_rank(job: Launched) -> psutil.Process:
+def wait_for_heartbeats(job: Launched) -> None:
     heartbeats = [job.folder / "logs" / f"rank_{rank}.json" for rank in range(2)]
     while not all('"step": 7' in each.read_text() for each in heartbeats if each.exists()):
         time.sleep(0.1)  # it is written every few seconds
+
+
+def kill_rank(job: Launched) -> psutil.Process:
+    wait_for_heartbeats(job)
     return job.find("-u", "-m", "rank")[-1]
+
+
+def kill_after_the_last_checkpoint(job: Launched) -> psutil.Process:
+    wait_for_heartbeats(job)
+    (job.folder / "step").write_text("40")
+    return kill_deepspeeds_launcher(job)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +237,7 @@ def kill_rank(job: Launched) -> psutil.Process:
         (2, kill_reapers_child, False, 1, "the launched process: killed by SIGKILL"),
         (2, kill_runner, False, 1, "the launched process: killed by SIGKILL"),
         (2, kill_deepspeeds_launcher, True, 1, "ended too early, perhaps killed: step 0 of 40"),
+        (2, kill_after_the_last_checkpoint, True, 1, "perhaps killed: rank 0 on"),
         (2, kill_rank, False, 1, "it was killed"),
         (1, kill_rank, True, 1, "computing in step 7: killed by SIGKILL (out of memory?"),
     ],
