@@ -2,8 +2,8 @@
 
 It looks for values that are not finite in each tensor and then takes the norm in fp64, which shows them, too; it
 sums the first micro-batch's gradients onto zeros, by way of a copy in fp32; it multiplies by what clips, even if that
-is 1, by a tensor, which torch cannot vectorize; and it waits for the device three times. For a full fine-tune of klein 4B on
-one H200 that is a fifth of the step (docs/benchmarks.md).
+is 1, by a tensor, which torch cannot vectorize; and it waits for the device three times. For a full fine-tune of klein
+4B on one H200 that is a fifth of the step (docs/benchmarks.md).
 """
 
 from __future__ import annotations
