@@ -120,7 +120,7 @@ class Engine:
             for partition in (weight.ds_tensor for weight in weights):
                 if partition.is_cpu:  # DeepSpeed keeps small ones on the card
                     pin_in_place(partition)
-        lighten(self._engine.optimizer)
+        self._summed_over = lighten(self._engine.optimizer)
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, sharded
@@ -189,7 +189,7 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
-        self._engine.backward(loss)
+        self._engine.backward(loss / self._summed_over)
 
     def step(self, learning_rate: float) -> None:
         """End a micro-batch; on the last one of a step, reduce, clip and update.

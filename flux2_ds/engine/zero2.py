@@ -1,9 +1,12 @@
 """What DeepSpeed 0.19.8 does at stages 1 and 2 with every gradient more often than an update needs.
 
 It looks for values that are not finite in each tensor and then takes the norm in fp64, which shows them, too; it
-sums the first micro-batch's gradients onto zeros, by way of a copy in fp32; it multiplies by what clips, even if that
-is 1, by a tensor, which torch cannot vectorize; and it waits for the device three times. For a full fine-tune of klein
-4B on one H200 that is a fifth of the step (docs/benchmarks.md).
+divides each gradient by the number of processes; it sums the first micro-batch's gradients onto zeros, by way of a copy
+in fp32; it multiplies by what clips, even if that is 1, by a tensor, which torch cannot vectorize; and it waits for the
+device three times. For a full fine-tune of klein 4B on one H200 that is a fifth of the step (docs/benchmarks.md).
+
+The shipped configs set `reduce_scatter: false` besides: with it, DeepSpeed 0.19.8 copies a bucket before the
+all-reduce (it has no reduce-scatter) and back; without, it reduces the bucket where it lies.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import distributed
 
 
-def lighten(zero: Any) -> None:
-    """Let DeepSpeed's optimizer take the ways below instead, if it is the one of stages 1 and 2 and on the device."""
+def lighten(zero: Any) -> int:
+    """Let DeepSpeed's optimizer take the ways below instead, if it is the one of stages 1 and 2 and on the device.
+
+    Returns what the loss is to be divided by, for gradients that are summed over the processes.
+    """
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.cpu_offload:
-        return
+        return 1
 
     def norm(norm_type: int = 2) -> float:
         """Global L2 norm of the averaged gradients, scaled as they are. The one wait of an update."""
@@ -45,7 +51,9 @@ def lighten(zero: Any) -> None:
         else:
             total.add_(gradient)
 
+    zero.gradient_average = False
     zero.check_overflow = lambda partition_gradients: None  # a norm that is not finite says it
     zero.scaled_global_norm = norm
     zero.unscale_and_clip_grads = unscale_and_clip
     zero._add_to_grad_partition_buffer = add
+    return distributed.get_world_size(zero.dp_process_group)
