@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from typing import Any, Literal
 
 from flux2_ds.config.deepspeed_config import read_deepspeed, shipped_configs
 from flux2_ds.config.recipe import Launch, Recipe
+from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import EXIT_USER_ERROR, UserError
 from flux2_ds.run.run_dir import DOCTOR_TOKEN, existing_parent
 from launcher.commands import PROBE, forwarded, ssh, start_commands
-from launcher.hosts import Hosts
+from launcher.hosts import Hosts, ask
 from launcher.supervise import Stopper, run, what_ended
 
-_LIMIT = 300.0  # s for one host's checks, the CPU Adam build included
+_LIMIT = 300.0  # s for one host's checks, and for what the processes measure together
+_PROBE_LIMIT = 200.0  # s of these for torch, the CPU Adam build included
 _SKEW = 2.0  # s by which clocks may differ
 _WITHOUT = ["--run_dir=.", "--model.path=.", "--data.images=.", "--data.shards=."]
 """For a look at the machine alone; no check reads them."""
@@ -72,6 +75,11 @@ def examine(recipe: Recipe | None, launch: Launch, hosts: Hosts, arguments: list
     """Print every finding; return whether there is no failure among them."""
     token = place_token(recipe)
     common = [*arguments, "--all-processes", str(hosts.processes)]
+    to_come = []
+    if recipe is not None and not is_prepared(recipe.data.shards):
+        common += ["--without-shards"]
+        text, remedy = f"{recipe.data.shards} is not prepared yet", shlex.join(arguments)
+        to_come = [Finding("warning", "shards", text, f"flux2-ds prepare {remedy}")]
     if recipe is None:
         common += [*_WITHOUT, "--without-recipe", f"--launch.accelerator={launch.accelerator}"]
     if token is not None:
@@ -81,7 +89,7 @@ def examine(recipe: Recipe | None, launch: Launch, hosts: Hosts, arguments: list
     finally:
         if token is not None:
             token.unlink()
-    lines = grouped({host: findings.lines for host, findings in found.items()})
+    lines = grouped({host: findings.lines for host, findings in found.items()}) + to_come
     if len(found) > 1:
         answered = {host: findings.facts for host, findings in found.items() if findings.facts}
         same = Finding("ok", "hosts", f"{len(answered)} hosts have the same of everything")
@@ -164,9 +172,11 @@ def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
     """Return the bandwidth between the processes, from a start like a training's."""
     arguments = ["--accelerator", launch.accelerator, "--bandwidth"]
     commands = start_commands(PROBE, launch, hosts, arguments)
+    limit = _LIMIT + 20 * len(hosts.slots)  # of 1 Gbit/s a link, one after the other, takes 13 s
+    deadline = time.monotonic() + limit
     with tempfile.TemporaryFile("w+") as out:
         with Stopper() as stopper:  # the probe has nothing to save
-            code = run(commands, stopper, output=out.fileno())
+            code = run(commands, stopper, lambda: time.monotonic() > deadline, out.fileno())
         if stopper.code:
             sys.exit(stopper.code)
         out.seek(0)
@@ -175,6 +185,8 @@ def measure(launch: Launch, hosts: Hosts) -> list[Finding]:
     if code != 0 or not found:
         rest = [line for line in lines if not line.startswith('{"status"')]
         reason = (rest or [what_ended(code)])[-1]
+        if time.monotonic() > deadline:
+            reason = f"they were still at it after {limit:.0f} s"
         remedy = f"NCCL_DEBUG=INFO or docs/launcher.md; the command: {commands[0]}"
         found.append(Finding("failure", "start", f"the processes do not meet: {reason}", remedy))
     return found
@@ -216,13 +228,8 @@ def odd_ones_out(facts: dict[str, dict[str, str]]) -> list[Finding]:
 
 def run_probe(accelerator: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Ask what needs torch, in a process of its own: CUDA, NCCL, the CPU Adam build."""
-    return subprocess.run(
-        [sys.executable, "-m", PROBE, "--accelerator", accelerator, *arguments],
-        env={**os.environ, "DS_ACCELERATOR": accelerator},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    argv = [sys.executable, "-m", PROBE, "--accelerator", accelerator, *arguments]
+    return ask(argv, _PROBE_LIMIT, DS_ACCELERATOR=accelerator)
 
 
 def check_zero(recipe: Recipe) -> None:

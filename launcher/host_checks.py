@@ -13,7 +13,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -50,7 +49,7 @@ from flux2_ds.run.run_dir import (
     nearest_existing,
 )
 from launcher.doctor import Findings, last_line, run_probe
-from launcher.hosts import Hosts, check_cards
+from launcher.hosts import Hosts, ask_nvidia_smi, check_cards
 
 _TEXT_ENCODERS = {15360: 48.0e9, 12288: 16.4e9, 7680: 8.0e9}
 """Text width of a released model -> bytes of its encoder in bf16: Mistral Small 24B, Qwen3 8B, Qwen3 4B."""
@@ -60,32 +59,37 @@ def main() -> None:
     """Check for the recipe of the arguments, and print JSON.
 
     `--processes` are this host's, `--all-processes` the run's; `--token` is a file that the launcher
-    has put beside the run directory.
+    has put beside the run directory. `--without-shards`: the launcher has seen that none are prepared.
     """
     parser = recipe_parser("launcher.host_checks", "")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--all-processes", type=int, default=1)
     parser.add_argument("--token", type=str, default=None)
     parser.add_argument("--without-recipe", action="store_true")
+    parser.add_argument("--without-shards", action="store_true")
     recipe, options = parse_recipe(parser)
     findings, builds_adam = Findings(), False
     check_packages(findings, without=("wandb",) if recipe.log.wandb == "disabled" else ())
     check_script(findings)
     check_machine(findings)
     if recipe.launch.accelerator == "cuda":
-        check_gpus(findings, options.processes)
-        if not options.without_recipe:
-            try:
+        try:
+            check_gpus(findings, options.processes)
+            if not options.without_recipe:
                 check_cards(recipe, Hosts(options.processes))
-            except UserError as error:
-                findings.fail("gpus", str(error))
+        except UserError as error:
+            findings.fail("gpus", str(error))
     if not options.without_recipe:
-        check_recipe(findings, recipe, options.all_processes, options.token)
+        there = not options.without_shards
+        check_recipe(findings, recipe, options.all_processes, options.token, prepared=there)
         with suppress(UserError):
             plan = make_plan(recipe, options.all_processes)
             builds_adam = plan.offloads("offload_optimizer")
-    asked = run_probe(recipe.launch.accelerator, *["--cpu-adam"] * builds_adam)
-    values, reason = last_line(asked.returncode, asked.stdout, asked.stderr)
+    try:
+        asked = run_probe(recipe.launch.accelerator, *["--cpu-adam"] * builds_adam)
+        values, reason = last_line(asked.returncode, asked.stdout, asked.stderr)
+    except UserError as error:
+        values, reason = None, str(error)
     if values is None:
         findings.fail("torch", reason)
     else:
@@ -157,12 +161,7 @@ def check_gpus(findings: Findings, processes: int) -> None:
         findings.fail("gpus", "no nvidia-smi", "install the NVIDIA driver, or use accelerator cpu")
         return
     fields = "name,driver_version,memory.total,memory.used"
-    asked = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = ask_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     if asked.returncode != 0:
         findings.fail("gpus", (asked.stdout + asked.stderr).strip(), "repair the driver")
         return
@@ -184,7 +183,9 @@ def check_gpus(findings: Findings, processes: int) -> None:
         findings.warn("gpu memory", f"in use: {'; '.join(busy)}", "end it: nvidia-smi names it")
 
 
-def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str | None) -> None:
+def check_recipe(
+    findings: Findings, recipe: Recipe, processes: int, token: str | None, *, prepared: bool = True
+) -> None:
     """Check the plan, run directory, shards, model and W&B of the recipe, as seen from here."""
 
     def refuses(name: str, check: Any) -> Any:
@@ -210,7 +211,7 @@ def check_recipe(findings: Findings, recipe: Recipe, processes: int, token: str 
     elif len(findings.lines) == before:  # the id of a model
         fetched = check_cache(findings, recipe)
         spec = RELEASED.get(recipe.model.path)
-    data = refuses("shards", lambda: read_data(recipe))
+    data = refuses("shards", lambda: read_data(recipe)) if prepared else None
     if data is not None:
         recipe = in_steps(recipe)
     check_disk(findings, recipe, spec, token, fetched=fetched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,9 @@ from flux2_ds.errors import UserError, counted
 
 _HOST_LINE = re.compile(r"(?P<name>[\w\[][\w.:@%\[\]-]*)\s+slots=(?P<slots>\d{1,6})", re.ASCII)
 """A name that ssh takes for an option, or a shell for more than a word, is none."""
+_PATIENCE = (
+    30.0  # s for nvidia-smi, which initializes every GPU first if nothing keeps the driver loaded
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def ssh_address(host: str) -> str:
     """Return what ssh connects to for `host`, which may be an alias of its configuration."""
     if shutil.which("ssh") is None:
         return host
-    told = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout
+    told = ask(["ssh", "-G", host], _PATIENCE).stdout
     names = [line.split()[1] for line in told.splitlines() if line.startswith("hostname ")]
     return names[0] if names else host
 
@@ -102,8 +106,7 @@ def cards_here() -> list[Card]:
     """Return this machine's GPUs, as far as nvidia-smi tells."""
     if shutil.which("nvidia-smi") is None:
         return []
-    asked = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    listing = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    listing = ask_nvidia_smi("--query-gpu=name,compute_cap", "--format=csv,noheader").stdout
     found = re.findall(r"^(.+), *(\d+)\.(\d+)$", listing, re.M)
     return [Card(name, (int(major), int(minor))) for name, major, minor in found]
 
@@ -143,8 +146,36 @@ def count_gpus() -> int:
     """Return how many GPUs nvidia-smi lists."""
     if shutil.which("nvidia-smi") is None:
         return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return sum(line.startswith("GPU ") for line in ask_nvidia_smi("-L").stdout.splitlines())
+
+
+def ask_nvidia_smi(*options: str) -> subprocess.CompletedProcess[str]:
+    """Return what nvidia-smi says; refuse a driver that never answers."""
+    try:
+        return ask(["nvidia-smi", *options], _PATIENCE)
+    except UserError as error:
+        raise UserError(
+            f"{error} The NVIDIA driver hangs, and CUDA would, too: see dmesg, and reboot."
+        ) from None
+
+
+def ask(argv: list[str], seconds: float, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that answers soon; a `UserError` says that it has not."""
+    # Not subprocess.run, which waits for the killed program: one that hangs in a driver does not die.
+    child = subprocess.Popen(
+        argv,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, error = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise UserError(f"`{shlex.join(argv)}` has not ended in {seconds:.0f} s.") from None
+    return subprocess.CompletedProcess(argv, child.returncode, out, error)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ from flux2_ds.config.model_spec import RELEASED
 from flux2_ds.config.recipe import Checkpoint, Data, Launch, Log, Model, Recipe
 from flux2_ds.errors import UserError
 from flux2_ds.run.run_dir import check_run_dir
-from launcher import cli, doctor
+from launcher import cli, doctor, supervise
 from launcher import host_checks as checks
 from launcher.doctor import Finding, Findings, odd_ones_out
 from launcher.hosts import Hosts
@@ -65,6 +65,20 @@ def test_gpus(tmp_path, monkeypatch):
     broken = Findings()
     checks.check_gpus(broken, 1)
     assert broken.lines[0].text == "driver/library version mismatch"
+
+
+def test_a_look_at_torch_that_hangs_costs_no_other_finding(tmp_path, monkeypatch, capsys):
+    """As it does where nvidia-smi works and CUDA waits for ever."""
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr(doctor, "_PROBE_LIMIT", 0.2)
+    arguments = [*doctor._WITHOUT, "--without-recipe", "--launch.accelerator=cpu"]
+    monkeypatch.setattr("sys.argv", ["host_checks", *arguments])
+    checks.main()
+    found = {line["name"]: line for line in json.loads(capsys.readouterr().out)["lines"]}
+    assert "--accelerator cpu` has not ended in 0 s" in found["torch"]["text"]
+    assert found["packages"]["status"] == "ok"
 
 
 def test_packages(monkeypatch):
@@ -263,10 +277,37 @@ def test_failure_is_the_exit_code_and_nothing_is_left_behind(recipe, tmp_path, m
     (tmp_path / "python").write_text(f"#!/bin/sh\n{tokens}\necho '{json.dumps(values)}'\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").touch()
     assert not doctor.examine(recipe, Launch(), Hosts(2), [])
     assert capsys.readouterr().out == "failure  shards       none\n1 failures, 0 warnings\n"
     assert len((tmp_path / "seen").read_text().splitlines()) == 1
     assert list(tmp_path.glob(".doctor-*")) == []
+
+
+def test_shards_that_are_not_prepared_yet_are_no_failure(recipe, tmp_path, monkeypatch, capsys):
+    line = {"status": "ok", "name": "disk", "text": "9 GiB", "remedy": ""}
+    answer = json.dumps({"lines": [line], "facts": {}, "clock": time.time()})
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\necho '{answer}'\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert doctor.examine(recipe, Launch(), Hosts(1), ["--config", "my recipe"])
+    shards = tmp_path / "shards"
+    assert capsys.readouterr().out == (
+        "ok       disk         9 GiB\n"
+        f"warning  shards       {shards} is not prepared yet -> flux2-ds prepare --config 'my recipe'\n"
+        "0 failures, 1 warnings\n"
+    )
+    shards.mkdir()
+    (shards / "index.json").touch()
+    assert doctor.examine(recipe, Launch(), Hosts(1), [])
+    assert capsys.readouterr().out.endswith("9 GiB\n0 failures, 0 warnings\n")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert ["--without-shards" in line for line in asked] == [True, False]
+    for prepared in (False, True):  # what the option does on each host
+        findings = Findings()
+        checks.check_recipe(findings, recipe, 1, None, prepared=prepared)
+        assert ("shards" in statuses(findings)) == prepared
 
 
 def test_its_own_file_does_not_make_run_dir_another_programs(recipe):
@@ -285,6 +326,7 @@ def test_its_own_file_does_not_make_run_dir_another_programs(recipe):
         ('{"status": "ok", "name": "bandwidth", "text": "1 GB/s", "remedy": ""}', ["ok"]),
         ("ncclSystemError; exit 1", ["failure"]),
         ("", ["failure"]),
+        ("waiting for rank 1; sleep 60", ["failure"]),
     ],
 )
 def test_the_measurement_is_believed_when_it_has_said_something(
@@ -299,8 +341,12 @@ def test_the_measurement_is_believed_when_it_has_said_something(
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if "sleep" in said:
+        monkeypatch.setattr(doctor, "_LIMIT", 1)
+        monkeypatch.setattr(supervise, "PATIENCE", 0.1)
     found = doctor.measure(Launch(accelerator="cpu"), Hosts(2))
     assert [line.status for line in found] == expected
+    assert ("still at it after 1 s" in found[0].text) == ("sleep" in said)
 
 
 def test_doctor_wants_a_recipe_for_more(monkeypatch, capsys):

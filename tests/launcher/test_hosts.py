@@ -1,6 +1,7 @@
 """Which hosts and GPUs a recipe runs on."""
 
 import socket
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,19 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from flux2_ds.config.recipe import Data, Launch, Model, Recipe
 from flux2_ds.errors import UserError
-from launcher.hosts import Hosts, check_cards, check_gpus, find_hosts, pick_port, read_hostfile
+from launcher import hosts
+from launcher.doctor import Findings
+from launcher.host_checks import check_gpus as examine_gpus
+from launcher.hosts import (
+    Hosts,
+    cards_here,
+    check_cards,
+    check_gpus,
+    count_gpus,
+    find_hosts,
+    pick_port,
+    read_hostfile,
+)
 
 NODES = Hosts(12, Path("hostfile"), slots={"node01": 8, "node02": 4}, address="10.0.0.1")
 ROOT = Path(__file__).parents[2]
@@ -130,6 +143,27 @@ def test_what_no_card_here_computes_is_refused(tmp_path, monkeypatch):
     program.write_text(f"#!/bin/sh\necho '{old}'\n")
     check_cards(recipe, Hosts(1, tmp_path / "hostfile"))
     check_cards(replace(recipe, launch=Launch(accelerator="cpu")), Hosts(1))
+
+
+@pytest.mark.parametrize(
+    ("asks", "command"),
+    [
+        (count_gpus, "nvidia-smi -L` .* driver hangs"),
+        (cards_here, "nvidia-smi --query-gpu=name,compute_cap .* driver hangs"),
+        (lambda: examine_gpus(Findings(), 1), "nvidia-smi --query-gpu=name,driver.* driver hangs"),
+        (lambda: hosts.ssh_address("node01"), "ssh -G node01"),
+    ],
+)
+def test_a_program_that_hangs_is_not_waited_for(tmp_path, monkeypatch, asks, command):
+    monkeypatch.setenv("PATH", str(tmp_path), ":")
+    monkeypatch.setattr(hosts, "_PATIENCE", 0.2)
+    for name in ("nvidia-smi", "ssh"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 20\n")
+        (tmp_path / name).chmod(0o755)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"{command}"):
+        asks()
+    assert time.monotonic() - began < 10
 
 
 def test_a_port_that_is_taken_is_not_picked(monkeypatch):

@@ -167,6 +167,7 @@ def test_each_machine_starts_its_own_part_and_all_stop_when_one_is_asked_to(
 def test_nothing_is_left_when_the_launcher_is_killed(cluster, work):
     run = start(cluster, work, "launcher_killed")
     wait_for_step(run, work / "launcher_killed", 1)
+    assert all(map(training_processes, cluster.machines))
     run.kill()
     run.wait()
     deadline = time.monotonic() + 20
@@ -194,6 +195,7 @@ def test_a_cut_link_is_named_and_the_run_goes_on_without_the_machine(
     options = ["--launch.hang_timeout_s", "8", "--max-restarts", "1", "--elastic"]
     run = start(cluster, work, "cut", *options)
     wait_for_step(run, work / "cut", 6)
+    assert training_processes(cluster.machines[1])
     cluster.link("down")
     try:
         assert run.wait(timeout=300) == 0

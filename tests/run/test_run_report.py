@@ -248,7 +248,8 @@ class Browser:
         self.devtools("Emulation.setEmulatedMedia", features=features)
         self.call("/url", url=f"file://{page}")
         deadline = time.monotonic() + 30
-        charts = "return [...document.querySelectorAll('[data-chart]')].every(c => c.querySelector('path'))"
+        charts = "const all = [...document.querySelectorAll('[data-chart]')];" \
+                 "return all.length > 0 && all.every(chart => chart.querySelector('path'))"  # fmt: skip
         while not self.run(charts):
             assert time.monotonic() < deadline, "charts are not drawn"
             time.sleep(0.1)
