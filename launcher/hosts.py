@@ -18,9 +18,7 @@ from flux2_ds.errors import UserError, counted
 
 _HOST_LINE = re.compile(r"(?P<name>[\w\[][\w.:@%\[\]-]*)\s+slots=(?P<slots>\d{1,6})", re.ASCII)
 """A name that ssh takes for an option, or a shell for more than a word, is none."""
-_PATIENCE = (
-    30.0  # s for nvidia-smi, which initializes every GPU first if nothing keeps the driver loaded
-)
+_PATIENCE = 30.0  # s for nvidia-smi, which may have to initialize every GPU
 
 
 @dataclass(frozen=True)

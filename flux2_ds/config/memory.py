@@ -108,6 +108,10 @@ def estimate(
     """
     run = _Run(spec, plan)
     memory = _weights(run) | _training_state(run) | _activations(run, image_tokens, kept)
+    if run.bf16_masters and run.stage == 2 and plan.accumulation == 1:
+        # Their sums are allocated when the first bucket is full: by then its blocks' activations are gone.
+        gone = memory.card["activations"] * _bucket(run) / run.trained
+        memory.card["gradients"] -= min(memory.card["gradients"], gone)
     if plan.recipe.checkpoint.background:
         # Of an adapter rank 0 has all.
         memory.host[_SNAPSHOT] = checkpoint_bytes(spec, plan.recipe) / plan.processes
@@ -236,13 +240,16 @@ def _reduction_buffers(run: _Run) -> float:
     """
     buffers = 2 if (run.full if run.stage == 3 else run.zero.get("overlap_comm")) else 1
     halved = run.recipe.precision == "fp16" or (run.bf16_masters and run.stage > 1)
-    bucket: float = min(
-        run.zero.get("reduce_bucket_size", 5e8), run.trained
-    )  # engine.py sees to it
+    bucket = _bucket(run)
     given = run.plan.deepspeed.get("communication_data_type")
     # A bucket is copied where it travels in another dtype.
     copy = 0 if given is None or (given == "fp32") != halved else 4 if halved else 2
     return ((2 if halved else 4) * buffers + copy) * bucket
+
+
+def _bucket(run: _Run) -> float:
+    """Elements; engine.py sees to it that there are no more than are trained."""
+    return min(run.zero.get("reduce_bucket_size", 5e8), run.trained)
 
 
 def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
