@@ -191,6 +191,7 @@ def _kept_whole(run: _Run) -> float:
 def _training_state(run: _Run) -> Memory:
     """Masters, gradients, the optimizer's state, ZeRO's buffers and the average."""
     memory = Memory({}, {})
+    recipe, adam = run.recipe, run.recipe.optimizer.name
     offloaded = run.plan.offloads("offload_optimizer")
     at = memory.host if offloaded else memory.card
     if offloaded:
@@ -201,15 +202,20 @@ def _training_state(run: _Run) -> Memory:
     else:
         if run.stage and (run.full or run.stage < 3):
             memory.card["fp32 masters"] = 4 * run.share
-        # At stage 1 a full fine-tune in bf16 has its gradients in both dtypes.
-        element = 6 if run.bf16_masters and run.stage == 1 else 4
+        element = 4
+        if run.bf16_masters and run.stage == 1:
+            element = 6  # in both dtypes
+        elif (
+            run.bf16_masters and run.stage == 2 and run.plan.accumulation == 1 and compiles(recipe)
+        ):
+            element = 2 if adam == "adamw" else 4  # zero2.py's pass reads them in bf16
         memory.card["gradients"] = element * (run.share if run.stage >= 2 else run.trained)
-    at["optimizer"] = optimizer_bytes(run.recipe.optimizer.name) * run.share
+    at["optimizer"] = optimizer_bytes(adam) * run.share
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = run.bf16_masters and run.stage == 1 and not offloaded
     if run.stage and run.zero.get("contiguous_gradients", True) and not bufferless:
         memory.card["reduction buffers"] = _reduction_buffers(run)
-    if run.recipe.optimizer.ema_decay is not None:
+    if recipe.optimizer.ema_decay is not None:
         at["EMA"] = 4 * run.share
     return memory
 

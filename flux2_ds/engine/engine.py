@@ -120,7 +120,11 @@ class Engine:
             for partition in (weight.ds_tensor for weight in weights):
                 if partition.is_cpu:  # DeepSpeed keeps small ones on the card
                     pin_in_place(partition)
-        self._summed_over = lighten(self._engine.optimizer)
+        self._summed_over = lighten(
+            self._engine.optimizer,
+            self._engine.gradient_accumulation_steps(),
+            fused=bool(compiled) and self._optimizer.defaults.get("fused", False),
+        )
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, sharded
