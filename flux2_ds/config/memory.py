@@ -205,10 +205,9 @@ def _training_state(run: _Run) -> Memory:
         element = 4
         if run.bf16_masters and run.stage == 1:
             element = 6  # in both dtypes
-        elif (
-            run.bf16_masters and run.stage == 2 and run.plan.accumulation == 1 and compiles(recipe)
-        ):
-            element = 2 if adam == "adamw" else 4  # zero2.py's pass reads them in bf16
+        elif run.bf16_masters and run.stage == 2 and adam == "adamw" and compiles(recipe):
+            wire = run.plan.deepspeed.get("communication_data_type", "bf16")
+            element = 2 if (run.plan.accumulation, wire) == (1, "bf16") else 4  # zero2.py
         memory.card["gradients"] = element * (run.share if run.stage >= 2 else run.trained)
     at["optimizer"] = optimizer_bytes(adam) * run.share
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.

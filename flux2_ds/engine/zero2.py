@@ -29,7 +29,7 @@ def lighten(zero: Any, micro_batches: int, *, fused: bool) -> int:
     """
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.cpu_offload:
         return 1
-    if fused and micro_batches == 1:
+    if fused and micro_batches == 1 and zero.communication_data_type == zero.dtype:
         zero.gradient_accumulation_dtype = zero.dtype
     zero._use_compact_grad_partition_buffer = lambda group: True  # one flat tensor of gradients
     zero._add_to_grad_partition_buffer = partial(_add, zero)

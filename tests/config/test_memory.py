@@ -194,16 +194,14 @@ def test_quantised_weights_take_what_is_planned(name):
             {"base_weights": "fp8", "cache_transposed_base": True, "method": "dora"},
             31.7,
         ),
-        (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 2}, 99.8),
-        (KLEIN_9B, 4096, {"method": "full", "zero": ZERO2, "processes": 4}, 66.0),
         (KLEIN_4B, 4096, {"base_weights": "fp8"}, 12.0),
         (KLEIN_4B, 3952, {"base_weights": "fp8"}, 11.8),
         (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
         (KLEIN_4B, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 15.5),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload_optimizer"}, 16.8),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
-        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2}, 74.04),
-        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2, "compute": "fp8"}, 74.05),
+        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2}, 66.45),
+        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2, "compute": "fp8"}, 66.54),
         (KLEIN_4B, 4096, {"base_weights": "fp8", "activation_checkpointing": 22 / 25}, 6.08),
         (
             KLEIN_4B,
@@ -306,7 +304,7 @@ def test_the_gradients_of_a_full_fine_tune_are_summed_on_the_card_below_stage_3(
         memory = estimate_for(KLEIN_4B, 0, processes=2, zero=zero, method="full")
         return [round(part.get("gradients", 0) / trained, 6) for part in (memory.card, memory.host)]
 
-    assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [2, 0], [2, 0]]
+    assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [1, 0], [2, 0]]
     assert [gradients(stage, offload=True) for stage in (1, 2)] == [[6, 3], [2, 3]]
     assert gradients(3, offload=True) == [0, pytest.approx(4)]
 
