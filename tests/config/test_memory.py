@@ -62,7 +62,7 @@ def estimate_for(model: str, kept: int, processes: int = 1, zero=None, **setting
     return estimate(RELEASED[model], make_plan(recipe, processes), 4096, kept)
 
 
-def streamed(resident: float, checkpointed: float, base: str = "nf4_fp8") -> dict[str, Any]:
+def streamed(resident: float, checkpointed: float, base: str | None = "nf4_fp8") -> dict[str, Any]:
     """Settings of a base in host memory."""
     return {
         "base_weights": base,
@@ -238,6 +238,8 @@ def test_quantised_weights_take_what_is_planned(name):
         ),
         (DEV, 4096, streamed(0.25, 50 / 56), 14.14),
         (DEV, 4096, streamed(0.125, 54 / 56), 10.14),
+        (DEV, 4096, streamed(0.0, 48 / 56, None), 14.2),
+        (KLEIN_9B, 4096, streamed(0.625, 27 / 32, "fp8"), 10.4),
     ],
 )
 def test_estimates_are_within_five_percent_of_measured_peaks(model, tokens, settings, measured):
