@@ -194,21 +194,20 @@ def _training_state(run: _Run) -> Memory:
     recipe, adam = run.recipe, run.recipe.optimizer.name
     offloaded = run.plan.offloads("offload_optimizer")
     at = memory.host if offloaded else memory.card
-    if offloaded:
+    if offloaded and run.stage == 3:
         memory.host.update(_cpu_adam(run))
-        if run.bf16_masters and run.stage < 3:
-            # Gradients are summed here first, at stage 1 those of all parameters besides.
-            memory.card["gradients"] = 4 * run.share + (4 * run.trained if run.stage == 1 else 0)
     else:
         if run.stage and (run.full or run.stage < 3):
-            memory.card["fp32 masters"] = 4 * run.share
+            at["fp32 masters"] = 4 * run.share
+        summed, wire = run.plan.accumulation > 1, run.plan.deepspeed.get("communication_data_type")
+        passes = offloaded or (adam == "adamw" and compiles(recipe))
         element = 4
         if run.bf16_masters and run.stage == 1:
             element = 6  # in both dtypes
-        elif run.bf16_masters and run.stage == 2 and adam == "adamw" and compiles(recipe):
-            wire = run.plan.deepspeed.get("communication_data_type", "bf16")
-            element = 2 if (run.plan.accumulation, wire) == (1, "bf16") else 4  # zero2.py
-        memory.card["gradients"] = element * (run.share if run.stage >= 2 else run.trained)
+        elif run.bf16_masters and run.stage == 2 and passes and not summed and wire != "fp32":
+            element = 2  # flat_adamw.py reads them
+        where = memory.host if offloaded and run.stage == 2 and summed else memory.card
+        where["gradients"] = element * (run.share if run.stage >= 2 else run.trained)
     at["optimizer"] = optimizer_bytes(adam) * run.share
     # At stage 1 DeepSpeed's optimizer for these has no buffers, unless it works on the host.
     bufferless = run.bf16_masters and run.stage == 1 and not offloaded
@@ -220,18 +219,12 @@ def _training_state(run: _Run) -> Memory:
 
 
 def _cpu_adam(run: _Run) -> dict[str, float]:
-    """Host memory that DeepSpeed 0.19.8 gives its CPU Adam beside the moments.
+    """Host memory that DeepSpeed 0.19.8 gives its CPU Adam at stage 3 beside the moments.
 
-    Pinned, where the config says so, are at stage 3 the sums of gradients in one piece and a copy of them in
-    groups, below it masters, gradients and the updated weights on their way back to the card.
+    Pinned, where the config says so, are the sums of gradients in one piece and a copy of them in groups.
     """
-    share, element = run.share, run.element if run.full else 4
+    share = run.share
     pin = _pinned_bytes if run.zero["offload_optimizer"].get("pin_memory", True) else float
-    if run.stage < 3:
-        return {
-            "fp32 masters": pin(4 * share),
-            "gradients": pin(4 * share) + pin(element * share),
-        }
     group = min(share, run.zero.get("sub_group_size", _LIVE))
     groups, rest = divmod(share, group)
     copies = groups * pin(4 * group) + (pin(4 * rest) if rest else 0)

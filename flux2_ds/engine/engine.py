@@ -21,6 +21,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.config import get_zero_config
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -28,15 +29,16 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
-from flux2_ds.engine.host_memory import pin_in_place
+from flux2_ds.engine.host_memory import mmap_large_allocations, pin_in_place
 from flux2_ds.engine.state import TrainingState
-from flux2_ds.engine.zero2 import lighten
+from flux2_ds.engine.zero2 import Update
 from flux2_ds.engine.zero3 import pins_parameters
 
 log = logging.getLogger("flux2_ds")
 
 
 _ABANDONED_AFTER_S = 120
+_OFFLOADED_AT_ONCE = 1 << 29  # elements
 
 
 def cpu_adam(parameters: list[Any], **settings: Any) -> DeepSpeedCPUAdam:
@@ -90,16 +92,28 @@ class Engine:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         parameters = list(self._named.values())
-        if offload_optimizer:
+        fused = get_accelerator().device_name() == "cuda"
+        self._stage = config.get("zero_optimization", {}).get("stage", 0)
+        pinned = False
+        if not offload_optimizer:
+            self._optimizer = optimizers.build(settings, parameters, fused=fused)
+        elif self._stage == 3:
             adam = {"betas": settings.betas, "eps": settings.eps}
             decay = settings.weight_decay
             grouped = optimizers.groups(parameters, decay)
             self._optimizer = cpu_adam(grouped, **adam, weight_decay=decay)
         else:
-            fused = get_accelerator().device_name() == "cuda"
-            self._optimizer = optimizers.build(settings, parameters, fused=fused)
+            # DeepSpeed makes the masters of a group on the card, before it moves them.
+            self._optimizer = optimizers.build(
+                settings, parameters, fused=fused, group_elements=_OFFLOADED_AT_ONCE
+            )
+            mmap_large_allocations()
+            zero = config["zero_optimization"]
+            offload = zero["offload_optimizer"]
+            pinned = fused and offload.get("pin_memory", True)  # by `Update`, without growing them
+            unpinned = zero | {"offload_optimizer": offload | {"pin_memory": False}}
+            config = config | {"zero_optimization": unpinned, "zero_force_ds_cpu_optimizer": False}
         self._max_norm = config["gradient_clipping"]
-        self._stage = config.get("zero_optimization", {}).get("stage", 0)
         if self._stage == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
         else:
@@ -120,11 +134,15 @@ class Engine:
             for partition in (weight.ds_tensor for weight in weights):
                 if partition.is_cpu:  # DeepSpeed keeps small ones on the card
                     pin_in_place(partition)
-        self._summed_over = lighten(
-            self._engine.optimizer,
-            self._engine.gradient_accumulation_steps(),
-            fused=bool(compiled) and self._optimizer.defaults.get("fused", False),
-        )
+        zero_optimizer = self._engine.optimizer
+        self._summed_over = 1
+        if isinstance(zero_optimizer, DeepSpeedZeroOptimizer):
+            self._summed_over = Update(
+                zero_optimizer,
+                self._engine.gradient_accumulation_steps(),
+                compiled=bool(compiled) and self._optimizer.defaults.get("fused", False),
+                pinned=pinned,
+            ).summed_over
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(
             self._named, self._optimizer, self._engine.optimizer, self._stage, settings, sharded
@@ -209,11 +227,6 @@ class Engine:
         advance()
         if last and self._stage > 0:
             self._norm = float(self._engine.get_global_grad_norm())
-            if self._stage < 3 and not math.isfinite(self._norm):
-                # With an offloaded optimizer DeepSpeed 0.19.8 leaves the gradients of a skipped step
-                # in its buffers, and would add those of the next steps to them.
-                buffers = getattr(self._engine.optimizer, "averaged_gradients", {})
-                buffers.update(dict.fromkeys(buffers))
         if last and self.state.has_ema:
             norm = self._norm
             finite = norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm)

@@ -6,6 +6,7 @@ Adafactor, Prodigy and Muon look at full matrices, or at all parameters at once,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,19 +35,35 @@ def compatible(before: str, now: str) -> bool:
     return before == now or (before in ELEMENTWISE and ELEMENTWISE[before] == ELEMENTWISE.get(now))
 
 
-def groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def groups(
+    parameters: list[nn.Parameter], weight_decay: float, at_most: float = math.inf
+) -> list[dict[str, Any]]:
     """Matrices, and what has one dimension: magnitudes and norm scales, which weight decay would draw to zero. One
-    group where nothing is to be told apart."""
+    group where nothing is to be told apart; of not much more than `at_most` elements."""
     vectors = [p for p in parameters if weight_decay and len(full_shape(p)) < 2]
     one_dimensional = set(map(id, vectors))
     matrices = [p for p in parameters if id(p) not in one_dimensional]
-    found = {"params": matrices}, {"params": vectors, "weight_decay": 0.0}
-    return [group for group in found if group["params"]]
+    found: list[dict[str, Any]] = []
+    for kind, settings in (matrices, {}), (vectors, {"weight_decay": 0.0}):
+        room = 0.0
+        for parameter in kind:
+            if room <= 0:
+                found.append({"params": [], **settings})
+                room = at_most
+            found[-1]["params"].append(parameter)
+            room -= parameter.numel()
+    return found
 
 
-def build(settings: Optimizer, trained: list[nn.Parameter], *, fused: bool) -> Any:
-    """The optimizer that `settings.name` names; `fused`: AdamW in one CUDA kernel."""
-    parameters = groups(trained, settings.weight_decay)
+def build(
+    settings: Optimizer,
+    trained: list[nn.Parameter],
+    *,
+    fused: bool,
+    group_elements: float = math.inf,
+) -> Any:
+    """The optimizer that `settings.name` names; `fused`: AdamW in one CUDA kernel; `group_elements`: see `groups`."""
+    parameters = groups(trained, settings.weight_decay, group_elements)
     decay = settings.weight_decay
     adam: dict[str, Any] = {"betas": settings.betas, "eps": settings.eps, "weight_decay": decay}
     if settings.name == "adamw":

@@ -17,6 +17,7 @@ from flux2_ds.checkpoint.manager import Checkpoint
 from flux2_ds.checkpoint.tensor_store import TensorShard, TensorStore
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
+from flux2_ds.engine.flat_adamw import adamw_state
 from flux2_ds.engine.zero_partitions import ZeroPartition, full_shape, owned_partitions
 from flux2_ds.errors import UserError
 
@@ -206,13 +207,18 @@ class TrainingState:
             state["step"] = count.fill_(updates) if torch.is_tensor(count) else updates
 
     def _create_state(self) -> None:
-        """Let the optimizer allocate its state, by a step with zero gradients and learning rate 0."""
+        """Let the optimizer allocate its state; others than AdamW by a step with zero gradients and learning rate 0."""
         groups = self._optimizer.param_groups
         held = [group["params"] for group in groups]
         if self._stage == 3:
             # DeepSpeed hands the optimizer its flat partitions one at a time, during the step only.
             groups[0]["params"] = self._zero.fp32_partitioned_groups_flat
         flat = [parameter for group in groups for parameter in group["params"]]
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            self._optimizer.state.update({master: adamw_state(master) for master in flat})
+            for group, parameters in zip(groups, held, strict=True):
+                group["params"] = parameters
+            return
         gradients = [parameter.grad for parameter in flat]
         for parameter in flat:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,16 +1,20 @@
-"""An update at ZeRO stages 1 and 2 that reads and writes memory as seldom as it can.
+"""An update at ZeRO stages 1 and 2 that reads and writes memory as seldom as it can, on the card or from the host.
 
 DeepSpeed 0.19.8 divides each gradient by the number of processes, sums the first micro-batch's gradients onto zeros in
 fp32, looks for values that are not finite in each tensor, takes the norm in fp64, which shows them, too, multiplies by
 what clips, even if that is 1, and waits for the device three times. With `reduce_scatter`, which the shipped configs
 switch off, it copies each bucket before the all-reduce (it has no reduce-scatter) and back. For a full fine-tune of
-klein 4B on one H200 the update below takes a third off the step (docs/benchmarks.md).
+klein 4B on one H200 the update below takes a third off the step.
+
+An optimizer in host memory DeepSpeed updates on the CPU, from gradients summed in fp32 on the card, and sends the
+weights back as fp32. Here masters and moments pass through the card, whose memory is as fast as the CPU's is slow; so
+do sums of gradients, which wait in host memory between micro-batches (figures: docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,101 +22,115 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import distributed
 
-_AT_ONCE = 1 << 28  # elements, whose places fit into 32 bits
+from flux2_ds.engine.flat_adamw import update
+from flux2_ds.engine.host_memory import pin_in_place
+
+_SUMMED_AT_ONCE = 1 << 24  # elements that wait in host memory between micro-batches
 
 
-def lighten(zero: Any, micro_batches: int, *, fused: bool) -> int:
-    """Let DeepSpeed's optimizer take the ways below instead, if it is the one of stages 1 and 2 and on the device.
+class Update:
+    """Replaces the update of DeepSpeed's optimizer of stages 1 and 2.
 
-    `micro_batches`: of a step. `fused`: by `_adamw`, for which the gradients of one micro-batch stay in their dtype.
-    Returns what the loss is to be divided by, for gradients that are summed over the processes.
+    `micro_batches`: of a step. `compiled`: AdamW is one pass that torch compiles. `pinned`: an offloaded optimizer's
+    memory is.
     """
-    if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.cpu_offload:
-        return 1
-    if fused and micro_batches == 1 and zero.communication_data_type == zero.dtype:
-        zero.gradient_accumulation_dtype = zero.dtype
-    zero._use_compact_grad_partition_buffer = lambda group: True  # one flat tensor of gradients
-    zero._add_to_grad_partition_buffer = partial(_add, zero)
-    zero.gradient_average = False
-    zero.step = partial(_step, zero, fused)
-    return distributed.get_world_size(zero.dp_process_group)
 
+    def __init__(
+        self, zero: DeepSpeedZeroOptimizer, micro_batches: int, *, compiled: bool, pinned: bool
+    ) -> None:
+        self._zero: Any = zero
+        self._compiled, self._offloaded = compiled, bool(zero.cpu_offload)
+        self._in_passes = compiled or self._offloaded
+        if self._in_passes and micro_batches == 1 and zero.communication_data_type == zero.dtype:
+            zero.gradient_accumulation_dtype = zero.dtype  # nothing is summed
+        self._host_sums: list[torch.Tensor] = []
+        if self._offloaded:
+            self._take_over(micro_batches > 1 and zero.partition_gradients, pinned)
+        self._squares: torch.Tensor | float = 0.0
+        zero._use_compact_grad_partition_buffer = lambda group: True  # one flat tensor of gradients
+        zero._add_to_grad_partition_buffer = self._add
+        zero.gradient_average = False
+        zero.step = self._step
+        self.summed_over = distributed.get_world_size(zero.dp_process_group)
+        """What the loss is to be divided by, for gradients that are summed over the processes."""
+        self._start()
 
-def _add(zero: Any, total: torch.Tensor | None, gradient: torch.Tensor) -> None:
-    if total is None:
-        return
-    if zero.micro_step_id == 0:  # onto zeros
-        total.copy_(gradient)
-    else:
-        total.add_(gradient)
+    def _take_over(self, sums: bool, pinned: bool) -> None:
+        """Let DeepSpeed go on as if it offloaded nothing, and free what it would offload by."""
+        zero = self._zero
+        zero.cpu_offload = zero._offload_gradient_safety_enabled = False
+        zero.temp_grad_buffer_for_cpu_offload = zero.temp_grad_buffer_for_gpu_offload = None
+        zero.param_buffer_of_bit16_for_cpu_offload_groups.clear()
+        for master in zero.single_partition_of_fp32_groups:
+            if sums:
+                self._host_sums.append(master.grad)
+            master.grad = None
+            for tensor in (master, *self._host_sums[-1:]) if pinned else ():
+                pin_in_place(tensor)
 
+    def _start(self) -> None:
+        self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        self._zero.averaged_gradients.clear()
+        for i, total in enumerate(self._host_sums):
+            self._zero.averaged_gradients[i] = SimpleNamespace(flat_partition=total)
 
-def _step(zero: Any, fused: bool) -> None:
-    """Clip and update, unless the norm says that a gradient is not finite. It is the one wait."""
-    zero.micro_step_id = INITIAL_MICRO_STEP_ID
-    gradients = [zero.averaged_gradients[i] for i in range(len(zero.bit16_groups))]
-    zero.averaged_gradients.clear()
-    tensors = [gradient for group in gradients for gradient in group]
-    squares = torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).double().square().sum()
-    distributed.all_reduce(squares, group=zero.dp_process_group)
-    scale, scaled_norm = zero.loss_scale, math.sqrt(squares.item())
-    zero._global_grad_norm = scaled_norm / scale
-    zero.overflow = not math.isfinite(scaled_norm)
-    zero._update_scale(zero.overflow)
-    if zero.overflow:
-        return
-    if zero.clip_grad > 0:
-        scale *= max(1.0, (zero._global_grad_norm + 1e-6) / zero.clip_grad)
-    for i, master in enumerate(zero.single_partition_of_fp32_groups):
-        rank = distributed.get_rank(zero.real_dp_process_group[i])
-        weights = zero.parallel_partitioned_bit16_groups[i][rank]
-        gradient, gradients[i] = gradients[i].flat_partition, None
-        if fused:
-            _adamw(zero.optimizer, i, gradient, 1 / scale, weights)
-            continue
-        master.grad = gradient.to(master.dtype)
-        if scale != 1:
-            master.grad.mul_(1 / scale)
-        zero._optimizer_step(i)
-        master.grad = None
-        weights.data.copy_(master)
-    all_gather_dp_groups(
-        zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group,
-        zero.nccl_start_alignment_factor, zero.allgather_bucket_size,
-    )  # fmt: skip
+    def _add(self, total: torch.Tensor | None, gradient: torch.Tensor) -> None:
+        if total is None:
+            return
+        first = self._zero.micro_step_id == 0
+        if not self._host_sums:
+            total.copy_(gradient) if first else total.add_(gradient)  # onto zeros
+            return
+        last = self._zero.is_gradient_accumulation_boundary()
+        pieces = total.split(_SUMMED_AT_ONCE), gradient.split(_SUMMED_AT_ONCE)
+        for part, new in zip(*pieces, strict=True):
+            summed = new.float() if first else new + part.to(new.device, non_blocking=True)
+            if last:
+                self._squares += torch.linalg.vector_norm(summed).double().square()
+            part.copy_(summed, non_blocking=True)
 
+    def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The flat gradients of the groups, and the sum of their squares, fp64."""
+        if self._host_sums:
+            device = self._zero.bit16_groups_flat[0].device
+            return [*self._host_sums], torch.as_tensor(self._squares, device=device)
+        groups = [self._zero.averaged_gradients[i] for i in range(len(self._zero.bit16_groups))]
+        norms = torch._foreach_norm([each for group in groups for each in group], 2, torch.float32)
+        squares = torch.stack(norms).double().square().sum()
+        return [group.flat_partition for group in groups], squares
 
-def _adamw(
-    optimizer: Any, group: int, gradient: torch.Tensor, factor: float, weights: torch.Tensor
-) -> None:
-    """torch's AdamW for the one flat master of a group, in one compiled pass over memory: from the gradient, in its
-    own dtype, times `factor`, to the weights that the model reads."""
-    settings = optimizer.param_groups[group]
-    [master] = settings["params"]
-    state = optimizer.state[master]
-    if not state:
-        state["step"] = torch.zeros(())
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-    state["step"] += 1
-    (beta1, beta2), count = settings["betas"], int(state["step"])
-    decay = 1 - settings["lr"] * settings["weight_decay"]
-    rate, correction = settings["lr"] / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
-    numbers = [factor, decay, rate, correction, settings["eps"], beta1, 1 - beta1, beta2, 1 - beta2]
-    scalars = torch.tensor(numbers, device=master.device)
-    flat = master.detach(), state["exp_avg"], state["exp_avg_sq"], gradient, weights.data
-    for parts in zip(*(tensor.split(_AT_ONCE) for tensor in flat), strict=True):
-        adamw(scalars, *parts)
-
-
-@torch.compile(dynamic=True)
-def adamw(
-    scalars: torch.Tensor, master: torch.Tensor, mean: torch.Tensor, square: torch.Tensor,
-    gradient: torch.Tensor, weights: torch.Tensor,
-) -> None:  # fmt: skip
-    """Loshchilov and Hutter 2019 (arXiv:1711.05101), Algorithm 2, in place. All [n] but `scalars`, see `_adamw`."""
-    factor, decay, rate, correction, eps, beta1, rest1, beta2, rest2 = scalars.unbind()
-    gradient = gradient.float() * factor
-    mean.copy_(mean * beta1 + gradient * rest1)
-    square.copy_(square * beta2 + gradient * gradient * rest2)
-    master.copy_(master * decay - rate * mean / (square.sqrt() * correction + eps))
-    weights.copy_(master)
+    def _step(self) -> None:
+        """Clip and update, unless the norm says that a gradient is not finite. It is the one wait."""
+        zero = self._zero
+        gradients, squares = self._gradients()
+        self._squares = 0.0
+        self._start()
+        distributed.all_reduce(squares, group=zero.dp_process_group)
+        scale, scaled_norm = zero.loss_scale, math.sqrt(squares.item())
+        zero._global_grad_norm = scaled_norm / scale
+        zero.overflow = not math.isfinite(scaled_norm)
+        zero._update_scale(zero.overflow)
+        if zero.overflow:
+            return
+        if zero.clip_grad > 0:
+            scale *= max(1.0, (zero._global_grad_norm + 1e-6) / zero.clip_grad)
+        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+            rank = distributed.get_rank(zero.real_dp_process_group[i])
+            weights = zero.parallel_partitioned_bit16_groups[i][rank].data
+            gradient = gradients.pop(0)
+            if self._in_passes:
+                update(
+                    zero.optimizer, i, gradient, 1 / scale, weights,
+                    compiled=self._compiled, passing=self._offloaded,
+                )  # fmt: skip
+                continue
+            master.grad = gradient.to(master.dtype)
+            if scale != 1:
+                master.grad.mul_(1 / scale)
+            zero._optimizer_step(i)
+            master.grad = None
+            weights.copy_(master)
+        all_gather_dp_groups(
+            zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group,
+            zero.nccl_start_alignment_factor, zero.allgather_bucket_size,
+        )  # fmt: skip

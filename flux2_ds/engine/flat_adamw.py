@@ -1,0 +1,95 @@
+"""AdamW over flat tensors: on a card in one pass over memory, or passing through the card from host memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from flux2_ds.engine.host_memory import pin_in_place
+
+_AT_ONCE = 1 << 28  # elements, whose places fit into 32 bits
+_PASSING, _SLOTS = (
+    1 << 24,
+    3,
+)  # elements at once; such pieces on the card: one each way, one at work
+
+
+def adamw_state(master: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of torch's AdamW before the first update, pinned if the master is."""
+    moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
+    for moment in moments if master.is_pinned() else ():
+        pin_in_place(moment)
+    step = torch.zeros((), device=master.device)
+    return {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
+def adamw(
+    scalars: torch.Tensor, master: torch.Tensor, mean: torch.Tensor, square: torch.Tensor,
+    gradient: torch.Tensor, weights: torch.Tensor,
+) -> None:  # fmt: skip
+    """Loshchilov and Hutter 2019 (arXiv:1711.05101), Algorithm 2, in place; all [n] but `scalars`, see `update`."""
+    factor, decay, rate, correction, eps, beta1, rest1, beta2, rest2 = scalars.unbind()
+    gradient = gradient.float() * factor
+    mean.copy_(mean * beta1 + gradient * rest1)
+    square.copy_(square * beta2 + gradient * gradient * rest2)
+    master.copy_(master * decay - rate * mean / (square.sqrt() * correction + eps))
+    weights.copy_(master)
+
+
+compiled_adamw = torch.compile(adamw, dynamic=True)
+
+
+def update(
+    optimizer: torch.optim.AdamW, group: int, gradient: torch.Tensor, factor: float, weights: torch.Tensor,
+    *, compiled: bool, passing: bool,
+) -> None:  # fmt: skip
+    """torch's AdamW for the one flat master [n] of a group: from the `gradient`, in its own dtype, times `factor`, to
+    the `weights` that the model reads. `passing`: master and moments, and perhaps the gradient, are in host memory."""
+    settings = optimizer.param_groups[group]
+    [master] = settings["params"]
+    state = optimizer.state[master]
+    if not state:
+        state.update(adamw_state(master))
+    state["step"] += 1
+    (beta1, beta2), count = settings["betas"], int(state["step"])
+    decay = 1 - settings["lr"] * settings["weight_decay"]
+    rate, correction = settings["lr"] / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
+    numbers = [factor, decay, rate, correction, settings["eps"]]
+    numbers += [beta1, 1 - beta1, beta2, 1 - beta2]
+    scalars = torch.tensor(numbers, device=weights.device)
+    flat = [master.detach(), state["exp_avg"], state["exp_avg_sq"], gradient, weights]
+    step = compiled_adamw if compiled else adamw
+    if passing:
+        _pass_through(step, scalars, flat)
+        return
+    for parts in zip(*(tensor.split(_AT_ONCE) for tensor in flat), strict=True):
+        step(scalars, *parts)
+
+
+def _pass_through(step: Any, scalars: torch.Tensor, flat: list[torch.Tensor]) -> None:
+    """Piece by piece: in, update, and back at the same time."""
+    device = scalars.device
+    on = torch.get_device_module(device)
+    main, bringing, returning = on.current_stream(), on.Stream(), on.Stream()
+    for stream in (bringing, returning):
+        stream.wait_stream(main)
+    hosted = len(flat) - 1 if flat[3].device != device else 3
+    room = torch.empty(_SLOTS, hosted, min(_PASSING, flat[0].numel()), device=device)
+    returned: list[Any] = []
+    for number, parts in enumerate(zip(*(t.split(room.shape[2]) for t in flat), strict=True)):
+        pieces = [*room[number % _SLOTS, :, : parts[0].numel()]]
+        with on.stream(bringing):
+            if number >= _SLOTS:
+                bringing.wait_event(returned[number - _SLOTS])
+            for piece, part in zip(pieces, parts[:hosted], strict=True):
+                piece.copy_(part, non_blocking=True)
+        main.wait_stream(bringing)
+        step(scalars, *pieces, *parts[hosted:])
+        returning.wait_stream(main)
+        with on.stream(returning):
+            for piece, part in zip(pieces[:3], parts[:3], strict=True):
+                part.copy_(piece, non_blocking=True)
+            returned.append(returning.record_event())
+    on.synchronize()  # the host may read them from here on
