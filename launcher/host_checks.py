@@ -84,7 +84,7 @@ def main() -> None:
         check_recipe(findings, recipe, options.all_processes, options.token, prepared=there)
         with suppress(UserError):
             plan = make_plan(recipe, options.all_processes)
-            builds_adam = plan.offloads("offload_optimizer")
+            builds_adam = plan.zero_stage == 3 and plan.offloads("offload_optimizer")
     try:
         asked = run_probe(recipe.launch.accelerator, *["--cpu-adam"] * builds_adam)
         values, reason = last_line(asked.returncode, asked.stdout, asked.stderr)

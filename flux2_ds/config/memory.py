@@ -48,6 +48,8 @@ _RENDERING = 21  # the same without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at the image's full size
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
 
+OFFLOADED_GROUP = 1 << 29
+"""Elements of a group whose optimizer is offloaded below stage 3."""
 _LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters and of sub_group_size
 _PERSISTENT = 1e5  # and of stage3_param_persistence_threshold
 
@@ -109,9 +111,12 @@ def estimate(
     run = _Run(spec, plan)
     memory = _weights(run) | _training_state(run) | _activations(run, image_tokens, kept)
     if run.bf16_masters and run.stage == 2 and plan.accumulation == 1:
-        # Their sums are allocated when the first bucket is full: by then its blocks' activations are gone.
-        gone = memory.card["activations"] * _bucket(run) / run.trained
-        memory.card["gradients"] -= min(memory.card["gradients"], gone)
+        # Those of a group are allocated when its first bucket is full: by then the activations of its blocks, and of
+        # the groups before it, are gone.
+        activations, gradients = memory.card["activations"], memory.card["gradients"]
+        at_once = min(1, OFFLOADED_GROUP / run.trained) if plan.offloads("offload_optimizer") else 1
+        highest = max(at_once * gradients, gradients - (1 - at_once) * activations)
+        memory.card["gradients"] = max(0, highest - activations * _bucket(run) / run.trained)
     if plan.recipe.checkpoint.background:
         # Of an adapter rank 0 has all.
         memory.host[_SNAPSHOT] = checkpoint_bytes(spec, plan.recipe) / plan.processes

@@ -322,7 +322,8 @@ class Optimizer:
     """The optimizer. Trainable weights have fp32 masters in every precision."""
 
     name: Literal["adamw", "adamw8bit", "adamw8bit_paged", "adafactor", "prodigy", "muon"] = "adamw"
-    """`adamw`: fused on CUDA; DeepSpeed's CPU Adam when the ZeRO config offloads the optimizer.
+    """`adamw`: in one pass on CUDA; where the ZeRO config offloads the optimizer, its state passes through the card,
+    at stage 3 DeepSpeed's CPU Adam updates it.
     `adamw8bit`: bitsandbytes, moments in 8 bits; `_paged`: they move to host memory when the card is
     full. `adafactor`, `prodigy` and `muon` (adapters of `method: lora` only) need `deepspeed: zero0`."""
     learning_rate: Annotated[float, POSITIVE] = 1e-4

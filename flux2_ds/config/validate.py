@@ -354,7 +354,7 @@ def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Itera
     if offload_device(zero, "offload_optimizer") != "none" and (optimizer != "adamw" or stage == 0):
         yield (
             f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "
-            f"{optimizer}; DeepSpeed offloads its own CPU Adam only, at stages 1 to 3. Set "
+            f"{optimizer}; only adamw can be offloaded, at stages 1 to 3. Set "
             "optimizer.name: adamw with deepspeed: zero2_offload, or keep adamw8bit_paged with "
             "deepspeed: zero2, which moves its state to host memory when the card is full."
         )

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
+from flux2_ds.config.memory import OFFLOADED_GROUP
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
 from flux2_ds.engine.host_memory import mmap_large_allocations, pin_in_place
@@ -38,7 +39,6 @@ log = logging.getLogger("flux2_ds")
 
 
 _ABANDONED_AFTER_S = 120
-_OFFLOADED_AT_ONCE = 1 << 29  # elements
 
 
 def cpu_adam(parameters: list[Any], **settings: Any) -> DeepSpeedCPUAdam:
@@ -103,9 +103,9 @@ class Engine:
             grouped = optimizers.groups(parameters, decay)
             self._optimizer = cpu_adam(grouped, **adam, weight_decay=decay)
         else:
-            # DeepSpeed makes the masters of a group on the card, before it moves them.
+            # In groups: DeepSpeed makes the masters of one on the card before it moves them.
             self._optimizer = optimizers.build(
-                settings, parameters, fused=fused, group_elements=_OFFLOADED_AT_ONCE
+                settings, parameters, fused=fused, group_elements=OFFLOADED_GROUP
             )
             mmap_large_allocations()
             zero = config["zero_optimization"]

@@ -61,6 +61,7 @@ class Update:
         zero.cpu_offload = zero._offload_gradient_safety_enabled = False
         zero.temp_grad_buffer_for_cpu_offload = zero.temp_grad_buffer_for_gpu_offload = None
         zero.param_buffer_of_bit16_for_cpu_offload_groups.clear()
+        zero.offload_gradient_dict.clear()
         for master in zero.single_partition_of_fp32_groups:
             if sums:
                 self._host_sums.append(master.grad)

@@ -199,6 +199,27 @@ def test_quantised_weights_take_what_is_planned(name):
         (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
         (KLEIN_4B, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 15.5),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload_optimizer"}, 16.8),
+        (
+            KLEIN_4B,
+            4096,
+            {
+                "method": "full",
+                "zero": "zero2_offload",
+                "batch": Batch(global_size=2, micro_size=2),
+                "activation_checkpointing": 0.6,
+            },
+            16.91,
+        ),
+        (
+            KLEIN_4B,
+            4096,
+            {
+                "method": "full",
+                "zero": "zero2_offload",
+                "batch": Batch(global_size=2, micro_size=1),
+            },
+            16.56,
+        ),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
         (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2}, 66.45),
         (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2, "compute": "fp8"}, 66.54),
@@ -306,7 +327,8 @@ def test_the_gradients_of_a_full_fine_tune_are_where_they_are_summed():
         return [round(part.get("gradients", 0) / trained, 6) for part in (memory.card, memory.host)]
 
     assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [1, 0], [2, 0]]
-    assert [gradients(stage, offload=True) for stage in (1, 2)] == [[6, 0], [1, 0]]
+    assert gradients(1, offload=True) == [6, 0]
+    assert gradients(2, offload=True) == [pytest.approx(0.85, abs=0.05), 0]  # group by group
     assert [gradients(2, offload=on, passes=2) for on in (False, True)] == [[2, 0], [0, 2]]
     assert gradients(3, offload=True) == [0, pytest.approx(4)]
 

@@ -41,4 +41,4 @@ def test_updates_are_torchs(device, dtype, passing, loaded, monkeypatch):
     assert not torch.allclose(masters[1].cpu(), start, atol=1e-2)
     for kind in ("exp_avg", "exp_avg_sq", "step"):
         found, expected = ours.state[masters[1]][kind], theirs.state[masters[0]][kind]
-        torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)
