@@ -167,11 +167,9 @@ def _weights(run: _Run) -> Memory:
         part, element = ("base weights", run.element) if run.full else ("adapter", 4)
         host[part] = _pinned_bytes(element * run.share)
     if run.stage == 3:
-        # DeepSpeed counts what is stored: two nf4 weights in a byte are one.
-        stored = run.element if recipe.base_weights in (None, "bf16") else 1
         if processes > 1 or on_host:  # else they are whole where they lie
             live = run.zero.get("stage3_max_live_parameters", _LIVE)
-            card["gathered weights"] = min(whole, live * stored)
+            card["gathered weights"] = min(whole, live * run.element)
         if processes > 1:
             card["kept whole"] = _kept_whole(run)
         if (group := run.zero.get("zero_hpz_partition_size", 1)) > 1:
@@ -183,14 +181,10 @@ def _weights(run: _Run) -> Memory:
 
 
 def _kept_whole(run: _Run) -> float:
-    """Small tensors that ZeRO-3 keeps whole on each card, beside a process's part."""
-    tensors: list[tuple[float, int]] = []  # elements, and bytes of each
-    if not run.full:
-        tensors += [(elements, 4) for elements in adapter_tensors(run.spec, run.recipe)]
-    if (run.recipe.base_weights or "").startswith("nf4"):
-        tensors += [(elements * NF4_SCALES, 1) for elements in block_matrices(run.spec)]
+    """An adapter's small tensors, which ZeRO-3 keeps whole on each card, beside a process's part."""
+    tensors = [] if run.full else adapter_tensors(run.spec, run.recipe)
     threshold = run.zero.get("stage3_param_persistence_threshold", _PERSISTENT)
-    return sum(elements * each for elements, each in tensors if elements <= threshold)
+    return 4 * sum(elements for elements in tensors if elements <= threshold)
 
 
 def _training_state(run: _Run) -> Memory:
@@ -351,8 +345,7 @@ def kept_blocks(spec: Spec, plan: Plan, image_tokens: int, card_bytes: float) ->
 
 # Sizes of models and adapters
 
-NF4_SCALES, _ROW_SCALE = 1 / 64, 4  # bytes a weight, and a row
-_NF4_BITS = 0.5 + NF4_SCALES
+_NF4_BITS, _ROW_SCALE = 0.5 + 1 / 64, 4  # bytes a weight, its block's scale included, and a row
 _TIMESTEP_FREQUENCIES = 256
 _STATE = {"adamw8bit": 2, "adamw8bit_paged": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
 _MOMENTS = 8  # two in fp32
@@ -478,12 +471,10 @@ def advice(recipe: Recipe, doing: Doing, spare: Sequence[str] = ()) -> str:
     preview, prepare, micro = recipe.preview, recipe.prepare, recipe.batch.micro_size
     base = recipe.base_weights or recipe.precision
     smaller_base = recipe.method != "full" and not base.startswith("nf4")
-    # ZeRO-3 shards the base itself.
-    streamable = (
-        recipe.method != "full"
-        and recipe.base_placement in ("gpu", "auto")
-        and not str(recipe.deepspeed).startswith("zero3")
-    )
+    # ZeRO-3 is for a plain base that stays there.
+    below = "deepspeed: zero2 with " if str(recipe.deepspeed).startswith("zero3") else ""
+    smaller = "nf4" if base in ("fp8", "int8") else "fp8 or nf4"
+    streamable = recipe.method != "full" and recipe.base_placement in ("gpu", "auto")
     checkpointing = recipe.activation_checkpointing
     all_checkpointed = checkpointing in ("full", 1.0)
     ways = {
@@ -492,8 +483,8 @@ def advice(recipe: Recipe, doing: Doing, spare: Sequence[str] = ()) -> str:
             (all_checkpointed and not recipe.offload_activations, "offload_activations: true"),
             *((True, f"{setting}: false") for setting in spare),
             (micro > 1, f"a smaller batch.micro_size (it is {micro})"),
-            (smaller_base, f"base_weights: {'nf4' if base in ('fp8', 'int8') else 'fp8 or nf4'}"),
-            (streamable, "base_placement: host"),
+            (smaller_base, f"{below}base_weights: {smaller}"),
+            (streamable, f"{below}base_placement: host"),
             (True, "a smaller data.resolution, prepared anew"),
         ],
         "text encoder": [

@@ -207,10 +207,8 @@ def streamed_blocks(recipe: Recipe, blocks: int) -> list[int]:
 
 def transposable(plan: Plan) -> bool:
     """Whether the base may be held a second time, transposed."""
-    return (
-        plan.recipe.cache_transposed_base is not False
-        and why_not_transposed(plan.recipe, plan.zero_stage) is None
-    )
+    recipe = plan.recipe
+    return recipe.cache_transposed_base is not False and why_not_transposed(recipe) is None
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

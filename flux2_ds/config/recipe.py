@@ -489,7 +489,7 @@ class Recipe:
     """How an adapter's frozen base is held and multiplied. `fp8`, `int8`: both in 8 bits. `nf4`: held
     in 4 bits, multiplied in `precision`; `nf4_fp8`, `nf4_int8`: held in 4, multiplied in 8. `bf16`:
     neither, with `precision: bf16`. Default: as `precision`. docs/memory-and-speed.md says what each
-    costs."""
+    costs. Below ZeRO stage 3, unless `bf16`; `base_placement` shards such a base."""
     compute: Literal["precision", "fp8"] = "precision"
     """What the blocks' linears of a full fine-tune in bf16 are multiplied in. `fp8`: forward and both gradients in 8
     bits, with a scale for each row; the weights, the first and the last block and all other layers stay in bf16. For Ada,
@@ -519,8 +519,8 @@ class Recipe:
     memory allows."""
     cache_transposed_base: Annotated[bool | None, MAY_CHANGE] = None
     """Hold an fp8 or int8 base a second time, transposed, which spares the backward pass turning every weight
-    around: about 2 % of a step for as many bytes again. Not at ZeRO stage 3, and with `base_placement: gpu` only.
-    Default: if memory allows."""
+    around: about 2 % of a step for as many bytes again. With `base_placement: gpu` only. Default: if memory
+    allows."""
     activation_checkpointing: Annotated[
         Literal["auto", "none", "full"] | float,
         Range("auto, none, full or between 0 and 1", lambda v: isinstance(v, str) or 0 <= v <= 1),

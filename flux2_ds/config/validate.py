@@ -248,12 +248,19 @@ def _training_problems(recipe: Recipe, processes: int, zero: dict[str, Any]) -> 
             f"zero_hpz_partition_size in the deepspeed config is {hpz}, with stage {stage} and {processes} processes. "
             "It needs stage 3, and must divide the processes: it is how many GPUs a host has."
         )
+    if stage == 3 and recipe.base_weights not in (None, "bf16"):
+        elsewhere = "sharded" if processes > 1 else "host"
+        yield (
+            f"base_weights is {recipe.base_weights}, and the deepspeed config has stage 3, which is for weights that are "
+            f"not quantized. Set deepspeed: zero2, with base_placement: {elsewhere} or auto where a GPU cannot hold the "
+            "base. A run may continue so."
+        )
     yield from _placement_problems(recipe, processes, stage)
     yield from _optimizer_problems(recipe, stage, zero)
     yield from _offload_problems(recipe, stage, zero)
     for name, reason in (
         ("cuda_graphs", why_no_cuda_graphs(recipe, stage)),
-        ("cache_transposed_base", why_not_transposed(recipe, stage)),
+        ("cache_transposed_base", why_not_transposed(recipe)),
     ):
         if getattr(recipe, name) and reason:
             yield f"{name} is true, and {reason}. Change that, or remove {name}."
@@ -386,12 +393,10 @@ def why_no_cuda_graphs(recipe: Recipe, stage: int) -> str | None:
     return None
 
 
-def why_not_transposed(recipe: Recipe, stage: int) -> str | None:
+def why_not_transposed(recipe: Recipe) -> str | None:
     """Why a transposed copy of the base would save nothing, or take what was to be saved."""
     if recipe.base_weights not in ("fp8", "int8"):
         return f"base_weights is {recipe.base_weights or recipe.precision}, not fp8 or int8"
-    if stage == 3:
-        return "the deepspeed config has stage 3, which shards the base to save memory"
     if recipe.base_placement in ("host", "sharded"):
         return f"base_placement is {recipe.base_placement}, which is to save memory"
     return None

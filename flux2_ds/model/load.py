@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flux2_ds.config.cards import Card, card_problem
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.errors import UserError
-from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear, quantize
+from flux2_ds.ops.quantized_linear import BASE_WEIGHTS, QuantizedLinear
 
 _NAME = "diffusion_pytorch_model.safetensors"
 Edit = Callable[[str, torch.Tensor, int, torch.dtype], torch.Tensor]
@@ -79,55 +79,29 @@ def read_partitioned(
     device: torch.device,
     partition: Callable[[nn.Module], None],
     rank: int,
-    base_weights: str | None = None,
     edit: Edit = as_stored,
 ) -> None:
-    """`read_weights`, each parameter partitioned as soon as it exists.
+    """`read_weights` of a plain base, each parameter partitioned as soon as it exists.
 
     `partition`: see `zero3.make_partitioner`. `rank`: among the ranks that share each parameter; this
-    one reads and quantizes the rows of its own partition only.
+    one reads the rows of its own partition only, which is a range of the parameter's flattened elements.
     """
     files = _checked_files(model, directory)
     for name, parameter in _with_bar(model):
-        module = place_weight(model, name, parameter.to(dtype), base_weights)
+        # Nothing in FLUX.2 has a bias: a module has one parameter.
+        module = place_weight(model, name, parameter.to(dtype), None)
         partition(module.to_empty(device=device))
+        own = getattr(next(module.parameters()), "ds_tensor")  # noqa: B009
+        total, row = parameter.numel(), parameter.numel() // parameter.shape[0]
+        start = min(rank * own.numel(), total)
+        stop = min(start + own.numel(), total)
+        first, last = start // row, -(-stop // row)
         # Opened anew for each tensor: pages of the file stay resident only while it is open.
         with open_file(files[name]) as file:
             stored = _checked_slice(file, files[name], name, parameter)
-            _fill_partition(module, name, stored, dtype, device, rank, edit)
-
-
-def _fill_partition(
-    module: nn.Module,
-    name: str,
-    stored: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    rank: int,
-    edit: Edit,
-) -> None:
-    """Fill this rank's partition of a module's parameters from `stored`, a safetensors slice.
-
-    Nothing in FLUX.2 has a bias, so the parameters are those of one weight. A partition is a range of a
-    parameter's flattened elements, and each row of a parameter comes from one row of the weight.
-    """
-    parameters: list[Any] = list(module.parameters())
-    ranges = []  # (start, stop, elements of a row) of each parameter
-    for parameter in parameters:
-        size = parameter.ds_tensor.numel()
-        start = min(rank * size, parameter.ds_numel)
-        stop = min(start + size, parameter.ds_numel)
-        ranges.append((start, stop, parameter.ds_numel // parameter.ds_shape[0]))
-    first = min(start // row for start, _, row in ranges)
-    last = max(-(-stop // row) for _, stop, row in ranges)
-    weight = edit(name, stored[first:last].to(device), first, dtype)
-    tensors: Any = (weight,)
-    if isinstance(module, QuantizedLinear):
-        tensors = filter(torch.is_tensor, quantize(weight, module.storage, module.compute))
-    for parameter, tensor, (start, stop, row) in zip(parameters, tensors, ranges, strict=True):
-        flat = tensor.flatten()[start - first * row : stop - first * row]
-        parameter.ds_tensor.zero_()  # what pads the last rank's partition
-        parameter.ds_tensor[: stop - start].copy_(flat)
+            weight = edit(name, stored[first:last].to(device), first, dtype)
+        own.zero_()  # what pads the last rank's partition
+        own[: stop - start].copy_(weight.flatten()[start - first * row : stop - first * row])
 
 
 def fill_randomly(

@@ -174,9 +174,6 @@ class LoraLinear(lora.Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        # Not over a base that ZeRO-3 partitions, which it gathers when the base layer is called. Asked once:
-        # a compiler that sees DeepSpeed's number of a parameter makes a graph for each (torch 2.11).
-        self._fused = _whole_and_quantized(base_layer)
         if adapter_name in self.lora_magnitude_vector:
             norm = _row_norms(base_layer)  # PEFT's own are in W's dtype
             self.lora_magnitude_vector[adapter_name].weight.data = norm.clone()
@@ -195,8 +192,8 @@ class LoraLinear(lora.Linear):
             norm = self._weight_norm(lora_a, lora_b, scaling, x.dtype)
             gain = torch.where(nonzero, magnitude / torch.where(nonzero, norm, 1.0), 1.0)
         dropped = self.lora_dropout[adapter](x)
-        if self._fused and dropped is x:
-            scale = self.base_layer.scale
+        if isinstance(self.base_layer, QuantizedLinear) and dropped is x:
+            scale: torch.Tensor = self.base_layer.scale
             if gain is not None and self.base_layer.compute != "bf16":
                 # gain ∘ (x Wᵀ + x_a Bᵀ) without a pass over it: an 8-bit product applies the scales of
                 # W's rows to its sums. In bf16 W would be rounded with its gain.
@@ -276,13 +273,9 @@ class LoHaLinear(loha.Linear):
         u1, u2 = self.hada_w1_a[adapter], self.hada_w2_a[adapter]
         lora_a = (self.scaling[adapter] * d1[:, None] * d2).flatten(0, 1)
         lora_b = (u1[:, :, None] * u2[:, None]).flatten(1)
-        if _whole_and_quantized(self.base_layer):
+        if isinstance(self.base_layer, QuantizedLinear):
             return _fused_linear(self.base_layer, x, lora_a, lora_b, self.base_layer.scale)
         return _add(self.base_layer(x), functional.linear(x, lora_a.to(x.dtype)), lora_b)
-
-
-def _whole_and_quantized(base: nn.Module) -> bool:
-    return isinstance(base, QuantizedLinear) and not hasattr(base.values, "ds_id")
 
 
 def _fused_linear(

@@ -185,9 +185,8 @@ def load_as(
         model = transformer.build_transformer(directory)
     files, device = directory / "transformer", process.device
     if config.get("zero_optimization", {}).get("stage") == 3:
-        read_partitioned(
-            model, files, dtype, device, make_partitioner(config), process.rank, base_weights, edit
-        )
+        partition = make_partitioner(config)
+        read_partitioned(model, files, dtype, device, partition, process.rank, edit)
     else:
         with streamed_base(model, streamed, device, shard_group) as base:
             read_weights(model, files, dtype, device, base_weights, edit, base)

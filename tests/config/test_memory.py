@@ -129,7 +129,6 @@ def test_what_zero3_keeps_whole_is_counted():
     assert kept_whole(72) == 4 * trained
     assert kept_whole(73) < 4 * trained
     assert kept_whole(72, processes=1) == kept_whole(72, method="full") == 0
-    assert kept_whole(72, base_weights="nf4") - 4 * trained == pytest.approx(0.22 * GIB, rel=0.02)
 
 
 @pytest.mark.parametrize("name", sorted(BASE_WEIGHTS))
@@ -154,7 +153,6 @@ def test_quantised_weights_take_what_is_planned(name):
         (DEV, 1024, {"base_weights": "fp8"}, 43.5),
         (DEV, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 95.2),
         (DEV, 4096, {"base_weights": "fp8", "zero": ZERO2}, 67.05),
-        (DEV, 4096, {"base_weights": "fp8", "zero": ZERO3}, 66.5),
         (DEV, 4096, {"base_weights": "fp8", "method": "dora"}, 68.7),
         (
             DEV,
@@ -169,18 +167,6 @@ def test_quantised_weights_take_what_is_planned(name):
             22.1,
         ),
         (DEV, 4096, {"zero": "zero3_offload", "activation_checkpointing": 0.5}, 21.5),
-        (
-            DEV,
-            4096,
-            {"base_weights": "fp8", "zero": "zero3", "processes": 2, "lora": ALL_LINEARS},
-            54.0,
-        ),
-        (
-            DEV,
-            4096,
-            {"base_weights": "fp8", "zero": ZERO3, "processes": 4, "lora": ALL_LINEARS},
-            45.0,
-        ),
         (DEV, 4096, {"zero": "zero3", "processes": 2, "lora": ALL_LINEARS}, 69.9),
         (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS, "compile": False}, 94.5),
         (KLEIN_9B, 4096, {"base_weights": "fp8"}, 22.6),
@@ -372,11 +358,9 @@ def test_the_average_is_where_the_masters_are():
 
 def test_stage_3_divides_the_base_and_gathers_some_of_it():
     zero: dict = {"stage": 3, "stage3_max_live_parameters": 500_000_000}
-    for base, stored in ((None, 2), ("fp8", 1), ("nf4", 1)):
-        whole = estimate_for(DEV, 0, base_weights=base)
-        parts = estimate_for(DEV, 0, processes=4, zero=zero, base_weights=base)
-        assert parts.card["base weights"] == pytest.approx(whole.card["base weights"] / 4)
-        assert parts.card["gathered weights"] == 5e8 * stored
+    whole, parts = estimate_for(DEV, 0), estimate_for(DEV, 0, processes=4, zero=zero)
+    assert parts.card["base weights"] == pytest.approx(whole.card["base weights"] / 4)
+    assert parts.card["gathered weights"] == 5e8 * 2
     everything = zero | {"stage3_max_live_parameters": 10**12}
     small = estimate_for(KLEIN_4B, 0, processes=2, zero=everything)
     # Never more than all of it.
@@ -531,10 +515,7 @@ def test_choices_fit_and_the_fastest_is_first():
     assert [c.cost for c in found] == sorted(c.cost for c in found)
     small = choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 24 * GIB, math.inf))
     assert small[0].recipe.base_weights == "nf4_fp8"
-    assert {c.recipe.base_placement for c in small if c.recipe.base_weights == "fp8"} == {
-        "host",
-        "gpu",
-    }  # zero3
+    assert {c.recipe.base_placement for c in small if c.recipe.base_weights == "fp8"} == {"host"}
     assert choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 4 * GIB, 1 * GIB)) == []
 
 
@@ -570,7 +551,7 @@ def test_a_reader_gets_what_needs_less_than_something_faster():
     plan = make_plan(recipe_for(base_weights="fp8"), 1)
     found = plan_memory(plan, Hosts(1), None, find_card("80GiB"), None)
     kept = found.worth_a_line()
-    assert len(kept) <= 12 < 30 < len(found.others)
+    assert len(kept) <= 12 < 25 < len(found.others)
     for choice in found.others:
         assert choice in kept or any(
             other.recipe.base_weights == choice.recipe.base_weights
@@ -651,7 +632,7 @@ def test_a_base_elsewhere_leaves_two_blocks_on_the_card():
         (8, 32, 64, {}, ("host", 0.625)),
         (8, 32, 64, {"launch": Launch(link="nvlink")}, ("sharded", 0.0)),
         (1, 32, 64, {"launch": Launch(link="pcie5")}, ("host", 0.375)),
-        (1, 32, 64, {"deepspeed": "zero3"}, ("gpu", 0.0)),
+        (1, 32, 64, {"deepspeed": "zero3", "base_weights": None}, ("gpu", 0.0)),
         (1, 32, 64, {"cuda_graphs": True}, ("gpu", 0.0)),
         (1, 32, 64, {"base_placement": "host"}, ("host", 0.0)),
     ],
@@ -700,3 +681,5 @@ def test_what_fits_can_be_trained():
         make_plan(choice.recipe, 1)
     roomy = choices(recipe_for(), RELEASED[DEV], Room(1, 4096, 80 * GIB, 256 * GIB))
     assert {choice.recipe.base_weights for choice in roomy} == {None, *BASE_WEIGHTS}
+    partitioned = [c for c in roomy if str(c.recipe.deepspeed).startswith("zero3")]
+    assert {choice.recipe.base_weights for choice in partitioned} == {None}

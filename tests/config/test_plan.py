@@ -767,7 +767,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_what_it_can(changes, message):
         {"optimizer.name": "muon", "deepspeed": "zero0"},
         {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0, "deepspeed": "zero0"},
         {"optimizer.name": "adamw8bit", "deepspeed": "zero3"},
-        {"base_weights": "nf4_fp8", "precision": "bf16", "deepspeed": "zero3_offload"},
+        {"base_weights": "bf16", "deepspeed": "zero3_offload"},
         {"optimizer.name": "adamw8bit_paged", "method": "full"},
         {"method": "full", "precision": "fp32", "deepspeed": "zero0"},
         {"precision": "fp16", "deepspeed": "zero1"},
@@ -811,7 +811,6 @@ def test_what_no_cuda_graph_can_hold_is_not_captured(changes, reason):
     [
         ({}, "base_weights is bf16, not fp8 or int8"),
         ({"base_weights": "nf4_int8"}, "base_weights is nf4_int8, not fp8 or int8"),
-        ({"base_weights": "fp8", "deepspeed": "zero3"}, "has stage 3"),
         ({"base_weights": "fp8", "base_placement": "host"}, "base_placement is host"),
     ],
 )
@@ -860,6 +859,20 @@ def test_an_8_bit_base_may_be_held_transposed():
             {"base_placement": "sharded", "deepspeed": "zero3"},
             2,
             "stage 3, .* Set deepspeed: zero2",
+        ),
+        (
+            {"base_weights": "nf4_fp8", "deepspeed": "zero3_offload"},
+            1,
+            "base_weights is nf4_fp8, .* stage 3, .* Set deepspeed: zero2, with base_placement: host or auto",
+        ),
+        (
+            {
+                "base_weights": "int8",
+                "method": "dora",
+                "deepspeed": {"zero_optimization": {"stage": 3}},
+            },
+            2,
+            "base_weights is int8, .* base_placement: sharded or auto",
         ),
         ({"base_placement": "sharded"}, 1, "one process, .* Set base_placement: gpu or host"),
         ({"base_placement": "sharded", "base_shard_group": 3}, 4, "groups of 3 .* to 2 or 4"),

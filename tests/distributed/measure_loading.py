@@ -33,7 +33,7 @@ def resident(line: str) -> int:
     return int(status.split(f"{line}:")[1].split()[0]) * 1024
 
 
-def load(directory: Path, base_weights: str | None, process: Process) -> dict[str, object]:
+def load(directory: Path, process: Process) -> dict[str, object]:
     """Bytes by which this process rose while it loaded, bytes of its own part, and wrong parameters."""
     config = read_deepspeed("zero3") | {"train_batch_size": process.world_size}
     files, cpu, dtype = directory / "transformer", torch.device("cpu"), torch.bfloat16
@@ -44,10 +44,10 @@ def load(directory: Path, base_weights: str | None, process: Process) -> dict[st
         model = transformer.build_transformer(directory)
         whole = transformer.build_transformer(directory)
     partition = make_partitioner(config)
-    weights.read_partitioned(model, files, dtype, cpu, partition, process.rank, base_weights)
+    weights.read_partitioned(model, files, dtype, cpu, partition, process.rank)
     used = resident("VmHWM") - before
 
-    weights.read_weights(whole, files, dtype, cpu, base_weights)
+    weights.read_weights(whole, files, dtype, cpu)
     expected = dict(whole.named_parameters())
     wrong, own = [], 0
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def main(_orders: object, directory: Path, written: Path) -> None:
     torch.set_num_threads(1)
     process = init_process_group("cpu")
     distributed.all_reduce(torch.zeros(1))  # gloo's own buffers are not the model's
-    found = {str(base): load(directory, base, process) for base in (None, "nf4")}
+    found = {"partitioned": load(directory, process)}
     found |= {"host": load_streamed(directory, None, process)}
     found |= {"sharded": load_streamed(directory, process.world_size, process)}
     results: list[object] = [None] * process.world_size

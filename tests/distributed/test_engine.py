@@ -149,6 +149,9 @@ def test_a_partitioned_model_follows_plain_pytorch(
             ("lora", config), ("dora", config), ("full", config), ("full", configs()["zero3"])
         )
     ]  # fmt: skip
+    if shutil.which("c++") is not None:  # for DeepSpeed's CPU Adam
+        blocks = {"checkpointed": 2, "compiled": False}
+        cases.append(cases[0] | {"deepspeed": read_deepspeed("zero3_offload"), "blocks": blocks})
     # What ZeRO-3 keeps gathered must not keep the values from before a resume either.
     half = STEPS // 2
     cases[0] |= {"save": str(tmp_path / "half"), "save_at": half}
@@ -216,14 +219,13 @@ def test_no_process_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> N
     assert len(list(tmp_path.glob("transformer/*.safetensors"))) > 2
     measured = measured_loading(2, tmp_path)
     for results in measured:
-        for base, result in results.items():
-            assert result["wrong"] == [], base
-            # A tensor is held three times at most: built whole, its rows in the file, its rows read;
-            # what quantising its rows takes is in fp32, for half of them in each of two processes.
+        for how, result in results.items():
+            assert result["wrong"] == [], how
+            # A tensor is held three times at most: built whole, its rows in the file, its rows read.
             # What the process allocates beside them, threads' arenas above all, varies by some MB.
-            assert result["used"] < result["own"] + 3 * largest + 24e6, (base, result)
-        assert results["None"]["own"] == pytest.approx(whole / 2, rel=1e-3)
-        assert results["None"]["own"] + 3 * largest + 24e6 < 0.9 * whole
+            assert result["used"] < result["own"] + 3 * largest + 24e6, (how, result)
+        assert results["partitioned"]["own"] == pytest.approx(whole / 2, rel=1e-3)
+        assert results["partitioned"]["own"] + 3 * largest + 24e6 < 0.9 * whole
     for placement in ("host", "sharded"):  # each block is read once
         first, second = (results[placement] for results in measured)
         assert first["own"] == second["own"] == (whole + first["shared"]) / 2

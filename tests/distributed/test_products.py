@@ -1,4 +1,4 @@
-"""LoKr and LoHa at every ZeRO stage, over quantised, streamed and partitioned bases, and when they continue."""
+"""LoKr and LoHa at every ZeRO stage, over quantized, streamed and partitioned bases, and when they continue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_they_follow_plain_pytorch_and_continue_to_the_last_bit(tmp_path: Path) 
     half = {"steps": 1, "save": str(tmp_path / "lokr")}
     rest = {"load": half["save"]}
     lokr = [two, placed, two | half, two | rest, three, three | rest]
-    loha = [two, three, two | {"base_weights": "nf4"}, three | {"base_weights": "nf4"}]
+    loha = [two, three, two | {"base_weights": "nf4"}, placed | {"base_weights": "nf4"}]
     cases: list[dict[str, Any]] = [case | {"method": "lokr"} for case in lokr]
     cases += [case | {"method": "loha"} for case in loha]
     found = launch(2, cases, tmp_path)
@@ -37,4 +37,4 @@ def test_they_follow_plain_pytorch_and_continue_to_the_last_bit(tmp_path: Path) 
     plain, _ = trajectory.reference("loha", STEPS)
     assert found[6] == pytest.approx(plain, rel=1e-5)
     assert found[7] == pytest.approx(plain, rel=1e-5)
-    assert found[9] == pytest.approx(found[8], rel=1e-5) and found[8] != found[6]
+    assert found[9] == found[8] != found[6]

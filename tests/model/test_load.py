@@ -52,15 +52,9 @@ def empty(shapes: dict[str, tuple[int, ...]] = SHAPES) -> nn.Module:
     return model
 
 
-def read(
-    model: nn.Module,
-    folder: Path,
-    world_size: int = 2,
-    rank: int = 0,
-    base_weights: str | None = None,
-) -> nn.Module:
+def read(model: nn.Module, folder: Path, world_size: int = 2, rank: int = 0) -> nn.Module:
     partition = Partitioner(world_size)
-    read_partitioned(model, folder, torch.float32, CPU, partition, rank, base_weights)
+    read_partitioned(model, folder, torch.float32, CPU, partition, rank)
     return model
 
 
@@ -87,23 +81,6 @@ def test_the_partitions_of_all_ranks_are_the_model(tmp_path, world_size):
     shapes = {name.removesuffix(".weight"): tuple(value.shape) for name, value in tensors.items()}
     models = [read(empty(shapes), tmp_path, world_size, rank) for rank in range(world_size)]
     for name, value in tensors.items():
-        assert torch.equal(joined(models, name, value), value), name
-
-
-@pytest.mark.parametrize("base", sorted(BASE_WEIGHTS))
-@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
-def test_the_partitions_of_a_quantized_model_are_those_of_a_whole_one(tmp_path, world_size, base):
-    """Bit for bit, whichever rows a rank has read; also where its values and its scales are of
-    different rows."""
-    shapes = {"norm": (5,), "transformer_blocks.linear": (7, 128), "transformer_blocks.norm": (6,)}
-    write(tmp_path, shapes)
-    whole = empty(shapes)
-    read_weights(whole, tmp_path, torch.float32, CPU, base)
-    models = [read(empty(shapes), tmp_path, world_size, r, base) for r in range(world_size)]
-    expected = dict(whole.named_parameters())
-    assert "transformer_blocks.linear.scale" in expected
-    for name, value in expected.items():
-        assert dict(models[0].named_parameters())[name].dtype == value.dtype
         assert torch.equal(joined(models, name, value), value), name
 
 
@@ -160,7 +137,6 @@ def test_matrices_of_blocks_are_quantized_and_nothing_else() -> None:
     assert torch.equal(model.embedder.weight, gaussian(8, 64))
 
 
-@pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize(
     ("shapes", "base", "message"),
     [
@@ -174,13 +150,13 @@ def test_matrices_of_blocks_are_quantized_and_nothing_else() -> None:
         ),
     ],
 )
-def test_files_that_do_not_fit_the_model(tmp_path, shapes, base, message, partitioned):
+def test_files_that_do_not_fit_the_model(tmp_path, shapes, base, message):
     write(tmp_path, shapes if base else SHAPES)
     with pytest.raises(UserError, match=message):
-        if partitioned:
-            read(empty(shapes), tmp_path, base_weights=base)
-        else:
-            read_weights(empty(shapes), tmp_path, torch.float32, CPU, base)
+        read_weights(empty(shapes), tmp_path, torch.float32, CPU, base)
+    if base is None:
+        with pytest.raises(UserError, match=message):
+            read(empty(shapes), tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0damaged!"])

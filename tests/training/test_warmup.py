@@ -261,3 +261,5 @@ def test_the_advice_names_what_is_at_work():
     for spare in ("cuda_graphs", "cache_transposed_base"):
         advice = out_of_memory(RECIPE, "step", "64x64", error, [spare])
         assert f"{spare}: false" in advice and advice.count("false") == 1
+    partitioned = replace(RECIPE, deepspeed="zero3")
+    assert "or deepspeed: zero2 with base_w" in out_of_memory(partitioned, "step", "", error)
