@@ -18,6 +18,7 @@ from flux2_ds.errors import UserError, counted
 
 _HOST_LINE = re.compile(r"(?P<name>[\w\[][\w.:@%\[\]-]*)\s+slots=(?P<slots>\d{1,6})", re.ASCII)
 """A name that ssh takes for an option, or a shell for more than a word, is none."""
+_NO_GPU = "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs"
 _PATIENCE = 30.0  # s for nvidia-smi, which may have to initialize every GPU
 
 
@@ -48,10 +49,7 @@ def find_hosts(launch: Launch) -> Hosts:
     devices = named_devices()
     processes = visible_gpus(devices) if launch.processes is None else launch.processes
     if launch.processes is None and not processes:
-        raise UserError(
-            "no GPU is visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES). Run on a machine with GPUs, "
-            "say how many with --gpus N, or set launch.accelerator to cpu."
-        )
+        raise UserError(f"{_NO_GPU}, say how many with --gpus N, or set launch.accelerator to cpu.")
     # More processes than the variable names: a plan for another machine (`check_gpus` starts none).
     named = devices is not None and processes <= len(devices)
     return Hosts(processes, devices=devices[:processes] if devices and named else ())
@@ -82,6 +80,8 @@ def check_gpus(hosts: Hosts) -> None:
     if hosts.hostfile is not None:
         return
     visible = visible_gpus(named_devices())
+    if not visible:
+        raise UserError(f"{_NO_GPU}, or set launch.accelerator to cpu.")
     if hosts.processes > visible:
         raise UserError(
             f"{counted(hosts.processes, 'process')} (launch.processes or --gpus) for as many GPUs; this "

@@ -110,8 +110,9 @@ def test_without_the_variable_nvidia_smi_is_asked(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="no GPU is visible"):
-        find_hosts(Launch())
+    for asks in (lambda: find_hosts(Launch()), lambda: check_gpus(Hosts(1))):
+        with pytest.raises(UserError, match="no GPU is visible"):
+            asks()
     listed = "echo 'GPU 0: H100 (UUID: x)'\necho '  MIG 1g.10gb Device 0: (UUID: y)'\n"
     program.write_text(f"#!/bin/sh\n{listed}{listed}")
     program.chmod(0o755)
