@@ -17,7 +17,6 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "communication_data_type": str,
     "prescale_gradients": bool,
     "gradient_predivide_factor": (int, float),
-    "aio": dict,
     "comms_logger": dict,
     "flops_profiler": dict,
     "wall_clock_breakdown": bool,
