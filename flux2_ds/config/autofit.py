@@ -44,6 +44,7 @@ _TRAINED_FP8 = 950
 """The same of `compute: fp8`, by arithmetic: products at 1,400, and three operands in both orientations at 2.5 TB/s."""
 _ATTENTION = 500
 _CARD_MEMORY = 2.7e12  # bytes a second
+_CPU_MEMORY, _NOT_PINNED = 51e9, 13e9  # of Adam on 16 cores, and of copies to an H200
 
 LINKS = {"pcie3": 12.5e9, "pcie4": 25e9, "pcie5": 48e9, "nvlink": 290e9}
 """Bytes a second of `launch.link`. pcie5 was measured between an H200 and its host, older ones have half of the
@@ -174,8 +175,20 @@ def _cost(spec: Spec, plan: Plan, image_tokens: int, again: float, memory: Memor
         seconds = max(seconds, moved_bytes(plan, spec) / between)
     elif "base weights" in memory.host:
         seconds += (2 + again) * base_bytes(spec, recipe.base_weights, 2) / link
-    moved = memory.host.get("optimizer", 0) + 2 * memory.host.get("activations", 0)
-    return seconds + moved / link
+    seconds += 2 * memory.host.get("activations", 0) / link
+    images = recipe.batch.micro_size * plan.accumulation
+    return seconds + _offloaded_update(plan, memory, link) / images
+
+
+def _offloaded_update(plan: Plan, memory: Memory, link: float) -> float:
+    """Seconds a step of an optimizer in host memory: masters and moments pass through the card, and so do sums of
+    gradients with each micro-batch; at stage 3 a CPU updates, and the weights come back in fp32, not pinned."""
+    masters = memory.host.get("fp32 masters", 0.0)
+    state = masters + memory.host.get("optimizer", 0.0)
+    sums = masters * (2 * plan.accumulation - 1) if memory.host.get("gradients") else 0.0
+    if plan.zero_stage == 3:
+        return 28 / 12 * state / _CPU_MEMORY + masters / _NOT_PINNED + sums / link
+    return (state + sums) / link
 
 
 def moved_bytes(plan: Plan, spec: Spec) -> float:

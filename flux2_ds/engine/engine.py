@@ -30,9 +30,9 @@ from torch.utils.cpp_extension import _get_build_directory
 from flux2_ds.config.memory import OFFLOADED_GROUP
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
-from flux2_ds.engine.host_memory import mmap_large_allocations, pin_in_place
+from flux2_ds.engine.host_memory import pin_in_place
 from flux2_ds.engine.state import TrainingState
-from flux2_ds.engine.zero2 import Update
+from flux2_ds.engine.zero2 import Update, let_offload
 from flux2_ds.engine.zero3 import pins_parameters
 
 log = logging.getLogger("flux2_ds")
@@ -107,12 +107,7 @@ class Engine:
             self._optimizer = optimizers.build(
                 settings, parameters, fused=fused, group_elements=OFFLOADED_GROUP
             )
-            mmap_large_allocations()
-            zero = config["zero_optimization"]
-            offload = zero["offload_optimizer"]
-            pinned = fused and offload.get("pin_memory", True)  # by `Update`, without growing them
-            unpinned = zero | {"offload_optimizer": offload | {"pin_memory": False}}
-            config = config | {"zero_optimization": unpinned, "zero_force_ds_cpu_optimizer": False}
+            config, pinned = let_offload(config)
         self._max_norm = config["gradient_clipping"]
         if self._stage == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
@@ -141,7 +136,7 @@ class Engine:
                 zero_optimizer,
                 self._engine.gradient_accumulation_steps(),
                 compiled=bool(compiled) and self._optimizer.defaults.get("fused", False),
-                pinned=pinned,
+                pinned=fused and pinned,
             ).summed_over
         self._norm: torch.Tensor | float = math.nan
         self.state = TrainingState(

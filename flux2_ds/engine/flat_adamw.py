@@ -10,10 +10,8 @@ import torch
 from flux2_ds.engine.host_memory import pin_in_place
 
 _AT_ONCE = 1 << 28  # elements, whose places fit into 32 bits
-_PASSING, _SLOTS = (
-    1 << 24,
-    3,
-)  # elements at once; such pieces on the card: one each way, one at work
+_PASSING = 1 << 24  # elements of a piece from host memory
+_SLOTS = 3  # such pieces on the card: one comes, one is updated, one goes
 
 
 def adamw_state(master: torch.Tensor) -> dict[str, torch.Tensor]:

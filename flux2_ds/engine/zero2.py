@@ -23,9 +23,20 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import distributed
 
 from flux2_ds.engine.flat_adamw import update
-from flux2_ds.engine.host_memory import pin_in_place
+from flux2_ds.engine.host_memory import mmap_large_allocations, pin_in_place
 
 _SUMMED_AT_ONCE = 1 << 24  # elements that wait in host memory between micro-batches
+
+
+def let_offload(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A DeepSpeed config that leaves the optimizer to `Update`, and whether its memory is to be pinned: by that, as
+    DeepSpeed's way takes powers of two."""
+    mmap_large_allocations()
+    zero = config["zero_optimization"]
+    offload = zero["offload_optimizer"]
+    unpinned = zero | {"offload_optimizer": offload | {"pin_memory": False}}
+    changed = config | {"zero_optimization": unpinned, "zero_force_ds_cpu_optimizer": False}
+    return changed, offload.get("pin_memory", True)
 
 
 class Update:

@@ -310,6 +310,7 @@ EXACT = [
     ("dora", "zero0", {"name": "prodigy"}),
     ("lora", "zero0", {"name": "muon"}),
     ("lora", "zero0", {"name": "adamw8bit"}),
+    ("full", "zero2_offload bf16", {"ema_decay": 0.9}),
     ("full", "zero2 bf16", {"name": "adamw8bit"}),
     ("full", "zero3 bf16", {"name": "adamw8bit_paged"}),
 ]
