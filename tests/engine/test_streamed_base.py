@@ -111,7 +111,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     ([4], {"checkpointed": 0}),
     ([1, 2, 3, 4], {"dora": True, "dropout": 0.3, "checkpointed": 3}),
     (ALL, {"checkpointed": 4, "offload": True}),
-    (ALL, {"base": "fp8", "checkpointed": 3, "compiled": True}),
+    (ALL, {"base": "fp8", "checkpointed": 2, "compiled": True}),  # each kind one graph
     *((ALL, {"base": base, "checkpointed": 2}) for base in BASE_WEIGHTS),
     *((HALF, {"base": base, "dora": True, "checkpointed": 0}) for base in BASE_WEIGHTS),
 ]
