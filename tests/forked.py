@@ -37,9 +37,11 @@ class Ranks:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         place = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self._folder = tempfile.TemporaryDirectory(prefix="flux2_ds-")  # goes with this object
         self.logs, self._orders, self.processes = [], [], []
         for rank, given in enumerate(arguments):
-            log = Path(tempfile.mkstemp(suffix=f".rank{rank}.log", prefix="flux2_ds-")[1])
+            log = Path(self._folder.name, f"rank{rank}.log")
+            log.touch()
             orders, ours = _CONTEXT.Pipe(duplex=False)
             environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = _CONTEXT.Process(

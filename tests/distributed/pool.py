@@ -52,6 +52,4 @@ def measured_loading(world_size: int, folder: Path) -> Any:
 def end_all() -> None:
     for pool in _POOLS.values():
         pool.end()
-        for log in pool.logs:
-            log.unlink()
     _POOLS.clear()
