@@ -15,10 +15,7 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "zero_optimization": dict,
     "communication_data_type": str,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": (int, float),
     "comms_logger": dict,
-    "flops_profiler": dict,
     "wall_clock_breakdown": bool,
     "memory_breakdown": bool,
     "dump_state": bool,
@@ -113,8 +110,8 @@ def _problems(config: Any) -> Iterator[str]:
                 f"sets {key!r}, which belongs to the recipe: set {_OWNED_BY_RECIPE[key]} there and remove "
                 "it from the config."
             )
-        elif key not in _KEYS:  # which DeepSpeed would ignore in silence
-            yield f"has the unknown key {key!r}. Known: {', '.join(sorted(_KEYS))}."
+        elif key not in _KEYS:  # which would have no effect, or the wrong one
+            yield f"has the key {key!r}, which is not offered. Remove it. Offered: {', '.join(sorted(_KEYS))}."
         elif not isinstance(value, _KEYS[key]):
             yield f"is wrong: {key} is {value!r}, which is no value for it."
     if '"auto"' in json.dumps(config):
@@ -122,6 +119,9 @@ def _problems(config: Any) -> Iterator[str]:
     reduced = config.get("communication_data_type", "fp32")
     if reduced not in ("fp32", "bf16", "fp16"):
         yield f"is wrong: communication_data_type is {reduced!r}; it must be fp32, bf16 or fp16."
+    for old, new in zip(("cpu_offload", "cpu_offload_param"), OFFLOADS, strict=True):
+        if old in zero:
+            yield f'has zero_optimization.{old}, an old name: write "{new}": {{"device": "cpu"}}.'
     for key, least in _SIZES.items():
         value = zero.get(key, least)
         if not (isinstance(value, int | float) and least <= value < 1e18):

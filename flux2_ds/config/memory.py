@@ -198,12 +198,13 @@ def _training_state(run: _Run) -> Memory:
     else:
         if run.stage and (run.full or run.stage < 3):
             at["fp32 masters"] = 4 * run.share
-        summed, wire = run.plan.accumulation > 1, run.plan.deepspeed.get("communication_data_type")
+        summed = run.plan.accumulation > 1
+        in_bf16 = run.plan.deepspeed.get("communication_data_type", "bf16") == "bf16"
         passes = offloaded or (adam == "adamw" and compiles(recipe))
         element = 4
         if run.bf16_masters and run.stage == 1:
             element = 6  # in both dtypes
-        elif run.bf16_masters and run.stage == 2 and passes and not summed and wire != "fp32":
+        elif run.bf16_masters and run.stage == 2 and passes and not summed and in_bf16:
             element = 2  # flat_adamw.py reads them
         where = memory.host if offloaded and run.stage == 2 and summed else memory.card
         where["gradients"] = element * (run.share if run.stage >= 2 else run.trained)

@@ -358,6 +358,11 @@ def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Itera
             "the deepspeed config has compute_grad_norm false, and clipping, the records and the check for gradients "
             "that are not finite need the norm. Remove it."
         )
+    if zero.get("round_robin_gradients"):
+        yield (
+            "the deepspeed config has round_robin_gradients, with which DeepSpeed 0.19.8 takes one parameter's master for "
+            "another's, so that checkpoints would hold wrong weights. Remove it."
+        )
     if offload_device(zero, "offload_optimizer") != "none" and (optimizer != "adamw" or stage == 0):
         yield (
             f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "

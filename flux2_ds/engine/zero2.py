@@ -4,7 +4,7 @@ DeepSpeed 0.19.8 divides each gradient by the number of processes, sums the firs
 fp32, looks for values that are not finite in each tensor, takes the norm in fp64, which shows them, too, multiplies by
 what clips, even if that is 1, and waits for the device three times. With `reduce_scatter`, which the shipped configs
 switch off, it copies each bucket before the all-reduce (it has no reduce-scatter) and back. For a full fine-tune of
-klein 4B on one H200 the update below takes a third off the step.
+klein 4B on one H200 the update below takes 28 % off the step in bf16, 33 % in fp8.
 
 An optimizer in host memory DeepSpeed updates on the CPU, from gradients summed in fp32 on the card, and sends the
 weights back as fp32. Here masters and moments pass through the card, whose memory is as fast as the CPU's is slow; so
@@ -86,9 +86,7 @@ class Update:
         for i, total in enumerate(self._host_sums):
             self._zero.averaged_gradients[i] = SimpleNamespace(flat_partition=total)
 
-    def _add(self, total: torch.Tensor | None, gradient: torch.Tensor) -> None:
-        if total is None:
-            return
+    def _add(self, total: torch.Tensor, gradient: torch.Tensor) -> None:
         first = self._zero.micro_step_id == 0
         if not self._host_sums:
             total.copy_(gradient) if first else total.add_(gradient)  # onto zeros
@@ -104,8 +102,8 @@ class Update:
     def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The flat gradients of the groups, and the sum of their squares, fp64."""
         if self._host_sums:
-            device = self._zero.bit16_groups_flat[0].device
-            return [*self._host_sums], torch.as_tensor(self._squares, device=device)
+            fp64 = {"dtype": torch.float64, "device": self._zero.bit16_groups_flat[0].device}
+            return [*self._host_sums], torch.as_tensor(self._squares, **fp64)
         groups = [self._zero.averaged_gradients[i] for i in range(len(self._zero.bit16_groups))]
         norms = torch._foreach_norm([each for group in groups for each in group], 2, torch.float32)
         squares = torch.stack(norms).double().square().sum()

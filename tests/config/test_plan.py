@@ -375,8 +375,19 @@ def test_key_that_the_recipe_owns_is_refused(key):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"zero_optimisation": {}}', r"unknown key 'zero_optimisation'.*zero_optimization"),
+        (
+            '{"zero_optimisation": {}}',
+            r"'zero_optimisation', which is not offered.*zero_optimization",
+        ),
+        *(
+            (f'{{"{key}": {{}}}}', f"the key '{key}', which is not offered. Remove it")
+            for key in ("gradient_predivide_factor", "prescale_gradients", "flops_profiler")
+        ),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', 'uses "auto"'),
+        (
+            '{"zero_optimization": {"stage": 2, "cpu_offload": true}}',
+            'an old name: write "offload_optimizer": {',
+        ),
         ('{"zero_optimization": ', "is not valid JSON"),
         (
             '{"zero_optimization": {"stage": 2, "stage": 3}}',
@@ -742,6 +753,10 @@ def test_commands_in_the_header_of_a_shipped_recipe_work(
         (
             {"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
             "compute_grad_norm false, .* need the norm. Remove it",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}},
+            "round_robin_gradients, .* checkpoints would hold wrong weights. Remove it",
         ),
         (
             {"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},

@@ -43,7 +43,7 @@ def configs() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+def references() -> dict[str, Any]:
     return {method: trajectory.reference(method, STEPS) for method in ("lora", "dora", "full")}
 
 
@@ -78,13 +78,18 @@ def test_every_config_follows_plain_pytorch(
             cases.append({**case, "blocks": blocks})
         else:
             cases.append({**case, "method": "dora", "previewed": True})
+    full = next(case for case in cases if (case["method"], case["name"]) == ("full", "zero2"))
+    zero = full["deepspeed"]["zero_optimization"]
+    for own in {"reduce_scatter": True}, {"contiguous_gradients": False}, {"overlap_comm": False}:
+        cases.append({**full, "deepspeed": {"zero_optimization": zero | own}, "own": own})
     cases += [
         case | {"base": True, "steps": 2}
         for case in cases
         if case["method"] != "full" and case["name"] in ("zero0", "zero2", "zero3", "zero3_offload")
     ]
+    cases = [case | {"norms": references[case["method"]][2]} for case in cases]
     for case, losses in zip(cases, launch(world_size, cases, tmp_path), strict=True):
-        described = {key: value for key, value in case.items() if key != "deepspeed"}
+        described = {key: value for key, value in case.items() if key not in ("deepspeed", "norms")}
         expected = references[case["method"]][0][: case["steps"]]
         assert_follows(losses, expected, f"{world_size} processes, {described}")
 
@@ -259,7 +264,7 @@ def test_a_checkpoint_continues_on_any_stage_and_world_size(
     }
     for world_size, cases in work.items():
         for case, losses in zip(cases, launch(world_size, cases, tmp_path), strict=True):
-            expected_losses, expected_weights = references[case["method"]]
+            expected_losses, expected_weights, _ = references[case["method"]]
             assert_follows(losses, expected_losses[half:], case["save"])
             found, _ = checkpoint.newest(Path(case["save"]))
             assert found is not None
@@ -361,13 +366,13 @@ def test_optimizers_follow_themselves_without_deepspeed(
     ]  # fmt: skip
     *without_zero, first_half, second_half = launch(2, cases, tmp_path)
     for case, losses in zip(cases, without_zero, strict=False):
-        expected, _ = trajectory.reference("lora", STEPS, **case["optimizer"])
+        expected, *_ = trajectory.reference("lora", STEPS, **case["optimizer"])
         # What lies on the edge of two 8-bit codes falls to either side; Muon iterates in bf16.
         rounds = case["optimizer"]["name"] in ("adamw8bit", "muon")
         tolerance = 1e-4 if rounds else TOLERANCE
         assert losses == pytest.approx(expected, rel=tolerance), case["optimizer"]
         assert losses != pytest.approx(references["lora"][0], rel=TOLERANCE)  # it is another one
-    expected, _ = references["lora"]
+    expected, *_ = references["lora"]
     assert first_half + second_half == pytest.approx(expected, rel=5e-3)
     found, _ = checkpoint.newest(tmp_path / "whole")
     assert found is not None
@@ -394,7 +399,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(
     cases.append({**cases[0], "fused": True, "save": str(tmp_path / "fused")})
     shipped = {"deepspeed": read_deepspeed("zero3"), "save": str(tmp_path / "kept-whole")}
     cases.append({**cases[0], **shipped})
-    expected, _ = trajectory.reference("lora", STEPS, skipped=bad)
+    expected, *_ = trajectory.reference("lora", STEPS, skipped=bad)
     assert expected != pytest.approx(references["lora"][0], rel=TOLERANCE)
     for case, losses in zip(cases, launch(2, cases, tmp_path), strict=True):
         if case["method"] == "lora":

@@ -29,12 +29,12 @@ def test_they_follow_plain_pytorch_and_continue_to_the_last_bit(tmp_path: Path) 
     cases: list[dict[str, Any]] = [case | {"method": "lokr"} for case in lokr]
     cases += [case | {"method": "loha"} for case in loha]
     found = launch(2, cases, tmp_path)
-    plain, _ = trajectory.reference("lokr", STEPS)
+    plain, *_ = trajectory.reference("lokr", STEPS)
     assert found[0] == pytest.approx(plain, rel=1e-5)
     assert found[0] == found[1] == found[2] + found[3]
     assert found[4] == pytest.approx(plain, rel=1e-5)
     assert found[5] == pytest.approx(plain[1:], rel=1e-5)
-    plain, _ = trajectory.reference("loha", STEPS)
+    plain, *_ = trajectory.reference("loha", STEPS)
     assert found[6] == pytest.approx(plain, rel=1e-5)
     assert found[7] == pytest.approx(plain, rel=1e-5)
     assert found[9] == found[8] != found[6]

@@ -120,8 +120,8 @@ def reference(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     **settings: Any,
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of plain PyTorch with clipping; AdamW, or what `settings` name.
+) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
+    """Losses, final weights and norms of gradients of plain PyTorch with clipping; AdamW, or what `settings` name.
 
     `skipped`: a step without an update. `dtype`: of the base.
     """
@@ -139,17 +139,17 @@ def reference(
         optimizer = torch.optim.AdamW(grouped, **ADAM)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_of(settings)
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         batch = {name: value.to(device) for name, value in global_batch(step).items()}
         loss = loss_of(lambda **inputs: model(**inputs, return_dict=False)[0], batch)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), CLIP).item())
         if step != skipped:
             optimizer.step()
         losses.append(loss.item())
-    return losses, {name: p.detach().clone() for name, p in named.items()}
+    return losses, {name: p.detach().clone() for name, p in named.items()}, norms
 
 
 def learning_rate_of(settings: dict[str, Any]) -> float:
@@ -166,7 +166,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     `lora`: settings with which a start builds the model, from `files` by the config `name`, in `run_dir`.
     `base`: before each pass the plain model predicts, its adapter switched off. `background`: a step after which
-    a checkpoint is saved beside the training.
+    a checkpoint is saved beside the training. `norms`: what each step's gradients must have.
     """
     from deepspeed.comm.comm import cdb as comm
     from deepspeed.utils import groups
@@ -295,6 +295,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
                 assert gathers.call_count <= len({p.dtype for p in model.parameters()})
             total += loss.detach() * micro / own
         losses.append(float(agreement.all_reduce_mean(total)))
+        if "norms" in case:  # of which clipped updates of Adam, and so the losses, say nothing
+            assert float(engine.gradient_norm()) == pytest.approx(case["norms"][step], rel=1e-4)
         if case.get("previewed"):
             look(engine)
         moments = (case["steps"], case.get("save_at"), case.get("background"))
