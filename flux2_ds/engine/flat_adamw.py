@@ -50,7 +50,7 @@ def update(
     state = optimizer.state[master]
     if not state:
         state.update(adamw_state(master))
-    state["step"] += 1
+    state["step"] = state["step"].cpu() + 1  # reading it from the card would wait
     (beta1, beta2), count = settings["betas"], int(state["step"])
     decay = 1 - settings["lr"] * settings["weight_decay"]
     rate, correction = settings["lr"] / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
