@@ -185,7 +185,7 @@ def _offloaded_update(plan: Plan, memory: Memory, link: float) -> float:
     gradients with each micro-batch; at stage 3 a CPU updates, and the weights come back in fp32, not pinned."""
     masters = memory.host.get("fp32 masters", 0.0)
     state = masters + memory.host.get("optimizer", 0.0)
-    sums = masters * (2 * plan.accumulation - 1) if memory.host.get("gradients") else 0.0
+    sums = masters * 2 * plan.accumulation if memory.host.get("gradients") else 0.0
     if plan.zero_stage == 3:
         return 28 / 12 * state / _CPU_MEMORY + masters / _NOT_PINNED + sums / link
     return (state + sums) / link

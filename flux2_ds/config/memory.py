@@ -203,7 +203,7 @@ def _training_state(run: _Run) -> Memory:
         passes = offloaded or (adam == "adamw" and compiles(recipe))
         element = 4
         if run.bf16_masters and run.stage == 1:
-            element = 6  # in both dtypes
+            element = 8 if offloaded and summed else 6  # in both dtypes
         elif run.bf16_masters and run.stage == 2 and passes and not summed and in_bf16:
             element = 2  # flat_adamw.py reads them
         where = memory.host if offloaded and run.stage == 2 and summed else memory.card
@@ -240,8 +240,10 @@ def _reduction_buffers(run: _Run) -> float:
     halved = run.recipe.precision == "fp16" or (run.bf16_masters and run.stage > 1)
     bucket = _bucket(run)
     given = run.plan.deepspeed.get("communication_data_type")
-    # A bucket is copied where it travels in another dtype.
+    # A bucket is copied where it travels in another dtype, and by DeepSpeed's `reduce_scatter`.
     copy = 0 if given is None or (given == "fp32") != halved else 4 if halved else 2
+    if run.stage < 3 and run.zero.get("reduce_scatter", True):
+        copy += 2 if halved else 4
     return ((2 if halved else 4) * buffers + copy) * bucket
 
 

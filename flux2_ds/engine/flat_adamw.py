@@ -32,7 +32,9 @@ def adamw(
     gradient = gradient.float() * factor
     mean.copy_(mean * beta1 + gradient * rest1)
     square.copy_(square * beta2 + gradient * gradient * rest2)
-    master.copy_(master * decay - rate * mean / (square.sqrt() * correction + eps))
+    # One rounding: 1 - decay would be off by a fifth in fp32 where decay is 1e-7.
+    change = master * decay + rate * mean / (square.sqrt() * correction + eps)
+    master.copy_(master - change)
     weights.copy_(master)
 
 
@@ -52,7 +54,7 @@ def update(
         state.update(adamw_state(master))
     state["step"] = state["step"].cpu() + 1  # reading it from the card would wait
     (beta1, beta2), count = settings["betas"], int(state["step"])
-    decay = 1 - settings["lr"] * settings["weight_decay"]
+    decay = settings["lr"] * settings["weight_decay"]
     rate, correction = settings["lr"] / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
     numbers = [factor, decay, rate, correction, settings["eps"]]
     numbers += [beta1, 1 - beta1, beta2, 1 - beta2]

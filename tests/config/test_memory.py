@@ -34,7 +34,12 @@ from launcher.plan_report import find_card, plan_memory, size
 
 DEV, KLEIN_4B = "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"
 KLEIN_9B = "black-forest-labs/FLUX.2-klein-base-9B"
-ZERO2 = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
+ZERO2 = {
+    "stage": 2,
+    "overlap_comm": True,
+    "reduce_bucket_size": 200_000_000,
+    "reduce_scatter": False,
+}
 ZERO3 = {**ZERO2, "stage": 3}
 RECIPES = [path for path in shipped_recipes().values() if "\nrun_dir:" in path.read_text()]
 ALL_LINEARS = Lora(rank=32, targets="all")
@@ -376,11 +381,11 @@ def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
     bucket at stage 3."""
 
     def buffers(stage: int, bucket: int = 10**6, **settings) -> float:
-        zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": bucket}
+        zero = {**ZERO2, "stage": stage, "reduce_bucket_size": bucket}
         return estimate_for(KLEIN_4B, 0, zero=zero, **settings).card.get("reduction buffers", 0)
 
     def reduced_in(dtype: str, **settings: Any) -> float:
-        zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10**6}
+        zero = {**ZERO2, "reduce_bucket_size": 10**6}
         config = {"zero_optimization": zero, "communication_data_type": dtype}
         plan = make_plan(recipe_for(KLEIN_4B, deepspeed=config, **settings), 1)
         return estimate(RELEASED[KLEIN_4B], plan, 4096, 0).card["reduction buffers"]
@@ -393,6 +398,9 @@ def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
     assert [buffers(stage, method="full") for stage in (1, 2, 3)] == [0, 4e6, 4e6]
     trained = adapter_parameters(RELEASED[KLEIN_4B], recipe_for(KLEIN_4B))
     assert buffers(2, 10**12) == 8 * trained  # see Engine
+    scattered = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10**6}
+    found = estimate_for(KLEIN_4B, 0, zero=scattered, method="full").card["reduction buffers"]
+    assert found == buffers(2, method="full") + 2e6
     none = {"stage": 2, "contiguous_gradients": False}
     assert "reduction buffers" not in estimate_for(KLEIN_4B, 0, zero=none).card
 
