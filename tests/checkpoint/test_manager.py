@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed
+from tqdm import tqdm
 
 from flux2_ds.checkpoint import manager as checkpoint
 from flux2_ds.checkpoint import tensor_store
@@ -271,7 +272,9 @@ def test_killed_at_any_moment(tmp_path, save_alone):
         steps = itertools.count(last + 1)
         process = fork.Process(target=save_each, args=(save_alone, tmp_path, steps, number % 2))
         process.start()
+        deadline = time.monotonic() + 60
         while max(steps_left(tmp_path), default=0) <= last:
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
@@ -292,6 +295,8 @@ def test_killed_at_any_moment(tmp_path, save_alone):
 def save_each(
     save: Callable[..., Path], root: Path, steps: Iterable[int], background: int = 0
 ) -> None:
+    # The default one is shared by forked processes, and stays locked if one is killed.
+    tqdm.set_lock(threading.RLock())
     buffers = HostBuffers(math.inf, torch.device("cpu")) if background else None
     alone = {"backend": "gloo", "rank": 0, "world_size": 1}
     distributed.init_process_group(**alone, store=distributed.HashStore())
