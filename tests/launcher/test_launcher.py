@@ -83,9 +83,12 @@ def test_unknown_command_is_named_with_what_was_meant(monkeypatch, capsys):
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
 def test_ctrl_c_is_one_line_at_any_moment(recipe, delay):
-    program = f"import sys; from launcher.__main__ import main\nsys.argv = ['flux2-ds', 'plan', '--config', {recipe!r}]\n"
+    program = (
+        f"import sys; from launcher import __main__ as root\nsys.argv = ['flux2-ds', 'plan', '--config', {recipe!r}]\n"
+        "first = root._check_environment\nroot._check_environment = lambda: (print('in', flush=True), first())\n"
+    )
     started = subprocess.Popen(
-        [sys.executable, "-c", f"{program}print('in', flush=True)\nmain()"],
+        [sys.executable, "-c", f"{program}root.main()"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
