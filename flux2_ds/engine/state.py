@@ -216,19 +216,17 @@ class TrainingState:
         flat = [parameter for group in groups for parameter in group["params"]]
         if isinstance(self._optimizer, torch.optim.AdamW):
             self._optimizer.state.update({master: adamw_state(master) for master in flat})
-            for group, parameters in zip(groups, held, strict=True):
-                group["params"] = parameters
-            return
-        gradients = [parameter.grad for parameter in flat]
-        for parameter in flat:
-            parameter.grad = torch.zeros_like(parameter)
-        for group in groups:
-            group["lr"] = 0.0
-        self._optimizer.step()
+        else:
+            gradients = [parameter.grad for parameter in flat]
+            for parameter in flat:
+                parameter.grad = torch.zeros_like(parameter)
+            for group in groups:
+                group["lr"] = 0.0
+            self._optimizer.step()
+            for parameter, gradient in zip(flat, gradients, strict=True):
+                parameter.grad = gradient
         for group, parameters in zip(groups, held, strict=True):
             group["params"] = parameters
-        for parameter, gradient in zip(flat, gradients, strict=True):
-            parameter.grad = gradient
 
 
 def check_fit(saved: Checkpoint, shapes: dict[str, tuple[int, ...]], kinds: list[str]) -> None:

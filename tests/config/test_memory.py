@@ -324,7 +324,7 @@ def test_the_gradients_of_a_full_fine_tune_are_where_they_are_summed():
     assert gradients(3, offload=True) == [0, pytest.approx(4)]
 
 
-def test_what_is_page_locked_takes_powers_of_two_at_stage_3():
+def test_what_is_pinned_takes_powers_of_two_at_stage_3():
     """Flat buffers of a full fine-tune of 9.08 B parameters: 36.3 GB become 64 GiB, groups of 4 GB become 4 GiB."""
 
     def held(config: str) -> dict[str, float]:
@@ -406,7 +406,7 @@ def test_reduction_buffers_are_whole_buckets_of_what_deepspeed_reduces():
 
 
 def test_offloaded_inputs_leave_the_card_for_the_host():
-    """Page-locked powers of two: 54 MiB of 4608 tokens take 64, 48 and 6 MiB of a double block's 64 and 8."""
+    """Pinned powers of two: 54 MiB of 4608 tokens take 64, 48 and 6 MiB of a double block's 64 and 8."""
     for kept, singles, doubles in (0, 48, 8), (20, 28, 8), (50, 0, 6), (56, 0, 0):
         here = estimate_for(DEV, kept, cuda_graphs=False)
         away = estimate_for(DEV, kept, offload_activations=True)
@@ -480,7 +480,7 @@ def test_inputs_are_offloaded_where_nothing_else_fits():
 
 
 def test_a_base_in_host_memory_takes_its_own_bytes():
-    """Which the adapter, moved by DeepSpeed into one page-locked piece, does not; nor what is trained whole."""
+    """Which the adapter, moved by DeepSpeed into one pinned piece, does not; nor what is trained whole."""
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
     memory = estimate_for(DEV, 0, zero=zero)
     assert "base weights" not in memory.card

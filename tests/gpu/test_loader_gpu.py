@@ -1,4 +1,4 @@
-"""Batches that wait for a GPU lie in page-locked memory."""
+"""Batches that wait for a GPU lie in pinned memory."""
 
 from __future__ import annotations
 
