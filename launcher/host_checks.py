@@ -43,10 +43,10 @@ from flux2_ds.data.images import is_image
 from flux2_ds.data.index import is_prepared
 from flux2_ds.errors import UserError, counted, run_root
 from flux2_ds.run.run_dir import (
-    checkpoint_steps,
     checkpoints_directory,
     existing_parent,
     nearest_existing,
+    step_folders,
 )
 from launcher.doctor import Findings, last_line, run_probe
 from launcher.hosts import Hosts, ask_nvidia_smi, check_cards
@@ -323,7 +323,7 @@ def checkpoints_to_come(recipe: Recipe) -> int:
     settings, steps = recipe.checkpoint, recipe.steps
     for_good = steps // settings.keep_every if settings.keep_every else 0
     most = min(math.ceil(steps / settings.every), settings.keep_last + for_good + 1)
-    there = len(checkpoint_steps(checkpoints_directory(recipe)))
+    there = len(step_folders(checkpoints_directory(recipe)))
     return max(1, most - there)
 
 

@@ -7,8 +7,10 @@ step_00000030.damaged/       set aside at a resume
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,7 +24,7 @@ import torch
 from flux2_ds.checkpoint.tensor_store import File, TensorShard, TensorStore, files_of, write
 from flux2_ds.distributed import Process, all_gather_object
 from flux2_ds.errors import UserError
-from flux2_ds.run.run_dir import STATE_NAME, checkpoint_steps
+from flux2_ds.run.run_dir import STATE_NAME, step_folders
 
 _READERS = 8
 
@@ -70,7 +72,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 def find(root: Path) -> list[Checkpoint]:
     """Checkpoints by ascending step."""
-    return [Checkpoint(path, step) for step, path in checkpoint_steps(root).items()]
+    return [Checkpoint(path, step) for step, path in step_folders(root).items()]
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -223,7 +225,7 @@ def set_aside(path: Path) -> Path:
 def best_step(root: Path, history: Iterable[tuple[int, float]]) -> int | None:
     """The checkpoint with the lowest validation loss; None if none has one."""
     losses = dict(history)
-    known = [checkpoint.step for checkpoint in find(root) if checkpoint.step in losses]
+    known = [each.step for each in find(root) if math.isfinite(losses.get(each.step, math.nan))]
     return min(known, key=losses.__getitem__, default=None)
 
 
@@ -256,5 +258,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise  # some file systems sync no directories
     finally:
         os.close(descriptor)

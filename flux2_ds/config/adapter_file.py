@@ -174,6 +174,24 @@ def settings_of_file(setting: str, path: str, spec: Spec | None) -> FileSettings
     if wrong:
         of = f"of {spec}" if spec else "of FLUX.2"
         raise UserError(f"{setting} {path} is no adapter {of}: {wrong}. Name another file.")
+    try:
+        return _decided(setting, path, found, tensors, metadata, spec, model)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise UserError(
+            f"{setting} {path} has metadata or an alpha that cannot be read ({error!r}). Name another file."
+        ) from error
+
+
+def _decided(
+    setting: str,
+    path: str,
+    found: list[Factors],
+    tensors: dict[str, _Tensor],
+    metadata: dict[str, str],
+    spec: Spec | None,
+    model: Spec,
+) -> FileSettings:
+    """What a file's metadata, alphas and shapes decide. `model`: `spec`, or as large as the file shows."""
     dora = any(f"{each.key}.{MAGNITUDE}" in tensors for each in found)
     method = "dora" if dora else found[0].method
     if "flux2_ds.lora" in metadata:

@@ -462,7 +462,7 @@ def _ignored(recipe: Recipe, spec: Spec | None) -> Iterator[tuple[str, str]]:
     for name in ("betas", "eps"):
         if _given(adam, name) and adam.name in ("adafactor", "muon"):
             yield f"optimizer.{name}", f"optimizer.name is {adam.name}"
-    if _given(adam, "schedule") and adam.warmup_steps >= recipe.steps:
+    if _given(adam, "schedule") and adam.warmup_steps >= recipe.steps and recipe.epochs is None:
         yield "optimizer.schedule", f"all {recipe.steps} steps are warm-up"
     if recipe.base_placement in ("gpu", "auto") and recipe.base_resident:
         yield "base_resident", f"base_placement is {recipe.base_placement}"
@@ -511,17 +511,13 @@ def doubtful_settings(recipe: Recipe) -> Iterator[str]:
             f"optimizer.learning_rate is {adam.learning_rate:g}; with {adam.name} and method "
             f"{recipe.method} it is between {low:g} and {high:g}"
         )
-    if adam.warmup_steps > steps / 2:
+    if adam.warmup_steps > steps / 2 and recipe.epochs is None:
         reached = "never reached" if adam.warmup_steps > steps else "hardly used"
         yield (
             f"optimizer.warmup_steps is {adam.warmup_steps} and steps {steps}; the learning rate is {reached}"
         )
     words, prompts = trigger_words(recipe.captions.trigger_word), recipe.preview.prompts
-    if (
-        _given(recipe.preview, "every")
-        and words
-        and not any(w in p for w in words for p in prompts)
-    ):
+    if recipe.preview.in_training and words and not any(w in p for w in words for p in prompts):
         yield f"captions.trigger_word {', '.join(words)} is in none of preview.prompts, which show what is trained"
 
 

@@ -219,7 +219,7 @@ def parse_index(content: bytes, path: str) -> Index:
             Part(**value.get("conditioning", {"offset": 0, "size": 0, "xxh3": ""})),
             value.get("text_dtype", ""),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:
         raise UserError(f"{path} lists no samples. Prepare the shards again.")

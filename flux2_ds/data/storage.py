@@ -89,9 +89,12 @@ class Blob:
 
     def _load(self) -> memoryview:
         with Path(self.location).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size if self.size is None else self.size
+            left = max(0, os.fstat(stream.fileno()).st_size - self.offset)
+            # No more than there is: a damaged header may ask for any size.
+            size = left if self.size is None else min(left, self.size)
             buffer = np.empty(size, np.uint8).data  # memory that nobody fills with zeros first
-            return buffer[: os.preadv(stream.fileno(), [buffer], self.offset)]
+            stream.seek(self.offset)
+            return buffer[: stream.readinto(buffer)]  # in several reads: one ends at 2 GiB
 
     def _fetch(self) -> memoryview:
         system, path = file_system(self.location)

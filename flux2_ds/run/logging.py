@@ -21,7 +21,8 @@ FILE_ONLY = {"console": False}
 
 def open_log(path: Path) -> TextIO:
     """Open a log to append to it."""
-    return open(path, "a", encoding="utf-8", opener=no_follow)
+    # Names of files may have bytes that are no UTF-8.
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=no_follow)
 
 
 class LogFile(logging.FileHandler):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import statistics
 import subprocess
 import sys
@@ -132,7 +133,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def best_held_out(records: list[dict[str, Any]]) -> tuple[int, float] | None:
     """Step and value of the lowest held-out loss, if there is one."""
-    losses = [(r["step"], r["validation/loss"]) for r in records if "validation/loss" in r]
+    losses = [
+        (r["step"], loss)
+        for r in records
+        if math.isfinite(loss := r.get("validation/loss", math.inf))
+    ]
     return min(losses, key=lambda point: point[1], default=None)
 
 
@@ -194,7 +199,8 @@ def draw_loss(run_dir: Path) -> Path:
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="optimizer step", ylabel="flow-matching loss", title=run_dir.name)
+    axes.set(xlabel="optimizer step", ylabel="flow-matching loss")
+    axes.set_title(run_dir.name, parse_math=False)  # a $ is a $
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

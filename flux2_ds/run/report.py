@@ -31,7 +31,7 @@ from flux2_ds.config.settings import flat, settings_of
 from flux2_ds.errors import UserError, without_secrets
 from flux2_ds.run.atomic import atomic_write_text
 from flux2_ds.run.metrics import METRICS_NAME, best_held_out, read_metrics
-from flux2_ds.run.run_dir import RECIPE_NAME
+from flux2_ds.run.run_dir import RECIPE_NAME, step_folders
 
 log = logging.getLogger("flux2_ds")
 
@@ -348,7 +348,8 @@ def _log_events(file: Path, report: RunReport | None) -> Iterator[Event]:
         hour, minute, second, level, text = found.groups()
         if now is not None:
             at = now.replace(hour=int(hour), minute=int(minute), second=int(second))
-            now = at if at >= now else at + timedelta(days=1)  # past midnight
+            # Past midnight; threads, and the end of daylight saving time, put the clock back by less.
+            now = at + timedelta(days=now - at > timedelta(hours=12))
         name = text[:11].rstrip()
         if report and name in PLAN and text[10:11] == " ":
             report.plan[name] = text[11:].strip()
@@ -360,17 +361,13 @@ def _log_events(file: Path, report: RunReport | None) -> Iterator[Event]:
 
 def _read_images(report: RunReport) -> None:
     """Previews by prompt, and the grids that `sample` made."""
-    folders = {
-        int(folder.name.removeprefix("step_")): folder
-        for folder in sorted(report.path.glob("previews/step_*"))
-        if folder.name.removeprefix("step_").isdigit()
-    }
+    folders = step_folders(report.path / "previews")
     for number, prompt in enumerate(report.recipe.get("preview", {}).get("prompts", [])):
-        files = {s: f for s in sorted(folders) if (f := folders[s] / f"{number}.png").is_file()}
+        files = {s: f for s, folder in folders.items() if (f := folder / f"{number}.png").is_file()}
         if not files:
             continue
         steps = list(files)
-        frames = [Frame(step, data_uri(files[step], _STRIP)) for step in _evenly(steps, _FRAMES)]
+        frames = [Frame(step, data_uri(files[step], _STRIP)) for step in evenly(steps, _FRAMES)]
         report.strips[prompt] = frames
         first, last = (Frame(s, data_uri(files[s], _LARGE)) for s in (steps[0], steps[-1]))
         report.before_after[prompt] = (first, last)
@@ -381,8 +378,7 @@ def _read_images(report: RunReport) -> None:
 def _read_files(report: RunReport) -> None:
     """Versions, checkpoints, exports, and what `prepare` said of the data."""
     report.versions = {str(k): str(v) for k, v in _json(report.path / "versions.json").items()}
-    names = (path.name.removeprefix("step_") for path in report.path.glob("checkpoints/step_*"))
-    report.checkpoints = sorted(int(name) for name in names if name.isdigit())
+    report.checkpoints = [*step_folders(report.path / "checkpoints")]
     exports = [*report.path.glob("export/*.safetensors"), *report.path.glob("export/*/transformer")]
     for path in sorted(exports):
         size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))
@@ -424,7 +420,7 @@ def charts(reports: list[RunReport]) -> list[dict[str, Any]]:
                     "label": ", ".join(words),
                     "kind": kinds.get(label, "line"),
                     "color": number if len(reports) > 1 else 0 if title == "Loss" else part,
-                    "points": _evenly(points, _POINTS),
+                    "points": evenly(points, _POINTS),
                 })  # fmt: skip
         if len(reports) == 1 or title == "Loss" or len(of_runs[0].get(title, {})) <= 1:
             found.append({"name": f"c{len(found)}", "title": title, "series": series})
@@ -491,7 +487,7 @@ def data_uri(path: Path, side: int) -> str:
 _Item = TypeVar("_Item")
 
 
-def _evenly(items: list[_Item], count: int) -> list[_Item]:
+def evenly(items: list[_Item], count: int) -> list[_Item]:
     """At most `count` of the items, the first and the last among them."""
     if len(items) <= count:
         return items

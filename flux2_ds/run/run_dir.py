@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -152,12 +153,12 @@ def stop_file(recipe: Recipe) -> Path:
 
 def newest_step(recipe: Recipe) -> int:
     """Step of the newest checkpoint; 0 without one."""
-    return max(checkpoint_steps(checkpoints_directory(recipe)), default=0)
+    return max(step_folders(checkpoints_directory(recipe)), default=0)
 
 
 def validation_history(recipe: Recipe, step: int) -> list[tuple[int, float]]:
     """(step, loss) of the evaluations before the checkpoint of `step`, oldest first; none without one."""
-    path = checkpoint_steps(checkpoints_directory(recipe)).get(step)
+    path = step_folders(checkpoints_directory(recipe)).get(step)
     if path is None:
         return []
     with _reading(path / STATE_NAME):
@@ -167,7 +168,7 @@ def validation_history(recipe: Recipe, step: int) -> list[tuple[int, float]]:
 
 def stale(history: Sequence[tuple[int, float]], patience: int) -> bool:
     """Whether the last `patience` evaluations brought no new lowest loss."""
-    losses = [loss for _, loss in history]
+    losses = [loss if math.isfinite(loss) else math.inf for _, loss in history]
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
@@ -185,8 +186,8 @@ def checkpoints_directory(recipe: Recipe) -> Path:
     return Path(recipe.run_dir) / "checkpoints"
 
 
-def checkpoint_steps(root: Path) -> dict[int, Path]:
-    """Directories of complete checkpoints by step, ascending; those of other names are not ours."""
+def step_folders(root: Path) -> dict[int, Path]:
+    """Directories of complete checkpoints, or of previews, by step, ascending; those of other names are not ours."""
     names = [(re.fullmatch(r"step_(\d{8,18})", path.name), path) for path in entries(root)]
     return dict(sorted((int(name[1]), path) for name, path in names if name))
 

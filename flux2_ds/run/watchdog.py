@@ -320,7 +320,11 @@ class Watchdog:
             earlier = first_failure(self._logs)
             if earlier and (earlier == self._earlier or earlier.start != self._start):
                 record.unlink(missing_ok=True)
-            record.hardlink_to(own)  # fails if another one was quicker
+            try:
+                record.hardlink_to(own)  # fails if another one was quicker
+            except OSError:  # or on a file system without hard links
+                with record.open("x") as file:
+                    file.write(own.read_text())
         except FileExistsError:
             return
         except OSError as error:
@@ -330,7 +334,8 @@ class Watchdog:
         message = f"{text}error: {failure}\n"
         if code != EXIT_USER_ERROR:
             message += f"its log: {self._log(rank)}\n"
-        os.write(self._console, clear_line(self._console) + f"{message}{unrecorded}".encode())
+        text = f"{message}{unrecorded}"
+        os.write(self._console, clear_line(self._console) + text.encode(errors="backslashreplace"))
 
     def _leave(self, code: int = EXIT_FAILURE) -> NoReturn:
         """End this process, from whichever thread comes first; with `code` if no failure is on

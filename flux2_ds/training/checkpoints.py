@@ -134,12 +134,12 @@ class Checkpoints:
         if self._metrics is not None:
             self._metrics.saved(step, path)
         settings = self._settings
-        best = manager.best_step(self._root, validation) if settings.keep_best else None
-        if best is not None:
-            log.info("best       step %d, held-out loss %.4f", best, dict(validation)[best])
         try:
+            best = manager.best_step(self._root, validation) if settings.keep_best else None
+            if best is not None:
+                log.info("best       step %d, held-out loss %.4f", best, dict(validation)[best])
             manager.remove_old(self._root, settings.keep_last, settings.keep_every, best)
-        except OSError as error:
+        except (OSError, UserError) as error:
             log.warning("old checkpoints cannot be removed (%s); training goes on", error)
 
 
@@ -185,11 +185,6 @@ def resume(
         for path, damage in damaged.items():
             log.warning("%s is damaged: %s", path, damage)
             log.warning("going on from the one before; moved it to %s", manager.set_aside(path))
-        if found is None and damaged and recipe.lora.init_from is not None:
-            raise UserError(
-                f"no checkpoint in {root} is intact, and lora.init_from {recipe.lora.init_from} was not read, because "
-                "there seemed to be one. Start again: the run begins with that file."
-            )
         step = found.step if found else 0
     step = broadcast_from_rank0(step, process.device)
     if step == 0:

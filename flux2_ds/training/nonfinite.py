@@ -55,7 +55,7 @@ class NonFinite:
         try:
             path = self.write(norm, step, batches, losses)
             where = f"{path} has this rank's samples and their statistics."
-        except OSError as error:
+        except (OSError, UserError) as error:  # a full disk; a store that is away
             where = f"What was in it could not be written: {error}."
         what = f"the gradient norm is {norm} at step {step}, and no update was made. {where} "
         if self.policy == "stop":

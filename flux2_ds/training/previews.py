@@ -32,6 +32,8 @@ from flux2_ds.model.pipeline import load_image_pipeline
 from flux2_ds.run.atomic import atomic_path
 from flux2_ds.run.logging import progress_bar
 from flux2_ds.run.metrics import Metrics
+from flux2_ds.run.report import evenly
+from flux2_ds.run.run_dir import step_folders
 
 log = logging.getLogger("flux2_ds")
 
@@ -75,18 +77,15 @@ class Previews:
         Memory or a disk that is full is refused before step 1; later it is a warning.
         """
         paths = self._paths(step)
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
         self._heartbeat(step, "rendering")
         with self._surviving(step):
             self._render(step, paths)
         barrier()
-        if not self._process.is_rank0:
-            return
-        with self._surviving(step), atomic_path(self._folder.with_suffix(".png")) as partial:
-            self._overview(paths[0].parent.name).save(partial, "PNG")
         prompts = zip(self._settings.prompts, paths, strict=True)
         made = [(prompt, path) for prompt, path in prompts if path.is_file()]
-        if made:
+        if made and self._process.is_rank0:
+            with self._surviving(step), atomic_path(self._folder.with_suffix(".png")) as partial:
+                self._overview(step).save(partial, "PNG")
             if self._metrics is not None:
                 self._metrics.show(step, made)
             log.info("step %d: previews in %s", step, paths[0].parent)
@@ -111,7 +110,7 @@ class Previews:
             pipeline = load_image_pipeline(
                 self._directory, self._spec, self._engine.model, self._process.device
             )
-            last = len(self._prompts) - 1
+            last, images = len(self._prompts) - 1, dict[Path, Image.Image]()
             world_size = self._process.world_size
             # As many in every rank, because at stage 3 all of them take part in each forward pass.
             turns = math.ceil(len(self._prompts) / world_size)
@@ -126,23 +125,26 @@ class Previews:
                     prompt = self._prompts[min(number, last)]
                     image = render(pipeline, self._settings, prompt, self._references, moved)
                     if number <= last:
-                        with atomic_path(paths[number]) as partial:
-                            image.save(partial, "PNG")
+                        images[paths[number]] = image
+        # Only now: a rank whose disk is full must not miss in passes that others make with it.
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path, image in images.items():
+            with atomic_path(path) as partial:
+                image.save(partial, "PNG")
 
-    def _overview(self, newest: str) -> Image.Image:
-        """A row a prompt, a column for each of some steps, the first and the `newest` among them."""
+    def _overview(self, step: int) -> Image.Image:
+        """A row a prompt, a column for each of some steps, the first and `step` among them."""
         # Later ones are of an earlier start, whose steps after its last checkpoint are done again.
-        folders = sorted(path for path in self._folder.glob("step_*") if path.name <= newest)
-        count = min(len(folders), _COLUMNS)
-        chosen = [folders[round(n * (len(folders) - 1) / max(1, count - 1))] for n in range(count)]
+        folders = [each for each in step_folders(self._folder).items() if each[0] <= step]
+        chosen = evenly(folders, _COLUMNS)
         wide, high = self._settings.width, self._settings.height
         scale = min(1, _THUMBNAIL / max(wide, high))
         size = (round(wide * scale), round(high * scale))
         columns = [
             [_thumbnail(folder / f"{n}.png", size) for n in range(len(self._prompts))]
-            for folder in chosen
+            for _, folder in chosen
         ]
-        titles = [f"step {int(folder.name.removeprefix('step_'))}" for folder in chosen]
+        titles = [f"step {number}" for number, _ in chosen]
         return grid(self._settings.prompts, titles, columns)
 
 

@@ -36,9 +36,12 @@ class StopRequest:
 
     def seen(self, process: Process) -> bool:
         """Whether this process has been asked to stop."""
-        if process.is_rank0 and self.file.exists():
-            self.reason = self.file.read_text().strip() or self.file.name
-            self.file.unlink(missing_ok=True)
+        if process.is_rank0:
+            with contextlib.suppress(
+                OSError
+            ):  # there is none, or its file system is away for a moment
+                self.reason = self.file.read_text(errors="replace").strip() or self.file.name
+                self.file.unlink()
         return self.reason is not None
 
     def any_rank(self, process: Process) -> Callable[[], bool]:

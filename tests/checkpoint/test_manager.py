@@ -1,10 +1,13 @@
 """Checkpoints: all of it or none, damage is noticed, old ones go."""
 
+import errno
 import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -119,6 +122,19 @@ def test_failure_while_writing_leaves_the_one_before(tmp_path, save, write_check
     assert steps_left(tmp_path) == [1]
 
 
+def test_a_file_system_that_syncs_no_directories_holds_checkpoints(tmp_path, save, monkeypatch):
+    sync = os.fsync
+
+    def files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    save(tmp_path, 1)
+    assert checkpoint.newest(tmp_path)[0].step == 1
+
+
 @pytest.mark.parametrize("name", ["2.partial", "7.partial", "7.removed"])
 def test_leftover_of_a_process_that_was_killed_is_ignored_and_cleared(tmp_path, name, save):
     save(tmp_path, 1)
@@ -203,6 +219,7 @@ def test_nothing_is_used_when_all_are_damaged(tmp_path, save):
 )
 def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left, save):
     save(tmp_path, 10, 20, 30, 40)
+    assert checkpoint.best_step(tmp_path, [(10, math.nan), (20, 0.4), (30, 0.5)]) == 20
     checkpoint.remove_old(tmp_path, keep_last, keep_every)
     assert steps_left(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left)  # no hidden leftovers either

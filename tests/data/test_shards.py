@@ -13,7 +13,16 @@ import webdataset
 from safetensors.torch import load
 
 from flux2_ds.config.buckets import Bucket
-from flux2_ds.data.index import CONDITIONING_NAME, INDEX_NAME, Index, Shard, read_index, write_index
+from flux2_ds.data.index import (
+    CONDITIONING_NAME,
+    INDEX_NAME,
+    PROMPTS_NAME,
+    Index,
+    Shard,
+    encoded_prompts,
+    read_index,
+    write_index,
+)
 from flux2_ds.data.shards import Record, ShardReader, View, pack_text, write_shard
 from flux2_ds.errors import UserError
 
@@ -318,7 +327,12 @@ def test_index_of_an_older_version_is_named_so(tmp_path):
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", '{"format": 4, "sha', "[]"])
+def test_prompts_whose_header_asks_for_more_than_there_is_are_none(tmp_path):
+    (tmp_path / PROMPTS_NAME).write_bytes((1 << 45).to_bytes(8, "little") + b"{}")
+    assert encoded_prompts(str(tmp_path)) == set()
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 4, "sha', "[]", "[" * 100_000])
 def test_index_that_is_not_json_of_ours(tmp_path, content):
     (tmp_path / INDEX_NAME).write_text(content)
     with pytest.raises(UserError, match=r"index\.json is damaged"):

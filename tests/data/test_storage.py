@@ -106,7 +106,7 @@ def test_a_disk_that_may_come_back_is_no_mistake_of_the_user(folder, monkeypatch
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(storage.os, "preadv", fails)
+    monkeypatch.setattr(Path, "open", fails)
     with pytest.raises(
         UserError, match=rf"whole\.bin cannot be read: {os.strerror(number)}"
     ) as error:

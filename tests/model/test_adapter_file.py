@@ -275,6 +275,17 @@ def test_files_of_another_size_or_none_are_refused(tmp_path: Path) -> None:
                  **{"flux2_ds.lora": settings})  # fmt: skip
     with pytest.raises(UserError, match=r"is damaged: its metadata .* rank 5"):
         settings_of_file("lora.init_from", path, SPEC)
+    for metadata in (
+        {"flux2_ds.lora": "x"},
+        {"flux2_ds.lora": '{"rank": "a"}'},
+        {"lora_adapter_metadata": "[]"},
+        {
+            "lora_adapter_metadata": '{"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"(": 3}}'
+        },
+    ):
+        path = write(tmp_path / "b.safetensors", diffusers_tensors(adapter_of(Lora())), **metadata)
+        with pytest.raises(UserError, match="has metadata or an alpha that cannot be read"):
+            settings_of_file("lora.init_from", path, SPEC)
     for content in (b"", b"run_dir: x\nsteps: 3\n", b"\2\0\0\0\0\0\0\0{}}"[:9]):
         (tmp_path / "c").write_bytes(content)
         with pytest.raises(UserError, match="is no safetensors file"):

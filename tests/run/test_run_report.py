@@ -43,6 +43,7 @@ LOG = """\
 == 2026-03-02 08:00:00 process 9 on node01
 08:00:05 continuing after step 20 from run/checkpoints/step_00000020
 08:10:00 memory     peak 20.0 GiB, predicted 21.0 GiB (+5 %)
+08:09:59 warning: of another thread
 08:10:01 done in 0:10:01
 """
 
@@ -131,6 +132,8 @@ def test_the_page_says_what_happened(tmp_path):
         "Mar 02, 00:00:30 stopped by SIGTERM after step 20",  # past midnight
         "Mar 02, 08:00:00 started again on node01",
         "Mar 02, 08:00:05 continuing after step 20",
+        "Mar 02, 08:09:59 of another thread",  # which is a moment late, not on the next day
+        "Mar 02, 08:10:01 done in 0:10:01",
         "rank 1: https://store.example/s next try in 2 s",
         "batch.global_size 4 8",
         "export/cats.safetensors 0.0 MB ComfyUI",

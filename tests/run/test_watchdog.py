@@ -32,6 +32,10 @@ with watchdog.Watchdog(logs, rank, 2, hang_timeout_s=hang_timeout_s) as me:
     exec(program)
 """
 WAITS = "time.sleep(60)"
+NO_LINKS = """
+def refused(*_): raise PermissionError(1, 'a file system without hard links')
+Path.hardlink_to = refused
+"""
 LOSES = "time.sleep(0.1); raise RuntimeError('[gloo/pair.cc] Connection closed by peer')"
 
 
@@ -55,9 +59,10 @@ def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]
     return [process.returncode for process in processes], outputs
 
 
-@pytest.mark.parametrize("other", [WAITS, LOSES])
-def test_the_first_cause_alone_reaches_the_console(tmp_path, other):
-    codes, (first, second) = ended(pair(tmp_path, other, "raise ValueError('a bad shard')"))
+@pytest.mark.parametrize(("other", "prelude"), [(WAITS, NO_LINKS), (LOSES, "")])
+def test_the_first_cause_alone_reaches_the_console(tmp_path, other, prelude):
+    fails = f"{prelude}raise ValueError('a bad shard')"
+    codes, (first, second) = ended(pair(tmp_path, other, fails))
     assert codes == [1, 1]
     assert first == ""  # the process that only lost its peer
     assert second.startswith("Traceback")
@@ -69,10 +74,10 @@ def test_the_first_cause_alone_reaches_the_console(tmp_path, other):
 
 
 def test_a_user_error_is_one_line_from_all_processes_together(tmp_path):
-    refuse = "raise UserError('data.shards x is wrong')"
+    refuse = r"raise UserError('data.shards x\udcff is wrong')"  # a byte of a file's name that is no UTF-8
     codes, outputs = ended(pair(tmp_path, refuse, refuse))
     assert codes == [2, 2]
-    assert "".join(outputs) == "error: data.shards x is wrong\n"
+    assert "".join(outputs) == "error: data.shards x\\udcff is wrong\n"
 
 
 def test_an_outage_is_one_line_that_a_restart_may_mend(tmp_path):

@@ -26,7 +26,7 @@ from flux2_ds.config.recipe import Checkpoint, Data, Log, Model, Recipe, Validat
 from flux2_ds.data.loader import MicroBatch
 from flux2_ds.data.order import Sample
 from flux2_ds.distributed import Process
-from flux2_ds.errors import UserError
+from flux2_ds.errors import OutageError, UserError
 from flux2_ds.run.metrics import Metrics, read_metrics
 from flux2_ds.run.run_dir import is_finished, stale, validation_history
 from flux2_ds.train import run_steps
@@ -344,10 +344,17 @@ def test_what_cannot_be_written_down_does_not_end_a_run_that_skips(tmp_path, cap
     (tmp_path / "nonfinite").touch()  # no folder can be made
     assert run_loop(tmp_path, StandIn([1.0] * 3, [1.0, math.nan, 1.0]), 3, policy="skip")
     assert "What was in it could not be written: [Errno 17]" in caplog.text
+    away = Mock(side_effect=OutageError("the store is away"))
+    stops = NonFinite(tmp_path / "other", "stop", False, away, rank=0)
+    with pytest.raises(
+        UserError, match=r"norm is nan at step 3.* not be written: the store is away"
+    ):
+        stops.check(math.nan, 3, [BATCH], [torch.ones(())])
 
 
 def test_old_checkpoints_that_stay_do_not_end_a_run(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(manager, "remove_old", Mock(side_effect=OSError(39, "not empty")))
+    failures = [OSError(39, "not empty"), UserError("checkpoints cannot be read")]
+    monkeypatch.setattr(manager, "remove_old", Mock(side_effect=failures))
     assert run_loop(tmp_path, StandIn([1.0] * 4), 4, save_every=2)
     assert saved(tmp_path) == [2, 4]
     assert caplog.text.count("old checkpoints cannot be removed") == 2

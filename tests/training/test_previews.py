@@ -111,10 +111,16 @@ def test_processes_divide_the_prompts_and_make_as_many_passes(previews, tmp_path
 
 
 def test_the_overview_has_the_first_and_the_last_step(previews, tmp_path, monkeypatch):
-    monkeypatch.setattr(Previews, "_render", lambda self, step, paths: None)
+    monkeypatch.setattr(Previews, "_render", lambda self, step, paths: save(paths))
+
+    def save(paths: list[Path]) -> None:
+        paths[0].parent.mkdir(parents=True)
+        paths[0].touch()
+
     columns = Mock(return_value=Image.new("RGB", (8, 8)))
     monkeypatch.setattr(preview, "grid", columns)
     made = previews()
+    (tmp_path / "run" / "previews" / "step_00000002.keep").mkdir(parents=True)  # the user's
     for step in range(0, 40, 2):
         made.render(step)
     titles = columns.call_args.args[1]
@@ -126,7 +132,7 @@ def test_the_overview_has_the_first_and_the_last_step(previews, tmp_path, monkey
     "failure", [torch.OutOfMemoryError("no room"), OSError(28, "No space left")]
 )
 def test_what_goes_wrong_ends_a_run_only_before_its_first_step(
-    previews, monkeypatch, caplog, failure
+    previews, tmp_path, monkeypatch, caplog, failure
 ):
     monkeypatch.setattr(preview, "render", Mock(side_effect=failure))
     with pytest.raises(UserError, match=r"previews of 96x64 cannot be made \(.*preview\.every"):
@@ -135,6 +141,13 @@ def test_what_goes_wrong_ends_a_run_only_before_its_first_step(
         previews().render(4)
     assert "step 4: previews of 96x64 cannot be made" in caplog.text
     assert previews()._engine.model.training
+    # A disk on which no folder can be made, as a file in its place: other ranks need this one's passes.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").touch()
+    passes = Mock(return_value=Image.new("RGB", (96, 64)))
+    monkeypatch.setattr(preview, "render", passes)
+    previews().render(6)
+    assert passes.call_count == len(PROMPTS) and "step 6: previews of 96x64" in caplog.text
 
 
 def test_what_cannot_be_previewed_is_refused_before_the_model_is_loaded(tmp_path):

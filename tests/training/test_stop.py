@@ -25,6 +25,10 @@ def test_a_stop_file_is_seen_once_and_by_rank_0(tmp_path):
     stop.file.touch()  # by hand
     assert stop.seen(RANK0)
     assert stop.reason == "stop"
+    stop.file.write_bytes(b"\xff")
+    assert stop.seen(RANK0) and not stop.file.exists()
+    stop.file.mkdir()  # what cannot be read ends no run
+    assert not other.seen(RANK0)
 
 
 def test_a_stop_file_of_an_earlier_run_is_removed(tmp_path, monkeypatch):

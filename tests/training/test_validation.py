@@ -1,6 +1,7 @@
 """The loss on held-out samples: each counts once, whatever the buckets, the batch and the processes."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,6 +174,8 @@ def test_the_gain_is_what_the_adapter_takes_off_the_same_samples(held_out, monke
         ([3, 2, 4, 1], 2, False),
         ([3, 3], 2, False),
         ([], 1, False),
+        ([math.nan, 3, math.nan], 1, True),
+        ([math.nan, 3, 2], 1, False),
     ],
 )
 def test_the_loss_is_stale_after_evaluations_without_a_lower_one(losses, patience, ends):
