@@ -28,6 +28,7 @@ from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.dataset import (
     build_order,
     check_run,
+    data_warnings,
     in_steps,
     length_line,
     mask_and_reference_lines,
@@ -175,9 +176,12 @@ def data_lines(recipe: Recipe, data: tuple[Index, Index] | None) -> list[str]:
     order = build_order(recipe, index)
     lines = [
         f"data       {counted(index.samples, 'sample')}, {length_line(recipe, order)}",
-        *order.warnings(),
     ]
-    more = [*index.stored_lines(), *mask_and_reference_lines(recipe, index)]
+    more = [
+        *data_warnings(recipe, order, validation),
+        *index.stored_lines(),
+        *mask_and_reference_lines(recipe, index),
+    ]
     lines += [f"           {line}" for line in more]
     return lines + [f"held out   {validation_line(recipe, validation)}"] * bool(validation.samples)
 

@@ -243,7 +243,7 @@ def check_cache(findings: Findings, recipe: Recipe) -> bool:
         findings.warn(
             "model",
             f"{name} is not on this host; the first start fetches it",
-            f"hf download {name} (for a gated model after `hf auth login`)",
+            f"hf download {name} --include model_index.json --include '*/*' (a gated model: after `hf auth login`)",
         )
     return isinstance(cached, str)
 

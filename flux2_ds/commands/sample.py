@@ -55,7 +55,7 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.validate import check_recipe
 from flux2_ds.data.images import check_format
 from flux2_ds.engine.streamed_base import streamed_base
-from flux2_ds.errors import UserError, run_root
+from flux2_ds.errors import UserError, counted, run_root
 from flux2_ds.model import transformer
 from flux2_ds.model.activation_checkpointing import blocks_of
 from flux2_ds.model.adapter_layouts import Adapter
@@ -128,7 +128,9 @@ def main() -> None:
         "strengths": request.strengths, **({"merged": merges(recipe.lora)} if merged else {}),
     })  # fmt: skip
     log.info(
-        "encoding   %d prompts by the text encoder of %s", len(recipe.preview.prompts), directory
+        "encoding   %s by the text encoder of %s",
+        counted(len(recipe.preview.prompts), "prompt"),
+        directory,
     )
     with enough_memory(recipe, TEXT):
         prompts = encode_prompts(recipe, spec, directory, text_device)

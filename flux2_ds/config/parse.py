@@ -271,6 +271,7 @@ def _in_one_line(message: str, parser: ArgumentParser) -> str:
     if value and rules:
         line = f"{value[1]} is {shown(value[2])}; it must be {' or '.join(rules)}."
         line += did_you_mean(value[2], " ".join(rules).replace(",", "").split())
+        line += " Put text with a colon in quotes." * (rules == ["text"] and value[2][0] == "{")
     if missing := re.search(r"arguments are required: (.*)", line):
         line = (
             f"not given: {missing[1]}. A preset such as character.yaml, or a file of your own, adds to the recipe of a "
@@ -307,8 +308,7 @@ def _check_file(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path} is no YAML at line {line}: {error.problem}.") from error
+        raise UserError(f"{path} is no YAML at {_what_is_wrong(error, text)}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(root, yaml.MappingNode):
@@ -325,8 +325,33 @@ def _check_file(path: Path) -> None:
     inside = [
         (name, value.value) for name, value in settings if isinstance(value, yaml.MappingNode)
     ]
-    nested = [f"{name}.{key.value}" for name, pairs in inside for key, _ in pairs]
-    _refuse_renamed([name for name, _ in settings] + nested, str(path))
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    for name, pairs in inside:
+        if name in _SECTIONS:
+            lines |= {f"{name}.{key.value}": key.start_mark.line + 1 for key, _ in pairs}
+    _refuse_renamed(lines, str(path))
+    known = [*_SECTIONS, *settings_of(Recipe)]
+    for name, line in lines.items():
+        if name not in known:
+            near = did_you_mean(name, known) or " docs/recipes.md has all of them."
+            raise UserError(f"{path} has {shown(name)} at line {line}, which is no setting.{near}")
+
+
+def _what_is_wrong(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Where YAML stops reading, why, and what to do where that is mostly the same."""
+    mark = error.problem_mark
+    if mark is None:
+        return f"line 1: {error.problem}."
+    at = f"line {mark.line + 1}: "
+    character = text.splitlines()[mark.line : mark.line + 1]
+    sign = character[0][mark.column : mark.column + 1] if character else ""
+    if "cannot start any token" in str(error.problem):
+        tab = sign == "\t"
+        return at + (
+            "a tab. Indent with blanks." if tab else f"put text that begins with {sign} in quotes."
+        )
+    hint = " Put text with a colon in quotes; what stands side by side is indented alike."
+    return f"{at}{error.problem}.{hint * ('mapping values' in str(error.problem))}"
 
 
 def _check_nodes(root: yaml.Node, path: Path) -> None:
@@ -354,10 +379,11 @@ def _check_nodes(root: yaml.Node, path: Path) -> None:
                 raise UserError(
                     f"{path} has something else than a name before the colon at line {line}."
                 )
-            if lines.setdefault(key.value, line) != line:
+            if key.value in lines:
                 raise UserError(
                     f"{path} has {shown(key.value)} twice, at lines {lines[key.value]} and {line}. Put both into one."
                 )
+            lines[key.value] = line
             nodes.append(value)
 
 

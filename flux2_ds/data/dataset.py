@@ -129,6 +129,18 @@ def length_line(recipe: Recipe, order: Order) -> str:
     )
 
 
+def data_warnings(recipe: Recipe, order: Order, held_out: Index) -> list[str]:
+    """What a user should know of the prepared data, for people."""
+    fraction, found = recipe.data.validation_fraction, order.warnings()
+    if fraction and not held_out.samples:
+        found.append(
+            f"data.validation_fraction is {fraction:g}, but no image is held out: there is no validation loss, and "
+            "validation.patience and checkpoint.keep_best do nothing. For one, prepare with a larger fraction into a "
+            "new data.shards"
+        )
+    return found
+
+
 def validation_line(recipe: Recipe, held_out: Index) -> str:
     """What is held out and when its loss is computed, for people."""
     validation = recipe.validation

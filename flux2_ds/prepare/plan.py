@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import shutil
 from bisect import bisect_left
@@ -136,6 +137,7 @@ def plan_shards(recipe: Recipe, usable: Usable, spec: Spec, contents: dict[str, 
                 data.images if isinstance(data.images, str) else data.images[source]
             )
     warn_of_flips(images)
+    warn_of_validation([each.image for each in (*images, *comparison.kept)], data)
     claim_contents(folder, contents)
     jobs = group_into_shards(images, manifests, data)
     plan = Plan(jobs, manifests, images, comparison, skipped, usable.unused)
@@ -310,8 +312,25 @@ def _sizes(image: SourceImage) -> list[tuple[int, int]] | str:
 
 def is_held_out(image: SourceImage, fraction: float) -> bool:
     """Whether an image is for validation: a function of its name, whatever else there is."""
+    return _draw(image) < fraction * 2**64
+
+
+def _draw(image: SourceImage) -> int:
     digest = hashlib.sha256(f"held out|{image.name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big")
+
+
+def warn_of_validation(images: list[SourceImage], data: Data) -> None:
+    """Say that none of so few images is held out, as long as another fraction costs nothing."""
+    least = math.ceil((min(map(_draw, images)) + 1) / 2**64 * 100) / 100
+    fraction = data.validation_fraction
+    if fraction and not data.more_shards and not any(is_held_out(i, fraction) for i in images):
+        log.warning(
+            "data.validation_fraction is %g, but none of %s is held out (each name decides for itself), so there will be "
+            "no validation loss. %s Another fraction needs a new data.shards.",
+            fraction, counted(len(images), "image"),
+            f"From {least:g} on one is." if least <= 0.5 else "More images would help.",
+        )  # fmt: skip
 
 
 def group_into_shards(

@@ -20,6 +20,7 @@ from flux2_ds.config.recipe import Recipe
 from flux2_ds.data.dataset import (
     build_order,
     check_run,
+    data_warnings,
     length_line,
     mask_and_reference_lines,
     read_data,
@@ -113,7 +114,7 @@ def log_plan(inputs: Inputs) -> None:
             f", {repeated} places repeat a sample" if repeated else "",
             extra=FILE_ONLY,
         )
-    for line in order.warnings():
+    for line in data_warnings(plan.recipe, order, inputs.held_out):
         log.warning(line)
     if inputs.held_out.samples:
         log.info("held out   %s", validation_line(plan.recipe, inputs.held_out), extra=FILE_ONLY)

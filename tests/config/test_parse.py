@@ -144,6 +144,7 @@ def test_option_of_a_command_or_of_deepspeeds_launcher_is_not_in_the_recipe(tmp_
         ({"method": "loar"}, "Did you mean lora?"),
         ({"lora": {"rnak": 3}}, "Did you mean lora.rank?"),
         ({"data": 3}, "data is no section"),
+        ({"preview": {"prompts": [{"a photo": "b"}]}}, "must be text. Put text with a colon"),
     ],
 )
 def test_wrong_file_is_refused_by_name(tmp_path, changes, named):
@@ -197,6 +198,13 @@ def test_missing_file_is_named(tmp_path):
         (b"#" * 70_000, "has more than 64 KiB"),
         (b"lora: {rank: 3}\nsteps: 4\nlora: {alpha: 3}\n", "has lora twice, at lines 1 and 3"),
         (b"data:\n  images: a\n  shards: b\n  images: c\n", "has images twice, at lines 2 and 4"),
+        (b"data: {images: a, images: b}", "has images twice, at lines 1 and 1"),
+        (b"lora:\n\trank: 4\n", "is no YAML at line 2: a tab. Indent with blanks"),
+        (b"a: 1\nname: @cat\n", "is no YAML at line 2: put text that begins with @ in quotes"),
+        (b"preview:\n  prompts:\n   - a: b: c\n", "is no YAML at line 3: .* colon in quotes"),
+        (b"optimiser: {eps: 1}\n", "has optimiser at line 1, .* Did you mean optimizer?"),
+        (b"steps: 3\nlora:\n  rnak: 3\n", "has lora.rnak at line 3, .* Did you mean lora.rank?"),
+        (b"network_dim: 4\n", "has network_dim at line 1, which is no setting. docs/recipes.md"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):

@@ -410,15 +410,19 @@ def test_plan_prints_the_length(recipe, tmp_path, monkeypatch, capsys, prepared,
     assert words in capsys.readouterr().out
 
 
-def test_plan_names_a_bucket_that_fills_no_batch(recipe, tmp_path, monkeypatch, capsys):
+def test_plan_names_a_bucket_that_fills_no_batch_and_that_nothing_is_held_out(
+    recipe, tmp_path, monkeypatch, capsys
+):
     prepare(tmp_path)
     sizes = {"x.tar": (Bucket(32, 32), 29), "y.tar": (Bucket(32, 64), 1)}
     for name in sizes:
         (tmp_path / "shards" / name).write_bytes(b"12345")
     shards = [Shard(name, *size, 5, "") for name, size in sizes.items()]
     write_index(tmp_path / "shards", Index("klein", 8, {}, {}, shards))
-    call(monkeypatch, "plan", "--config", recipe)
-    assert "bucket 64x32 has 1 of 30 samples (3.3%)" in capsys.readouterr().out
+    call(monkeypatch, "plan", "--config", recipe, "--data.validation_fraction", "0.1")
+    said = capsys.readouterr().out
+    assert "bucket 64x32 has 1 of 30 samples (3.3%)" in said
+    assert "validation_fraction is 0.1, but no image is held out" in said
 
 
 def test_what_plan_offers_is_flags_that_fit(recipe, tmp_path, monkeypatch, capsys):

@@ -489,6 +489,17 @@ def test_what_is_held_out_stays_so_when_data_is_added(model, photos, tmp_path):
     assert all(plan.is_held_out(e, 0.4) for e in names if plan.is_held_out(e, 0.3))
 
 
+def test_few_images_of_which_none_is_held_out_are_warned_of(caplog):
+    images = [SourceImage("images", f"{n}.png", "", (), Blob("")) for n in range(9)]
+    plan.warn_of_validation(images, Data(images="", shards="", validation_fraction=0.02))
+    (least,) = re.findall(r"none of 9 images .* From (0\.\d+) on one is", caplog.text)
+    caplog.clear()
+    plan.warn_of_validation(images, Data(images="", shards="", validation_fraction=float(least)))
+    plan.warn_of_validation(images, Data(images="", shards=""))
+    assert not caplog.text
+    assert sum(plan.is_held_out(image, float(least)) for image in images) == 1
+
+
 def test_images_in_tars(model, photos, tmp_path):
     tar = tmp_path / "raw.tar"
     with tarfile.open(tar, "w") as out:
