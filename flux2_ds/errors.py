@@ -51,6 +51,10 @@ class OutageError(UserError):
     code = EXIT_FAILURE
 
 
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading JSON or YAML, and the values in it, raises where a file is not ours or damaged."""
+
+
 class Arguments(argparse.ArgumentParser):
     """The command line of a command that takes no recipe; its faults are a `UserError`."""
 

@@ -23,7 +23,7 @@ import torch
 
 from flux2_ds.checkpoint.tensor_store import File, TensorShard, TensorStore, files_of, write
 from flux2_ds.distributed import Process, all_gather_object
-from flux2_ds.errors import UserError
+from flux2_ds.errors import MALFORMED, UserError
 from flux2_ds.run.run_dir import STATE_NAME, step_folders
 
 _READERS = 8
@@ -122,7 +122,7 @@ def verify(checkpoint: Checkpoint) -> str | None:
             f"{error.filename} cannot be read ({error.strerror}). Correct its owner or its disk, or give "
             "another run_dir."
         ) from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         return f"{STATE_NAME} cannot be read ({error!r})"
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from flux2_ds.config.adapter import ADAPTER_FIELDS, adapted_linears, common_factor, kronecker
 from flux2_ds.config.model_spec import TARGETS, Spec, linear_shapes, target_modules
 from flux2_ds.config.recipe import Lora
-from flux2_ds.errors import UserError, shown
+from flux2_ds.errors import MALFORMED, UserError, shown
 
 BFL_DOUBLE = {
     "attn.to_q": ("img_attn.qkv", 0),
@@ -176,7 +176,7 @@ def settings_of_file(setting: str, path: str, spec: Spec | None) -> FileSettings
         raise UserError(f"{setting} {path} is no adapter {of}: {wrong}. Name another file.")
     try:
         return _decided(setting, path, found, tensors, metadata, spec, model)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (*MALFORMED, re.error) as error:
         raise UserError(
             f"{setting} {path} has metadata or an alpha that cannot be read ({error!r}). Name another file."
         ) from error
@@ -334,7 +334,7 @@ def _header(setting: str, path: str) -> tuple[dict[str, _Tensor], dict[str, str]
         raise UserError(
             f"{setting} {path} cannot be read ({error.strerror}). Correct the path."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"{setting} {path} is no safetensors file ({error}). Name another."
         ) from error

@@ -14,34 +14,19 @@ from flux2_ds.errors import UserError
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is timed, and what is told of it."""
     add = parser.add_argument
-    add(
-        "--width",
-        type=int,
-        default=None,
-        help="Of the images, in px. Default: the recipe's largest.",
-    )
-    add(
-        "--height",
-        type=int,
-        default=None,
-        help="Of the images, in px. Default: the recipe's largest.",
-    )
+    for side in ("--width", "--height"):
+        add(side, type=int, help="Of the images, in px. Default: the recipe's largest.")
     add("--measure", type=int, default=10, help="Steps in a row that are timed, three times.")
     add("--warm-up", type=int, default=3, help="Steps before them.")
-    add("--card", type=float, default=None, help="Use no more than so many GiB of each card.")
+    add("--card", type=float, help="Use no more than so many GiB of each card.")
     add(
         "--against",
         choices=["diffusers", "bare"],
         help="Also time the loop of diffusers' example, or the same step without DeepSpeed, on one GPU.",
     )
-    add(
-        "--profile",
-        type=str,
-        default=None,
-        help="Write a trace of rank 0 here; list its costliest kernels.",
-    )
+    add("--profile", help="Write a trace of rank 0 here; list its costliest kernels.")
     add("--json", action="store_true", help="Print one JSON object.")
-    add("--result", type=str, default=None, help="Write that JSON object here, too.")
+    add("--result", help="Write that JSON object here, too.")
 
 
 def bench_bucket(options: Any, recipe: Recipe) -> Bucket:

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterable
 from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from flux2_ds.config.recipe import IN_EPOCHS, Recipe
-from flux2_ds.config.settings import PATH, flat, help_of, settings_of
+from flux2_ds.config.settings import PATH, flat, settings_of
 from flux2_ds.errors import USER_INFO, UserError, did_you_mean, shown
 
 RENAMED = {
@@ -65,7 +65,8 @@ class RecipeParser(ArgumentParser):
             if action.dest in settings_of(Recipe):
                 action.help = settings_of(Recipe)[action.dest].help
         for name, group in (self.groups or {}).items():
-            group.title = help_of(Recipe).get(name, str(group.title)).rstrip(".")
+            owner = settings_of(Recipe)[_SECTIONS.get(name, "seed")].owner
+            group.title = _first_sentence(" ".join(str(owner.__doc__).split()))
         return str(super().format_help(*given))
 
     def dump(self, cfg: Namespace, **options: Any) -> str:
@@ -117,7 +118,7 @@ def parse_recipe(parser: ArgumentParser, argv: list[str] | None = None) -> tuple
         (word[2:].partition("=")[0] for word in argv if word[:2] == "--"), "the command line"
     )
     options = parser.parse_args(argv)
-    _refuse_empty(options, Recipe)
+    _refuse_empty(options)
     _choose_length(options, given_settings(argv))
     _expand_home(options)
     names = [item.name for item in dataclasses.fields(Recipe)]
@@ -172,7 +173,7 @@ def _choose_length(options: Namespace, given: dict[str, str]) -> None:
                 "Leave out one of them."
             )
         earlier = min(epochs, steps, key=order.index)
-        options[earlier] = settings_of(Recipe)[earlier].field.default
+        options[earlier] = settings_of(Recipe)[earlier].default
 
 
 def _with_files(argv: list[str]) -> list[str]:
@@ -235,14 +236,24 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped_directory("recipes").glob("*.yaml"))}
 
 
-def recipe_lines() -> list[str]:
+def recipe_purposes() -> dict[str, str]:
     """What each shipped recipe is for: the first sentence of its file."""
-    lines = []
+    purposes = {}
     for name, path in shipped_recipes().items():
-        comments = takewhile(lambda line: line.startswith("# "), path.read_text().splitlines())
-        text = " ".join(line.removeprefix("# ") for line in comments)
-        lines.append(f"{name:24} {text.partition('. ')[0]}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = takewhile(lambda line: line.startswith("# "), lines)
+        purposes[name] = _first_sentence(" ".join(line.removeprefix("# ") for line in comment))
+    return purposes
+
+
+def recipe_lines() -> list[str]:
+    """The shipped recipes, for people."""
+    lines = [f"{name:24} {purpose}" for name, purpose in recipe_purposes().items()]
     return [*lines, f"The files are in {shipped_directory('recipes')}."]
+
+
+def _first_sentence(text: str) -> str:
+    return text.partition(". ")[0].rstrip(".")
 
 
 _WORDS = {
@@ -396,14 +407,11 @@ def _refuse_renamed(names: Iterable[str], where: str) -> None:
                 raise UserError(f"{old}, in {where}, is gone: {GONE[old]}. Leave it out.")
 
 
-def _refuse_empty(settings: Any, kind: type, within: str = "") -> None:
+def _refuse_empty(settings: Namespace) -> None:
     """Refuse null where a setting must have a value; jsonargparse lets it pass in files."""
-    for name, hint in get_type_hints(kind).items():
-        value, known = settings[name], f"{within}{name}"
-        if value is None and type(None) not in get_args(hint):
-            raise UserError(f"{known} is empty (null). Give its value, or remove the line.")
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            _refuse_empty(value, hint, f"{known}.")
+    for name, setting in settings_of(Recipe).items():
+        if settings[name] is None and type(None) not in get_args(setting.hint):
+            raise UserError(f"{name} is empty (null). Give its value, or remove the line.")
 
 
 def _expand_home(settings: Namespace) -> None:

@@ -537,33 +537,19 @@ class Recipe:
     accept_changes: Annotated[bool, MAY_CHANGE] = False
     """Continue a run although the recipe differs from the one it was started with."""
     model: Model
-    """The FLUX.2 model to start from."""
     data: Data
-    """Images and the shards made of them."""
     captions: Annotated[Captions, MAY_CHANGE] = field(default_factory=Captions)
-    """The texts that are made of the captions."""
     prepare: Annotated[Prepare, MAY_CHANGE] = field(default_factory=Prepare)
-    """How `prepare` encodes."""
     lora: Lora = field(default_factory=Lora)
-    """The adapter, with any `method` but `full`."""
     batch: Batch = field(default_factory=Batch)
-    """Batch arithmetic."""
     objective: Objective = field(default_factory=Objective)
-    """Flow matching."""
     preservation: Preservation = field(default_factory=Preservation)
-    """Keep what the model knew."""
     optimizer: Optimizer = field(default_factory=Optimizer)
-    """The optimizer."""
     checkpoint: Annotated[Checkpoint, MAY_CHANGE] = field(default_factory=Checkpoint)
-    """Checkpoints."""
     log: Annotated[Log, MAY_CHANGE] = field(default_factory=Log)
-    """Console, metrics.jsonl, Weights & Biases and TensorBoard."""
     validation: Annotated[Validation, MAY_CHANGE] = field(default_factory=Validation)
-    """The loss on images that are not trained on."""
     preview: Annotated[Preview, MAY_CHANGE] = field(default_factory=Preview)
-    """Images of what is trained."""
     launch: Annotated[Launch, MAY_CHANGE] = field(default_factory=Launch)
-    """Where the recipe runs."""
 
 
 IN_EPOCHS = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from flux2_ds.config.parse import shipped_recipes
+from flux2_ds.config.parse import recipe_purposes
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.settings import MayChange, Range, Setting, settings_of
 
@@ -36,10 +35,8 @@ _WORDS = {bool: "true, false", int: "integer", float: "number", str: "text", typ
 def page() -> str:
     """The page in Markdown."""
     text = _INTRO
-    for name, path in shipped_recipes().items():
-        comment = re.match(r"(?:# .*\n)+", path.read_text())
-        first = comment[0].replace("# ", "").replace("\n", " ") if comment else ""
-        text += f"| [`{name}`](../recipes/{name}.yaml) | {first.partition('. ')[0].strip().rstrip('.')} |\n"
+    for name, purpose in recipe_purposes().items():
+        text += f"| [`{name}`](../recipes/{name}.yaml) | {purpose} |\n"
     section = None
     for setting in sorted(settings_of(Recipe).values(), key=lambda s: "." in s.name):
         if setting.owner is not section:
@@ -64,15 +61,10 @@ def _row(setting: Setting) -> tuple[str, str, str, str]:
 
 
 def _default(setting: Setting) -> str:
-    field = setting.field
-    if field.default is not dataclasses.MISSING:
-        value: Any = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
+    if setting.default is dataclasses.MISSING:
         return "required"
-    value = list(value) if isinstance(value, tuple) else value
-    shown = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n")
+    text = yaml.safe_dump(setting.default, default_flow_style=True, width=1000)
+    shown = text.removesuffix("...\n")
     return f"`{shown.strip()}`"
 
 

@@ -77,6 +77,13 @@ class Setting:
         """What its docstring says."""
         return help_of(self.owner).get(self.field.name, "")
 
+    @property
+    def default(self) -> Any:
+        """As YAML has it; `dataclasses.MISSING` of a setting that must be given."""
+        make, value = self.field.default_factory, self.field.default
+        value = value if make is dataclasses.MISSING else make()
+        return list(value) if isinstance(value, tuple) else value
+
 
 @cache
 def help_of(kind: type) -> dict[str, str]:

@@ -71,7 +71,7 @@ def _saving_problems(recipe: Recipe) -> Iterator[str]:
         )
     for names in IN_EPOCHS.items():  # the parser keeps the one that is given last
         in_epochs, in_steps = (attrgetter(name)(recipe) for name in names)
-        if in_epochs is not None and in_steps != settings_of(Recipe)[names[1]].field.default:
+        if in_epochs is not None and in_steps != settings_of(Recipe)[names[1]].default:
             yield (
                 f"{names[0]} is {in_epochs:g} and {names[1]} is {in_steps}. Leave out one of them."
             )

@@ -150,10 +150,7 @@ def validation_line(recipe: Recipe, held_out: Index) -> str:
 
 
 def check_run(
-    recipe: Recipe,
-    data: tuple[Index, Index] | None,
-    spec: Spec | None,
-    directory: Path | None,
+    recipe: Recipe, data: tuple[Index, Index] | None, spec: Spec | None, directory: Path | None
 ) -> None:
     """Refuse what a training cannot start with. All that start one ask this, before processes start or in each.
 
@@ -165,10 +162,7 @@ def check_run(
 
 
 def run_checks(
-    recipe: Recipe,
-    data: tuple[Index, Index] | None,
-    spec: Spec | None,
-    directory: Path | None,
+    recipe: Recipe, data: tuple[Index, Index] | None, spec: Spec | None, directory: Path | None
 ) -> dict[str, Callable[[], object]]:
     """The checks of `check_run` by what they look at, for those that report each."""
     checks: dict[str, Callable[[], object]] = {

@@ -16,7 +16,7 @@ from typing import Any
 from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.recipe import is_url
 from flux2_ds.data.storage import Blob, join
-from flux2_ds.errors import OutageError, UserError, counted
+from flux2_ds.errors import MALFORMED, OutageError, UserError, counted
 from flux2_ds.run.atomic import atomic_write_text
 
 FORMAT = 4
@@ -188,7 +188,7 @@ def encoded_prompts(folder: str) -> set[str]:
         raise
     except UserError:
         return set()
-    except (ValueError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"{path} is damaged ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
         ) from error
@@ -219,7 +219,7 @@ def parse_index(content: bytes, path: str) -> Index:
             Part(**value.get("conditioning", {"offset": 0, "size": 0, "xxh3": ""})),
             value.get("text_dtype", ""),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:
         raise UserError(f"{path} lists no samples. Prepare the shards again.")

@@ -112,19 +112,11 @@ class Loader:
         pinned: bool = False,
         fetch: Fetch = Blob.view,
     ) -> None:
-        self._folder = str(folder)
-        self._index = index
-        self._order = order
-        self._share = share
-        self._seed = seed
-        self._caption_dropout = caption_dropout
-        self._empty_text = empty_text
-        self._reference_dropout = reference_dropout
-        self._masked = masked
+        self._folder, self._index, self._order, self._share = str(folder), index, order, share
+        self._seed, self._masked, self._empty_text = seed, masked, empty_text
+        self._caption_dropout, self._reference_dropout = caption_dropout, reference_dropout
         self._preservation, self._prompts = preservation, prompts
-        self._threads = num_workers
-        self._pinned = pinned
-        self._fetch = fetch
+        self._threads, self._pinned, self._fetch = num_workers, pinned, fetch
         self._lock = threading.Lock()
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()

@@ -51,7 +51,7 @@ from flux2_ds.data.index import (
     Shard,
 )
 from flux2_ds.data.storage import Blob, DamagedError, join
-from flux2_ds.errors import UserError
+from flux2_ds.errors import MALFORMED, UserError
 from flux2_ds.run.atomic import atomic_path
 
 LATENT, TEXT, META = "latent.safetensors", "text.safetensors", "json"
@@ -384,7 +384,7 @@ def read_prompts(folder: str, prompts: Iterable[str], text_width: int) -> dict[s
             if text.shape != (TEXT_TOKENS, text_width):
                 raise ValueError(f"{prompt!r} has the shape {tuple(text.shape)}")
         return found
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (*MALFORMED, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be used ({error}). Remove it and run `flux2-ds prepare` again, which writes it anew."
         ) from error

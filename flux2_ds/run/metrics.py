@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_ds.config.recipe import Log
+from flux2_ds.errors import MALFORMED
 from flux2_ds.run.atomic import atomic_path, atomic_write_text
 from flux2_ds.run.logging import open_log
 from flux2_ds.run.tensorboard import TensorBoard
@@ -149,7 +150,7 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             record = dict(json.loads(line))
             float(record["step"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             damaged += line.endswith("\n")
         else:
             if line.endswith("\n"):

@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 import jinja2
 import yaml
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from flux2_ds.config.adapter import ADAPTER_KINDS
 from flux2_ds.config.recipe import Recipe
 from flux2_ds.config.settings import flat, settings_of
-from flux2_ds.errors import UserError, without_secrets
+from flux2_ds.errors import MALFORMED, UserError, without_secrets
 from flux2_ds.run.atomic import atomic_write_text
 from flux2_ds.run.metrics import METRICS_NAME, best_held_out, read_metrics
 from flux2_ds.run.run_dir import RECIPE_NAME, step_folders
@@ -68,17 +69,8 @@ LOSSES = {
 }
 _NO_CHART = r"step|data/epoch|data/repeats|optim/skipped_steps|perf/mfu_peak"
 PLAN = (
-    "variant",
-    "model",
-    "batch",
-    "steps",
-    "optimizer",
-    "engine",
-    "data",
-    "held out",
-    "parameters",
-    "blocks",
-    "ignored",
+    *("variant", "model", "batch", "steps", "optimizer", "engine"),
+    *("data", "held out", "parameters", "blocks", "ignored"),
 )
 """Lines of the log's start that say what was planned; each name takes ten columns."""
 _MEMORY = re.compile(r"memory +peak ([\d.]+) GiB, predicted ([\d.]+) GiB")
@@ -223,14 +215,11 @@ class RunReport:
 
     def settings(self) -> tuple[list[tuple[str, Any, Any]], list[tuple[str, Any]]]:
         """(name, value, default) of what differs from the defaults, and (name, value) of the rest."""
-        defaults, values = default_settings(), flat(self.recipe, Recipe)
-        different = [
-            (name, value, defaults.get(name))
-            for name, value in values.items()
-            if name not in defaults or defaults[name] != value
-        ]
-        changed = {name for name, _, _ in different}
-        return different, [(name, value) for name, value in values.items() if name not in changed]
+        values, known = flat(self.recipe, Recipe), settings_of(Recipe).items()
+        defaults = {n: s.default for n, s in known if s.default is not dataclasses.MISSING}
+        rest = [(n, value) for n, value in values.items() if n in defaults and defaults[n] == value]
+        same = dict(rest)
+        return [(n, values[n], defaults.get(n)) for n in values if n not in same], rest
 
     def charts(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """Title -> label -> points, in the order of `CHARTS`, then whatever else is a number."""
@@ -270,7 +259,7 @@ def write_page(run_dirs: list[Path], path: Path) -> Path:
             )
     try:
         page = render_page([read_run(run_dir) for run_dir in run_dirs])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, *MALFORMED) as error:
         where = ", ".join(map(str, run_dirs))
         raise UserError(f"a file in {where} is damaged ({error}). Restore it.") from error
     atomic_write_text(path, page)
@@ -453,17 +442,6 @@ def compared_frames(reports: list[RunReport]) -> list[tuple[str, list[tuple[Fram
     return [(p, [report.before_after.get(p) for report in reports]) for p in prompts]
 
 
-def default_settings() -> dict[str, Any]:
-    """Every setting that has a default, by its dotted name, as YAML has it."""
-    missing, found = dataclasses.MISSING, {}
-    for name, setting in settings_of(Recipe).items():
-        make, value = setting.field.default_factory, setting.field.default
-        if value is not missing or make is not missing:
-            value = value if make is missing else make()
-            found[name] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
 def as_text(value: Any) -> str:
     """A setting as one would type it; long lists and texts in full."""
     if value is None:
@@ -504,10 +482,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _safetensors_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, without torch; empty if there is none."""
+    """What a safetensors file says of itself; empty if there is none."""
     try:
-        with path.open("rb") as file:
-            header = file.read(min(int.from_bytes(file.read(8), "little"), 1 << 26))
-        return dict(json.loads(header).get("__metadata__", {}))
-    except (OSError, ValueError, AttributeError, TypeError):
+        with safe_open(path, "np") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
         return {}

@@ -23,7 +23,7 @@ from flux2_ds.config.model_spec import known_spec
 from flux2_ds.config.plan import Plan
 from flux2_ds.config.recipe import Lora, Recipe, recipe_values
 from flux2_ds.config.settings import changes
-from flux2_ds.errors import OutageError, UserError
+from flux2_ds.errors import MALFORMED, OutageError, UserError
 from flux2_ds.run.atomic import PARTIAL, atomic_write_text, no_follow
 
 log = logging.getLogger("flux2_ds")
@@ -35,14 +35,8 @@ _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safeten
 INITIAL_ADAPTER = "initial_adapter.safetensors"
 """With `lora.init: pissa` or `olora`: what the adapter began as, which is not in the base."""
 _BEFORE_A_RUN = {
-    INITIAL_ADAPTER,
-    ".lock",
-    ".launcher.lock",
-    "stop",
-    "logs",
-    "deepspeed.json",
-    "versions.json",
-    RECIPE_NAME,
+    *(INITIAL_ADAPTER, ".lock", ".launcher.lock", "stop", "logs"),
+    *("deepspeed.json", "versions.json", RECIPE_NAME),
 }
 """What a start that was refused or killed may leave."""
 Weights = Literal["trained", "ema"]
@@ -97,15 +91,7 @@ def _reading(stored: Path) -> Iterator[None]:
     """Refuse a recipe of the run's own that cannot be read or is damaged."""
     try:
         yield
-    except (
-        OSError,
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ) as error:
+    except (OSError, yaml.YAMLError, *MALFORMED) as error:
         raise UserError(
             f"{stored} is damaged ({error!r}). Restore it, or give a new run_dir."
         ) from error

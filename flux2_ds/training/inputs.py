@@ -29,10 +29,7 @@ from flux2_ds.data.dataset import (
 from flux2_ds.data.index import Index
 from flux2_ds.data.order import Order
 from flux2_ds.data.shards import read_conditioning
-from flux2_ds.distributed import (
-    Process,
-    broadcast_from_rank0,
-)
+from flux2_ds.distributed import Process, broadcast_from_rank0
 from flux2_ds.errors import UserError, counted
 from flux2_ds.run.logging import FILE_ONLY
 from flux2_ds.run.metrics import METRICS_NAME, read_metrics

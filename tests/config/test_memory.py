@@ -53,10 +53,7 @@ def recipe_for(model: str = DEV, processes: int = 1, **settings) -> Recipe:
         **settings,
     }
     return Recipe(
-        run_dir="r",
-        model=Model(path=model),
-        data=Data(images="i", shards="s"),
-        **settings,
+        run_dir="r", model=Model(path=model), data=Data(images="i", shards="s"), **settings
     )
 
 
@@ -242,12 +239,7 @@ def test_quantised_weights_take_what_is_planned(name):
             },
             19.4,
         ),
-        (
-            DEV,
-            4096,
-            {**streamed(0.0, 1.0), "offload_activations": True},
-            5.19,
-        ),
+        (DEV, 4096, {**streamed(0.0, 1.0), "offload_activations": True}, 5.19),
         (DEV, 4096, streamed(0.25, 50 / 56), 14.14),
         (DEV, 4096, streamed(0.125, 54 / 56), 10.14),
         (DEV, 4096, streamed(0.0, 48 / 56, None), 14.2),

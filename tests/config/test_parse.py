@@ -160,10 +160,7 @@ def test_wrong_file_is_refused_by_name(tmp_path, changes, named):
         ("--accept_changes=perhaps", "accept_changes is perhaps; it must be true or false"),
         ("--lora.rnak=3", "no option --lora.rnak. Did you mean --lora.rank?"),
         ("--run_dir=a\udc80", "a character that no text may have"),
-        (
-            f"--data.shards=a/{'é' * 128}",
-            "...; a path has 1 to 255 bytes between",
-        ),
+        (f"--data.shards=a/{'é' * 128}", "...; a path has 1 to 255 bytes between"),
         ("--data.shards=s3://me:x@bucket/shards", "data.shards is a URL with a user name"),
         ("--run_dir=", "run_dir is ''; a path has 1 to"),
         (f"--steps={'9' * 5000}", "... is no number for a setting"),

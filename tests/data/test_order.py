@@ -314,14 +314,7 @@ def opened(order: Order, lanes: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("buckets", "lanes", "world_size"),
-    [
-        (1, 8, 1),
-        (2, 4, 1),
-        (4, 2, 1),
-        (4, 8, 8),
-        (4, 8, 1),
-    ],
+    ("buckets", "lanes", "world_size"), [(1, 8, 1), (2, 4, 1), (4, 2, 1), (4, 8, 8), (4, 8, 1)]
 )
 def test_shards_are_read_nearly_sequentially(buckets, lanes, world_size):
     index = make_index([(BUCKETS[n % buckets], 40) for n in range(128)])

@@ -16,16 +16,7 @@ import yaml
 from PIL import Image
 
 from flux2_ds.config.plan import make_plan
-from flux2_ds.config.recipe import (
-    Batch,
-    Data,
-    Launch,
-    Log,
-    Model,
-    Preview,
-    Recipe,
-    recipe_values,
-)
+from flux2_ds.config.recipe import Batch, Data, Launch, Log, Model, Preview, Recipe, recipe_values
 from flux2_ds.run.metrics import Metrics
 from flux2_ds.run.report import PLAN, read_run, write_page, write_report
 
