@@ -6,7 +6,8 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -297,10 +298,12 @@ def _in_one_line(message: str, parser: ArgumentParser) -> str:
     return line if len(line) < 900 else f"{line[:900]}..."
 
 
-def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+_parser = cache(recipe_parser)  # which takes as long to make as to use
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read one recipe file, with dotted overrides such as `["--steps=10"]`."""
-    parser = recipe_parser("recipe", "")
-    return parse_recipe(parser, ["--config", str(path), *(overrides or [])])[0]
+    return parse_recipe(_parser("recipe", ""), ["--config", str(path), *overrides])[0]
 
 
 def _check_file(path: Path) -> None:

@@ -156,18 +156,8 @@ def test_quantised_weights_take_what_is_planned(name):
         (DEV, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 95.2),
         (DEV, 4096, {"base_weights": "fp8", "zero": ZERO2}, 67.05),
         (DEV, 4096, {"base_weights": "fp8", "method": "dora"}, 68.7),
-        (
-            DEV,
-            4096,
-            {"base_weights": "nf4_fp8", "activation_checkpointing": "full", "cuda_graphs": False},
-            22.0,
-        ),
-        (
-            DEV,
-            4096,
-            {"base_weights": "nf4", "activation_checkpointing": "full", "cuda_graphs": False},
-            22.1,
-        ),
+        (DEV, 4096, {"base_weights": "nf4_fp8", "activation_checkpointing": "full", "cuda_graphs": False}, 22.0),
+        (DEV, 4096, {"base_weights": "nf4", "activation_checkpointing": "full", "cuda_graphs": False}, 22.1),
         (DEV, 4096, {"zero": "zero3_offload", "activation_checkpointing": 0.5}, 21.5),
         (DEV, 4096, {"zero": "zero3", "processes": 2, "lora": ALL_LINEARS}, 69.9),
         (DEV, 4096, {"zero": ZERO3, "processes": 2, "lora": ALL_LINEARS, "compile": False}, 94.5),
@@ -176,12 +166,7 @@ def test_quantised_weights_take_what_is_planned(name):
         (KLEIN_9B, 1024, {"base_weights": "fp8"}, 13.8),
         (KLEIN_9B, 4096, {"base_weights": "int8"}, 22.7),
         (KLEIN_9B, 4096, {"base_weights": "fp8", "cache_transposed_base": True}, 30.8),
-        (
-            KLEIN_9B,
-            4096,
-            {"base_weights": "fp8", "cache_transposed_base": True, "method": "dora"},
-            31.7,
-        ),
+        (KLEIN_9B, 4096, {"base_weights": "fp8", "cache_transposed_base": True, "method": "dora"}, 31.7),
         (KLEIN_4B, 4096, {"base_weights": "fp8"}, 12.0),
         (KLEIN_4B, 3952, {"base_weights": "fp8"}, 11.8),
         (KLEIN_4B, 1024, {"base_weights": "fp8"}, 6.8),
@@ -201,11 +186,7 @@ def test_quantised_weights_take_what_is_planned(name):
         (
             KLEIN_4B,
             4096,
-            {
-                "method": "full",
-                "zero": "zero2_offload",
-                "batch": Batch(global_size=2, micro_size=1),
-            },
+            {"method": "full", "zero": "zero2_offload", "batch": Batch(global_size=2, micro_size=1)},
             16.56,
         ),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
@@ -245,7 +226,7 @@ def test_quantised_weights_take_what_is_planned(name):
         (DEV, 4096, streamed(0.0, 48 / 56, None), 14.2),
         (KLEIN_9B, 4096, streamed(0.625, 27 / 32, "fp8"), 10.4),
     ],
-)
+)  # fmt: skip
 def test_estimates_are_within_five_percent_of_measured_peaks(model, tokens, settings, measured):
     settings = dict(settings)
     zero, processes = settings.pop("zero", {}), settings.pop("processes", 1)

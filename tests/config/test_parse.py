@@ -1,10 +1,6 @@
 """Recipes: YAML and dotted overrides in, clear errors out, every setting described."""
 
-import ast
-import dataclasses
-import inspect
 import re
-import typing
 from pathlib import Path
 
 import pytest
@@ -22,6 +18,7 @@ from flux2_ds.config.parse import (
     shipped_recipes,
 )
 from flux2_ds.config.recipe import Recipe, recipe_values
+from flux2_ds.config.settings import settings_of
 from flux2_ds.errors import UserError
 
 ALIAS_BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
@@ -40,35 +37,12 @@ def write_recipe(folder: Path, **changes: object) -> Path:
     return path
 
 
-def settings(kind: type, prefix: str = "") -> list[tuple[str, type, str]]:
-    """(dotted name, class, field) of every setting below a dataclass."""
-    hints = typing.get_type_hints(kind)
-    found = []
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found += settings(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            found.append((f"{prefix}{field.name}", kind, field.name))
-    return found
-
-
-SETTINGS = settings(Recipe)
-
-
-def descriptions() -> dict[tuple[str, str], str]:
-    """The string below each field, read from the source: (class, field) -> text on one line."""
-    found = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    found[node.name, field.target.id] = " ".join(text.value.value.split())
-    return found
+PARSER = recipe_parser("test", "")
 
 
 def refused(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
-        parse_recipe(recipe_parser("test", ""), list(argv))
+        parse_recipe(PARSER, list(argv))
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
     return message
@@ -281,13 +255,11 @@ def test_every_setting_round_trips_through_yaml(tmp_path, capsys, way):
 
 def test_help_describes_every_setting(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    help_text = " ".join(recipe_parser("test", "").format_help().split())
-    assert len(SETTINGS) > 40
-    described = descriptions()
-    for name, kind, field in SETTINGS:
-        text = described[kind.__name__, field]
-        assert len(text) > 5
-        assert re.search(rf"--{re.escape(name)} \S.{{0,100}}? {re.escape(text)}", help_text), name
+    help_text = " ".join(PARSER.format_help().split())
+    for name, setting in settings_of(Recipe).items():
+        assert len(setting.help) > 5
+        described = rf"--{re.escape(name)} \S.{{0,100}}? {re.escape(setting.help)}"
+        assert re.search(described, help_text), name
 
 
 @pytest.mark.parametrize("old", [*RENAMED, *GONE])

@@ -268,9 +268,10 @@ def browser():
             driver.terminate()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("width", "scheme", "several"),
+    [(1280, "light", False), (390, "dark", False), (1280, "dark", True), (390, "light", True)],
+)
 def test_in_a_browser(browser, tmp_path, width, scheme, several):
     runs = [write_run(tmp_path / name, f"a_rather_long_name_of_the_run_{name}") for name in "ab"]
     page = write_page(runs if several else runs[:1], tmp_path / "page.html")
