@@ -28,7 +28,7 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.config.model_spec import PIXELS_PER_TOKEN
 from flux2_ds.config.recipe import Preservation
 from flux2_ds.data.index import Index
-from flux2_ds.data.order import Order, Sample, ValidationOrder
+from flux2_ds.data.order import Order, Sample, ValidationOrder, random_words
 from flux2_ds.data.shards import Fetch, ShardReader
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import UserError
@@ -128,6 +128,7 @@ class Loader:
         """
         ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=_STEPS_READY)
         stopped = threading.Event()
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reader")
 
         def offer(item: list[MicroBatch] | BaseException) -> None:
             while not stopped.is_set():
@@ -138,16 +139,11 @@ class Loader:
                 break
 
         def read_ahead() -> None:
-            pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reader")
             try:
                 for step in self._steps(first, last, pool):
-                    if stopped.is_set():
-                        return
                     offer(step)
-            except BaseException as error:
+            except BaseException as error:  # once the pool is shut down, too
                 offer(error)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
 
         threading.Thread(target=read_ahead, name="loader", daemon=True).start()
         try:
@@ -158,6 +154,8 @@ class Loader:
                 yield item
         finally:
             stopped.set()
+            # Or the process would read all that has been asked for before it exits.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of one step."""
@@ -327,27 +325,20 @@ def draw_variants(seed: int, position: int, texts: int, views: int) -> tuple[int
     """Which of so many texts, and of so many views of its image, the sample at `position` gets."""
     if texts == views == 1:
         return 0, 0
-    bits = np.random.Philox(np.random.SeedSequence((_VARIANT_STREAM, seed, position)))
-    first, second = bits.random_raw(2).tolist()
+    first, second = random_words(2, _VARIANT_STREAM, seed, position).tolist()
     return first % texts, second % views
 
 
 def draw_prompt(seed: int, position: int, count: int, share: float) -> int | None:
     """Which of `count` prompts a `share` of the samples gets, the one at `position` among them; None: its caption."""
-    words = np.random.Philox(np.random.SeedSequence((_PROMPT_STREAM, seed, position)))
-    chance, which = words.random_raw(2)
-    return int(which) % count if int(chance) < share * 2**64 else None
+    chance, which = random_words(2, _PROMPT_STREAM, seed, position).tolist()
+    return which % count if chance < share * 2**64 else None
 
 
 def references_dropped(seed: int, step: int, share: float) -> bool:
     """Whether the samples of `step`, from 0, are trained without their references, as those of a `share` of the steps are:
     of all together, because without them the shapes are others."""
-    if not share:
-        return False
-    word = int(
-        np.random.Philox(np.random.SeedSequence((_REFERENCE_STREAM, seed, step))).random_raw()
-    )
-    return word < share * 2**64
+    return share > 0 and int(random_words(1, _REFERENCE_STREAM, seed, step)[0]) < share * 2**64
 
 
 def normals(bits: np.random.BitGenerator, count: int) -> NDArray[np.float32]:

@@ -81,7 +81,7 @@ class Order:
         self._small = np.where(small, totals, 0)
         """Samples of each bucket that does not fill one."""
         # They take turns: their samples laid end to end, from a random place on.
-        word = int(np.random.Philox(np.random.SeedSequence((_STREAM, seed))).random_raw())
+        word = int(random_words(1, _STREAM, seed)[0])
         self._phase = (word % global_batch + np.cumsum(self._small) - self._small) % global_batch
         self.batches: dict[Bucket, float] = {
             bucket: int(count) or int(samples) / global_batch
@@ -222,8 +222,12 @@ class Order:
 
 def _shuffled(count: int, *key: int) -> Indices:
     """A permutation of range(count) that depends on nothing but `key`."""
-    words = np.random.Philox(np.random.SeedSequence((_STREAM, *key))).random_raw(count)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    return np.argsort(random_words(count, _STREAM, *key), kind="stable").astype(np.int64)
+
+
+def random_words(count: int, *key: int) -> NDArray[np.uint64]:
+    """Random numbers of 64 bits that depend on nothing but `key`, whose first is the stream."""
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
 class ValidationOrder:

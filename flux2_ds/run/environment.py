@@ -67,17 +67,27 @@ def _number(environment: Mapping[str, str], name: str, least: int, below: int = 
     )
 
 
-def free_host_memory() -> float:
+def free_host_memory(root: Path = Path("/")) -> float:
     """Bytes that are free on this host, and in the control groups of this process, such as a container's."""
     free = float(psutil.virtual_memory().available)
-    top = Path("/sys/fs/cgroup")
-    own = Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
-    for folder in (top / own, *(top / own).parents):
-        try:
-            limit = float((folder / "memory.max").read_text())
-            cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
-            used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
-        except (OSError, ValueError):  # no such group; "max": no limit
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, kinds, own = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
             continue
-        free = min(free, limit - used)
+        # Version 1 of control groups, in which each kind has a tree of its own, or version 2.
+        tree, limit_name, used_name, cached_name = (
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if kinds
+            else ("", "memory.max", "memory.current", "inactive_file")
+        )
+        group = root / "sys/fs/cgroup" / tree / own.lstrip("/")
+        for folder in (group, *group.parents):
+            try:
+                limit = float((folder / limit_name).read_text())
+                stat = (folder / "memory.stat").read_text()
+                cached = re.search(rf"^{cached_name} (\d+)", stat, re.M)
+                used = int((folder / used_name).read_text()) - int(cached[1] if cached else 0)
+            except (OSError, ValueError):  # no such group; "max": no limit
+                continue
+            free = min(free, limit - used)
     return free

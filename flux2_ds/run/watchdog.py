@@ -105,11 +105,15 @@ def first_failure(logs: Path, since: float = 0.0) -> Failure | None:
 
 def unended(logs: Path) -> list[Heartbeat]:
     """Return the last heartbeats of the ranks that did not end by themselves."""
-    found = []
-    for path in sorted(logs.glob("rank_*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # cut off while written
-            found.append(Heartbeat(**json.loads(path.read_text())))
-    return [place for place in found if not place.ended]
+    found = map(_heartbeat_in, sorted(logs.glob("rank_*.json")))
+    return [beat for beat in found if beat is not None and not beat.ended]
+
+
+def _heartbeat_in(path: Path) -> Heartbeat | None:
+    try:
+        return Heartbeat(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # not there yet, or cut off while written
+        return None
 
 
 def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> None:
@@ -366,10 +370,7 @@ class Watchdog:
                 partial.write_text(json.dumps(asdict(beat)))
 
     def _read(self, rank: int) -> Heartbeat | None:
-        try:
-            return Heartbeat(**json.loads(self._heartbeat(rank).read_text()))
-        except (OSError, ValueError, TypeError):
-            return None  # not there yet
+        return _heartbeat_in(self._heartbeat(rank))
 
     def _heartbeat(self, rank: int) -> Path:
         return self._logs / f"rank_{rank}.json"

@@ -426,6 +426,28 @@ def test_abandoned_iterator_ends_its_thread(prepared):
     assert wait_for_threads_to_end()
 
 
+def test_an_abandoned_iterator_reads_no_more_of_what_it_asked_for(prepared):
+    """A process that stops while the store is away would wait for all of it."""
+    away, reads = threading.Event(), []
+
+    def fetch(blob, check):
+        if away.is_set():
+            reads.append(blob)
+            time.sleep(0.2)
+        return blob.view(check)
+
+    steps = make_loader(prepared, fetch=fetch, num_workers=1).steps(0, 10**6)
+    next(steps)
+    away.set()
+    while not reads:
+        next(steps)
+    steps.close()
+    under_way = len(reads)
+    time.sleep(1.2)  # in which a whole step would be read
+    assert len(reads) <= under_way + 2  # of one sample: a latent and another's text
+    assert wait_for_threads_to_end()
+
+
 @pytest.mark.parametrize(("first", "last"), [(3, 5), (5, 5)])
 def test_finished_iterator_ends_its_thread(prepared, first, last):
     assert len(list(make_loader(prepared).steps(first, last))) == last - first

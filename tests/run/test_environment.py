@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from flux2_ds.errors import OutageError, UserError
-from flux2_ds.run.environment import Ranks, given_ranks
+from flux2_ds.run.environment import Ranks, free_host_memory, given_ranks
 
 GOOD = {
     "RANK": "3",
@@ -43,6 +43,28 @@ def test_what_cannot_be(name: str, given: str | None, message: str) -> None:
         environment[name] = given
     with pytest.raises(UserError, match=f"the environment variable {name} {message}"):
         given_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    ("line", "tree", "names"),
+    [
+        ("0::/job/step", "", ("memory.max", "memory.current", "inactive_file")),
+        ("9:cpu,memory:/job/step", "memory",
+         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)  # fmt: skip
+def test_free_memory_is_that_of_the_narrowest_control_group(tmp_path, line, tree, names):
+    top = tmp_path / "sys/fs/cgroup" / tree
+    (top / "job/step").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"12:devices:/x\n{line}\n")
+    for group, limit in (("job", 1000), ("job/step", "max" if tree == "" else 2**63)):
+        for name, text in zip(names, (limit, 300, "memory.stat"), strict=True):
+            if name == names[2]:
+                (top / group / text).write_text(f"cache 9\n{name} 100\n")
+            else:
+                (top / group / name).write_text(f"{text}\n")
+    assert free_host_memory(tmp_path) == 1000 - (300 - 100)
 
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
