@@ -60,6 +60,12 @@ class RecipeParser(ArgumentParser):
         """Refuse in one line, in words that a setting's type has for people."""
         raise UserError(_in_one_line(message, self))
 
+    def parse_path(self, path: Any, **options: Any) -> Namespace:
+        """The settings in a file, which is UTF-8 whatever the locale."""
+        text = Path(path).read_text(encoding="utf-8-sig")
+        settings: Namespace = self.parse_string(text, Path(path).name, **options)
+        return settings
+
     def format_help(self, *given: Any) -> str:
         """What `--help` prints. Reading the settings' docstrings would be a third of every other start."""
         for action in self._actions:

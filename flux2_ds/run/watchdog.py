@@ -414,10 +414,11 @@ def start_ticks(pid: int) -> int | None:
     """Clock ticks from the host's start to that of a running process, which no change of the time of
     day moves. With the pid they name the process; None: it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Bytes, because a program's name may be cut within a character.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def _follows(error: BaseException) -> bool:

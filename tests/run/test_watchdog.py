@@ -240,6 +240,16 @@ def test_diagnosis():
     assert behind.rank == 1 and "frozen" in why
 
 
+def test_a_process_of_any_name_is_known():
+    name, ticks = Path(f"/proc/{os.getpid()}/comm"), watchdog.start_ticks(os.getpid())
+    before = name.read_bytes()
+    name.write_bytes(b"pytest \xc3) Z 1")  # cut within a character, and like another process
+    try:
+        assert watchdog.start_ticks(os.getpid()) == ticks is not None
+    finally:
+        name.write_bytes(before)
+
+
 def test_an_earlier_start_is_forgotten(tmp_path):
     old = Failure("rank 0", "x", 1, time.time() - 60)
     (tmp_path / watchdog.FAILURE_NAME).write_text(json.dumps(vars(old)))
