@@ -126,6 +126,8 @@ class Blob:
         try:
             if response.status == 404:
                 raise FileNotFoundError(url)
+            if response.status == 416:  # of what cannot be there no server is away
+                raise DamagedError(f"it ends before byte {self.offset}")
             if response.status not in (200, 206):
                 where = urljoin(url, response.geturl() or "")
                 raise StatusError(response.status, response.reason, where)

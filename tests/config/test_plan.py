@@ -421,26 +421,18 @@ def test_plan_says_what_the_adapter_begins_with_and_what_it_is_trained_over():
         ({"lora.rank": 4, "method": "full"}, ["lora (method is full)"]),
         ({"method": "full"}, []),
         ({"offload_activations": True}, []),
-        (
-            {"offload_activations": True, "activation_checkpointing": "none"},
-            ["offload_activations (activation_checkpointing is none)"],
-        ),
+        ({"offload_activations": True, "activation_checkpointing": "none"},
+         ["offload_activations (activation_checkpointing is none)"]),
         ({"objective.shift": 2.0}, ["objective.shift (timestep_sampling is flux)"]),
         ({"objective.shift": 2.0, "objective.timestep_sampling": "shift"}, []),
-        (
-            {"objective.logit_std": 2.0, "objective.logit_mean": 1.0, "objective.timestep_sampling": "uniform"},
-            [f"objective.{name} (timestep_sampling is uniform)" for name in ("logit_mean", "logit_std")],
-        ),
-        (
-            {"objective.max_shift_tokens": 64, "objective.timestep_sampling": "logit_normal"},
-            ["objective.max_shift_tokens (timestep_sampling is logit_normal)"],
-        ),
+        ({"objective.logit_std": 2.0, "objective.logit_mean": 1.0, "objective.timestep_sampling": "uniform"},
+         [f"objective.{name} (timestep_sampling is uniform)" for name in ("logit_mean", "logit_std")]),
+        ({"objective.max_shift_tokens": 64, "objective.timestep_sampling": "logit_normal"},
+         ["objective.max_shift_tokens (timestep_sampling is logit_normal)"]),
         ({"data.fixed_caption": "a"}, ["data.fixed_caption (missing_caption is error)"]),
         ({"data.fixed_caption": "a", "data.missing_caption": "fixed"}, []),
-        (
-            {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 50, "steps": 50},
-            ["optimizer.schedule (all 50 steps are warm-up)"],
-        ),
+        ({"optimizer.schedule": "cosine", "optimizer.warmup_steps": 50, "steps": 50},
+         ["optimizer.schedule (all 50 steps are warm-up)"]),
         ({"objective.huber_delta": 2.0}, ["objective.huber_delta (objective.loss is mse)"]),
         ({"objective.huber_delta": 2.0, "objective.loss": "pseudo_huber"}, []),
         (
@@ -450,10 +442,8 @@ def test_plan_says_what_the_adapter_begins_with_and_what_it_is_trained_over():
                 "objective.unmasked_weight (objective.masked_loss is False)",
             ],
         ),
-        (
-            {"preservation.prompts": ["a"], "preservation.share": 0.5, "preservation.every": 11, "steps": 10},
-            ["preservation.prompts (preservation.every is 11, and there are 10 steps)"],
-        ),
+        ({"preservation.prompts": ["a"], "preservation.share": 0.5, "preservation.every": 11, "steps": 10},
+         ["preservation.prompts (preservation.every is 11, and there are 10 steps)"]),
         (
             {"preservation.weight": 2.0, "preservation.target": "base"},
             [
@@ -488,10 +478,8 @@ def test_settings_without_effect_are_named_in_the_plan(changes, ignored):
         ({"optimizer.warmup_steps": 500, "steps": 1000}, []),
         ({"optimizer.warmup_steps": 900, "steps": 1000}, [r"optimizer\.warmup_steps is 900 .* hardly used"]),
         ({"captions.trigger_word": "ohwx"}, []),
-        (
-            {"captions.trigger_word": "ohwx", "preview.every": 5, "preview.prompts": ["ohw"]},
-            ["captions.trigger_word ohwx is in none of preview.prompts"],
-        ),
+        ({"captions.trigger_word": "ohwx", "preview.every": 5, "preview.prompts": ["ohw"]},
+         ["captions.trigger_word ohwx is in none of preview.prompts"]),
         ({"captions.trigger_word": "ohwx", "preview.every": 5, "preview.prompts": ["", "an ohwx"]}, []),
         ({"optimizer.warmup_steps": 1001, "steps": 1000}, [r"optimizer\.warmup_steps is 1001 .* never reached"]),
     ],

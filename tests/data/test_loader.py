@@ -390,17 +390,12 @@ def test_error_in_the_reading_thread_is_raised_at_its_step(prepared, tmp_path, d
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"views": (View(torch.zeros(32, 4, 5)),)},
-            r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)",
-        ),
-        (
-            {"views": (View(torch.zeros(32, 4, 4), torch.zeros(3, 2)),)},
-            r"its mask has the shape \(3, 2\), not \(2, 2\)",
-        ),
+        ({"views": (View(torch.zeros(32, 4, 5)),)}, r"0\.tar, sample \d: its latent .*4, 5\), not .*4, 4\)"),
+        ({"views": (View(torch.zeros(32, 4, 4), torch.zeros(3, 2)),)},
+         r"its mask has the shape \(3, 2\), not \(2, 2\)"),
         ({"texts": ("short",)}, r"its text has the shape \(5, 2\), not \(6, 2\)"),
     ],
-)
+)  # fmt: skip
 def test_a_tensor_of_another_shape_is_refused_though_its_checksum_is_right(
     tmp_path, changes, message
 ):
