@@ -46,7 +46,7 @@ def read_data(recipe: Recipe) -> tuple[Index, Index]:
                     f"data.more_shards.{name} {folder} was made by another model than data.shards "
                     f"{data.shards}: {what} is {getattr(other, what)}, not {getattr(index, what)}."
                 )
-        if index.text_dtype and other.text_dtype and index.text_dtype != other.text_dtype:
+        if index.text_dtype != other.text_dtype:
             raise UserError(
                 f"data.more_shards.{name} {folder} has captions in {other.text_dtype}, data.shards "
                 f"{data.shards} in {index.text_dtype}. Prepare both with the same prepare.text_weights."

@@ -47,12 +47,10 @@ class Part:
 class Shard:
     """One tar file: its bucket, number of samples, size in bytes and sha256.
 
-    `source` names the images that it was made of, as in `data.images`. `dropped`: rows of the file
-    that are no longer part of the data; `samples` does not count them. `masks`: rows of the file with
-    a mask. `texts`: different texts in the file, of `text_bytes` together, and `latents`: views of all
-    images in the file; 0 where an older version did not count them. `repeats`: times that an epoch serves each sample.
-    `toc`: the table of contents. `held_out`: not trained
-    on, but evaluated.
+    `source` names the images that it was made of, as in `data.images`. `dropped`: rows of the file that are no longer
+    part of the data; `samples` does not count them. `masks`: rows of the file with a mask. `texts`: different texts in
+    the file, of `text_bytes` together, and `latents`: views of all images in the file. `repeats`: times that an epoch
+    serves each sample. `toc`: the table of contents. `held_out`: not trained on, but evaluated.
     """
 
     name: str
@@ -84,8 +82,7 @@ class Index:
 
     `fingerprint` maps each part that shaped the samples (VAE, text encoder, tokenizer, pipeline) to
     a digest; see `config/model_files.py`. `settings`: the data settings that decided how images were cropped.
-    `conditioning`: all of conditioning.safetensors. `text_dtype`: of captions. Both are empty in folders of
-    versions that did not note them.
+    `conditioning`: all of conditioning.safetensors. `text_dtype`: of captions.
     """
 
     variant: str
@@ -203,22 +200,12 @@ def parse_index(content: bytes, path: str) -> Index:
             raise UserError(
                 f"{path} has format {found}, this version of flux2-ds reads {FORMAT}. Prepare the shards again."
             )
-        if "sha256" not in value:
-            raise UserError(
-                f"{path} has no sha256: {OLDER}. Prepare the shards again, in another folder."
-            )
-        if value.pop("sha256") != _sha256(value):
+        if value.pop("sha256", None) != _sha256(value):
             raise ValueError("it does not have its sha256")
-        shards = [Shard.of(item) for item in value["shards"]]
-        index = Index(
-            value["variant"],
-            value["text_width"],
-            value["fingerprint"],
-            value["settings"],
-            shards,
-            Part(**value.get("conditioning", {"offset": 0, "size": 0, "xxh3": ""})),
-            value.get("text_dtype", ""),
-        )
+        value["shards"] = [Shard.of(item) for item in value["shards"]]
+        value["conditioning"] = Part(**value["conditioning"])
+        del value["format"]
+        index = Index(**value)
     except MALFORMED as error:
         raise UserError(f"{path} is damaged ({error!r}). Prepare the shards again.") from error
     if not index.samples:

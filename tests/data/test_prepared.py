@@ -53,9 +53,8 @@ def test_more_shards_of_a_folder_are_read_beside_the_others(tmp_path, monkeypatc
 
 def test_captions_of_several_folders_have_one_dtype(tmp_path):
     """In one micro-batch they would take on the first one's."""
-    for name, dtype in (("mine", "bfloat16"), ("web", "float32"), ("older", "")):
+    for name, dtype in (("mine", "bfloat16"), ("web", "float32")):
         make_shards(tmp_path / name, 1.0, text_dtype=dtype)
-    read_data(recipe_of(str(tmp_path / "mine"), older=str(tmp_path / "older")))
     with pytest.raises(
         UserError, match=r"more_shards\.web .*web has captions in float32, .* in bfloat16"
     ):
