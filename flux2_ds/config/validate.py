@@ -346,23 +346,18 @@ def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Itera
             f"the deepspeed config has offload_param at stage {stage}; DeepSpeed moves parameters at "
             "stage 3 only. Set deepspeed: zero3_offload, or remove offload_param."
         )
+    lost = "whose optimizer state checkpoints do not hold"
+    wrong = {
+        f"zenflow, {lost}": zero.get("zenflow"),
+        f"super_offload, {lost}": (zero.get("offload_optimizer") or {}).get("super_offload"),
+        "compute_grad_norm false, and clipping, the records and the check for gradients that are not finite need the "
+        "norm": not zero.get("compute_grad_norm", True),
+        "round_robin_gradients, with which DeepSpeed 0.19.8 takes one parameter's master for another's, so that "
+        "checkpoints would hold wrong weights": zero.get("round_robin_gradients"),
+    }
+    for what in (what for what, found in wrong.items() if found):
+        yield f"the deepspeed config has {what}. Remove it."
     optimizer = recipe.optimizer.name
-    unknown = [name for name, section in (("zenflow", zero), ("super_offload", zero.get("offload_optimizer") or {}))
-               if section.get(name)]  # fmt: skip
-    if unknown:
-        yield (
-            f"the deepspeed config has {unknown[0]}, whose optimizer state checkpoints do not hold. Remove it."
-        )
-    if not zero.get("compute_grad_norm", True):
-        yield (
-            "the deepspeed config has compute_grad_norm false, and clipping, the records and the check for gradients "
-            "that are not finite need the norm. Remove it."
-        )
-    if zero.get("round_robin_gradients"):
-        yield (
-            "the deepspeed config has round_robin_gradients, with which DeepSpeed 0.19.8 takes one parameter's master for "
-            "another's, so that checkpoints would hold wrong weights. Remove it."
-        )
     if offload_device(zero, "offload_optimizer") != "none" and (optimizer != "adamw" or stage == 0):
         yield (
             f"the deepspeed config offloads the optimizer at stage {stage} and optimizer.name is "

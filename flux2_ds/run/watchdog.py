@@ -27,8 +27,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flux2_ds.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
 from flux2_ds.run.atomic import PARTIAL, atomic_path
@@ -183,12 +182,7 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, SystemExit):
             self._fail(error)
         self._end()
