@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 from flux2_ds.config.model_spec import TARGETS, Spec, linear_shapes, target_modules
@@ -72,6 +73,7 @@ def kronecker(rows: int, columns: int, rank: int, settings: Lora) -> Kronecker:
     return Kronecker(((a, b), (c, d)), full)
 
 
+@cache  # a model has few sizes, and many linears
 def _divided(size: int, factor: int | None) -> tuple[int, int]:
     """`factor` and the other one of `size`; the largest divisor up to it and to √size, if it is none."""
     if factor is None or size % factor:

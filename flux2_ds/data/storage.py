@@ -136,7 +136,8 @@ class Blob:
                 return memoryview(response.read())
             if response.status == 200 and (self.offset or length != self.size):
                 raise self._no_ranges()
-            buffer, filled = np.empty(self.size, np.uint8).data, 0
+            size = self.size if length < 0 else min(length, self.size)
+            buffer, filled = np.empty(size, np.uint8).data, 0
             while read := response.readinto(buffer[filled : filled + _CHUNK]):
                 filled += read
             return buffer[:filled]

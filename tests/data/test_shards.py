@@ -16,10 +16,8 @@ from flux2_ds.config.buckets import Bucket
 from flux2_ds.data.index import (
     CONDITIONING_NAME,
     INDEX_NAME,
-    PROMPTS_NAME,
     Index,
     Shard,
-    encoded_prompts,
     read_index,
     write_index,
 )
@@ -319,11 +317,6 @@ def test_index_without_samples_is_refused(shard, index):
     write_index(shard.parent, dataclasses.replace(index, shards=[]))
     with pytest.raises(UserError, match="lists no samples"):
         read_index(shard.parent)
-
-
-def test_prompts_whose_header_asks_for_more_than_there_is_are_none(tmp_path):
-    (tmp_path / PROMPTS_NAME).write_bytes((1 << 45).to_bytes(8, "little") + b"{}")
-    assert encoded_prompts(str(tmp_path)) == set()
 
 
 @pytest.mark.parametrize("content", ["", '{"format": 4, "sha', "[]", "[" * 100_000])

@@ -27,7 +27,13 @@ from flux2_ds.commands.loopback import CREDENTIALS, served
 from flux2_ds.config.recipe import Data
 from flux2_ds.data import storage
 from flux2_ds.data.cache import FOLDER, Cache
-from flux2_ds.data.index import CONDITIONING_NAME, read_index, write_index
+from flux2_ds.data.index import (
+    CONDITIONING_NAME,
+    PROMPTS_NAME,
+    encoded_prompts,
+    read_index,
+    write_index,
+)
 from flux2_ds.data.shards import ShardReader, read_conditioning
 from flux2_ds.data.storage import Blob, join
 from flux2_ds.errors import EXIT_USER_ERROR, OutageError, UserError
@@ -334,6 +340,13 @@ def test_a_store_without_credentials_is_said_at_once(tmp_path, monkeypatch, fres
     monkeypatch.setattr(storage, "PAUSES_S", ())
     with pytest.raises(UserError, match=r"s3://bucket/x cannot be read: .* give the credentials"):
         Blob("s3://bucket/x").read()
+
+
+def test_prompts_whose_header_asks_for_more_than_there_is_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES_S", ())
+    (tmp_path / PROMPTS_NAME).write_bytes((1 << 45).to_bytes(8, "little") + b"{}")
+    with served("http", tmp_path) as server:
+        assert encoded_prompts(str(tmp_path)) == encoded_prompts(server.url) == set()
 
 
 @pytest.mark.parametrize("cut", [False, True])
