@@ -71,7 +71,8 @@ class Cache:
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             partial.write_bytes(data)
-            partial.replace(path)
+            with contextlib.suppress(FileNotFoundError):  # another process has made room
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 

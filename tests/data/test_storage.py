@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -421,6 +422,17 @@ def test_training_goes_on_without_a_cache_that_is_full_or_damaged(
         for step in range(4):
             assert_same(loader.read(step), local.read(step))
     assert caplog.text.count("cannot be written (No space left on device)") == 1
+
+
+def test_processes_that_make_room_for_each_other_go_on(tmp_path):
+    caches = [Cache(tmp_path, 1000) for _ in range(4)]  # as of one process each
+
+    def keep(number: int) -> None:
+        for n in range(300):
+            caches[number]._keep(tmp_path / FOLDER / f"{number}-{n}", memoryview(bytes(600)))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(keep, range(4)))
 
 
 def test_files_on_disk_are_not_cached(folder, tmp_path):
