@@ -122,7 +122,8 @@ def forget(logs: Path, first_rank: int = 0, before: float = float("inf")) -> Non
     if failure is None or failure.time < before:
         (logs / FAILURE_NAME).unlink(missing_ok=True)
     for path in logs.glob("rank_*.json"):
-        if int(path.stem.removeprefix("rank_")) >= first_rank:
+        rank = path.stem.removeprefix("rank_")
+        if rank.isdecimal() and int(rank) >= first_rank:  # others are copies of the user's
             path.unlink(missing_ok=True)
 
 

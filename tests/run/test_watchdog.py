@@ -255,13 +255,16 @@ def test_an_earlier_start_is_forgotten(tmp_path):
     (tmp_path / watchdog.FAILURE_NAME).write_text(json.dumps(vars(old)))
     (tmp_path / "rank_0.json").write_text("{}")
     (tmp_path / "rank_7.json").write_text("{}")
+    (tmp_path / "rank_7-copy.json").write_text("{}")
     (tmp_path / "rank_0.log").write_text("kept")
     assert first_failure(tmp_path) == old
     assert first_failure(tmp_path, time.time() - 30) is None
     forget(tmp_path, 1, before=old.time)
     assert first_failure(tmp_path) == old
     forget(tmp_path, 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"rank_0.json", "rank_0.log"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("rank_0.json", "rank_0.log", "rank_7-copy.json")
+    }
 
 
 @pytest.mark.parametrize(("name", "ends"), [("deepspeed.launcher.launch", True), ("sh", False)])
