@@ -22,13 +22,6 @@ from flux2_ds.run.wandb_run import check_trackers
 
 log = logging.getLogger("flux2_ds")
 
-ADDED_SETTINGS = {
-    "crops": 1,
-    "horizontal_flip": False,
-    "alpha_mask": False,
-    "repeats_from_folders": False,
-}
-"""What shards were prepared with whose index does not say."""
 CAPTIONS = "captions"
 """In an index's settings: those of this section of the recipe that are not the default, if there are any."""
 
@@ -244,7 +237,7 @@ def check_settings(recipe: Recipe, index: Index) -> None:
                 f"captions.{name} is {wanted!r}, but data.shards {recipe.data.shards} were prepared with "
                 f"{prepared!r}. Run `flux2-ds prepare` again, which encodes what differs, or set it back."
             )
-    for name, prepared in (ADDED_SETTINGS | index.settings).items():
+    for name, prepared in index.settings.items():
         if name == CAPTIONS:
             continue
         wanted = getattr(recipe.data, name)

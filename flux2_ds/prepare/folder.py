@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from flux2_ds.config.recipe import Recipe, is_url
-from flux2_ds.data.dataset import ADDED_SETTINGS
 from flux2_ds.data.index import FORMAT
 from flux2_ds.errors import UserError
 from flux2_ds.prepare.manifest import MANIFESTS, read_manifests
@@ -87,7 +86,7 @@ def check_contents(folder: Path, contents: dict[str, Any]) -> None:
         f"{_SECTIONS[part]}{name} was {before.get(part, {}).get(name)!r}, is {value!r}"
         for part, values in contents.items()
         for name, value in values.items()
-        if before.get(part, {}).get(name, ADDED_SETTINGS.get(name)) != value
+        if before.get(part, {}).get(name) != value
     ]
     if changed:
         raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 
 from flux2_ds.data.index import OLDER, Shard
-from flux2_ds.errors import UserError
+from flux2_ds.errors import MALFORMED, UserError
 from flux2_ds.prepare.source_images import PlannedImage, SourceImage
 from flux2_ds.run.atomic import atomic_write_text
 
@@ -76,12 +76,12 @@ def read_manifests(folder: Path) -> list[Manifest]:
     """The manifests of all finished shards, sorted by name."""
     manifests = []
     for path in manifest_paths(folder):
-        values = json.loads(path.read_text(encoding="utf-8"))
         try:
+            values = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(k, s, d, c, tuple(notes)) for k, s, d, c, notes in values["rows"]]
             skipped = {key: (stamp, reason) for key, (stamp, reason) in values["skipped"].items()}
             manifests.append(Manifest(Shard.of(values["shard"]), rows, skipped))
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise UserError(f"{path}: {OLDER} ({error!r}). Give another data.shards.") from error
     return manifests
 

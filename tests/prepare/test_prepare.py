@@ -621,9 +621,6 @@ def test_crops_and_flips_are_encoded_and_warned_of(model, photos, tmp_path, capl
             run(dataclasses.replace(recipe, data=changed))
         with pytest.raises(UserError, match=rf"data\.{name} is (1|False), but .* with (3|True)"):
             check_settings(dataclasses.replace(recipe, data=changed), index)
-    older = dataclasses.replace(index, settings={})
-    with pytest.raises(UserError, match=r"data\.crops is 3, but .* with 1"):
-        check_settings(recipe, older)
 
 
 def test_repeats_from_folders_are_weights(model, photos, tmp_path, caplog):
