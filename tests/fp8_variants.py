@@ -28,15 +28,19 @@ class Partly(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, forward: bool, backward: bool
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        y, *scales = fp8_linear.fp8_linear(x, weight)
+        ctx.save_for_backward(x, weight, *scales)
         ctx.fp8 = backward
-        return fp8_linear.fp8_linear(x, weight) if forward else x @ weight.t()
+        return y if forward else x @ weight.t()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        grads = fp8_linear._grads if ctx.fp8 else lambda g, x, w: (g @ w, g.t() @ x)
-        return *grads(grad.contiguous(), x, weight), None, None
+        x, weight, *scales = ctx.saved_tensors
+        if ctx.fp8:
+            grads = fp8_linear.fp8_linear_grad(grad.contiguous(), x, weight, *scales)
+        else:
+            grads = grad @ weight, grad.t() @ x
+        return *grads, None, None
 
 
 def main() -> None:

@@ -48,8 +48,8 @@ _RENDERING = 21  # the same without a backward pass
 _DECODER_CHANNELS = 128  # of the released VAE, at the image's full size
 _CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces, outside torch's count
 
-OFFLOADED_GROUP = 1 << 29
-"""Elements of a group whose optimizer is offloaded below stage 3."""
+ZERO_GROUP = 1 << 29
+"""Elements that ZeRO's stages 1 and 2 shard together."""
 _LIVE = 1e9  # DeepSpeed's default of stage3_max_live_parameters and of sub_group_size
 _PERSISTENT = 1e5  # and of stage3_param_persistence_threshold
 
@@ -114,7 +114,7 @@ def estimate(
         # Those of a group are allocated when its first bucket is full: by then the activations of its blocks, and of
         # the groups before it, are gone.
         activations, gradients = memory.card["activations"], memory.card["gradients"]
-        at_once = min(1, OFFLOADED_GROUP / run.trained) if plan.offloads("offload_optimizer") else 1
+        at_once = min(1, ZERO_GROUP / run.trained)
         highest = max(at_once * gradients, gradients - (1 - at_once) * activations)
         memory.card["gradients"] = max(0, highest - activations * _bucket(run) / run.trained)
     if plan.recipe.checkpoint.background:

@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
-from flux2_ds.config.memory import OFFLOADED_GROUP
+from flux2_ds.config.memory import ZERO_GROUP
 from flux2_ds.config.recipe import Optimizer
 from flux2_ds.engine import optimizers
 from flux2_ds.engine.host_memory import pin_in_place
@@ -95,19 +95,20 @@ class Engine:
         fused = get_accelerator().device_name() == "cuda"
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         pinned = False
-        if not offload_optimizer:
-            self._optimizer = optimizers.build(settings, parameters, fused=fused)
-        elif self._stage == 3:
+        if offload_optimizer and self._stage == 3:
             adam = {"betas": settings.betas, "eps": settings.eps}
             decay = settings.weight_decay
             grouped = optimizers.groups(parameters, decay)
             self._optimizer = cpu_adam(grouped, **adam, weight_decay=decay)
         else:
-            # In groups: DeepSpeed makes the masters of one on the card before it moves them.
+            # In groups: gradients of one appear once its backward pass begins, its weights are gathered while the
+            # next is updated, and its masters are made on the card before they are moved.
+            size = ZERO_GROUP if self._stage in (1, 2) else math.inf
             self._optimizer = optimizers.build(
-                settings, parameters, fused=fused, group_elements=OFFLOADED_GROUP
+                settings, parameters, fused=fused, group_elements=size
             )
-            config, pinned = let_offload(config)
+            if offload_optimizer:
+                config, pinned = let_offload(config)
         self._max_norm = config["gradient_clipping"]
         if self._stage == 0:
             config = config | {"gradient_clipping": 0.0}  # see `_clip`
@@ -221,7 +222,7 @@ class Engine:
         advance = self._step_partitioned if last and self._stage == 3 else self._engine.step
         advance()
         if last and self._stage > 0:
-            self._norm = float(self._engine.get_global_grad_norm())
+            self._norm = self._engine.get_global_grad_norm()
         if last and self.state.has_ema:
             norm = self._norm
             finite = norm.isfinite() if torch.is_tensor(norm) else math.isfinite(norm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -29,12 +28,13 @@ def adamw(
 ) -> None:  # fmt: skip
     """Loshchilov and Hutter 2019 (arXiv:1711.05101), Algorithm 2, in place; all [n] but `scalars`, see `update`."""
     factor, decay, rate, correction, eps, beta1, rest1, beta2, rest2 = scalars.unbind()
+    withheld = factor.isnan()
     gradient = gradient.float() * factor
-    mean.copy_(mean * beta1 + gradient * rest1)
-    square.copy_(square * beta2 + gradient * gradient * rest2)
+    mean.copy_(torch.where(withheld, mean, mean * beta1 + gradient * rest1))
+    square.copy_(torch.where(withheld, square, square * beta2 + gradient * gradient * rest2))
     # One rounding: 1 - decay would be off by a fifth in fp32 where decay is 1e-7.
     change = master * decay + rate * mean / (square.sqrt() * correction + eps)
-    master.copy_(master - change)
+    master.copy_(torch.where(withheld, master, master - change))
     weights.copy_(master)
 
 
@@ -42,23 +42,24 @@ compiled_adamw = torch.compile(adamw, dynamic=True)
 
 
 def update(
-    optimizer: torch.optim.AdamW, group: int, gradient: torch.Tensor, factor: float, weights: torch.Tensor,
+    optimizer: torch.optim.AdamW, group: int, gradient: torch.Tensor, factor: torch.Tensor, weights: torch.Tensor,
     *, compiled: bool, passing: bool,
 ) -> None:  # fmt: skip
-    """torch's AdamW for the one flat master [n] of a group: from the `gradient`, in its own dtype, times `factor`, to
-    the `weights` that the model reads. `passing`: master and moments, and perhaps the gradient, are in host memory."""
+    """torch's AdamW for the one flat master [n] of a group: from the `gradient`, in its own dtype, times `factor` [],
+    fp64, to the `weights` that the model reads. Nothing changes if `factor` is NaN. It may not be computed yet: the
+    host does not wait for the device. `passing`: master and moments, and perhaps the gradient, are in host memory."""
     settings = optimizer.param_groups[group]
     [master] = settings["params"]
     state = optimizer.state[master]
     if not state:
         state.update(adamw_state(master))
-    state["step"] = state["step"].cpu() + 1  # reading it from the card would wait
-    (beta1, beta2), count = settings["betas"], int(state["step"])
-    decay = settings["lr"] * settings["weight_decay"]
-    rate, correction = settings["lr"] / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
-    numbers = [factor, decay, rate, correction, settings["eps"]]
-    numbers += [beta1, 1 - beta1, beta2, 1 - beta2]
-    scalars = torch.tensor(numbers, device=weights.device)
+    count = state["step"] = state["step"].to(factor.device) + ~factor.isnan()
+    given = [settings["lr"], settings["weight_decay"], settings["eps"], *settings["betas"]]
+    pinned = torch.tensor(given, dtype=torch.float64, pin_memory=factor.is_cuda)
+    rate, decay, eps, beta1, beta2 = pinned.to(factor.device, non_blocking=True)
+    debiased = rate / (1 - beta1**count), (1 - beta2**count).rsqrt()
+    numbers = (factor, rate * decay, *debiased, eps, beta1, 1 - beta1, beta2, 1 - beta2)
+    scalars = torch.stack(numbers).float()
     flat = [master.detach(), state["exp_avg"], state["exp_avg_sq"], gradient, weights]
     step = compiled_adamw if compiled else adamw
     if passing:

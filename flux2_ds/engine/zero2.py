@@ -2,9 +2,11 @@
 
 DeepSpeed 0.19.8 divides each gradient by the number of processes, sums the first micro-batch's gradients onto zeros in
 fp32, looks for values that are not finite in each tensor, takes the norm in fp64, which shows them, too, multiplies by
-what clips, even if that is 1, and waits for the device three times. With `reduce_scatter`, which the shipped configs
-switch off, it copies each bucket before the all-reduce (it has no reduce-scatter) and back. For a full fine-tune of
-klein 4B on one H200 the update below takes 28 % off the step in bf16, 33 % in fp8.
+what clips, even if that is 1, gathers the weights once all are updated, and waits for the device once after the
+backward pass and three times in the update. With `reduce_scatter`, which the shipped configs switch off, it copies each
+bucket before the all-reduce (it has no reduce-scatter) and back. Here the host waits only where a loss scaler or
+another optimizer than AdamW has to know the norm, or where the state is in host memory, and the weights of a group are
+gathered while the next is updated (figures: docs/benchmarks.md).
 
 An optimizer in host memory DeepSpeed updates on the CPU, from gradients summed in fp32 on the card, and sends the
 weights back as fp32. Here masters and moments pass through the card, whose memory is as fast as the CPU's is slow; so
@@ -18,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import distributed
 
@@ -62,6 +64,11 @@ class Update:
         zero._add_to_grad_partition_buffer = self._add
         zero.gradient_average = False
         zero.step = self._step
+        if zero.overlap_comm and zero.reduction_stream is not None:
+            zero.independent_gradient_partition_epilogue = self._end_of_backward
+            self._main_stream = get_accelerator().current_stream()
+            self._build_sum = zero._build_compact_grad_partition_buffer
+            zero._build_compact_grad_partition_buffer = self._sum_of_group
         self.summed_over = distributed.get_world_size(zero.dp_process_group)
         """What the loss is to be divided by, for gradients that are summed over the processes."""
         self._start()
@@ -109,38 +116,69 @@ class Update:
         squares = torch.stack(norms).double().square().sum()
         return [group.flat_partition for group in groups], squares
 
+    def _end_of_backward(self) -> None:
+        """DeepSpeed's, which waits for the device where it is enough that one stream waits for the other."""
+        zero = self._zero
+        zero.reduce_ipg_grads()
+        zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+        self._main_stream.wait_stream(zero.reduction_stream)
+        zero._clear_previous_reduced_grads()
+        if zero.is_gradient_accumulation_boundary():
+            for i in range(len(zero.bit16_groups)):
+                zero._get_compact_grad_partition_buffer(i)
+        zero._release_ipg_buffers()
+        zero._clear_param_grad_only()
+        zero._epilogue_ran_this_backward = True
+
+    def _sum_of_group(self, i: int) -> Any:
+        """DeepSpeed's buffer of a group's gradients, made for the stream that computes: what the stream that reduces
+        allocates, no forward pass could use once it is free."""
+        reducing = get_accelerator().current_stream()
+        with get_accelerator().stream(self._main_stream):
+            total = self._build_sum(i)
+        reducing.wait_stream(self._main_stream)
+        return total
+
+    @torch.no_grad()
     def _step(self) -> None:
-        """Clip and update, unless the norm says that a gradient is not finite. It is the one wait."""
+        """Clip and update, unless the norm says that a gradient is not finite."""
         zero = self._zero
         gradients, squares = self._gradients()
         self._squares = 0.0
         self._start()
         distributed.all_reduce(squares, group=zero.dp_process_group)
-        scale, scaled_norm = zero.loss_scale, math.sqrt(squares.item())
-        zero._global_grad_norm = scaled_norm / scale
-        zero.overflow = not math.isfinite(scaled_norm)
-        zero._update_scale(zero.overflow)
-        if zero.overflow:
-            return
+        scale, norm = zero.loss_scale, squares.sqrt()
+        zero._global_grad_norm = norm / scale
+        zero.overflow = False
+        if not self._in_passes or zero.dynamic_loss_scale:
+            zero.overflow = not math.isfinite(norm)  # the one wait
+            zero._update_scale(zero.overflow)
+            if zero.overflow:
+                return
+        factor = torch.full_like(norm, 1 / scale)
         if zero.clip_grad > 0:
-            scale *= max(1.0, (zero._global_grad_norm + 1e-6) / zero.clip_grad)
+            factor /= ((zero._global_grad_norm + 1e-6) / zero.clip_grad).clamp(min=1)
+        factor.masked_fill_(~norm.isfinite(), math.nan)
+        gathered = []
         for i, master in enumerate(zero.single_partition_of_fp32_groups):
-            rank = distributed.get_rank(zero.real_dp_process_group[i])
-            weights = zero.parallel_partitioned_bit16_groups[i][rank].data
+            group = zero.real_dp_process_group[i]
+            weights = zero.parallel_partitioned_bit16_groups[i][distributed.get_rank(group)].data
             gradient = gradients.pop(0)
             if self._in_passes:
                 update(
-                    zero.optimizer, i, gradient, 1 / scale, weights,
+                    zero.optimizer, i, gradient, factor, weights,
                     compiled=self._compiled, passing=self._offloaded,
                 )  # fmt: skip
-                continue
-            master.grad = gradient.to(master.dtype)
-            if scale != 1:
-                master.grad.mul_(1 / scale)
-            zero._optimizer_step(i)
-            master.grad = None
-            weights.copy_(master)
-        all_gather_dp_groups(
-            zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group,
-            zero.nccl_start_alignment_factor, zero.allgather_bucket_size,
-        )  # fmt: skip
+            else:
+                master.grad = gradient.to(master.dtype)
+                master.grad.mul_(factor)
+                zero._optimizer_step(i)
+                master.grad = None
+                weights.copy_(master)
+            if distributed.get_world_size(group) > 1:
+                whole = zero.bit16_groups_flat[i]
+                gathered.append(
+                    distributed.all_gather_into_tensor(whole, weights, group, async_op=True)
+                )
+        for work in gathered:
+            work.wait()

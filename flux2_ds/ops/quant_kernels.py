@@ -17,6 +17,7 @@ _NF4_ROWS = 128
 _TRANSPOSE_TILE = 128
 _ADD_TILE, _ADD_WARPS = (64, 128), 4
 _GRADS_PROGRAMS, _GRADS_WARPS, _GRADS_STAGES = 216, 4, 3
+_PEAKS_TILE, _PEAKS_PROGRAMS, _PEAKS_WARPS = (16, 512), 1056, 4
 
 
 def _grads_tile(rank: int) -> tuple[int, int]:
@@ -30,14 +31,13 @@ def _grads_tile(rank: int) -> tuple[int, int]:
 def _row_tile(columns: int, scaled: bool) -> tuple[int, int, int]:
     """(rows, columns at once, warps) of a program of `_quantize_rows`.
 
-    Rows that are worked on at the same time must stay in the L2 cache between their two readings.
+    A row of up to 16,384 stays in registers. Longer ones are read twice, and must stay in the L2 cache between.
     """
+    if columns <= 16384:
+        whole = triton.next_power_of_2(columns)
+        return 1, whole, 4 if whole <= 4096 else 8
     if scaled:  # the fp32 scales are twice the row's own bytes
-        if columns <= 8192:
-            return 1, 2048, 8
         return (2, 4096, 32) if columns <= 32768 else (1, 8192, 32)
-    if columns <= 8192:
-        return 1, triton.next_power_of_2(columns), 8
     return (1, 8192, 16) if columns <= 24576 else (1, 16384, 16)
 
 
@@ -65,34 +65,56 @@ def _read_rows(x, column_scale, row, rows, column, columns, SCALED: tl.constexpr
 
 
 @triton.jit
+def _peak(part):
+    """Magnitudes. A maximum passes NaN over; an infinite scale spoils the row as NaN does."""
+    return tl.where(part == part, tl.abs(part), float("inf"))
+
+
+@triton.jit
+def _scale(peak, largest):
+    # Plain division is approximate. One exact reciprocal a row costs nothing.
+    return tl.div_rn(tl.maximum(peak, 1e-12), largest)
+
+
+@triton.jit
+def _store_scaled(values, part, row, rows, column, columns, inverse, largest, INT8: tl.constexpr):
+    part = part * inverse[:, None]
+    if INT8:
+        part = _round(part)
+    else:
+        part = tl.minimum(tl.maximum(part, -largest), largest)
+    tl.store(
+        values + row[:, None] * columns + column[None, :],
+        part.to(values.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < columns)[None, :],
+    )
+
+
+@triton.jit
 def _quantize_rows(
     x, column_scale, values, scales, rows, columns, largest,
-    INT8: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    INT8: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: their largest values, then, while the cache still holds them, the quantised ones."""
+    """Some rows: their largest values, then the quantized ones. `WHOLE`: a chunk is a row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    peak = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
-    for start in range(0, columns, CHUNK):
-        column = start + tl.arange(0, CHUNK)
+    if WHOLE:
+        column = tl.arange(0, CHUNK)
         part = _read_rows(x, column_scale, row, rows, column, columns, SCALED)
-        # A maximum passes NaN over; an infinite scale spoils the row as NaN does.
-        peak = tl.maximum(peak, tl.where(part == part, tl.abs(part), float("inf")))
-    # Plain division is approximate. One exact reciprocal a row costs nothing.
-    scale = tl.div_rn(tl.maximum(tl.max(peak, 1), 1e-12), largest)
-    inverse = tl.div_rn(1.0, scale)
-    for start in range(0, columns, CHUNK):
-        column = start + tl.arange(0, CHUNK)
-        part = _read_rows(x, column_scale, row, rows, column, columns, SCALED)
-        part = part * inverse[:, None]
-        if INT8:
-            part = _round(part)
-        else:
-            part = tl.minimum(tl.maximum(part, -largest), largest)
-        tl.store(
-            values + row[:, None] * columns + column[None, :],
-            part.to(values.dtype.element_ty),
-            mask=(row < rows)[:, None] & (column < columns)[None, :],
-        )
+        scale = _scale(tl.max(_peak(part), 1), largest)
+        inverse = tl.div_rn(1.0, scale)
+        _store_scaled(values, part, row, rows, column, columns, inverse, largest, INT8)
+    else:
+        peak = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+        for start in range(0, columns, CHUNK):
+            column = start + tl.arange(0, CHUNK)
+            part = _read_rows(x, column_scale, row, rows, column, columns, SCALED)
+            peak = tl.maximum(peak, _peak(part))
+        scale = _scale(tl.max(peak, 1), largest)
+        inverse = tl.div_rn(1.0, scale)
+        for start in range(0, columns, CHUNK):
+            column = start + tl.arange(0, CHUNK)
+            part = _read_rows(x, column_scale, row, rows, column, columns, SCALED)
+            _store_scaled(values, part, row, rows, column, columns, inverse, largest, INT8)
     tl.store(scales + row, scale, mask=row < rows)
 
 
@@ -102,53 +124,99 @@ def quantize_rows(
     """See `quantized_linear.quantize_rows`; `largest`: the largest magnitude of `dtype`."""
     x = x.contiguous()
     rows, columns = x.shape
-    values = torch.empty(x.shape, device=x.device, dtype=dtype)
-    scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+    values = torch.empty_like(x, dtype=dtype)
+    scales = x.new_empty(rows, 1, dtype=torch.float32)
     scaled = column_scale is not None
     together, chunk, warps = _row_tile(columns, scaled)
     factors = x if column_scale is None else column_scale.contiguous()
     _quantize_rows[(triton.cdiv(rows, together),)](
-        x, factors, values, scales, rows, columns, largest,
-        INT8=dtype == torch.int8, SCALED=scaled, ROWS=together, CHUNK=chunk, num_warps=warps, **_EXACT,
+        x, factors, values, scales, rows, columns, largest, INT8=dtype == torch.int8, SCALED=scaled,
+        WHOLE=chunk >= columns, ROWS=together, CHUNK=chunk, num_warps=warps, **_EXACT,
     )  # fmt: skip
     return values, scales
 
 
 @triton.jit
-def _quantize_columns(
-    x, peaks, values, scales, rows, columns, padded, largest, TILE: tl.constexpr,
+def _column_peaks(
+    x, row_scale, peaks, rows, columns, rows_each, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x, quantized by the largest values of its columns and turned around."""
+    """The largest values of a stripe of columns, through `rows_each` rows. A maximum depends on no order."""
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    peak = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    first = tl.program_id(1) * rows_each
+    for start in range(first, min(first + rows_each, rows), ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        part = _read_rows(x, x, row, rows, column, columns, False)
+        scale = tl.load(row_scale + row, mask=row < rows, other=0.0)
+        peak = tl.maximum(peak, _peak(part * scale[:, None]))
+    # The bits of floats that are not negative are in the order of the floats.
+    bits = tl.max(peak, 0).to(tl.int32, bitcast=True)
+    tl.atomic_max(peaks + column, bits, mask=column < columns, sem="relaxed")
+
+
+@triton.jit
+def _quantize_turned(
+    x, row_scale, peaks, values, scales, rows, columns, padded, largest,
+    BY_COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of x, turned: x ∘ row_scale quantized by its columns' largest values, or x by the scales of its rows."""
     row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = column < columns
-    peak = tl.load(peaks + column, mask=inside, other=0.0).to(tl.float32)
-    peak = tl.where(peak == peak, peak, float("inf"))  # see `_quantize_rows`
-    scale = tl.div_rn(tl.maximum(peak, 1e-12), largest)
-    part = _read_rows(x, x, row, rows, column, columns, False) * tl.div_rn(1.0, scale)[None, :]
+    part = _read_rows(x, x, row, rows, column, columns, False)
+    factor = tl.load(row_scale + row, mask=row < rows, other=1.0)
+    if BY_COLUMNS:
+        scale = _scale(tl.load(peaks + column, mask=inside, other=0.0), largest)
+        tl.store(scales + column, scale, mask=inside & (tl.program_id(1) == 0))
+        part = part * factor[:, None] * tl.div_rn(1.0, scale)[None, :]
+    else:
+        part = part * tl.div_rn(1.0, factor)[:, None]
     part = tl.minimum(tl.maximum(part, -largest), largest)
     tl.store(
         values + column[:, None] * padded + row[None, :],
         tl.trans(part.to(values.dtype.element_ty)),
         mask=inside[:, None] & (row < padded)[None, :],
     )
-    tl.store(scales + column, scale, mask=inside & (tl.program_id(1) == 0))
+
+
+def _turned(
+    x: torch.Tensor, row_scale: torch.Tensor, peaks: torch.Tensor | None, dtype: torch.dtype, largest: float
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    rows, columns = x.shape
+    tile, padded = _TRANSPOSE_TILE, -(-rows // 16) * 16
+    values = x.new_empty(columns, padded, dtype=dtype)
+    by_columns = peaks is not None
+    scales = row_scale if peaks is None else torch.empty_like(peaks)
+    _quantize_turned[(triton.cdiv(columns, tile), triton.cdiv(padded, tile))](
+        x, row_scale, peaks if by_columns else x, values, scales, rows, columns, padded, largest,
+        BY_COLUMNS=by_columns, TILE=tile, num_warps=4, **_EXACT,
+    )  # fmt: skip
+    return values, scales
 
 
 def quantize_columns(
-    x: torch.Tensor, dtype: torch.dtype, largest: float
+    x: torch.Tensor, row_scale: torch.Tensor, dtype: torch.dtype, largest: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `quantized_linear.quantize_columns`; `largest`: the largest magnitude of `dtype`."""
     x = x.contiguous()
     rows, columns = x.shape
-    tile, padded = _TRANSPOSE_TILE, -(-rows // 16) * 16
-    values = torch.empty(columns, padded, device=x.device, dtype=dtype)
-    scales = torch.empty(columns, 1, device=x.device, dtype=torch.float32)
-    peaks = torch.linalg.vector_norm(x, torch.inf, dim=0)
-    _quantize_columns[(triton.cdiv(columns, tile), triton.cdiv(padded, tile))](
-        x, peaks, values, scales, rows, columns, padded, largest, TILE=tile, num_warps=8, **_EXACT
-    )
-    return values, scales
+    peaks = x.new_zeros(columns, 1, dtype=torch.float32)
+    tile_rows, tile_columns = _PEAKS_TILE
+    stripes = triton.cdiv(columns, tile_columns)
+    wanted = max(1, round(_PEAKS_PROGRAMS / stripes))
+    rows_each = triton.cdiv(triton.cdiv(rows, wanted), tile_rows) * tile_rows
+    _column_peaks[(stripes, triton.cdiv(rows, rows_each))](
+        x, row_scale, peaks.view(torch.int32), rows, columns, rows_each,
+        ROWS=tile_rows, COLUMNS=tile_columns, num_warps=_PEAKS_WARPS, **_EXACT,
+    )  # fmt: skip
+    return _turned(x, row_scale, peaks, dtype, largest)
+
+
+def turn_rows(
+    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, largest: float
+) -> torch.Tensor:
+    """See `quantized_linear.turn_rows`; `largest`: the largest magnitude of `dtype`."""
+    return _turned(x.contiguous(), scale, None, dtype, largest)[0]
 
 
 @triton.jit

@@ -182,7 +182,7 @@ def nf4_table(device: torch.device) -> torch.Tensor:
 
 
 @lru_cache
-def _ones(device: torch.device, columns: int) -> torch.Tensor:
+def ones(device: torch.device, columns: int) -> torch.Tensor:
     """[1, columns] fp32, made once: the scales of an operand whose own were folded into the other."""
     return torch.ones(1, columns, device=device)
 
@@ -204,12 +204,27 @@ def quantize_rows(
     return scaled.to(_DTYPE[kind]), scale
 
 
-def quantize_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] -> (values [K, M] in fp8, scales [K, 1] fp32), xᵀ ≈ values ∘ scales; M is padded with zeros to
-    the multiple of 16 that a product on the card can sum over."""
+def quantize_columns(x: torch.Tensor, row_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x ∘ row_scale -> (values [K, M] in fp8, scales [K, 1] fp32), (x ∘ row_scale)ᵀ ≈ values ∘ scales; M is padded
+    with zeros to the multiple of 16 that a product on the card can sum over.
+
+    `row_scale`: [M, 1] fp32.
+    """
     if x.is_cuda:
-        return kernels.quantize_columns(x, _DTYPE["fp8"], MAX["fp8"])
-    return quantize_rows(x.t(), None, "fp8")
+        return kernels.quantize_columns(x, row_scale, _DTYPE["fp8"], MAX["fp8"])
+    return quantize_rows(x.t(), row_scale.t(), "fp8")
+
+
+def turn_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The values that `quantize_rows` makes of x [M, K] in fp8, turned: [K, M]; M is padded as by `quantize_columns`.
+
+    `scale`: [M, 1] fp32, as that returned it.
+    """
+    largest = MAX["fp8"]
+    if x.is_cuda:
+        return kernels.turn_rows(x, scale, _DTYPE["fp8"], largest)
+    values = (x.float() * (1 / scale)).clamp(-largest, largest)
+    return values.to(_DTYPE["fp8"]).t().contiguous()
 
 
 def operand(w: QuantizedWeight, *, transposed: bool = False) -> torch.Tensor:
@@ -259,13 +274,8 @@ def multiply(
         padded = nn.functional.pad(a, (0, 0, 0, padding)) if padding else a
         product = torch._int_mm(padded, b.t())[: a.shape[0]]
         return kernels.scale_product(product, a_scale, b_scale, dtype)
-    if not fast:
-        # torch multiplies by rows in full precision much slower than with one scale (torchao).
-        one = _ones(a.device, 1).view(())
-        product = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-        return kernels.scale_product(product, a_scale, b_scale, dtype)
     y = torch._scaled_mm(
-        a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
     )
     return y.to(dtype)
 
@@ -289,7 +299,7 @@ def linear_grad(grad: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
     else:
         weight = w.transposed.view(_DTYPE[w.compute])
     values, scale = quantize_rows(grad, _unit(w), w.compute)
-    return multiply(values, scale, weight, _ones(grad.device, weight.shape[0]), grad.dtype)
+    return multiply(values, scale, weight, ones(grad.device, weight.shape[0]), grad.dtype)
 
 
 # Operators of torch: a compiler takes each as one node, and a checkpointing policy can name it.

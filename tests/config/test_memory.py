@@ -178,8 +178,8 @@ def test_quantised_weights_take_what_is_planned(name):
         (KLEIN_4B, 4096,
          {"method": "full", "zero": "zero2_offload", "batch": Batch(global_size=2, micro_size=1)}, 16.56),
         (KLEIN_4B, 4096, {"method": "full", "zero": "zero3_offload"}, 11.6),
-        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2}, 66.45),
-        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2, "compute": "fp8"}, 66.54),
+        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2}, 60.31),
+        (KLEIN_4B, 4096, {"method": "full", "zero": ZERO2, "compute": "fp8"}, 60.35),
         (KLEIN_4B, 4096, {"base_weights": "fp8", "activation_checkpointing": 22 / 25}, 6.08),
         (KLEIN_4B, 4096,
          {"base_weights": "fp8", "base_placement": "sharded", "zero": ZERO2, "processes": 2,
@@ -261,9 +261,10 @@ def test_the_gradients_of_a_full_fine_tune_are_where_they_are_summed():
         memory = estimate_for(KLEIN_4B, 0, processes=2, zero=zero, method="full", batch=batch)
         return [round(part.get("gradients", 0) / trained, 6) for part in (memory.card, memory.host)]
 
-    assert [gradients(stage, offload=False) for stage in (1, 2, 3)] == [[6, 0], [1, 0], [2, 0]]
+    assert [gradients(stage, offload=False) for stage in (1, 3)] == [[6, 0], [2, 0]]
     assert gradients(1, offload=True) == [6, 0]
-    assert gradients(2, offload=True) == [pytest.approx(0.85, abs=0.05), 0]  # group by group
+    for offload in (False, True):  # group by group
+        assert gradients(2, offload=offload) == [pytest.approx(0.85, abs=0.05), 0]
     assert [gradients(2, offload=on, passes=2) for on in (False, True)] == [[2, 0], [0, 2]]
     assert gradients(3, offload=True) == [0, pytest.approx(4)]
 

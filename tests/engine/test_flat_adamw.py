@@ -14,7 +14,7 @@ CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 @pytest.mark.parametrize("loaded", [False, True])
 def test_updates_are_torchs(device, dtype, passing, loaded, monkeypatch):
     """In pieces, from gradients in their own dtype, compiled on a card. `loaded`: the state is there before the first
-    update, as when a run is resumed."""
+    update, as when a run is resumed. A factor that is NaN changes nothing."""
     monkeypatch.setattr(flat_adamw, "_AT_ONCE", 400)
     monkeypatch.setattr(flat_adamw, "_PASSING", 150)
     generator = torch.Generator().manual_seed(0)
@@ -26,6 +26,10 @@ def test_updates_are_torchs(device, dtype, passing, loaded, monkeypatch):
     if loaded:
         ours.state[masters[1]] = flat_adamw.adamw_state(masters[1])
     weights = torch.empty(1000, dtype=dtype, device=device)
+
+    def factor(value):
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
     for step in range(4):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 1e-2 * 0.9**step
@@ -34,8 +38,25 @@ def test_updates_are_torchs(device, dtype, passing, loaded, monkeypatch):
         theirs.step()
         given = gradient.float() if passing == "gradients too" else gradient.to(device)
         flat_adamw.update(
-            ours, 0, given, 0.25, weights, compiled=device == "cuda", passing=passing != "nothing"
+            ours,
+            0,
+            given,
+            factor(0.25),
+            weights,
+            compiled=device == "cuda",
+            passing=passing != "nothing",
         )
+        before = [tensor.clone() for tensor in (masters[1].data, *ours.state[masters[1]].values())]
+        flat_adamw.update(
+            ours,
+            0,
+            given,
+            factor(torch.nan),
+            weights,
+            compiled=device == "cuda",
+            passing=passing != "nothing",
+        )
+        assert all(map(torch.equal, before, (masters[1].data, *ours.state[masters[1]].values())))
         assert torch.equal(weights.cpu(), masters[1].detach().cpu().to(dtype))
         torch.testing.assert_close(masters[1].cpu(), masters[0].cpu(), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(masters[1].cpu(), start, atol=1e-2)
