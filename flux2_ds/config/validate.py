@@ -352,6 +352,9 @@ def _offload_problems(recipe: Recipe, stage: int, zero: dict[str, Any]) -> Itera
         f"super_offload, {lost}": (zero.get("offload_optimizer") or {}).get("super_offload"),
         "compute_grad_norm false, and clipping, the records and the check for gradients that are not finite need the "
         "norm": not zero.get("compute_grad_norm", True),
+        "ignore_unused_parameters false, which nothing here reads": not zero.get(
+            "ignore_unused_parameters", True
+        ),
         "round_robin_gradients, with which DeepSpeed 0.19.8 takes one parameter's master for another's, so that "
         "checkpoints would hold wrong weights": zero.get("round_robin_gradients"),
     }

@@ -611,6 +611,7 @@ def zero(**settings: Any) -> dict[str, Any]:
         (zero(offload_optimizer={"device": "cpu"}), "stage 0"),
         (zero(stage=3, offload_optimizer={"device": "nvme"}), "offload_optimizer on 'nvme'"),
         (zero(stage=2, compute_grad_norm=False), "compute_grad_norm false, .* need the norm. Remove it"),
+        (zero(stage=2, ignore_unused_parameters=False), "ignore_unused_parameters false, .* Remove it"),
         (zero(stage=2, round_robin_gradients=True), "checkpoints would hold wrong weights. Remove it"),
         (zero(stage=2, zenflow={"topk_ratio": 0.1}), "zenflow, whose optimizer state checkpoints do not hold"),
         (zero(stage=2, offload_param={"device": "cpu"}), "offload_param at stage 2; .* zero3_offload"),
