@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urljoin
-from urllib.request import getproxies
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import fsspec
 import numpy as np
-from urllib3 import PoolManager, Retry, Timeout
+from urllib3 import PoolManager, ProxyManager, Retry, Timeout, make_headers
 from urllib3.exceptions import MaxRetryError, SSLError
 
 from flux2_ds.config.recipe import is_url
@@ -101,7 +101,7 @@ class Blob:
         headers = getattr(system, "kwargs", {})
         if self.location.startswith(_HTTP) and headers.keys() <= {"headers"}:
             return self._download(path, headers.get("headers", {}))
-        if self.location.startswith("s3://") and self.size is not None and not getproxies():
+        if self.location.startswith("s3://") and self.size is not None:
             with suppress(StatusError, FileNotFoundError, SSLError):
                 return self._download(system.sign(path), {})
             # Then s3fs finds the bucket's region, has other certificates, or says what is wrong.
@@ -120,7 +120,7 @@ class Blob:
         if self.size is not None:
             headers["Range"] = f"bytes={self.offset}-{self.offset + self.size - 1}"
         try:
-            response = connections().request("GET", url, headers=headers, preload_content=False)
+            response = connections(url).request("GET", url, headers=headers, preload_content=False)
         except MaxRetryError as error:
             raise error.reason or error from None  # its own text has the URL with its query
         try:
@@ -151,11 +151,27 @@ class Blob:
         )
 
 
+def connections(url: str) -> PoolManager:
+    """To the server of a URL, through the proxy that the environment names for it, such as HTTPS_PROXY."""
+    server = urlsplit(url)
+    proxy = None if proxy_bypass(server.netloc) else getproxies().get(server.scheme)
+    return _connections(proxy if proxy is None or "://" in proxy else f"http://{proxy}")
+
+
 @cache
-def connections() -> PoolManager:
+def _connections(proxy: str | None) -> PoolManager:
     """Kept open from one read to the next, for as many threads as there are; trying again is left to us."""
     retries = Retry(total=None, connect=0, read=0, status=0, other=0, redirect=10)
-    return PoolManager(maxsize=64, timeout=Timeout(connect=15, read=60), retries=retries)
+    settings: dict[str, Any] = {
+        "maxsize": 64,
+        "timeout": Timeout(connect=15, read=60),
+        "retries": retries,
+    }
+    if proxy is None:
+        return PoolManager(**settings)
+    account, _, _ = urlsplit(proxy).netloc.rpartition("@")
+    headers = make_headers(proxy_basic_auth=unquote(account)) if account else None
+    return ProxyManager(proxy, proxy_headers=headers, **settings)
 
 
 def file_system(location: str) -> tuple[Any, str]:

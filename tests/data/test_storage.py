@@ -23,6 +23,7 @@ from botocore.exceptions import ParamValidationError
 from huggingface_hub import HfFileSystem, constants
 from safetensors.torch import save_file
 from test_loader import assert_same, make_loader, prepared
+from urllib3 import ProxyManager
 
 from flux2_ds.commands.loopback import CREDENTIALS, served
 from flux2_ds.config.recipe import Data
@@ -36,7 +37,7 @@ from flux2_ds.data.index import (
     write_index,
 )
 from flux2_ds.data.shards import ShardReader, read_conditioning
-from flux2_ds.data.storage import Blob, join
+from flux2_ds.data.storage import Blob, connections, join
 from flux2_ds.errors import EXIT_USER_ERROR, OutageError, UserError
 from flux2_ds.prepare.sources import find_images
 
@@ -185,6 +186,30 @@ def test_a_server_without_ranges_is_said_before_it_has_sent_the_file(tmp_path):
                 Blob(f"{url}/large.bin", offset, 256).read()
         assert asked == ["/large.bin"] * 3
     assert len(sent) == 3 and sent[0] == size and max(sent[1:]) < size / 2
+
+
+def test_the_environments_proxy_is_asked(tmp_path, monkeypatch):
+    asked = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Proxy-Authorization"]))
+            self.send_response(206)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"data")
+
+        def log_message(self, *_):
+            pass
+
+    with serving(Proxy) as url:
+        monkeypatch.setenv("http_proxy", url.replace("://", "://me:p%40ss@"))
+        monkeypatch.setenv("no_proxy", "near.test")
+        assert Blob("http://far.test/x.tar", 8, 4).read() == b"data"
+        account = base64.b64encode(b"me:p@ss").decode()
+        assert asked == [("http://far.test/x.tar", f"Basic {account}")]
+        assert isinstance(connections("http://far.test/y"), ProxyManager)
+        assert not isinstance(connections("http://near.test/y"), ProxyManager)
 
 
 def test_a_store_without_ranges_is_said_at_once(tmp_path, monkeypatch, fresh_clients):
