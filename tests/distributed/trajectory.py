@@ -166,7 +166,8 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     recorded when they come for the second time, as CUDA graphs are. `previewed`: the model is used between steps.
     `lora`: settings with which a start builds the model, from `files` by the config `name`, in `run_dir`.
     `base`: before each pass the plain model predicts, its adapter switched off. `background`: a step after which
-    a checkpoint is saved beside the training. `norms`: what each step's gradients must have.
+    a checkpoint is saved beside the training. `norms`: what each step's gradients must have. `group`: elements that
+    ZeRO shards together.
     """
     from deepspeed.comm.comm import cdb as comm
     from deepspeed.utils import groups
@@ -174,7 +175,7 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     from flux2_ds import distributed as agreement
     from flux2_ds.checkpoint import manager as saving
     from flux2_ds.checkpoint.background import BackgroundSave
-    from flux2_ds.engine.engine import Engine
+    from flux2_ds.engine import engine as engines
     from flux2_ds.engine.host_memory import HostBuffers
     from flux2_ds.engine.zero3 import gathering
     from flux2_ds.training import build as assembly
@@ -234,8 +235,9 @@ def run_case(case: dict[str, Any], process: Any) -> list[float]:
     compiled = case.get("blocks", {}).get("compiled", False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with patch.object(optimizers, "build", fused) if case.get("fused") else nullcontext():
-        engine = Engine(
+    group = patch.object(engines, "ZERO_GROUP", case.get("group", engines.ZERO_GROUP))
+    with group, patch.object(optimizers, "build", fused) if case.get("fused") else nullcontext():
+        engine = engines.Engine(
             model,
             config,
             settings,
