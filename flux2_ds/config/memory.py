@@ -280,7 +280,7 @@ def _activations(run: _Run, image_tokens: int, kept: int) -> Memory:
         each = [run.element * linear.rank**2 * (linear.rows + linear.columns)
                 for linear in adapted_linears(spec, recipe.lora).values()]  # fmt: skip
         card, working = card + sum(each) * kept / spec.blocks, working + 3 * max(each)
-    if recipe.compute == "fp8":  # a gradient's operands, and their product without its scales
+    if recipe.compute == "fp8":  # a gradient's operands, and the widest weight's gradient
         working += 10 * tokens * recipe.batch.micro_size * spec.width + 2 * 9 * spec.width**2
     batch = recipe.batch.micro_size * TEXT_TOKENS * spec.text_width * 4.0
     return Memory({"activations": card, "working": working, "batch": batch}, host)

@@ -27,8 +27,16 @@ def test_updates_are_torchs(device, dtype, passing, loaded, monkeypatch):
         ours.state[masters[1]] = flat_adamw.adamw_state(masters[1])
     weights = torch.empty(1000, dtype=dtype, device=device)
 
-    def factor(value):
-        return torch.tensor(value, dtype=torch.float64, device=device)
+    def update(gradient, factor):
+        flat_adamw.update(
+            ours, 0, gradient, torch.tensor(factor, dtype=torch.float64, device=device), weights,
+            compiled=device == "cuda", passing=passing != "nothing",
+        )  # fmt: skip
+        return [
+            weights.clone(),
+            masters[1].detach().clone(),
+            *map(torch.clone, ours.state[masters[1]].values()),
+        ]
 
     for step in range(4):
         for optimizer in optimizers:
@@ -37,26 +45,8 @@ def test_updates_are_torchs(device, dtype, passing, loaded, monkeypatch):
         masters[0].grad = gradient.to(device).float() * 0.25
         theirs.step()
         given = gradient.float() if passing == "gradients too" else gradient.to(device)
-        flat_adamw.update(
-            ours,
-            0,
-            given,
-            factor(0.25),
-            weights,
-            compiled=device == "cuda",
-            passing=passing != "nothing",
-        )
-        before = [tensor.clone() for tensor in (masters[1].data, *ours.state[masters[1]].values())]
-        flat_adamw.update(
-            ours,
-            0,
-            given,
-            factor(torch.nan),
-            weights,
-            compiled=device == "cuda",
-            passing=passing != "nothing",
-        )
-        assert all(map(torch.equal, before, (masters[1].data, *ours.state[masters[1]].values())))
+        updated = update(given, 0.25)
+        assert all(map(torch.equal, updated, update(given, torch.nan)))
         assert torch.equal(weights.cpu(), masters[1].detach().cpu().to(dtype))
         torch.testing.assert_close(masters[1].cpu(), masters[0].cpu(), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(masters[1].cpu(), start, atol=1e-2)
