@@ -154,7 +154,8 @@ class Blob:
 def connections(url: str) -> PoolManager:
     """To the server of a URL, through the proxy that the environment names for it, such as HTTPS_PROXY."""
     server = urlsplit(url)
-    proxy = None if proxy_bypass(server.netloc) else getproxies().get(server.scheme)
+    host = server.netloc.rpartition("@")[2]
+    proxy = None if proxy_bypass(host) else getproxies().get(server.scheme)
     return _connections(proxy if proxy is None or "://" in proxy else f"http://{proxy}")
 
 

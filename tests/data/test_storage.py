@@ -209,7 +209,8 @@ def test_the_environments_proxy_is_asked(tmp_path, monkeypatch):
         account = base64.b64encode(b"me:p@ss").decode()
         assert asked == [("http://far.test/x.tar", f"Basic {account}")]
         assert isinstance(connections("http://far.test/y"), ProxyManager)
-        assert not isinstance(connections("http://near.test/y"), ProxyManager)
+        for near in ("http://near.test/y", "http://user:word@near.test:80/y"):
+            assert not isinstance(connections(near), ProxyManager)
 
 
 def test_a_store_without_ranges_is_said_at_once(tmp_path, monkeypatch, fresh_clients):
