@@ -143,8 +143,10 @@ def test_compiled_blocks_save_what_they_are_told_to(
         configure_blocks(model, checkpointed=checkpointed, compiled=True, attention=None)
         products.clear()
         found = step(model)
+        if not dora:
+            assert_same(found, plain, checkpointed)
         # What the compiler takes apart for DoRA some CPUs sum in another order: bf16 is rounded elsewhere.
-        assert float(found.loss) == pytest.approx(float(plain.loss), rel=1e-5)
+        assert torch.equal(found.loss, plain.loss)
         for name, grad in plain.gradients.items():
             assert grad.any() and error(found.gradients[name], grad) < 5e-3, (checkpointed, name)
         waiting.append(sum(found.waiting))

@@ -61,15 +61,17 @@ def run(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 9), (2, 7)])
 def test_the_operators_compute_what_diffusers_does(batch, tokens, dtype):
-    """The same output to the last bit, and gradients that are hardly further from those in fp32, on whatever CPU."""
+    """The same output to the last bit, and gradients that are no further from those in fp32. Of a norm's 32 weights the
+    distance is by chance: of two CPUs one rounds a little to our disadvantage."""
     attn = attention()
     expected, theirs = run(attn, Flux2ParallelSelfAttnProcessor(), dtype, batch, tokens)
     output, ours = run(attn, FusedSingleBlockProcessor(), dtype, batch, tokens)
     assert output.dtype == dtype and torch.equal(output, expected)
     _, exact = run(attn, Flux2ParallelSelfAttnProcessor(), torch.float32, batch, tokens)
     for found, other, truth in zip(ours, theirs, exact, strict=True):
+        slack = 1.1 if truth.ndim > 1 else 1.25
         allowed = (
-            2e-6 if dtype == torch.float32 else 1.25 * float((other - truth).norm() / truth.norm())
+            2e-6 if dtype == torch.float32 else slack * float((other - truth).norm() / truth.norm())
         )
         assert float((found - truth).norm() / truth.norm()) < allowed
 

@@ -255,9 +255,10 @@ def test_what_a_user_would_overlook_is_said(model, photos, tmp_path, caplog):
     manifest = next((shards / "prepared").glob("*.tar.json"))
     values = json.loads(manifest.read_text())
     values["rows"] = [row[:4] for row in values["rows"]]  # as older versions did
-    manifest.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"\.tar\.json: an older version of flux2-ds wrote it"):
-        run(recipe_for(model, photos, shards))
+    for content in json.dumps(values), "{", "[]":  # or damaged
+        manifest.write_text(content)
+        with pytest.raises(UserError, match=r"\.tar\.json: an older version of flux2-ds wrote it"):
+            run(recipe_for(model, photos, shards))
 
 
 def test_images_without_captions_are_named(model, photos, tmp_path):
